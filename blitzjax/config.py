@@ -1,0 +1,164 @@
+"""Every knob, in five tables. Unknown keys and wrong types are errors that name the key; baselines are rows of values.
+
+A knob is here because it changes a figure or fixes an outage. `load(path, overrides)` resolves TOML plus
+`--set table.key=value` before anything is frozen.
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from blitzjax.errors import ConfigError
+from blitzjax.types import LiveMode, Source
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    host: str = "127.0.0.1"
+    port: int = 50051
+    max_queued_requests: int = 1024  # waiting for an instance; one more is RESOURCE_EXHAUSTED
+    max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
+    shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
+    event_log: str = ""  # JSON lines of every event and command; empty: none
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals and KV are float32 on CPU
+    max_model_len: int = 2048  # prompt + answer, tokens; never above the model's own limit
+    max_num_seqs: int = 16  # sequences decoding together
+    max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
+    page_size: int = 16  # tokens per KV page
+    kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens
+    tensor_parallel: int = 1  # devices per instance
+    executable_cache: str = "~/.cache/blitzjax/executables"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleConfig:
+    """Token-backlog policy of the BlitzScale paper, section 7.1 of our notes, for mixed instances."""
+
+    policy: str = "auto"  # "auto" | "manual"
+    min_instances: int = 1
+    max_instances: int = 4
+    live: LiveMode = "zigzag"
+    source: Source = "multicast"
+    prefill_lower: float = 0.5  # seconds of one instance's prefill rate that the backlog may hold, per instance
+    prefill_upper: float = 0.7
+    kv_lower: float = 0.75  # share of an instance's pages
+    kv_upper: float = 0.95
+    prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; the workers' own figure replaces it when known
+    down_after_s: float = 5.0  # load must stay low for this long before an instance drains
+    live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    chunk_bytes: int = 4 << 20  # target size of one multicast step per device; adjusted to divide a layer evenly
+    collective_timeout_s: float = 10.0  # a collective whose peer hangs fails after this
+    handoff_timeout_s: float = 10.0  # activations or KV that do not arrive in this time fail the attempt
+    pull_ahead_layers: int = 1  # the old side asks for its next batch this many layers before it is idle
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    pool: int = 1  # worker processes
+    threads: int = 0  # XLA threads per worker; 0: all its cores
+    pin_cores: bool = False  # worker k runs on core k modulo the cores
+    heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
+    max_world: int = 64  # collective cliques per set of members before a rejoin needs a restart
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies `table.key=value` overrides. Raises ConfigError naming the key."""
+    tables: dict[str, dict[str, object]] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as e:
+            raise ConfigError(f"cannot read config {path}: {e}") from e
+    for text in overrides:
+        key, eq, value = text.partition("=")
+        table, dot, name = key.strip().partition(".")
+        if not eq or not dot:
+            raise ConfigError(f"--set wants table.key=value, got {text!r}")
+        tables.setdefault(table, {})[name] = _parse_scalar(value.strip())
+    return from_tables(tables)
+
+
+def from_tables(tables: typing.Mapping[str, object]) -> Config:
+    """{"scale": {"live": "off"}} → Config. Raises ConfigError for unknown tables, unknown keys, wrong types or values."""
+    config = Config()
+    for name, table in tables.items():
+        if name not in {f.name for f in fields(Config)}:
+            raise ConfigError(f"unknown table [{name}]; tables are {', '.join(f.name for f in fields(Config))}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"[{name}] must be a table")
+        config = replace(config, **{name: _fill(name, getattr(config, name), table)})
+    _check_ranges(config)
+    return config
+
+
+def to_tables(config: Config) -> dict[str, dict[str, object]]:
+    return {f.name: {g.name: getattr(getattr(config, f.name), g.name) for g in fields(getattr(config, f.name))}
+            for f in fields(config)}
+
+
+def _fill(table: str, default, values: typing.Mapping[str, object]):
+    hints = typing.get_type_hints(type(default))
+    changed = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {table}.{key}; keys are {', '.join(sorted(hints))}")
+        changed[key] = _coerce(f"{table}.{key}", hints[key], value)
+    return replace(default, **changed)
+
+
+def _coerce(key: str, kind: object, value: object) -> object:
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise ConfigError(f"{key} must be one of {', '.join(map(str, typing.get_args(kind)))}, got {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    assert isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
+    if type(value) is not kind:
+        raise ConfigError(f"{key} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _parse_scalar(text: str) -> object:
+    """A TOML scalar, or the bare word as a string."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _check_ranges(c: Config) -> None:
+    def want(ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigError(message)
+
+    want(c.engine.dtype in ("bfloat16", "float32"), f"engine.dtype must be bfloat16 or float32, got {c.engine.dtype!r}")
+    want(c.scale.policy in ("auto", "manual"), f"scale.policy must be auto or manual, got {c.scale.policy!r}")
+    want(1 <= c.scale.min_instances <= c.scale.max_instances, "scale.min_instances must be in [1, scale.max_instances]")
+    want(0 < c.scale.prefill_lower < c.scale.prefill_upper, "scale.prefill_lower must be in (0, scale.prefill_upper)")
+    want(0 < c.scale.kv_lower < c.scale.kv_upper <= 1, "scale.kv_lower must be in (0, scale.kv_upper], kv_upper <= 1")
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
+        want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
+    want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
+    want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")

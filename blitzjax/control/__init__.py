@@ -1,0 +1,1 @@
+"""DECIDES: pure, deterministic scheduling and scaling. No jax, no clock, no I/O."""

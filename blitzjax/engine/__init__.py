@@ -1,0 +1,1 @@
+"""COMPUTES: one instance's parameters, KV cache, compiled stages and step loop."""

@@ -1,0 +1,1 @@
+"""TALKS: the controller, the workers, the gRPC frontend and their clocks."""

@@ -1,0 +1,107 @@
+"""Turns Events, Commands and Work into protobuf messages and back. Invariant: decode(encode(x)) == x.
+
+Field names of the dataclasses in blitzjax/types.py equal those of protos/blitzjax/v1/worker.proto, so one walk over
+dataclass fields serves every message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+
+from google.protobuf.message import Message
+
+from blitzjax import types
+from blitzjax.v1 import worker_pb2 as pb
+
+_CHANNEL_FIELDS = ("instance",)  # a command's addressee is the stream it travels on
+
+
+def encode_command(command: types.Command, work: types.Work | None = None) -> pb.WorkerCommand:
+    """`work` is required for Assign, which travels with its prompt."""
+    out = pb.WorkerCommand()
+    if isinstance(command, types.Assign):
+        assert work is not None and work.attempt == command.attempt
+        fill(out.assign.work, work)
+    else:
+        message = getattr(out, _snake(type(command).__name__))
+        message.SetInParent()
+        fill(message, command, skip=_CHANNEL_FIELDS)
+    return out
+
+
+def decode_command(message: pb.WorkerCommand, instance: str) -> types.Command | types.Work:
+    """Assign comes back as the Work it carries."""
+    which = message.WhichOneof("command")
+    if which == "assign":
+        return decode_work(message.assign.work)
+    return _build(getattr(types, _camel(which)), getattr(message, which), {"instance": instance})
+
+
+def encode_event(event: types.Event) -> pb.WorkerEvent:
+    out = pb.WorkerEvent()
+    message = getattr(out, _snake(type(event).__name__))
+    message.SetInParent()
+    fill(message, event)
+    return out
+
+
+def decode_event(message: pb.WorkerEvent) -> types.Event:
+    which = message.WhichOneof("event")
+    return _build(getattr(types, _camel(which)), getattr(message, which), {})
+
+
+def encode_work(work: types.Work) -> pb.Work:
+    out = pb.Work()
+    fill(out, work)
+    return out
+
+
+def decode_work(message: pb.Work) -> types.Work:
+    return _build(types.Work, message, {})
+
+
+def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:
+    """Copies every dataclass field of `value` into the field of the same name."""
+    for f in dataclasses.fields(value):
+        if f.name in skip:
+            continue
+        item = getattr(value, f.name)
+        if dataclasses.is_dataclass(item):
+            getattr(message, f.name).SetInParent()
+            fill(getattr(message, f.name), item)
+        elif isinstance(item, tuple):
+            target = getattr(message, f.name)
+            if item and dataclasses.is_dataclass(item[0]):
+                for part in item:
+                    fill(target.add(), part)
+            else:
+                target.extend(item)
+        else:
+            setattr(message, f.name, item)
+
+
+def _build(kind: type, message: Message, given: dict[str, object]):
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for f in dataclasses.fields(kind):
+        if f.name in given:
+            values[f.name] = given[f.name]
+            continue
+        item, hint = getattr(message, f.name), hints[f.name]
+        if dataclasses.is_dataclass(hint):
+            item = _build(hint, item, {})
+        elif typing.get_origin(hint) is tuple:
+            part = typing.get_args(hint)[0]
+            item = tuple(_build(part, x, {}) if dataclasses.is_dataclass(part) else x for x in item)
+        values[f.name] = item
+    return kind(**values)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))

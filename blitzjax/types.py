@@ -1,0 +1,387 @@
+"""The nouns of blitzjax: values that cross package borders. Stdlib only, frozen, no behaviour beyond arithmetic.
+
+A model is cut into **units**: unit 0 is the embedding, units 1..L are the decoder layers, unit L+1 is the head.
+Units arrive in that order, so a single watermark (`units`) says what an instance holds.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+RequestId: TypeAlias = str
+InstanceId: TypeAlias = str
+
+LiveMode: TypeAlias = Literal["zigzag", "best_effort", "off"]
+Source: TypeAlias = Literal["multicast", "disk"]
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+
+
+class Role(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class Phase(enum.Enum):
+    """What an instance is doing with its parameters; see control/lifecycle.py for the legal moves."""
+
+    IDLE = "idle"  # process up, compiled, no parameters
+    LOADING = "loading"  # parameters arriving, executes nothing
+    LIVE = "live"  # parameters arriving, executes the layers it has with an overloaded partner
+    SERVING = "serving"  # holds every unit
+    DRAINING = "draining"  # finishes what it has, takes nothing new
+    FAILED = "failed"  # process gone
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder without its arrays. `family` names the module in `blitzjax.models` that builds it."""
+
+    name: str
+    family: str
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab: int
+    max_len: int  # tokens, prompt and answer together
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    dtype: str  # of the parameters: "bfloat16" or "float32"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    @property
+    def units(self) -> int:
+        """Number of units: embedding, layers, head."""
+        return self.layers + 2
+
+    def layers_loaded(self, units: int) -> int:
+        """Decoder layers inside a watermark of `units` units."""
+        return max(0, min(units - 1, self.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Decoder layers [start, stop)."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 do not filter."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What scheduling needs to know of a request: sizes, never tokens."""
+
+    id: RequestId
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    arrival_s: float
+    priority: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request as an instance receives it: prompt ids, tokens already emitted by an earlier attempt, sampling."""
+
+    request: Request
+    attempt: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One multicast chain: `instances[0]` sends units [start_unit, stop_unit), each next one receives and forwards.
+
+    `generation` picks a fresh clique when the same members failed before.
+    """
+
+    instances: tuple[InstanceId, ...]
+    start_unit: int
+    stop_unit: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MulticastPlan:
+    """Chains that move one model's parameters; `ticket` identifies the plan cluster-wide and only grows."""
+
+    ticket: int
+    model: str
+    chains: tuple[Chain, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LivePair:
+    """`new` runs the layers it has, `old` (overloaded, complete) pulls and runs the rest."""
+
+    old: InstanceId
+    new: InstanceId
+    mode: LiveMode
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Events: past tense, what happened. `at` is seconds on the shell's clock.
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    at: float
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    """The client went away, its deadline passed, or the frontend saw a stop string."""
+
+    at: float
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The first token of this attempt was emitted by `instance`."""
+
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHanded:
+    """`target` took over a partly prefilled request from its live partner `instance`; either side may report it."""
+
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+    target: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """`instance` lost this attempt (its partner died in a hand-off, say); the request itself can run elsewhere."""
+
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoaded:
+    """`instance` now holds units [0, units)."""
+
+    at: float
+    instance: InstanceId
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReady:
+    """`instance` answered PrepareTransfer: its program is compiled and its dispatcher waits for StartTransfer."""
+
+    at: float
+    instance: InstanceId
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEnded:
+    """`instance` left plan `ticket` (or a disk load, ticket -1) holding `units` units; `error` is empty on success."""
+
+    at: float
+    instance: InstanceId
+    ticket: int
+    units: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class LiveDrained:
+    """`instance` (old side of a live pair) asked for work and its loaded partner had none left."""
+
+    at: float
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """`instance` dropped its parameters after Release."""
+
+    at: float
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceJoined:
+    """A worker is up, compiled, and holds `units` units. `pages` x `page_size` tokens of KV, `slots` sequences."""
+
+    at: float
+    instance: InstanceId
+    incarnation: str
+    host: str
+    units: int
+    pages: int
+    page_size: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorldJoined:
+    """`instance` can take part in collectives."""
+
+    at: float
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost:
+    at: float
+    instance: InstanceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRequested:
+    """An operator wants `target` instances; None keeps the configured mode or source."""
+
+    at: float
+    target: int
+    live: LiveMode | None = None
+    source: Source | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    at: float
+
+
+Event: TypeAlias = (
+    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | RequestFinished | RequestFailed | LayerLoaded
+    | TransferReady | TransferEnded | LiveDrained | Drained | InstanceJoined | WorldJoined | InstanceLost
+    | ScaleRequested | Ticked
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands: imperative, what the shell must do. All but Reject go to `instance`.
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Run this request. The shell adds prompt, sampling and the tokens that earlier attempts already emitted."""
+
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop this request; answered by RequestFinished(reason="abort") if the instance had it, else by nothing."""
+
+    instance: InstanceId
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """End the request with an error. `code` is a gRPC status name."""
+
+    request_id: RequestId
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFromDisk:
+    """Read units [start_unit, L+2) from the instance's own checkpoint; ends in TransferEnded(ticket)."""
+
+    instance: InstanceId
+    ticket: int
+    start_unit: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareTransfer:
+    instance: InstanceId
+    plan: MulticastPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StartTransfer:
+    instance: InstanceId
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTransfer:
+    """Leave plan `ticket` as soon as the collective returns; always answered by TransferEnded."""
+
+    instance: InstanceId
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartLive:
+    """Sent to both sides of the pair."""
+
+    instance: InstanceId
+    pair: LivePair
+
+
+@dataclass(frozen=True, slots=True)
+class EndLive:
+    """Sent to both sides: stop pulling; the new side keeps what it still has and finishes it alone."""
+
+    instance: InstanceId
+    pair: LivePair
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Drop the parameters; answered by Drained."""
+
+    instance: InstanceId
+
+
+Command: TypeAlias = (
+    Assign | Abort | Reject | LoadFromDisk | PrepareTransfer | StartTransfer | CancelTransfer | StartLive | EndLive
+    | Release
+)

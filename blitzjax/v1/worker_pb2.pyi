@@ -1,0 +1,413 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerCommand(_message.Message):
+    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken")
+    CONFIGURE_FIELD_NUMBER: _ClassVar[int]
+    ASSIGN_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FROM_DISK_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    START_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    START_LIVE_FIELD_NUMBER: _ClassVar[int]
+    END_LIVE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    configure: Configure
+    assign: Assign
+    abort: Abort
+    load_from_disk: LoadFromDisk
+    prepare_transfer: PrepareTransfer
+    start_transfer: StartTransfer
+    cancel_transfer: CancelTransfer
+    start_live: StartLive
+    end_live: EndLive
+    release: Release
+    pull: Pull
+    taken: Taken
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ...) -> None: ...
+
+class WorkerEvent(_message.Message):
+    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused")
+    INSTANCE_JOINED_FIELD_NUMBER: _ClassVar[int]
+    WORLD_JOINED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_HANDED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FAILED_FIELD_NUMBER: _ClassVar[int]
+    LAYER_LOADED_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_READY_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ENDED_FIELD_NUMBER: _ClassVar[int]
+    LIVE_DRAINED_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    HAND_OFF_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    instance_joined: InstanceJoined
+    world_joined: WorldJoined
+    tokens: Tokens
+    prefill_done: PrefillDone
+    request_handed: RequestHanded
+    request_finished: RequestFinished
+    request_failed: RequestFailed
+    layer_loaded: LayerLoaded
+    transfer_ready: TransferReady
+    transfer_ended: TransferEnded
+    live_drained: LiveDrained
+    drained: Drained
+    hand_off: HandOff
+    refused: Refused
+    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+
+class Configure(_message.Message):
+    __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_JSON_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    model_json: str
+    config_json: str
+    checkpoint: str
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    def __init__(self, instance: _Optional[str] = ..., model_json: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("instance", "address", "rank")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    address: str
+    rank: int
+    def __init__(self, instance: _Optional[str] = ..., address: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class Request(_message.Message):
+    __slots__ = ("id", "model", "prompt_tokens", "max_tokens", "arrival_s", "priority")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    arrival_s: float
+    priority: int
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., arrival_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos")
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ignore_eos: bool
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+
+class Work(_message.Message):
+    __slots__ = ("request", "attempt", "prompt", "generated", "sampling")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    request: Request
+    attempt: int
+    prompt: _containers.RepeatedScalarFieldContainer[int]
+    generated: _containers.RepeatedScalarFieldContainer[int]
+    sampling: Sampling
+    def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., attempt: _Optional[int] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class Assign(_message.Message):
+    __slots__ = ("work",)
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    work: Work
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ...) -> None: ...
+
+class Abort(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class LoadFromDisk(_message.Message):
+    __slots__ = ("ticket", "start_unit")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    START_UNIT_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    start_unit: int
+    def __init__(self, ticket: _Optional[int] = ..., start_unit: _Optional[int] = ...) -> None: ...
+
+class Chain(_message.Message):
+    __slots__ = ("instances", "start_unit", "stop_unit", "generation")
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    START_UNIT_FIELD_NUMBER: _ClassVar[int]
+    STOP_UNIT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    instances: _containers.RepeatedScalarFieldContainer[str]
+    start_unit: int
+    stop_unit: int
+    generation: int
+    def __init__(self, instances: _Optional[_Iterable[str]] = ..., start_unit: _Optional[int] = ..., stop_unit: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class MulticastPlan(_message.Message):
+    __slots__ = ("ticket", "model", "chains")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    model: str
+    chains: _containers.RepeatedCompositeFieldContainer[Chain]
+    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ...) -> None: ...
+
+class PrepareTransfer(_message.Message):
+    __slots__ = ("plan",)
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    plan: MulticastPlan
+    def __init__(self, plan: _Optional[_Union[MulticastPlan, _Mapping]] = ...) -> None: ...
+
+class StartTransfer(_message.Message):
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    def __init__(self, ticket: _Optional[int] = ...) -> None: ...
+
+class CancelTransfer(_message.Message):
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    def __init__(self, ticket: _Optional[int] = ...) -> None: ...
+
+class LivePair(_message.Message):
+    __slots__ = ("old", "new", "mode")
+    OLD_FIELD_NUMBER: _ClassVar[int]
+    NEW_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    old: str
+    new: str
+    mode: str
+    def __init__(self, old: _Optional[str] = ..., new: _Optional[str] = ..., mode: _Optional[str] = ...) -> None: ...
+
+class StartLive(_message.Message):
+    __slots__ = ("pair",)
+    PAIR_FIELD_NUMBER: _ClassVar[int]
+    pair: LivePair
+    def __init__(self, pair: _Optional[_Union[LivePair, _Mapping]] = ...) -> None: ...
+
+class EndLive(_message.Message):
+    __slots__ = ("pair",)
+    PAIR_FIELD_NUMBER: _ClassVar[int]
+    pair: LivePair
+    def __init__(self, pair: _Optional[_Union[LivePair, _Mapping]] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Pull(_message.Message):
+    __slots__ = ("seq", "puller")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    PULLER_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    puller: str
+    def __init__(self, seq: _Optional[int] = ..., puller: _Optional[str] = ...) -> None: ...
+
+class Taken(_message.Message):
+    __slots__ = ("seq",)
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    def __init__(self, seq: _Optional[int] = ...) -> None: ...
+
+class HandOff(_message.Message):
+    __slots__ = ("seq", "work", "next_layer", "address", "activation_uuid", "kv_uuid", "drained")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    NEXT_LAYER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_UUID_FIELD_NUMBER: _ClassVar[int]
+    KV_UUID_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    work: Work
+    next_layer: int
+    address: str
+    activation_uuid: int
+    kv_uuid: int
+    drained: bool
+    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuid: _Optional[int] = ..., drained: bool = ...) -> None: ...
+
+class Tokens(_message.Message):
+    __slots__ = ("request_id", "attempt", "start", "token_ids", "finish_reason", "layers_helped")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_HELPED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    start: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reason: str
+    layers_helped: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., layers_helped: _Optional[int] = ...) -> None: ...
+
+class InstanceJoined(_message.Message):
+    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    incarnation: str
+    host: str
+    units: int
+    pages: int
+    page_size: int
+    slots: int
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ...) -> None: ...
+
+class WorldJoined(_message.Message):
+    __slots__ = ("at", "instance")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class PrefillDone(_message.Message):
+    __slots__ = ("at", "instance", "request_id", "attempt")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    request_id: str
+    attempt: int
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class RequestHanded(_message.Message):
+    __slots__ = ("at", "instance", "request_id", "attempt", "target")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    request_id: str
+    attempt: int
+    target: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., target: _Optional[str] = ...) -> None: ...
+
+class RequestFinished(_message.Message):
+    __slots__ = ("at", "instance", "request_id", "attempt", "reason")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    request_id: str
+    attempt: int
+    reason: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RequestFailed(_message.Message):
+    __slots__ = ("at", "instance", "request_id", "attempt", "message")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    request_id: str
+    attempt: int
+    message: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class LayerLoaded(_message.Message):
+    __slots__ = ("at", "instance", "units")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    units: int
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., units: _Optional[int] = ...) -> None: ...
+
+class TransferReady(_message.Message):
+    __slots__ = ("at", "instance", "ticket")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    ticket: int
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., ticket: _Optional[int] = ...) -> None: ...
+
+class TransferEnded(_message.Message):
+    __slots__ = ("at", "instance", "ticket", "units", "error")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    ticket: int
+    units: int
+    error: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., ticket: _Optional[int] = ..., units: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class LiveDrained(_message.Message):
+    __slots__ = ("at", "instance")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class Drained(_message.Message):
+    __slots__ = ("at", "instance")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("instance", "message")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    message: str
+    def __init__(self, instance: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
