@@ -7,6 +7,7 @@ dataclass fields serves every message.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 
@@ -60,6 +61,13 @@ def encode_work(work: types.Work) -> pb.Work:
 
 def decode_work(message: pb.Work) -> types.Work:
     return _build(types.Work, message, {})
+
+
+def model_spec(manifest_json: str) -> types.ModelSpec:
+    """The ModelSpec in a checkpoint's manifest. Raises KeyError, TypeError or ValueError when it is not one."""
+    values = json.loads(manifest_json)["spec"]
+    known = {f.name for f in dataclasses.fields(types.ModelSpec)}
+    return types.ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
 
 def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:

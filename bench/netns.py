@@ -1,0 +1,92 @@
+"""Hosts on one machine: network namespaces on a bridge, each with a rate-limited link. Needs root, iproute2 and tbf.
+
+Names carry the id of the process that made them, so what a crashed run left behind is recognised and removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_NAME = re.compile(r"\bbz(\d+)(?:-\d+h?|br)\b")
+_BURST_BYTES = 256 << 10  # above the 64 KiB that a veth hands over at once
+_LATENCY_MS = 20  # of queue; deeper only adds delay
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    namespace: str
+    ip: str
+
+    def command(self, argv: list[str]) -> list[str]:
+        """`argv` as run on this host."""
+        return ["ip", "netns", "exec", self.namespace, *argv]
+
+
+def missing() -> str:
+    """Why namespaces cannot be made here; empty if they can."""
+    if os.geteuid() != 0:
+        return "not root"
+    if absent := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
+        return f"no {' and no '.join(absent)} command"
+    try:
+        with hosts(1, rate_mbit=1000):
+            return ""
+    except subprocess.CalledProcessError as e:
+        return f"{' '.join(e.cmd)}: {e.stderr.strip()}"
+
+
+@contextlib.contextmanager
+def hosts(count: int, rate_mbit: int) -> Iterator[list[Host]]:
+    """`count` hosts that reach each other at `rate_mbit` in each direction. Raises CalledProcessError; cleans up."""
+    clean_up_after_dead()
+    pid = os.getpid()
+    made = [Host(f"bz{pid}-{i}", f"10.77.0.{i + 1}") for i in range(count)]
+    try:
+        _run(f"ip link add bz{pid}br type bridge")
+        _run(f"ip link set bz{pid}br up")
+        for host in made:
+            _add(host, f"bz{pid}br", rate_mbit)
+        yield made
+    finally:
+        _remove(pid)
+
+
+def clean_up_after_dead() -> None:
+    """Removes the namespaces, links and bridges of runs whose process is gone."""
+    listing = _run("ip netns list") + _run("ip -o link show")
+    for pid in {int(match) for match in _NAME.findall(listing)}:
+        if not os.path.exists(f"/proc/{pid}"):
+            _remove(pid)
+
+
+def _add(host: Host, bridge: str, rate_mbit: int) -> None:
+    outside = f"{host.namespace}h"
+    limit = f"root tbf rate {rate_mbit}mbit burst {_BURST_BYTES} latency {_LATENCY_MS}ms"
+    inside = f"ip netns exec {host.namespace}"
+    _run(f"ip netns add {host.namespace}")
+    _run(f"ip link add {outside} type veth peer name eth0 netns {host.namespace}")
+    _run(f"ip link set {outside} master {bridge} up")
+    _run(f"{inside} ip link set lo up")
+    _run(f"{inside} ip addr add {host.ip}/24 dev eth0")
+    _run(f"{inside} ip link set eth0 up")
+    _run(f"{inside} tc qdisc add dev eth0 {limit}")
+    _run(f"tc qdisc add dev {outside} {limit}")
+
+
+def _remove(pid: int) -> None:
+    """Deleting a veth's outer end deletes both; deleting the namespace alone would leave it while processes remain."""
+    links = {match.group(0) for match in _NAME.finditer(_run("ip -o link show")) if int(match.group(1)) == pid}
+    names = {match.group(0) for match in _NAME.finditer(_run("ip netns list")) if int(match.group(1)) == pid}
+    for command in [*(f"ip link del {link}" for link in sorted(links)), *(f"ip netns del {n}" for n in sorted(names))]:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _run(command)
+
+
+def _run(command: str) -> str:
+    return subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,121 @@
+"""The `blitzjax` command. Each subcommand imports what it needs when it runs, so that `--help` is instant.
+
+Exit codes: 0 done, 1 the cluster failed, 2 a mistake in the command or the request (one line on stderr says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import blitzjax
+from blitzjax.errors import BlitzError
+
+_ADDRESS = "127.0.0.1:50051"
+
+# Programs with an argument parser of their own, for launches on several hosts.
+_PROGRAMS = {
+    "worker": ("blitzjax.serve.worker", "one worker process of the pool"),
+    "coordinator": ("blitzjax.transfer.coordinator", "the coordination service that workers join"),
+    "controller": ("blitzjax.serve.controller", "the process that clients talk to"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in _PROGRAMS:
+        return importlib.import_module(_PROGRAMS[argv[0]][0]).main(argv[1:])
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    module, function = args.run
+    try:
+        return getattr(importlib.import_module(module), function)(args)
+    except BlitzError as e:
+        print(f"blitzjax: {e}", file=sys.stderr)
+        return 2
+    except TimeoutError as e:
+        print(f"blitzjax: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blitzjax", allow_abbrev=False,
+        description="A JAX serving engine whose instances work while their parameters still arrive.")
+    parser.add_argument("--version", action="version", version=f"blitzjax {blitzjax.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(_command(commands, "serve", "a whole cluster on this machine", ("blitzjax.cli_serve", "serve")))
+    _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
+    _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
+    status = _command(commands, "status", "instances, layers, requests", ("blitzjax.cli_client", "status"))
+    _add_address(status)
+    status.add_argument("--json", action="store_true", help="the whole picture as JSON")
+    convert = _command(commands, "convert", "write a layer-ordered checkpoint and print its directory",
+                       ("blitzjax.cli_serve", "convert"))
+    _add_model(convert)
+    for name, (_, text) in _PROGRAMS.items():
+        commands.add_parser(name, help=f"{text}; see `blitzjax {name} --help`", add_help=False)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, text: str, run: tuple[str, str]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a converted checkpoint directory, a .gguf file, or a built-in name")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the parameters (engine.dtype)")
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT", help=f"the controller (default {_ADDRESS})")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--instances", type=int, help="instances that always serve (scale.min_instances; default 1)")
+    parser.add_argument("--pool", type=int, help="worker processes (cluster.pool; default 3)")
+    parser.add_argument("--host", help="listen here (serve.host)")
+    parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
+    parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (engine.max_model_len)")
+    parser.add_argument("--max-num-seqs", type=int, help="sequences decoding together (engine.max_num_seqs)")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, help="devices per instance (engine.tensor_parallel)")
+    parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="work while loading (scale.live)")
+    parser.add_argument("--source", choices=("multicast", "disk"), help="where parameters come from (scale.source)")
+    parser.add_argument("--scaling-policy", choices=("auto", "manual"), help="who decides (scale.policy)")
+    parser.add_argument("--event-log", help="JSON lines of every event and command (serve.event_log)")
+    parser.add_argument("--pin-cores", action="store_true", default=None, help="a core per worker (cluster.pin_cores)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; the flags above win over it")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
+                        help="any knob; wins over everything else; may be repeated")
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("message", nargs="?", help="one question; without it, a conversation")
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
+    _add_address(parser)
+
+
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=int, required=True, metavar="N", help="instances")
+    parser.add_argument("--watch", action="store_true", help="show layers arriving")
+    parser.add_argument("--no-wait", action="store_true", help="return when the change is accepted")
+    parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="for this change only")
+    parser.add_argument("--source", choices=("multicast", "disk"), help="for this change only")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="give up waiting after this (default 300)")
+    _add_address(parser)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

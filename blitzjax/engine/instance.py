@@ -1,0 +1,381 @@
+"""One instance's engine thread: takes commands and work in, steps the batch, gives tokens and events out.
+
+Invariant: every Work that came in leaves as a finished, failed or handed-over request; the batcher's ledger knows every
+sequence that is here. All state is touched by the thread that calls `run`; others only `post`.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+
+from blitzjax.config import Config
+from blitzjax.control.batching import Batcher, Chunk
+from blitzjax.control.blocks import PageLedger
+from blitzjax.engine import live, messages as m
+from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.params import LayerStore
+from blitzjax.engine.runner import Runner
+from blitzjax.engine.sampling import greedy_draws
+from blitzjax.engine.sequence import Sequence, sequence_of
+from blitzjax.engine.stages import Stages
+from blitzjax.transfer.handoff import HandOff
+from blitzjax.types import (
+    Abort, Drained, EndLive, Event, InstanceId, LiveDrained, LivePair, PrefillDone, Release, RequestFailed,
+    RequestFinished, RequestHanded, RequestId, Span, StartLive, Work,
+)
+
+Output: TypeAlias = Event | m.Tokens
+
+
+class Instance:
+    def __init__(self, name: InstanceId, config: Config, store: LayerStore, stages: Stages, handoff: HandOff,
+                 emit: Callable[[Output], None], connect: Callable[[InstanceId], m.Partner],
+                 now: Callable[[], float] = time.time):
+        """`emit` must not block; `connect` opens OLD's connection to a live partner."""
+        self.name, self.config, self.store = name, config, store
+        self.spec = store.spec
+        self.runner = Runner(stages, store)
+        self.slots, self.pages = slots_of(config), pages_of(config)
+        self._stages, self._handoff, self._emit, self._connect, self._now = stages, handoff, emit, connect, now
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
+        self._new: live.NewSide | None = None
+        self._old: live.OldSide | None = None
+        self._stopped = False
+        self._reset()
+
+    def post(self, message: object) -> None:
+        """Thread-safe: a Work, a Command or one of engine/messages.py."""
+        self._inbox.put(message)
+
+    def run(self) -> None:
+        """Steps until Stop; sleeps in the inbox when there is nothing to compute."""
+        while not self._stopped:
+            self._receive(wait=not self._step())
+
+    def check(self) -> None:
+        """Asserts the invariants of the parts; for tests and idle moments."""
+        self._batcher.check()
+        placed = {s for s in self._cache.slots if s is not None}
+        assert placed <= self._sequences.keys(), (placed, self._sequences.keys())
+
+    # ---- inbox ------------------------------------------------------------------------------------------------------
+
+    def _receive(self, wait: bool) -> None:
+        try:
+            self._handle(self._inbox.get(block=wait))
+            while True:
+                self._handle(self._inbox.get_nowait())
+        except queue.Empty:
+            return
+
+    def _handle(self, message: object) -> None:
+        match message:
+            case Work():
+                self._accept(message)
+            case Abort():
+                self._abort(message.request_id)
+            case m.UnitsArrived():
+                if self._new is not None:
+                    self._new.arrived(self.store.units)
+            case m.Pulled():
+                self._pulled(message)
+            case m.Taken():
+                if self._new is not None:
+                    self._new.taken(message.seq)
+            case m.HandedOver():
+                self._handed_over(message)
+            case m.ActivationsTaken():
+                self._activations_taken(message)
+            case m.KVTaken():
+                self._kv_taken(message)
+            case StartLive():
+                self._start_live(message.pair)
+            case EndLive():
+                self._end_live(message.pair)
+            case m.PartnerLost():
+                self._partner_lost(message.partner)
+            case Release():
+                self._release()
+                self._emit(Drained(self._now(), self.name))
+            case m.ForgetRequests():
+                self._reset()
+            case m.Stop():
+                self._stopped = True
+            case _:
+                raise AssertionError(f"unknown message {message!r}")
+
+    def _accept(self, work: Work) -> None:
+        if work.request.id in self._sequences:  # an earlier attempt that is still here is void
+            self._leave(self._sequences[work.request.id])
+        sequence = sequence_of(work)
+        loading = self.store.units < self.spec.units
+        if self._new is not None and loading and self._batcher.hold(work.request):
+            self._new.add(sequence)
+        else:
+            self._batcher.add(work.request, len(sequence.tokens))
+        self._sequences[sequence.id] = sequence
+
+    def _abort(self, request_id: RequestId) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._leave(sequence)
+            self._emit(RequestFinished(self._now(), self.name, request_id, sequence.work.attempt, "abort"))
+
+    def _release(self) -> None:
+        self._reset()
+        self.store.release()
+
+    def _reset(self) -> None:
+        """Forgets every request and pair; parameters stay."""
+        if self._old is not None:
+            self._old.close()
+        if self._new is not None:
+            self._new.close()
+        self._old = self._new = None
+        self._sequences, self._ready = {}, []
+        self._cache = SlotCache(self._stages)
+        self._batcher = Batcher(self.slots, self._stages.shapes.chunk_tokens,
+                                PageLedger(self.pages, self.config.engine.page_size))
+
+    # ---- live pairs -------------------------------------------------------------------------------------------------
+
+    def _start_live(self, pair: LivePair) -> None:
+        if pair.new == self.name:
+            self._new = live.NewSide(pair, self.runner, self._handoff)
+            self._new.arrived(self.store.units)
+        else:
+            if self._old is not None:
+                self._old.close()
+            self._old = live.OldSide(pair, self.runner, self._handoff, self._connect(pair.new), self.post,
+                                     self.config.transfer.handoff_timeout_s)
+
+    def _end_live(self, pair: LivePair) -> None:
+        if self._old is not None and self._old.pair == pair:
+            self._old.close()
+            self._old = None
+        if self._new is not None and self._new.pair == pair:
+            self._new.close()
+            self._new.answer()
+
+    def _partner_lost(self, partner: InstanceId) -> None:
+        """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
+        if self._old is not None and self._old.pair.new == partner:
+            self._old.waiting, self._old.drained = False, True
+        if self._new is not None and self._new.pair.old == partner:
+            self._new.partner_left()
+
+    def _pulled(self, pull: m.Pulled) -> None:
+        if self._new is None or self._new.pair.old != pull.puller:
+            pull.reply(m.HandOver(pull.seq, None, drained=True))
+            return
+        self._new.asked(pull)
+        self._answer_pull()
+
+    def _answer_pull(self) -> None:
+        """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
+        sequence = self._new.answer() if self._new is not None else None
+        if sequence is not None:
+            self._forget(sequence)
+            self._emit(RequestHanded(self._now(), self.name, sequence.id, sequence.work.attempt, self._new.pair.old))
+
+    def _handed_over(self, message: m.HandedOver) -> None:
+        if self._old is None or self._old.pair.new != message.partner:
+            return  # the pair ended meanwhile: the brain runs the request again
+        self._old.waiting = False
+        answer = message.answer
+        if answer.work is None:
+            if answer.drained and not self._old.drained:
+                self._old.drained = True
+                self._emit(LiveDrained(self._now(), self.name))
+            return
+        work = answer.work
+        self._emit(RequestHanded(self._now(), message.partner, work.request.id, work.attempt, self.name))
+        if not self._batcher.hold(work.request):
+            self._fail(work, f"{self.name} has no room for a request handed over by {message.partner}")
+            return
+        sequence = sequence_of(work)
+        sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
+        self._sequences[sequence.id] = sequence
+        sequence.prefill = self._old.take(answer)
+        if sequence.prefill is not None:
+            self._ready.append(sequence)
+
+    def _activations_taken(self, message: m.ActivationsTaken) -> None:
+        sequence = self._current(message.work.request.id, message.work.attempt)
+        if sequence is None:
+            return
+        if message.error:
+            self._leave(sequence)
+            self._fail(message.work, message.error)
+            return
+        sequence.prefill = live.resume(self.runner, message.work, message.next_layer, message.arrays)
+        self._ready.append(sequence)
+        if not sequence.kv_missing:
+            self._adopt_kv(sequence)
+
+    def _kv_taken(self, message: m.KVTaken) -> None:
+        sequence = self._current(message.request_id, message.attempt)
+        if sequence is None:
+            return
+        if message.error:
+            self._leave(sequence)
+            self._fail(sequence.work, message.error)
+            return
+        sequence.partner_kv, sequence.kv_missing = message.arrays, False
+        if sequence.prefill is not None:
+            self._adopt_kv(sequence)
+
+    def _adopt_kv(self, sequence: Sequence) -> None:
+        """The partner's layers of KV join the prompt's own; a prompt that waited for them joins the batch."""
+        prefill, flat = sequence.prefill, sequence.partner_kv
+        prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
+        sequence.partner_kv = []
+        if sequence.answered > len(sequence.work.generated):
+            self._join_batch(sequence)
+
+    def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
+        sequence = self._sequences.get(request_id)
+        return sequence if sequence is not None and sequence.work.attempt == attempt else None
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """One decode step for the batch, one piece of prompt work. False: nothing to compute."""
+        progress = self._step_new() if self._new is not None else False
+        if self.store.units < self.spec.units:
+            return progress
+        self._maybe_pull(layers_left=0)
+        step = self._batcher.next_step()
+        if step is not None and step.decode:
+            self._decode()
+            progress = True
+        if self._ready:
+            self._run_ready(self._ready.pop(0))
+            return True
+        if step is not None:
+            for chunk in step.prefill:
+                self._run_chunk(chunk)
+                progress = True
+        return progress
+
+    def _step_new(self) -> bool:
+        """NEW's share: one layer while parameters arrive; afterwards one whole prompt, open to pulls between layers."""
+        while True:
+            self._answer_pull()
+            progress, completed = self._new.step()
+            if completed is not None:
+                self._first_token(completed)
+            whole = progress and completed is None and self.store.units == self.spec.units
+            if not whole:
+                break
+            self._receive(wait=False)
+            if self._new is None:
+                return True
+        self._answer_pull()
+        if self._new.over and self.store.units == self.spec.units:
+            self._new = None
+        return progress
+
+    def _maybe_pull(self, layers_left: int) -> None:
+        """OLD asks for its next prompt when it is idle, or about to be."""
+        old = self._old
+        if old is None or old.waiting or old.drained or self._ready or self._batcher.waiting:
+            return
+        arriving = any(s.prefill is None for s in self._sequences.values() if s.kv_missing)
+        if layers_left <= self.config.transfer.pull_ahead_layers and not arriving and self._batcher.room:
+            old.pull()
+
+    def _run_ready(self, sequence: Sequence) -> None:
+        """The rest of a handed-over prompt; asks for the next one shortly before the end."""
+        layers = self.spec.layers
+        pause = max(sequence.prefill.next_layer, layers - self.config.transfer.pull_ahead_layers)
+        self.runner.run_span(sequence.prefill, Span(sequence.prefill.next_layer, pause))
+        if self._old is not None and pause < layers:
+            sequence.prefill.x[-1].block_until_ready()
+            self._receive(wait=False)
+            self._maybe_pull(layers - pause)
+        if sequence.id in self._sequences:  # not aborted meanwhile
+            self.runner.run_span(sequence.prefill, Span(pause, layers))
+            self._first_token(sequence)
+
+    def _run_chunk(self, chunk: Chunk) -> None:
+        sequence = self._sequences[chunk.request_id]
+        if sequence.prefill is None:
+            sequence.prefill = self.runner.begin(sequence.tokens)
+        index = chunk.start // self._stages.shapes.chunk_tokens
+        self.runner.run_chunk(sequence.prefill, index)
+        self._batcher.chunk_done(chunk)
+        if index == len(sequence.prefill.chunks) - 1:
+            self._first_token(sequence)
+
+    def _first_token(self, sequence: Sequence) -> None:
+        token = self.runner.first_token(sequence.prefill, sequence.work.sampling, sequence.answered)
+        self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
+        if self._answer(sequence, token) and not sequence.kv_missing:
+            self._join_batch(sequence)
+
+    def _join_batch(self, sequence: Sequence) -> None:
+        self._cache.place(sequence.id, sequence.prefill.kv)
+        sequence.prefill = None
+        self._batcher.prefilled(sequence.id)
+
+    def _decode(self) -> None:
+        cache = self._cache
+        rows = [(i, self._sequences[s]) for i, s in enumerate(cache.slots) if s is not None]
+        longest = max(len(sequence.tokens) for _, sequence in rows)
+        cache.reserve(longest)
+        rows = [(cache.slots.index(sequence.id), sequence) for _, sequence in rows]
+        tokens, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
+        draws = greedy_draws(cache.batch)
+        for i, sequence in rows:
+            tokens[i], lengths[i] = sequence.tokens[-1], len(sequence.tokens) - 1
+            draws.set(i, sequence.work.sampling, sequence.answered)
+        drawn = self.runner.decode(cache, tokens, lengths, draws)
+        for i, sequence in rows:
+            self._answer(sequence, int(drawn[i]))
+        cache.shrink(longest + 1)
+
+    def _answer(self, sequence: Sequence, token: int) -> bool:
+        """Appends and emits a token. → whether the sequence goes on; otherwise it has left."""
+        start = sequence.answered
+        sequence.tokens.append(token)
+        reason = sequence.finish_reason(self.spec)
+        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped))
+        if reason:
+            self._leave(sequence)
+            self._emit(RequestFinished(self._now(), self.name, sequence.id, sequence.work.attempt, reason))
+        return not reason
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Frees everything the sequence holds here."""
+        if self._new is not None:
+            self._new.remove(sequence.id)
+        if sequence in self._ready:
+            self._ready.remove(sequence)
+        if sequence.id in self._cache.slots:
+            self._cache.free(sequence.id)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._batcher.finish(sequence.id)
+        del self._sequences[sequence.id]
+
+    def _fail(self, work: Work, why: str) -> None:
+        self._emit(RequestFailed(self._now(), self.name, work.request.id, work.attempt, why))
+
+
+def slots_of(config: Config) -> int:
+    return config.engine.max_num_seqs
+
+
+def pages_of(config: Config) -> int:
+    """KV pages of one instance: configured, or every slot at full length."""
+    engine = config.engine
+    return engine.kv_pages or engine.max_num_seqs * -(-engine.max_model_len // engine.page_size)

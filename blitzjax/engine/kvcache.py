@@ -1,0 +1,80 @@
+"""The decode batch's KV memory: dense slots, one row per sequence, sized in buckets.
+
+Invariant: `slots[i]` is the sequence whose keys and values are in row i of every layer's arrays; no sequence has two.
+The length is the physical one: slicing a longer cache would copy it on every step.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax import Array
+
+from blitzjax.engine.stages import Stages
+from blitzjax.types import RequestId
+
+
+class SlotCache:
+    """Owned and mutated by the engine thread. Arrays are donated to each step and replaced by its results."""
+
+    def __init__(self, stages: Stages):
+        self._stages = stages
+        self.slots: list[RequestId | None] = []
+        self.context = stages.shapes.contexts[0]
+        self.layers: list[tuple[Array, Array]] = []
+
+    @property
+    def batch(self) -> int:
+        return len(self.slots)
+
+    def place(self, sequence: RequestId, staged: list[tuple[Array, Array]]) -> int:
+        """Copies a prefilled prompt's per-layer KV into a free row, growing the cache if needed. Returns the row."""
+        assert sequence not in self.slots
+        needed = max(self.context, staged[0][0].shape[3])
+        if None not in self.slots:
+            self._resize(self._stages.shapes.batch(self.batch + 1), needed)
+        elif needed > self.context:
+            self._resize(self.batch, needed)
+        slot = self.slots.index(None)
+        self.slots[slot] = sequence
+        self.layers = [self._stages.insert(k, v, k_new, v_new, slot)
+                       for (k, v), (k_new, v_new) in zip(self.layers, staged, strict=True)]
+        return slot
+
+    def reserve(self, tokens: int) -> None:
+        """Makes rows long enough for `tokens` tokens."""
+        if tokens > self.context:
+            self._resize(self.batch, self._stages.shapes.context(tokens))
+
+    def free(self, sequence: RequestId) -> None:
+        self.slots[self.slots.index(sequence)] = None
+
+    def shrink(self, longest: int) -> None:
+        """Gives rows and length back once they are at most a quarter used, so that a calm batch stays cheap."""
+        used = sum(s is not None for s in self.slots)
+        if used == 0:
+            self.slots, self.layers, self.context = [], [], self._stages.shapes.contexts[0]
+            return
+        batch, context = self._stages.shapes.batch(used), self._stages.shapes.context(longest)
+        batch = batch if batch * 4 <= self.batch else self.batch
+        context = context if context * 4 <= self.context else self.context
+        if (batch, context) != (self.batch, self.context):
+            self._resize(batch, context)
+
+    def _resize(self, batch: int, context: int) -> None:
+        """Moves every sequence into fresh arrays of [batch, ..., context]; occupied rows are packed to the front."""
+        rows = [i for i, s in enumerate(self.slots) if s is not None]
+        keep = min(context, self.context)
+        spec, sharding = self._stages.spec, self._stages.kv_sharding
+        old = self.layers or [(None, None)] * spec.layers
+        fresh = []
+        for k, v in old:
+            k_new = np.zeros((batch, spec.kv_heads, spec.head_dim, context), np.float32)
+            v_new = np.zeros((batch, spec.kv_heads, context, spec.head_dim), np.float32)
+            if rows:
+                k_new[: len(rows), :, :, :keep] = np.asarray(k)[rows, :, :, :keep]
+                v_new[: len(rows), :, :keep] = np.asarray(v)[rows, :, :keep]
+            fresh.append((jax.device_put(k_new, sharding), jax.device_put(v_new, sharding)))
+        self.layers = fresh
+        self.slots = [self.slots[i] for i in rows] + [None] * (batch - len(rows))
+        self.context = context

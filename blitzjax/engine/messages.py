@@ -1,0 +1,116 @@
+"""What reaches the engine thread besides Commands and Work, and what leaves it besides Events. Values only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from jax import Array
+
+from blitzjax.types import InstanceId, RequestId, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens of an answer, starting at its index `start`; `finish_reason` is empty until the last ones."""
+
+    request_id: RequestId
+    attempt: int
+    start: int
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    layers_helped: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """NEW's answer to pull `seq`. `work` None: nothing, and nothing will come (`drained`) or the pair ended.
+
+    Layers [0, next_layer) were run; their residuals and KV wait at `address` under the two ids (0: none).
+    """
+
+    seq: int
+    work: Work | None
+    next_layer: int = 0
+    address: str = ""
+    activation_uuid: int = 0
+    kv_uuid: int = 0
+    drained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsArrived:
+    """The store's watermark moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """OLD asks NEW for its next item; `reply` may be called from the engine thread, once."""
+
+    seq: int
+    puller: InstanceId
+    reply: Callable[[HandOver], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """OLD has the arrays of hand-over `seq`."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """NEW answered OLD's pull."""
+
+    partner: InstanceId
+    answer: HandOver
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationsTaken:
+    """The residuals of hand-over `seq` are here, or `error` says why not."""
+
+    work: Work
+    seq: int
+    next_layer: int
+    arrays: list[Array]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVTaken:
+    """Keys and values of layers [0, n) of a handed-over prompt are here, or `error` says why not."""
+
+    request_id: RequestId
+    attempt: int
+    arrays: list[Array]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartnerLost:
+    """The connection to a live partner broke."""
+
+    partner: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetRequests:
+    """The controller is gone: drop every request, keep the parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+class Partner(Protocol):
+    """OLD's connection to NEW. Answers arrive in the inbox as HandedOver; a break as PartnerLost."""
+
+    def pull(self, seq: int) -> None: ...
+
+    def taken(self, seq: int) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,260 @@
+"""Where do an instance's parameters live? One contiguous slab of bytes per unit and device, and arrays that view it.
+
+Slabs are what disk readers and the multicast write into; `LayerStore.commit` turns a full slab into sharded jax.Arrays
+without copying on CPU. Invariant: units [0, store.units) are committed, and their slabs are never written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import mmap
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from blitzjax.models import family
+from blitzjax.types import ModelSpec
+
+ALIGNMENT_BYTES = 64  # XLA:CPU aliases host memory only at this alignment
+TP_AXIS = "tp"
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """One parameter array of a unit, unsharded. `axes` has a logical axis name (or None) per dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: tuple[str | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingRules:
+    """The one place that maps logical axes to the mesh. An axis that does not divide by `tp` is replicated."""
+
+    tp: int
+    sharded: tuple[str, ...] = ("vocab", "kv_heads", "ffn")
+
+    def dimension(self, info: ArrayInfo) -> int | None:
+        """The dimension of `info` that is split over the lanes, if any."""
+        for dim, (axis, size) in enumerate(zip(info.axes, info.shape, strict=True)):
+            if axis in self.sharded and size % self.tp == 0:
+                return dim
+        return None
+
+    def partition(self, info: ArrayInfo) -> PartitionSpec:
+        dim = self.dimension(info)
+        return PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, TP_AXIS)
+
+    def local_shape(self, info: ArrayInfo) -> tuple[int, ...]:
+        dim = self.dimension(info)
+        return tuple(size // self.tp if d == dim else size for d, size in enumerate(info.shape))
+
+    def local(self, info: ArrayInfo, array: np.ndarray, lane: int) -> np.ndarray:
+        """The part of the unsharded `array` that device `lane` holds, as a view."""
+        dim = self.dimension(info)
+        if dim is None:
+            return array
+        size = info.shape[dim] // self.tp
+        return array[(slice(None),) * dim + (slice(lane * size, (lane + 1) * size),)]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLayout:
+    """How the arrays of one unit lie in a slab; the same for every lane.
+
+    arrays   a0        a1            a2
+    slab     [#######..|############.|####....]   offsets are multiples of 64, so is slab_bytes
+    """
+
+    arrays: tuple[ArrayInfo, ...]
+    local_shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    slab_bytes: int
+
+    def views(self, slab: np.ndarray) -> dict[str, np.ndarray]:
+        """Name → this lane's array as a view of `slab` uint8[slab_bytes]."""
+        views = {}
+        for info, shape, offset in zip(self.arrays, self.local_shapes, self.offsets, strict=True):
+            nbytes = math.prod(shape) * info.dtype.itemsize
+            views[info.name] = slab[offset:offset + nbytes].view(info.dtype).reshape(shape)
+        return views
+
+
+def unit_kind(spec: ModelSpec, unit: int) -> str:
+    assert 0 <= unit < spec.units, unit
+    return "embed" if unit == 0 else "head" if unit == spec.units - 1 else "layer"
+
+
+def unit_name(spec: ModelSpec, unit: int) -> str:
+    """As error messages say it: "embed", "layer 7" (counted from 0), "head"."""
+    kind = unit_kind(spec, unit)
+    return f"layer {unit - 1}" if kind == "layer" else kind
+
+
+def unit_arrays(spec: ModelSpec, unit: int) -> tuple[ArrayInfo, ...]:
+    """The arrays of a unit in slab order; derived from the model code without allocating anything."""
+    return _kind_arrays(spec, unit_kind(spec, unit))
+
+
+def unit_bytes(spec: ModelSpec, unit: int) -> int:
+    return sum(info.nbytes for info in unit_arrays(spec, unit))
+
+
+def model_bytes(spec: ModelSpec) -> int:
+    """Bytes of all parameters, unsharded and without padding."""
+    return sum(unit_bytes(spec, unit) for unit in range(spec.units))
+
+
+def layout(spec: ModelSpec, unit: int, tp: int) -> UnitLayout:
+    return _kind_layout(spec, unit_kind(spec, unit), tp)
+
+
+@functools.lru_cache(maxsize=64)
+def bind(spec: ModelSpec, kind: str) -> Callable[[Mapping[str, jax.Array]], nnx.Module]:
+    """A function that rebuilds the module of `kind` ("embed" | "layer" | "head") from its arrays, inside a jit."""
+    graph, state = _abstract(spec, kind)
+
+    def rebuild(arrays: Mapping[str, jax.Array]) -> nnx.Module:
+        flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+
+    return rebuild
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(spec: ModelSpec, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
+    model = family(spec.family)
+    build = {"embed": lambda: model.embed(spec, nnx.Rngs(0)),
+             "layer": lambda: model.layer(spec, 0, nnx.Rngs(0)),
+             "head": lambda: model.head(spec, nnx.Rngs(0))}[kind]
+    return nnx.split(nnx.eval_shape(build))
+
+
+@functools.lru_cache(maxsize=64)
+def _kind_arrays(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
+    _, state = _abstract(spec, kind)
+    return tuple(
+        ArrayInfo(_name(path), tuple(variable.get_value().shape), np.dtype(variable.get_value().dtype),
+                  tuple(variable.get_metadata("axes")))
+        for path, variable in nnx.to_flat_state(state))
+
+
+def _name(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+@functools.lru_cache(maxsize=64)
+def _kind_layout(spec: ModelSpec, kind: str, tp: int) -> UnitLayout:
+    rules, arrays = ShardingRules(tp), _kind_arrays(spec, kind)
+    shapes = tuple(rules.local_shape(info) for info in arrays)
+    offsets, end = [], 0
+    for info, shape in zip(arrays, shapes, strict=True):
+        offsets.append(end)
+        end = align(end + math.prod(shape) * info.dtype.itemsize)
+    return UnitLayout(arrays, shapes, tuple(offsets), end)
+
+
+def align(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _allocate(nbytes: int) -> np.ndarray:
+    """uint8[nbytes] of zeros at the start of a page; huge pages where the kernel gives them (fewer page faults)."""
+    pages = mmap.mmap(-1, nbytes)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
+
+
+class LayerStore:
+    """The parameters of one instance on its devices. One owner commits, in unit order; others may read `params`."""
+
+    def __init__(self, spec: ModelSpec, devices: Sequence[jax.Device]) -> None:
+        assert devices
+        self.spec = spec
+        self.mesh = Mesh(np.array(devices), (TP_AXIS,), axis_types=(AxisType.Auto,))
+        self.rules = ShardingRules(len(devices))
+        self.units = 0  # units [0, units) are committed
+        self._devices = tuple(devices)
+        self._slabs: dict[tuple[int, int], np.ndarray] = {}
+        self._params: list[dict[str, jax.Array]] = []
+        self._checksums: dict[tuple[int, int], int] = {}
+
+    @property
+    def lanes(self) -> int:
+        return len(self._devices)
+
+    def layout(self, unit: int) -> UnitLayout:
+        return layout(self.spec, unit, self.lanes)
+
+    def slab_bytes(self, unit: int) -> int:
+        """Bytes per lane; the same for all lanes."""
+        return self.layout(unit).slab_bytes
+
+    def slab(self, unit: int, lane: int) -> np.ndarray:
+        """uint8[slab_bytes(unit)], page aligned, allocated on first use. Do not write to it after `commit(unit)`."""
+        assert 0 <= lane < self.lanes, lane
+        key = (unit, lane)
+        if key not in self._slabs:
+            self._slabs[key] = _allocate(self.slab_bytes(unit))
+        return self._slabs[key]
+
+    def commit(self, unit: int) -> None:
+        """All lanes of `unit` are written: afterwards `params(unit)` is valid and `units == unit + 1`.
+
+        On CPU the arrays alias the slabs; elsewhere they are copied to the devices.
+        """
+        assert unit == self.units, f"unit {unit} committed, unit {self.units} is next"
+        lanes = [self.layout(unit).views(self.slab(unit, lane)) for lane in range(self.lanes)]
+        self._params.append({
+            info.name: jax.make_array_from_single_device_arrays(
+                info.shape, NamedSharding(self.mesh, self.rules.partition(info)),
+                [jax.device_put(views[info.name], device) for views, device in zip(lanes, self._devices, strict=True)])
+            for info in unit_arrays(self.spec, unit)})
+        self.units = unit + 1
+
+    def params(self, unit: int) -> dict[str, jax.Array]:
+        assert 0 <= unit < self.units, f"unit {unit} is not loaded; {self.units} are"
+        return self._params[unit]
+
+    def checksum(self, unit: int, lane: int) -> int:
+        """CRC-32 of a slab; remembered once the unit is committed."""
+        key = (unit, lane)
+        if key in self._checksums:
+            return self._checksums[key]
+        value = zlib.crc32(self.slab(unit, lane))
+        if unit < self.units:
+            self._checksums[key] = value
+        return value
+
+    def release(self) -> None:
+        """Drops every array and slab; memory goes back once the last jax.Array that a caller kept is gone."""
+        self.units = 0
+        self._params.clear()
+        self._slabs.clear()
+        self._checksums.clear()
+
+
+def fill(store: LayerStore, unit: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes unsharded arrays into all slabs of `unit`: cut per lane, cast to the store's dtypes. Does not commit."""
+    for lane in range(store.lanes):
+        views = store.layout(unit).views(store.slab(unit, lane))
+        for info in unit_arrays(store.spec, unit):
+            array = arrays[info.name]
+            assert array.shape == info.shape, (info.name, array.shape, info.shape)
+            views[info.name][...] = store.rules.local(info, array, lane)

@@ -1,0 +1,103 @@
+"""Runs prompts and decode batches through the stages, over any range of layers.
+
+Invariant: `Prefill.next_layer` layers have been run over every chunk of the prompt; whoever holds the object can run
+the rest, here or on another instance, and gets the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jax import Array
+
+from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.params import LayerStore
+from blitzjax.engine.sampling import Draws, greedy_draws
+from blitzjax.engine.shapes import Chunk
+from blitzjax.engine.stages import Stages
+from blitzjax.types import Sampling, Span
+
+
+@dataclass(slots=True)
+class Prefill:
+    """One prompt on its way through the layers. `x[c]` is the residual of chunk c, `kv[l]` the keys, values of layer l."""
+
+    tokens: np.ndarray  # i32[prompt]
+    chunks: tuple[Chunk, ...]
+    context: int  # KV length of the staging arrays
+    kv: list[tuple[Array, Array] | None]
+    next_layer: int = 0
+    x: list[Array | None] = field(default_factory=list)
+    aux: list[object] = field(default_factory=list)
+
+
+class Runner:
+    """Stateless but for the compiled stages and the parameters it reads; one thread calls it."""
+
+    def __init__(self, stages: Stages, store: LayerStore):
+        self.stages, self.store, self.spec = stages, store, stages.spec
+
+    def begin(self, tokens: list[int]) -> Prefill:
+        shapes = self.stages.shapes
+        chunks = shapes.chunks(len(tokens))
+        return Prefill(np.asarray(tokens, np.int32), chunks, shapes.staging(len(tokens)), [None] * self.spec.layers,
+                       x=[None] * len(chunks), aux=[None] * len(chunks))
+
+    def run_span(self, prefill: Prefill, span: Span) -> None:
+        """Runs layers [span.start, span.stop) over the whole prompt, layer by layer. Needs units of the span loaded."""
+        assert prefill.next_layer == span.start <= span.stop
+        for layer in range(span.start, span.stop):
+            for index in range(len(prefill.chunks)):
+                self._run_layer(prefill, layer, index)
+            prefill.next_layer = layer + 1
+
+    def run_chunk(self, prefill: Prefill, index: int) -> None:
+        """Runs every layer over one chunk; the prompt is complete after its last chunk."""
+        for layer in range(self.spec.layers):
+            self._run_layer(prefill, layer, index)
+        if index == len(prefill.chunks) - 1:
+            prefill.next_layer = self.spec.layers
+
+    def first_token(self, prefill: Prefill, sampling: Sampling, step: int) -> int:
+        """Head over the prompt's last row."""
+        assert prefill.next_layer == self.spec.layers
+        last = prefill.chunks[-1]
+        row = self.stages.last_row(prefill.x[-1], last.stop - last.start - 1)
+        draws = greedy_draws(row.shape[0])
+        draws.set(0, sampling, step)
+        return int(np.asarray(self._head(row, draws))[0])
+
+    def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> np.ndarray:
+        """One step for every row: tokens i32[B] enter at positions lengths i32[B]. → next tokens i32[B]."""
+        x, aux = self.stages.embed(self.store.params(0), tokens[:, None], lengths[:, None])
+        for layer in range(self.spec.layers):
+            k, v = cache.layers[layer]
+            x, k, v = self.stages.decode(self.store.params(layer + 1), x, aux, k, v, lengths)
+            cache.layers[layer] = (k, v)
+        return np.asarray(self._head(x, draws))
+
+    def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:
+        chunk, weights = prefill.chunks[index], self.store.params(layer + 1)
+        if prefill.aux[index] is None:
+            self._embed(prefill, index)
+        x, aux = prefill.x[index], prefill.aux[index]
+        if index == 0:
+            x, k, v = self.stages.first(weights, x, aux, prefill.context)
+        else:
+            x, k, v = self.stages.next(weights, x, aux, *prefill.kv[layer], chunk.start)
+        prefill.x[index], prefill.kv[layer] = x, (k, v)
+
+    def _embed(self, prefill: Prefill, index: int) -> None:
+        """Fills x (unless it came from a partner) and the per-step constants of a chunk."""
+        chunk = prefill.chunks[index]
+        tokens = np.zeros((1, chunk.width), np.int32)
+        tokens[0, : chunk.stop - chunk.start] = prefill.tokens[chunk.start : chunk.stop]
+        positions = np.arange(chunk.start, chunk.start + chunk.width, dtype=np.int32)[None]
+        x, prefill.aux[index] = self.stages.embed(self.store.params(0), tokens, positions)
+        if prefill.x[index] is None:
+            prefill.x[index] = x
+
+    def _head(self, x: Array, draws: Draws) -> Array:
+        table = self.store.params(0)["table"] if self.spec.tied_embeddings else None
+        return self.stages.head(self.store.params(self.spec.units - 1), table, x, draws)

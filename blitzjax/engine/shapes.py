@@ -1,0 +1,107 @@
+"""Which shapes exist: every bucket that is compiled ahead, listed in one place. No array is ever made here.
+
+Invariant: a prompt is always cut at the same places and padded to the same buckets, whatever else runs beside it, so
+its numbers do not depend on load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from blitzjax.config import EngineConfig
+from blitzjax.types import ModelSpec
+
+_MIN_CHUNK = 32  # tokens; shorter prompts are padded to it
+_MIN_CONTEXT = 256  # tokens of KV; caches are not smaller
+_MIN_BATCH = 2  # XLA:CPU is an order of magnitude slower with one bfloat16 row than with two
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prompt tokens [start, stop), padded to `width` rows."""
+
+    start: int
+    stop: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    batches: tuple[int, ...]  # decode rows
+    contexts: tuple[int, ...]  # KV lengths
+    widths: tuple[int, ...]  # prefill rows; the last one is the chunk size
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.widths[-1]
+
+    def batch(self, rows: int) -> int:
+        return _first_at_least(self.batches, rows)
+
+    def context(self, tokens: int) -> int:
+        return _first_at_least(self.contexts, tokens)
+
+    def chunks(self, tokens: int) -> tuple[Chunk, ...]:
+        """Cuts a prompt: full chunks, then a tail padded to the smallest width that later chunks are compiled for."""
+        size = self.chunk_tokens
+        if tokens <= size:
+            return (Chunk(0, tokens, _first_at_least(self.widths, tokens)),)
+        full = tuple(Chunk(a, b, size) for a, b in pairwise(range(0, tokens + 1, size)))
+        start = full[-1].stop
+        if start == tokens:
+            return full
+        return (*full, Chunk(start, tokens, _first_at_least(self.tail_widths, tokens - start)))
+
+    @property
+    def tail_widths(self) -> tuple[int, ...]:
+        """Widths of chunks that do not start the prompt: a short one and the full one."""
+        return tuple(sorted({self.widths[min(2, len(self.widths) - 1)], self.chunk_tokens}))
+
+    def staging(self, tokens: int) -> int:
+        """KV length that a prompt of `tokens` tokens is prefilled into: it holds every chunk with its padding."""
+        last = self.chunks(tokens)[-1]
+        return self.context(last.start + last.width)
+
+    def first_chunks(self) -> tuple[tuple[int, int], ...]:
+        """(width, staging length) of every first chunk."""
+        single = {(w, self.context(w)) for w in self.widths}
+        return tuple(sorted(single | {(self.chunk_tokens, s) for s in self._long_contexts()}))
+
+    def next_chunks(self) -> tuple[tuple[int, int], ...]:
+        return tuple((w, s) for s in self._long_contexts() for w in self.tail_widths)
+
+    def _long_contexts(self) -> tuple[int, ...]:
+        return tuple(s for s in self.contexts if s > self.chunk_tokens)
+
+
+def shapes_for(spec: ModelSpec, config: EngineConfig) -> Shapes:
+    """Powers of two between a minimum and the configured limits."""
+    limit = min(spec.max_len, config.max_model_len)
+    chunk = _round_up_power(min(config.max_num_batched_tokens, limit))
+    contexts = _powers(min(_MIN_CONTEXT, _round_up_power(limit)), limit)
+    if limit > chunk:  # a tail's padding may reach past the limit
+        contexts = _powers(min(_MIN_CONTEXT, chunk), -(-limit // chunk) * chunk)
+    return Shapes(
+        batches=_powers(_MIN_BATCH, max(_MIN_BATCH, config.max_num_seqs)),
+        contexts=contexts,
+        widths=_powers(min(_MIN_CHUNK, chunk), chunk),
+    )
+
+
+def _powers(start: int, limit: int) -> tuple[int, ...]:
+    out = [start]
+    while out[-1] < limit:
+        out.append(out[-1] * 2)
+    return tuple(out)
+
+
+def _round_up_power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _first_at_least(options: tuple[int, ...], n: int) -> int:
+    for option in options:
+        if option >= n:
+            return option
+    raise AssertionError(f"{n} is beyond the largest bucket {options[-1]}")

@@ -1,0 +1,253 @@
+"""The compiled pieces that every pass through the model is made of: embed, one layer, head, and KV placement.
+
+Invariant: one executable per (kind, shape) serves all layers, with parameters as arguments, so any range of layers is a
+slice and a pass cut anywhere computes bit for bit what the whole computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from blitzjax.config import EngineConfig
+from blitzjax.engine import params, sampling
+from blitzjax.engine.executables import ExecutableCache
+from blitzjax.engine.shapes import Shapes, shapes_for
+from blitzjax.models import blocks, family
+from blitzjax.types import ModelSpec
+
+Params = dict[str, Array]
+_HEAD_ROWS = 2  # a prompt's last row, padded: see shapes._MIN_BATCH
+
+
+class Stages:
+    """Every executable of one model on one mesh. Built once, before the instance reports ready; then read only."""
+
+    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh):
+        self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
+        self.shapes: Shapes = shapes_for(spec, config)
+        heads = params.ArrayInfo("kv", (spec.kv_heads,), np.dtype(np.float32), ("kv_heads",))
+        self.kv_sharding = NamedSharding(mesh, P(None, *self.rules.partition(heads)))  # [rows, KV, ...]
+        self.replicated = NamedSharding(mesh, P())
+        self.cache = ExecutableCache(Path(config.executable_cache), _fingerprint(spec), mesh.devices.flatten().tolist())
+        self._found: dict[tuple, object] = {}
+
+    # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
+
+    def embed(self, weights: Params, tokens: np.ndarray, positions: np.ndarray) -> tuple[Array, object]:
+        """i32[B, T], i32[B, T] → residual f32[B, T, D] and the model's per-step constants (rope tables)."""
+        return self._stage("embed", *tokens.shape)(weights, tokens, positions)
+
+    def first(self, weights: Params, x: Array, aux, context: int) -> tuple[Array, Array, Array]:
+        """One layer over the first chunk of a prompt. → x, k [1, KV, hd, context], v [1, KV, context, hd]."""
+        return self._stage("first", x.shape[1], context)(weights, x, aux)
+
+    def next(self, weights: Params, x: Array, aux, k: Array, v: Array, start: int) -> tuple[Array, Array, Array]:
+        """One layer over a later chunk at `start`; k and v are donated and returned with the chunk's rows written."""
+        return self._stage("next", x.shape[1], k.shape[3])(weights, x, aux, k, v, np.int32(start))
+
+    def decode(self, weights: Params, x: Array, aux, k: Array, v: Array, lengths) -> tuple[Array, Array, Array]:
+        """One layer, one token per row at position `lengths` i32[B]; k and v are donated and returned."""
+        return self._stage("decode", x.shape[0], k.shape[3])(weights, x, aux, k, v, lengths)
+
+    def last_row(self, x: Array, row: int) -> Array:
+        """f32[1, T, D] → f32[2, D]: row `row`, padded to the batch that the head is compiled for."""
+        return self._stage("last_row", x.shape[1])(x, np.int32(row))
+
+    def head(self, weights: Params, table: Array | None, x: Array, draws: sampling.Draws) -> Array:
+        """f32[B, D] or f32[B, 1, D] → i32[B] next tokens."""
+        kind = "head_greedy" if draws.greedy else "head_sample"
+        return self._stage(kind, x.shape[0])(weights, table, x.reshape(x.shape[0], -1), draws)
+
+    def insert(self, k: Array, v: Array, k_new: Array, v_new: Array, slot: int) -> tuple[Array, Array]:
+        """Writes a prompt's KV [1, ...] into row `slot` of a decode cache; k and v are donated."""
+        return self._stage("insert", k.shape[0], k.shape[3], k_new.shape[3])(k, v, k_new, v_new, np.int32(slot))
+
+    # ---- compilation ------------------------------------------------------------------------------------------------
+
+    def compile_all(self) -> None:
+        """Compiles, or loads from the executable cache, every stage at every bucket."""
+        s = self.shapes
+        for width in s.widths:
+            self._stage("embed", 1, width)
+            self._stage("last_row", width)
+        for width, context in s.first_chunks():
+            self._stage("first", width, context)
+        for width, context in s.next_chunks():
+            self._stage("next", width, context)
+        for rows in s.batches:
+            self._stage("embed", rows, 1)
+            self._stage("head_greedy", rows)
+            self._stage("head_sample", rows)
+            for context in s.contexts:
+                self._stage("decode", rows, context)
+                for staged in s.contexts:
+                    if staged <= context:
+                        self._stage("insert", rows, context, staged)
+
+    def _stage(self, kind: str, *sizes: int):
+        found = self._found.get((kind, *sizes))
+        if found is None:
+            fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
+            name = "-".join([kind, *map(str, sizes)])
+            found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
+        return found
+
+    def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.replicated)
+
+    @functools.cache
+    def _weights(self, unit: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {a.name: self._abstract(a.shape, a.dtype, NamedSharding(self.mesh, self.rules.partition(a)))
+                for a in params.unit_arrays(self.spec, unit)}
+
+    def kv_specs(self, rows: int, context: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        kv, hd = self.spec.kv_heads, self.spec.head_dim
+        return (self._abstract((rows, kv, hd, context), sharding=self.kv_sharding),
+                self._abstract((rows, kv, context, hd), sharding=self.kv_sharding))
+
+    def _activations(self, rows: int, width: int):
+        """Abstract x and aux of a stage over [rows, width] tokens."""
+        positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+        aux = jax.eval_shape(functools.partial(family(self.spec.family).aux, self.spec), positions)
+        aux = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), aux)
+        return self._abstract((rows, width, self.spec.dim)), aux
+
+    def _build_embed(self, rows: int, width: int):
+        module, spec = params.bind(self.spec, "embed"), self.spec
+        aux = family(spec.family).aux
+
+        def embed(weights, tokens, positions):
+            return module(weights)(tokens), aux(spec, positions)
+
+        ids = self._abstract((rows, width), jnp.int32)
+        return embed, (self._weights(0), ids, ids), (), self.replicated
+
+    def _build_first(self, width: int, context: int):
+        module = params.bind(self.spec, "layer")
+
+        def first(weights, x, aux):
+            rows = jnp.arange(width)
+            kept = []
+
+            def attend(q, k, v):
+                k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3))
+                kept.extend((k, v))
+                return attention(q, k, v, rows[:, None] >= rows[None, :])
+
+            x = module(weights)(x, aux, attend)
+            room = (0, context - width)
+            return x, jnp.pad(kept[0], ((0, 0),) * 3 + (room,)), jnp.pad(kept[1], ((0, 0),) * 2 + (room, (0, 0)))
+
+        out = (self.replicated, self.kv_sharding, self.kv_sharding)
+        return first, (self._weights(1), *self._activations(1, width)), (), out
+
+    def _build_next(self, width: int, context: int):
+        module = params.bind(self.spec, "layer")
+
+        def next_chunk(weights, x, aux, k, v, start):
+            seen = start + jnp.arange(width)[:, None] >= jnp.arange(context)[None, :]  # [width, context]
+            cache = {}
+
+            def attend(q, k_new, v_new):
+                cache["k"] = lax.dynamic_update_slice(k, jnp.transpose(k_new, (0, 2, 3, 1)), (0, 0, 0, start))
+                cache["v"] = lax.dynamic_update_slice(v, jnp.transpose(v_new, (0, 2, 1, 3)), (0, 0, start, 0))
+                return attention(q, cache["k"], cache["v"], seen)
+
+            x = module(weights)(x, aux, attend)
+            return x, cache["k"], cache["v"]
+
+        args = (self._weights(1), *self._activations(1, width), *self.kv_specs(1, context), self._abstract((), jnp.int32))
+        return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
+
+    def _build_decode(self, rows: int, context: int):
+        module = params.bind(self.spec, "layer")
+
+        def decode(weights, x, aux, k, v, lengths):
+            row = jnp.arange(rows)
+            seen = jnp.arange(context)[None, :] <= lengths[:, None]  # [rows, context]
+            cache = {}
+
+            def attend(q, k_new, v_new):
+                cache["k"] = k.at[row, :, :, lengths].set(k_new[:, 0])
+                cache["v"] = v.at[row, :, lengths, :].set(v_new[:, 0])
+                return attention(q, cache["k"], cache["v"], seen[:, None, None, None, :])
+
+            x = module(weights)(x, aux, attend)
+            return x, cache["k"], cache["v"]
+
+        args = (self._weights(1), *self._activations(rows, 1), *self.kv_specs(rows, context),
+                self._abstract((rows,), jnp.int32))
+        return decode, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
+
+    def _build_last_row(self, width: int):
+        def last_row(x, row):
+            return jnp.broadcast_to(lax.dynamic_slice_in_dim(x[0], row, 1), (_HEAD_ROWS, x.shape[2]))
+
+        return last_row, (self._abstract((1, width, self.spec.dim)), self._abstract((), jnp.int32)), (), self.replicated
+
+    def _build_head_greedy(self, rows: int):
+        module = params.bind(self.spec, "head")
+
+        def head_greedy(weights, table, x, draws):
+            del draws
+            return sampling.greedy(module(weights)(x, table))
+
+        return head_greedy, self._head_args(rows), (), self.replicated
+
+    def _build_head_sample(self, rows: int):
+        module = params.bind(self.spec, "head")
+
+        def head_sample(weights, table, x, draws):
+            return sampling.sample(module(weights)(x, table), draws)
+
+        return head_sample, self._head_args(rows), (), self.replicated
+
+    def _head_args(self, rows: int):
+        table = self._weights(0)["table"] if self.spec.tied_embeddings else None
+        draws = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), sampling.greedy_draws(rows))
+        return self._weights(self.spec.layers + 1), table, self._abstract((rows, self.spec.dim)), draws
+
+    def _build_insert(self, rows: int, context: int, staged: int):
+        def insert(k, v, k_new, v_new, slot):
+            return (lax.dynamic_update_slice(k, k_new, (slot, 0, 0, 0)),
+                    lax.dynamic_update_slice(v, v_new, (slot, 0, 0, 0)))
+
+        args = (*self.kv_specs(rows, context), *self.kv_specs(1, staged), self._abstract((), jnp.int32))
+        return insert, args, (0, 1), (self.kv_sharding, self.kv_sharding)
+
+
+def attention(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    """Grouped-query attention as two batched matrix products on layouts that XLA:CPU takes without a copy.
+
+    q [B, T, H, hd] with H = KV * G, k [B, KV, hd, S], v [B, KV, S, hd]; `seen` broadcasts to [B, KV, G, T, S].
+    → [B, T, H * hd], float32 throughout.
+    """
+    b, t, h, hd = q.shape
+    kv, length = k.shape[1], k.shape[3]
+    g = h // kv
+    q = q.reshape(b, t, kv, g, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, hd)
+    scores = _batched_dot(q, k) / math.sqrt(hd)  # [B, KV, G * T, S]
+    scores = jnp.where(seen, scores.reshape(b, kv, g, t, length), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(b, kv, g * t, length)
+    out = _batched_dot(weights, v).reshape(b, kv, g, t, hd)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * hd)
+
+
+def _batched_dot(a: Array, b: Array) -> Array:
+    """[B, KV, m, c] x [B, KV, c, n] → f32[B, KV, m, n]"""
+    return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), precision=lax.Precision.HIGHEST)
+
+
+def _fingerprint(spec: ModelSpec) -> str:
+    """The spec and the source of everything that a stage traces through."""
+    modules = (inspect.getmodule(Stages), sampling, params, blocks, inspect.getmodule(family(spec.family).layer))
+    return "\n".join([repr(spec), *map(inspect.getsource, modules)])

@@ -1,0 +1,119 @@
+"""One answer on its way to a client: tokens in from workers, text out to a stream.
+
+Invariant: `generated` is what the client was or will be told, in order, whatever attempts produced it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from blitzjax.serve.model import ServedModel
+from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings
+from blitzjax.types import FinishReason, Request, Sampling, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A validated request, before it has an arrival time."""
+
+    request_id: str
+    model: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    code: str  # gRPC status name
+    message: str
+
+
+@dataclass(slots=True)
+class Piece:
+    """What a stream has not sent yet."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+
+
+class Answer:
+    """State of one request in the shell. The controller mutates it; the request's stream takes pieces from it."""
+
+    def __init__(self, request_id: str, order: Order, model: ServedModel, arrival_s: float):
+        """`request_id` is the shell's own: unlike the client's it never comes back while a worker still has the old one."""
+        self.order = order
+        self.request = Request(id=request_id, model=order.model, prompt_tokens=len(order.prompt),
+                               max_tokens=order.sampling.max_tokens, arrival_s=arrival_s, priority=order.priority)
+        self.generated: list[int] = []
+        self.attempt = -1  # no attempt yet
+        self.attempts = 0
+        self.layers_helped = 0
+        self.assigned_s: float | None = None
+        self.first_token_s: float | None = None
+        self.finish_reason: FinishReason | None = None
+        self.failure: Failure | None = None
+        self.changed = asyncio.Event()
+        self._piece = Piece()
+        eos = () if order.sampling.ignore_eos else model.spec.eos_token_ids
+        self._silent = frozenset(order.sampling.stop_token_ids) | frozenset(eos)
+        self._decoder = None if model.tokenizer is None else IncrementalDecoder(model.tokenizer, order.prompt)
+        self._stops = StopStrings(order.stop)
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None or self.failure is not None
+
+    def work(self, attempt: int, now: float) -> Work:
+        """Starts an attempt: it continues after the tokens that earlier ones emitted."""
+        self.attempt, self.attempts = attempt, self.attempts + 1
+        self.assigned_s = now if self.assigned_s is None else self.assigned_s
+        return Work(self.request, attempt, self.order.prompt, tuple(self.generated), self.order.sampling)
+
+    def push(self, start: int, token_ids: list[int], reason: FinishReason | None, now: float) -> None:
+        """Appends tokens [start, start + len) of the answer; those it already has are ignored. Ends the answer when
+        `reason` is given or a stop string is complete. Raises IndexError when tokens are missing before `start`.
+        """
+        if start > len(self.generated):
+            raise IndexError(f"tokens {len(self.generated)}..{start - 1} of {self.request.id} never came")
+        fresh = token_ids[len(self.generated) - start:]
+        if fresh and self.first_token_s is None:
+            self.first_token_s = now
+        for i, token in enumerate(fresh):
+            last = reason is not None and i == len(fresh) - 1
+            self._append(token, silent=last and reason == "stop" and token in self._silent)
+            if self._stops.hit:
+                return self.end("stop")
+        if reason is not None:
+            return self.end(reason)
+        self.changed.set()
+
+    def end(self, reason: FinishReason) -> None:
+        """Nothing is emitted afterwards."""
+        if self.ended:
+            return
+        if self._decoder is not None and not self._stops.hit:
+            self._piece.text += self._stops.push(self._decoder.flush())
+            reason = "stop" if self._stops.hit else reason
+            self._piece.text += self._stops.flush()
+        self.finish_reason = reason
+        self.changed.set()
+
+    def fail(self, code: str, message: str) -> None:
+        if not self.ended:
+            self.failure = Failure(code, message)
+            self.changed.set()
+
+    def take(self) -> Piece:
+        """What came since the last call; the stream sends it."""
+        piece, self._piece = self._piece, Piece()
+        self.changed.clear()
+        return piece
+
+    def _append(self, token: int, silent: bool) -> None:
+        self.generated.append(token)
+        self._piece.token_ids.append(token)
+        if self._decoder is not None and not silent:
+            self._piece.text += self._stops.push(self._decoder.push((token,)))

@@ -1,0 +1,275 @@
+"""A small Python client: `Client` for scripts, `AsyncClient` for programs. Needs grpc only.
+
+Failures are the exceptions of blitzjax/errors.py; other gRPC statuses (DEADLINE_EXCEEDED, say) are a BlitzError with
+that `code`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypedDict, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
+from blitzjax.types import LiveMode, Source
+from blitzjax.v1 import inference_pb2 as pb
+from blitzjax.v1 import inference_pb2_grpc as rpc
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
+
+_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+_ERRORS = {kind.code: kind for kind in (InvalidRequest, UnknownModel, QueueFull, Unavailable)}
+_POLL_S = 0.05
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`; what is absent is the server's default."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    model: str
+    request_id: str
+    priority: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One message of an answer. The last one has `finish_reason` and `usage`."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    usage: pb.Usage | None
+    at_s: float  # since the call began, on this side
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole answer. `ttft_s` and `token_times_s` count from the call, on this side."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    usage: pb.Usage
+    ttft_s: float
+    token_times_s: tuple[float, ...]
+    total_s: float
+
+
+class Client:
+    """Blocking. Thread-safe; close it, or use it as a context manager."""
+
+    def __init__(self, address: str = "127.0.0.1:50051"):
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = rpc.InferenceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self.address = address
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
+        """Waits for the whole answer."""
+        return collect(list(self.stream(prompt, **options)))
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
+        """Chunks as they come; closing the iterator ends the generation."""
+        started = time.monotonic()
+        call = self._stub.Generate(generate_request(prompt, options), timeout=options.get("timeout_s"))
+        try:
+            for message in call:
+                yield _chunk(message, started)
+        except grpc.RpcError as e:
+            raise error_of(e) from e
+        finally:
+            call.cancel()
+
+    def abort(self, *request_ids: str) -> None:
+        self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
+
+    def status(self, timeout_s: float | None = 10.0) -> pb.ClusterStatus:
+        return self._unary(self._stub.Status, pb.StatusRequest(), timeout_s)
+
+    def scale(self, target: int, *, live: LiveMode | None = None, source: Source | None = None, wait: bool = False,
+              timeout_s: float | None = None) -> pb.ScaleResponse:
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve."""
+        return self._unary(self._stub.Scale, pb.ScaleRequest(target=target, live=live, source=source, wait=wait),
+                           timeout_s)
+
+    def watch(self, timeout_s: float | None = None) -> Iterator[pb.ClusterStatus]:
+        """The cluster now and after every change; closing the iterator ends the call."""
+        call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as e:
+            raise error_of(e) from e
+        finally:
+            call.cancel()
+
+    def ready(self) -> bool:
+        """True when at least one instance serves."""
+        try:
+            answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+        except grpc.RpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ready():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.address} is not ready after {timeout_s:g} s")
+            time.sleep(_POLL_S)
+
+    def _unary(self, method: grpc.UnaryUnaryMultiCallable, request, timeout_s: float | None):
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as e:
+            raise error_of(e) from e
+
+
+class AsyncClient:
+    """The same on asyncio; make it inside the event loop."""
+
+    def __init__(self, address: str = "127.0.0.1:50051"):
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = rpc.InferenceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self.address = address
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
+        """Waits for the whole answer."""
+        return collect([chunk async for chunk in self.stream(prompt, **options)])
+
+    async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
+        """Chunks as they come; closing the iterator ends the generation."""
+        started = time.monotonic()
+        call = self._stub.Generate(generate_request(prompt, options), timeout=options.get("timeout_s"))
+        try:
+            async for message in call:
+                yield _chunk(message, started)
+        except grpc.RpcError as e:
+            raise error_of(e) from e
+        finally:
+            call.cancel()
+
+    async def abort(self, *request_ids: str) -> None:
+        await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
+
+    async def status(self, timeout_s: float | None = 10.0) -> pb.ClusterStatus:
+        return await self._unary(self._stub.Status, pb.StatusRequest(), timeout_s)
+
+    async def scale(self, target: int, *, live: LiveMode | None = None, source: Source | None = None,
+                    wait: bool = False, timeout_s: float | None = None) -> pb.ScaleResponse:
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve."""
+        return await self._unary(
+            self._stub.Scale, pb.ScaleRequest(target=target, live=live, source=source, wait=wait), timeout_s)
+
+    async def watch(self, timeout_s: float | None = None) -> AsyncIterator[pb.ClusterStatus]:
+        """The cluster now and after every change; closing the iterator ends the call."""
+        call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=timeout_s)
+        try:
+            async for picture in call:
+                yield picture
+        except grpc.RpcError as e:
+            raise error_of(e) from e
+        finally:
+            call.cancel()
+
+    async def ready(self) -> bool:
+        """True when at least one instance serves."""
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+        except grpc.RpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while not await self.ready():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.address} is not ready after {timeout_s:g} s")
+            await asyncio.sleep(_POLL_S)
+
+    async def _unary(self, method: grpc.aio.UnaryUnaryMultiCallable, request, timeout_s: float | None):
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.RpcError as e:
+            raise error_of(e) from e
+
+
+def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
+    """Raises TypeError for an option that does not exist."""
+    unknown = set(options) - set(Options.__annotations__)
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    outside = ("model", "request_id", "priority", "timeout_s")
+    out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
+                             priority=options.get("priority", 0),
+                             sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))
+    if isinstance(prompt, str):
+        out.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        out.chat.messages.extend(pb.ChatMessage(role=m["role"], content=m["content"]) for m in prompt)
+    else:
+        out.tokens.SetInParent()
+        out.tokens.ids.extend(prompt)
+    return out
+
+
+def collect(chunks: Sequence[Chunk]) -> Result:
+    """Joins the chunks of one complete answer."""
+    last = chunks[-1]
+    times = tuple(chunk.at_s for chunk in chunks for _ in chunk.token_ids)
+    return Result(
+        request_id=last.request_id, text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids), finish_reason=last.finish_reason, usage=last.usage,
+        ttft_s=times[0] if times else last.at_s, token_times_s=times, total_s=last.at_s)
+
+
+def error_of(error: grpc.RpcError) -> BlitzError:
+    """The exception that the server raised, or a BlitzError with the status as its `code`."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    name, details = error.code().name, error.details()
+    if name in _ERRORS:
+        return _ERRORS[name](details)
+    out = BlitzError(f"{name}: {details}")
+    out.code = name
+    return out
+
+
+def _chunk(message: pb.GenerateResponse, started: float) -> Chunk:
+    return Chunk(message.request_id, message.text, tuple(message.token_ids), message.finish_reason,
+                 message.usage if message.HasField("usage") else None, time.monotonic() - started)

@@ -1,0 +1,392 @@
+"""The controller process: drives the brain with a wall clock, links to workers, and serves clients. Never imports jax.
+
+Invariant: the brain is only touched on the event loop, and each of its commands is carried out before the next event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import signal
+import sys
+import time
+import typing
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from blitzjax import config as configs
+from blitzjax import types
+from blitzjax.config import Config
+from blitzjax.control.cluster import Cluster
+from blitzjax.errors import BlitzError, ConfigError, InvalidRequest
+from blitzjax.serve import codec
+from blitzjax.serve.answers import Answer, Order
+from blitzjax.serve.eventlog import EventLog
+from blitzjax.serve.frontend import SERVICE, Frontend
+from blitzjax.serve.links import WorkerLink
+from blitzjax.serve.model import ServedModel, load_model
+from blitzjax.v1 import inference_pb2_grpc as rpc
+from blitzjax.v1 import worker_pb2 as pb
+
+_log = logging.getLogger("blitzjax.controller")
+_TICK_S = 0.05
+_GRACE_S = 0.5  # open streams may flush their last message
+
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+
+
+class Controller:
+    """Owns the brain, the requests' answers and the worker links. Implements links.Shell."""
+
+    def __init__(self, config: Config, model: ServedModel, workers: Mapping[types.InstanceId, str]):
+        """`workers` maps instance ids to addresses, in rank order. Opens the event log."""
+        self.config, self.model = config, model
+        self.context_tokens = min(config.engine.max_model_len, model.spec.max_len)
+        self.draining = False
+        self._cluster = Cluster(config, model.spec)
+        self._started = time.monotonic()
+        self._numbers = itertools.count()
+        self._answers: dict[types.RequestId, Answer] = {}
+        self._active: dict[str, Answer] = {}  # by the client's request id
+        # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
+        self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._broken: asyncio.Future[None] | None = None
+        self._event_log: EventLog | None = None
+        if config.serve.event_log:
+            header = {"spec": asdict(model.spec), "config": configs.to_tables(config)}
+            self._event_log = EventLog(Path(config.serve.event_log), header)
+        self._links = {link.instance: link for link in self._make_links(workers)}
+
+    def _make_links(self, workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
+        peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]
+        for instance, address in workers.items():
+            yield WorkerLink(address, pb.Configure(
+                instance=instance, model_json=self.model.manifest_json,
+                config_json=json.dumps(configs.to_tables(self.config)), checkpoint=str(self.model.directory),
+                peers=peers), self)
+
+    # ---- time and state
+
+    def now(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def pool(self) -> int:
+        return len(self._links)
+
+    @property
+    def serving(self) -> int:
+        return sum(i.phase is types.Phase.SERVING for i in self._cluster.status().instances)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._answers)
+
+    def status(self):
+        return self._cluster.status()
+
+    @contextlib.contextmanager
+    def subscribe(self) -> Iterator[asyncio.Event]:
+        """An event that is set after every change until the block ends."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            yield changed
+        finally:
+            self._watchers.discard(changed)
+
+    # ---- what clients want
+
+    def submit(self, order: Order) -> Answer:
+        """Starts a request. Raises InvalidRequest when its id is in use."""
+        if order.request_id in self._active:
+            raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
+        answer = Answer(f"{order.request_id}#{next(self._numbers)}", order, self.model, self.now())
+        self._answers[answer.request.id] = self._active[order.request_id] = answer
+        self.on_event(types.RequestArrived(self.now(), answer.request))
+        return answer
+
+    def leave(self, answer: Answer) -> None:
+        """The stream of `answer` is over, for whatever reason; ends its generation if it still runs."""
+        if self._forget(answer):
+            answer.end("abort")
+            self.on_event(types.RequestCancelled(self.now(), answer.request.id))
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._active:
+            self.leave(self._active[request_id])
+
+    def scale(self, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
+        self.on_event(types.ScaleRequested(self.now(), target, live, source))
+
+    def _forget(self, answer: Answer) -> bool:
+        self._active.pop(answer.order.request_id, None)
+        return self._answers.pop(answer.request.id, None) is not None
+
+    # ---- what workers say
+
+    def on_event(self, event: types.Event) -> None:
+        """The only way to the brain. A brain that raises has no trustworthy state left: the process ends."""
+        try:
+            self._handle(event)
+        except Exception as e:
+            if self._broken is None or self._broken.done():
+                raise
+            self._broken.set_exception(e)
+
+    def _handle(self, event: types.Event) -> None:
+        if self._event_log is not None:
+            self._event_log.event(event)
+        for command in self._cluster.handle(event):
+            if self._event_log is not None:
+                self._event_log.command(event.at, command)
+            self._execute(command)
+        if isinstance(event, types.RequestFinished):
+            self._confirm(event)
+        for changed in self._watchers:
+            changed.set()
+
+    def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None:
+        answer = self._answers.get(tokens.request_id)
+        if answer is None or tokens.attempt != answer.attempt:
+            return  # the client left, or a later attempt runs elsewhere
+        answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
+        try:
+            answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, self.now())
+        except IndexError as e:
+            _log.error("%s: %s", instance, e)
+            answer.fail("INTERNAL", str(e))
+        if not answer.ended:
+            return
+        self._forget(answer)
+        if tokens.finish_reason and answer.failure is None:
+            self._unconfirmed[answer.request.id] = types.RequestFinished(
+                self.now(), instance, answer.request.id, answer.attempt, tokens.finish_reason)
+        else:  # a stop string, or broken
+            self.on_event(types.RequestCancelled(self.now(), answer.request.id))
+
+    def _confirm(self, event: types.RequestFinished) -> None:
+        """Ends an answer whose last tokens did not say so; every request ends with a reply."""
+        self._unconfirmed.pop(event.request_id, None)
+        answer = self._answers.get(event.request_id)
+        if answer is None or event.attempt != answer.attempt:
+            return
+        self._forget(answer)
+        if event.reason == "error":
+            answer.fail("INTERNAL", f"{event.instance} could not finish the request")
+        else:
+            answer.end(event.reason)
+
+    def on_lost(self, instance: types.InstanceId, reason: str) -> None:
+        _log.warning("%s lost: %s", instance, reason)
+        for event in [e for e in self._unconfirmed.values() if e.instance == instance]:
+            self.on_event(event)
+        self.on_event(types.InstanceLost(self.now(), instance, reason))
+
+    def on_refused(self, instance: types.InstanceId, message: str) -> None:
+        _log.error("%s refused to serve: %s", instance, message)
+        if self._broken is not None and not self._broken.done() and all(link.refused for link in self._links.values()):
+            self._broken.set_exception(BlitzError(f"no worker can serve: {message}"))
+
+    # ---- what the brain wants
+
+    def _execute(self, command: types.Command) -> None:
+        if isinstance(command, types.Reject):
+            answer = self._answers.get(command.request_id)
+            if answer is not None:
+                self._forget(answer)
+                answer.fail(command.code, command.message)
+            return
+        work = None
+        if isinstance(command, types.Assign):
+            work = self._answers[command.request_id].work(command.attempt, self.now())
+        self._links[command.instance].send(codec.encode_command(command, work))
+
+    # ---- life
+
+    async def run(self) -> None:
+        """Ticks and talks to workers until cancelled. Raises what broke the brain, or BlitzError if no worker can serve."""
+        self._broken = asyncio.get_running_loop().create_future()
+        async with asyncio.TaskGroup() as tasks:
+            for link in self._links.values():
+                tasks.create_task(link.run(), name=f"link {link.instance}")
+            tasks.create_task(self._tick(), name="tick")
+            tasks.create_task(_raise_when_set(self._broken), name="broken")
+
+    async def _tick(self) -> None:
+        while True:
+            self.on_event(types.Ticked(self.now()))
+            if self._event_log is not None:
+                self._event_log.flush()
+            await asyncio.sleep(_TICK_S)
+
+    def give_up(self) -> None:
+        """Ends what still runs with UNAVAILABLE."""
+        for answer in list(self._answers.values()):
+            self._forget(answer)
+            answer.fail("UNAVAILABLE", "the server shut down before the answer was complete")
+
+    def close(self) -> None:
+        """Closes the event log. AssertionError if the brain is inconsistent."""
+        if self._event_log is not None:
+            self._event_log.close()
+            self._event_log = None
+        self._cluster.check()
+
+
+async def _raise_when_set(broken: asyncio.Future[None]) -> None:
+    await broken
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The process: server, health, signals.
+
+
+class Stop:
+    """SIGTERM and SIGINT: the first asks to drain, the second to leave at once."""
+
+    def __init__(self):
+        self.drain, self.now = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        (self.now if self.drain.is_set() else self.drain).set()
+
+
+async def serve(controller: Controller, host: str, port: int) -> None:
+    """Serves until signalled or broken. Raises BlitzError when it cannot listen or no worker can serve."""
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    checker = health.aio.HealthServicer()
+    rpc.add_InferenceServicer_to_server(Frontend(controller), server)
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    stop = Stop()
+    await _set_health(checker, False)
+    try:
+        port = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as e:
+        raise BlitzError(f"cannot listen on {host}:{port}: is the port in use?") from e
+    await server.start()
+    print(f"controller of {controller.model.name} listens on {host}:{port}", flush=True)
+    async with _background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
+        await ended  # raises what broke
+        await _drain(controller, checker, stop)
+        controller.give_up()
+        await server.stop(0 if stop.now.is_set() else _GRACE_S)
+    controller.close()
+
+
+async def _drain(controller: Controller, checker: health.aio.HealthServicer, stop: Stop) -> None:
+    """Unready at once; answers in flight may finish until the timeout or a second signal."""
+    controller.draining = True
+    await checker.enter_graceful_shutdown()
+    _log.info("shutting down; a second signal leaves at once")
+    left = asyncio.get_running_loop().time() + controller.config.serve.shutdown_timeout_s
+    with controller.subscribe() as changed:
+        while controller.busy and not stop.now.is_set() and asyncio.get_running_loop().time() < left:
+            changed.clear()
+            await changed.wait()  # at the latest the next tick
+
+
+async def _keep_health(controller: Controller, checker: health.aio.HealthServicer) -> None:
+    ready = False
+    with controller.subscribe() as changed:
+        while True:
+            await changed.wait()
+            changed.clear()
+            if ready != (controller.serving > 0):
+                ready = not ready
+                await _set_health(checker, ready)
+
+
+async def _set_health(checker: health.aio.HealthServicer, ready: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in ("", SERVICE):
+        await checker.set(name, status)
+
+
+@contextlib.asynccontextmanager
+async def _background(*work: typing.Coroutine[None, None, object]) -> AsyncIterator[asyncio.Future[object]]:
+    """Runs coroutines beside the block; yields a future of whichever ends first. All are cancelled at the end."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        yield _first(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first(tasks: Sequence[asyncio.Future[object]]) -> None:
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", required=True, help="i0=HOST:PORT,i1=HOST:PORT,... in rank order")
+    parser.add_argument("--model-dir", required=True, type=Path, help="converted checkpoint (see: blitzjax convert)")
+    parser.add_argument("--config", type=Path, help="TOML file")
+    parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
+    parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="overrides one knob")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="blitzjax controller", description="The process that clients talk to.")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0 after a drain, 2 for a mistake of the caller, 1 when nothing can serve."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        config = _config(args)
+        controller = Controller(config, load_model(args.model_dir), _workers(args.workers))
+    except (BlitzError, OSError) as e:
+        print(f"blitzjax controller: {e}", file=sys.stderr)
+        return 2
+    try:
+        asyncio.run(serve(controller, config.serve.host, config.serve.port))
+    except* BlitzError as group:
+        for e in group.exceptions:
+            print(f"blitzjax controller: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    if args.config_json is None:
+        return configs.load(args.config, args.set)
+    try:
+        return configs.from_tables(json.loads(args.config_json))
+    except ValueError as e:
+        raise ConfigError(f"--config-json is not JSON: {e}") from e
+
+
+def _workers(text: str) -> dict[str, str]:
+    """"i0=host:port,i1=host:port" -> {"i0": "host:port", ...}."""
+    pairs = [item.partition("=") for item in text.split(",") if item]
+    if not pairs or not all(name and port.rpartition(":")[2].isdigit() for name, _, port in pairs):
+        raise ConfigError(f"--workers wants i0=HOST:PORT,i1=HOST:PORT,..., got {text!r}")
+    return {name: address for name, _, address in pairs}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What happened and what was decided, as JSON lines: a run can be read, measured and replayed.
+
+The first line describes the run (`spec`, `config`); every other one is an event or a command, in the order in which the
+brain saw or gave them: feeding the events to a fresh Cluster gives the commands again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from blitzjax import types
+
+_KINDS = {kind.__name__: kind for kind in (*typing.get_args(types.Event), *typing.get_args(types.Command))}
+_COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(types.Command))
+
+
+class EventLog:
+    """Appends records to a file. Owned by the controller; lines reach the disk on `flush`."""
+
+    def __init__(self, path: Path, header: Mapping[str, object]):
+        self._file = path.open("w", encoding="utf-8")
+        self._write({"blitzjax_log": 1, **header})
+
+    def event(self, event: types.Event) -> None:
+        self._write({"event": type(event).__name__, **dataclasses.asdict(event)})
+
+    def command(self, at: float, command: types.Command) -> None:
+        """`at` is the time of the event that caused the command."""
+        self._write({"command": type(command).__name__, "at": at, **dataclasses.asdict(command)})
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, record: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    at: float
+    item: types.Event | types.Command
+
+    @property
+    def is_command(self) -> bool:
+        return type(self.item).__name__ in _COMMANDS
+
+
+def read_header(path: Path) -> dict[str, object]:
+    with path.open(encoding="utf-8") as file:
+        return json.loads(file.readline())
+
+
+def read(path: Path) -> Iterator[Record]:
+    """Every event and command of a log. Raises ValueError for a record of an unknown kind."""
+    with path.open(encoding="utf-8") as file:
+        next(file)
+        for line in file:
+            record = json.loads(line)
+            name = record.get("event") or record.get("command")
+            if name not in _KINDS:
+                raise ValueError(f"unknown record {name!r} in {path}")
+            yield Record(record["at"], _build(_KINDS[name], record))
+
+
+def _build(kind: type, record: Mapping[str, object]):
+    hints = typing.get_type_hints(kind)
+    return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind)})
+
+
+def _value(hint: object, value: object):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(_value(typing.get_args(hint)[0], item) for item in value)
+    return value

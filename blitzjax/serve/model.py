@@ -1,0 +1,38 @@
+"""One checkpoint directory as the controller sees it: sizes and tokenizer, never arrays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from blitzjax.errors import CheckpointError
+from blitzjax.serve.tokenizer import Tokenizer
+from blitzjax.types import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that this cluster serves. `bytes` are those of all units."""
+
+    name: str
+    directory: Path
+    spec: ModelSpec
+    manifest_json: str
+    bytes: int
+    tokenizer: Tokenizer | None
+
+
+def load_model(directory: Path) -> ServedModel:
+    """Reads `manifest.json` and the tokenizer, never the arrays. Raises CheckpointError."""
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        known = {f.name for f in fields(ModelSpec)}
+        spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v
+                                  for k, v in manifest["spec"].items() if k in known})
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{directory} is not a blitzjax checkpoint ({path.name}: {e!r}); run: blitzjax convert") from e
+    size = sum(int(unit["bytes"]) for unit in manifest.get("units", ()))
+    tokenizer = Tokenizer(directory) if Tokenizer.present(directory) else None
+    return ServedModel(spec.name, directory.resolve(), spec, json.dumps(manifest), size, tokenizer)

@@ -1,0 +1,208 @@
+"""What a configured worker consists of: store, stages, engine thread, loader, hand-off server, and its world.
+
+Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped, since the
+next session begins with InstanceJoined and everything it needs to know.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from argparse import Namespace
+from pathlib import Path
+
+import grpc
+import jax
+
+from blitzjax import config as configs
+from blitzjax import types
+from blitzjax.engine import messages as m
+from blitzjax.engine.checkpoint import with_dtype
+from blitzjax.engine.instance import Instance, Output
+from blitzjax.engine.loading import Loader
+from blitzjax.engine.params import LayerStore
+from blitzjax.engine.stages import Stages
+from blitzjax.errors import ConfigError, TransferError
+from blitzjax.serve import codec
+from blitzjax.transfer.handoff import HandOff
+from blitzjax.transfer.world import World
+from blitzjax.v1 import worker_pb2 as pb
+from blitzjax.v1 import worker_pb2_grpc as rpc
+
+log = logging.getLogger("blitzjax.worker")
+_REJOIN_S = 1.0
+
+
+class Node:
+    """Built by the first Configure; raises BlitzError when that cannot work here."""
+
+    def __init__(self, configure: pb.Configure, args: Namespace):
+        started = time.monotonic()
+        self.name = configure.instance
+        self.incarnation = uuid.uuid4().hex
+        self.config = configs.from_tables(json.loads(configure.config_json))
+        self._configured = (configure.model_json, configure.config_json)
+        spec = with_dtype(codec.model_spec(configure.model_json), self.config.engine.dtype)
+        devices = _devices(self.config.engine.tensor_parallel)
+        self._outbox = None
+        self._lock = threading.Lock()
+        self._addresses = {p.instance: p.address for p in configure.peers}
+        self._host = args.host_ip
+        self.store = LayerStore(spec, devices)
+        stages = Stages(spec, self.config.engine, self.store.mesh)
+        stages.compile_all()
+        self.instance = Instance(self.name, self.config, self.store, stages, HandOff(args.host_ip, devices), self._emit,
+                                 self._connect)
+        self.world = World(args.coordinator, args.rank, args.world, args.host_ip, self.store.lanes,
+                           self.config.cluster.max_world, self.config.transfer.collective_timeout_s,
+                           self.config.cluster.heartbeat_s)
+        checkpoint = Path(configure.checkpoint) if configure.checkpoint else None
+        self.loader = Loader(self.name, self.config, self.store, checkpoint, self.world,
+                             {p.instance: p.rank for p in configure.peers}, self._emit,
+                             lambda: self.instance.post(m.UnitsArrived()))
+        threading.Thread(target=self._run_engine, name="engine", daemon=True).start()
+        threading.Thread(target=self._join, name="join", daemon=True).start()
+        log.info("%s ready in %.2f s: %d stages compiled, %d loaded", self.name, time.monotonic() - started,
+                 stages.cache.compiled, stages.cache.loaded)
+
+    # ---- sessions ---------------------------------------------------------------------------------------------------
+
+    def attach(self, configure: pb.Configure, outbox) -> None:
+        """A controller takes over: requests of an earlier session are forgotten, parameters stay."""
+        if (configure.model_json, configure.config_json) != self._configured or configure.instance != self.name:
+            raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
+        self.instance.post(m.ForgetRequests())
+        with self._lock:
+            self._outbox = outbox
+        slots, engine = self.instance.slots, self.config.engine
+        self._emit(types.InstanceJoined(time.time(), self.name, self.incarnation, self._host, self.store.units,
+                                        self.instance.pages, engine.page_size, slots))
+        if self.world.joined:
+            self._emit(types.WorldJoined(time.time(), self.name))
+
+    def detach(self, outbox) -> None:
+        with self._lock:
+            if self._outbox is not outbox:
+                return
+            self._outbox = None
+        self.instance.post(m.ForgetRequests())
+
+    def obey(self, command: types.Command | types.Work) -> None:
+        match command:
+            case types.PrepareTransfer() | types.StartTransfer() | types.CancelTransfer() | types.LoadFromDisk():
+                self.loader.post(command)
+            case _:
+                self.instance.post(command)
+
+    def pulled(self, pull: pb.Pull, outbox) -> None:
+        self.instance.post(m.Pulled(pull.seq, pull.puller, lambda answer: outbox.put(_encode_hand_off(answer))))
+
+    def taken(self, taken: pb.Taken) -> None:
+        self.instance.post(m.Taken(taken.seq))
+
+    def partner_left(self, partner: types.InstanceId) -> None:
+        self.instance.post(m.PartnerLost(partner))
+
+    # ---- threads ----------------------------------------------------------------------------------------------------
+
+    def _run_engine(self) -> None:
+        """A bug in the step loop must not leave a worker that looks alive: the process ends and is restarted."""
+        try:
+            self.instance.run()
+        except BaseException:
+            log.exception("%s: the engine thread died", self.name)
+            logging.shutdown()
+            os._exit(1)
+
+    def _join(self) -> None:
+        while not self.world.joined:
+            try:
+                self.world.join()
+            except TransferError as e:
+                log.warning("%s; trying again", e)
+                time.sleep(_REJOIN_S)
+        self._emit(types.WorldJoined(time.time(), self.name))
+
+    def _emit(self, output: Output) -> None:
+        if isinstance(output, m.Tokens):
+            event = pb.WorkerEvent()
+            codec.fill(event.tokens, output)
+        else:
+            event = codec.encode_event(output)
+        with self._lock:
+            if self._outbox is not None:
+                self._outbox.put(event)
+
+    def _connect(self, partner: types.InstanceId) -> PartnerLink:
+        return PartnerLink(self._addresses[partner], self.name, partner, self.instance.post)
+
+
+class PartnerLink:
+    """OLD's session with NEW: pulls go out, hand-overs come back into the inbox. See messages.Partner."""
+
+    def __init__(self, address: str, me: types.InstanceId, partner: types.InstanceId, post) -> None:
+        self._me, self._partner, self._post = me, partner, post
+        self._commands: list[pb.WorkerCommand | None] = []
+        self._ready = threading.Condition()
+        self._channel = grpc.insecure_channel(address)
+        threading.Thread(target=self._run, name=f"partner-{partner}", daemon=True).start()
+
+    def pull(self, seq: int) -> None:
+        self._put(pb.WorkerCommand(pull=pb.Pull(seq=seq, puller=self._me)))
+
+    def taken(self, seq: int) -> None:
+        self._put(pb.WorkerCommand(taken=pb.Taken(seq=seq)))
+
+    def close(self) -> None:
+        """Ends the session once everything sent before is on its way."""
+        self._put(None)
+
+    def _put(self, command: pb.WorkerCommand | None) -> None:
+        with self._ready:
+            self._commands.append(command)
+            self._ready.notify()
+
+    def _outgoing(self):
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._commands)
+                command = self._commands.pop(0)
+            if command is None:
+                return
+            yield command
+
+    def _run(self) -> None:
+        try:
+            for event in rpc.WorkerStub(self._channel).Run(self._outgoing()):
+                self._post(m.HandedOver(self._partner, _decode_hand_off(event.hand_off)))
+        except grpc.RpcError as e:
+            log.warning("%s: session with live partner %s broke: %s", self._me, self._partner, e.details())
+        self._post(m.PartnerLost(self._partner))
+        self._channel.close()
+
+
+def _encode_hand_off(answer: m.HandOver) -> pb.WorkerEvent:
+    out = pb.WorkerEvent(hand_off=pb.HandOff(
+        seq=answer.seq, next_layer=answer.next_layer, address=answer.address, activation_uuid=answer.activation_uuid,
+        kv_uuid=answer.kv_uuid, drained=answer.drained))
+    if answer.work is not None:
+        out.hand_off.work.CopyFrom(codec.encode_work(answer.work))
+    return out
+
+
+def _decode_hand_off(message: pb.HandOff) -> m.HandOver:
+    work = codec.decode_work(message.work) if message.HasField("work") else None
+    return m.HandOver(message.seq, work, message.next_layer, message.address, message.activation_uuid, message.kv_uuid,
+                      message.drained)
+
+
+def _devices(count: int) -> list[jax.Device]:
+    devices = jax.local_devices()
+    if len(devices) < count:
+        raise ConfigError(f"engine.tensor_parallel is {count} but this worker has {len(devices)} {devices[0].platform} "
+                          f"device(s); on CPU set XLA_FLAGS=--xla_force_host_platform_device_count={count}")
+    return devices[:count]

@@ -1,0 +1,195 @@
+"""Text to token ids and back: encoding, chat templates, streaming decoding, stop strings. No model code.
+
+Invariant: what the streaming pieces emit, joined, never contains half a character, nor any part of a stop string.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+
+from blitzjax.errors import CheckpointError, InvalidRequest
+
+_REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+_MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so a longer run of undecodable tokens is never completed
+_CONTEXT_TOKENS = 6  # prompt tokens decoded along with the answer, so that its first space survives
+
+
+class Tokenizer:
+    """`tokenizer.json` and `tokenizer_config.json` of a checkpoint directory. Immutable after construction."""
+
+    def __init__(self, directory: Path):
+        """Raises CheckpointError when a file is missing or not readable."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as e:  # the Rust library raises bare Exception
+            raise CheckpointError(f"cannot read {directory / 'tokenizer.json'}: {e}") from e
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _read_json(directory / "tokenizer_config.json")
+        self._names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        template = _chat_template(directory, config)
+        self._template = None if template is None else _compile(template, directory)
+
+    @staticmethod
+    def present(directory: Path) -> bool:
+        return (directory / "tokenizer.json").is_file()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Ids of a plain prompt, with the special tokens that the tokenizer itself adds (a leading BOS, say)."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=True).ids)
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """Ids of a rendered chat template, which already contains its special tokens."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens; undecodable bytes become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Renders {"role", "content"} messages up to where the assistant speaks. Raises InvalidRequest."""
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template; send text or tokens instead of chat")
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=True, tools=None,
+                                         **self._names)
+        except jinja2.TemplateError as e:
+            raise InvalidRequest(f"the model's chat template refused the messages: {e}") from e
+
+
+class IncrementalDecoder:
+    """Decodes one answer token by token. Owned by that answer.
+
+    Tokens in [window, read) were emitted and are decoded again only as context for [read, len): joining and spacing
+    depend on neighbours. `sent` characters of the window's text were emitted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_CONTEXT_TOKENS:])
+        self._window, self._read = 0, len(self._ids)
+        # A prompt may end inside a character (a continued answer, say); then the answer shows all of it.
+        self._sent = len(tokenizer.decode(self._ids).rstrip(_REPLACEMENT))
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Text that became final with these tokens, possibly empty."""
+        out = ""
+        for token in ids:
+            self._ids.append(token)
+            out += self._advance(final=len(self._ids) - self._read >= _MAX_HELD_TOKENS)
+        return out
+
+    def flush(self) -> str:
+        """What was held back; at the end an incomplete character is U+FFFD."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool) -> str:
+        text = self._tokenizer.decode(self._ids[self._window:])
+        whole = text if final else text.rstrip(_REPLACEMENT)
+        fresh = whole[self._sent:]
+        self._sent = max(self._sent, len(whole))
+        if whole == text:  # nothing is pending: slide the window
+            self._window, self._read = self._read, len(self._ids)
+            self._sent = len(self._tokenizer.decode(self._ids[self._window:]))
+        return fresh
+
+
+class StopStrings:
+    """Ends an answer where a stop string first becomes complete. Owned by that answer.
+
+    The answer is cut before the longest stop string that ends there, whatever the chunks: the same text always gives
+    the same cut.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """Text that cannot be part of a stop string any more; sets `hit` and drops the rest when one is complete."""
+        if self.hit:
+            return ""
+        self._held += text
+        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.hit = True
+            cut, self._held = self._held[:min(ends)[1]], ""
+            return cut
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        out, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+        return out
+
+    def flush(self) -> str:
+        """What was held back; the answer ends without a stop string."""
+        out, self._held = self._held, ""
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper prefix of `stop` that ends `text`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"cannot read {path}: {e}") from e
+
+
+def _token_text(token: object) -> str:
+    """Hugging Face writes a special token as its text or as {"content": text}."""
+    return token if isinstance(token, str) else str(token.get("content", "")) if isinstance(token, dict) else ""
+
+
+def _chat_template(directory: Path, config: Mapping[str, object]) -> str | None:
+    template = config.get("chat_template")
+    if isinstance(template, list):  # named templates: [{"name": "default", "template": ...}]
+        named = {item["name"]: item["template"] for item in template}
+        template = named.get("default")
+    if template is None and (directory / "chat_template.jinja").is_file():
+        template = (directory / "chat_template.jinja").read_text()
+    return template if isinstance(template, str) else None
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; rendering ignores it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str, directory: Path) -> jinja2.Template:
+    """The environment that Hugging Face templates expect: trimmed blocks, three extra globals."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _GenerationTag])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as e:
+        raise CheckpointError(f"the chat template in {directory} does not parse: {e}") from e
+
+
+def _tojson(value: object, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

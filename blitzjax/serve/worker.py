@@ -1,0 +1,162 @@
+"""The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Instance.
+
+The controller's session configures it and feeds it; a live partner's session pulls from it. Invariant: parameters and
+compiled stages outlive sessions, requests do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from blitzjax.errors import BlitzError
+from blitzjax.serve import codec
+from blitzjax.v1 import worker_pb2 as pb
+from blitzjax.v1 import worker_pb2_grpc as rpc
+
+log = logging.getLogger("blitzjax.worker")
+_SESSIONS = 16  # concurrent Run calls: the controller, live partners, and their successors while old ones end
+
+
+class Outbox:
+    """The events of one session, in order; `close` ends the stream."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[pb.WorkerEvent | None] = queue.SimpleQueue()
+
+    def put(self, event: pb.WorkerEvent) -> None:
+        self._queue.put(event)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[pb.WorkerEvent]:
+        return iter(self._queue.get, None)
+
+
+class Worker(rpc.WorkerServicer):
+    """Sessions come and go; `_node` is made by the first Configure and stays."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self._node = None
+        self._lock = threading.Lock()
+
+    def Run(self, requests: Iterator[pb.WorkerCommand], context: grpc.ServicerContext) -> Iterator[pb.WorkerEvent]:
+        first = next(requests, None)
+        match first and first.WhichOneof("command"):
+            case "configure":
+                return self._control(first.configure, requests, context)
+            case "pull":
+                return self._partner(first, requests, context)
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure or Pull")
+
+    def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
+        outbox = Outbox()
+        context.add_callback(outbox.close)
+        threading.Thread(target=self._obey, args=(configure, requests, outbox), name="session", daemon=True).start()
+        yield from outbox
+
+    def _obey(self, configure: pb.Configure, requests, outbox: Outbox) -> None:
+        """Makes or adopts the node, then feeds it until the controller goes."""
+        try:
+            with self._lock:
+                if self._node is None:
+                    from blitzjax.serve.node import Node  # imports jax: only now, and only here
+
+                    self._node = Node(configure, self._args)
+                node = self._node
+            node.attach(configure, outbox)
+        except BlitzError as e:
+            outbox.put(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=str(e))))
+            return
+        except Exception as e:
+            log.exception("cannot configure")
+            outbox.put(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=repr(e))))
+            return
+        try:
+            for command in requests:
+                node.obey(codec.decode_command(command, configure.instance))
+        except grpc.RpcError:
+            pass  # the controller went away
+        node.detach(outbox)
+        outbox.close()
+
+    def _partner(self, first: pb.WorkerCommand, requests, context) -> Iterator[pb.WorkerEvent]:
+        node = self._node
+        if node is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
+        outbox = Outbox()
+        context.add_callback(outbox.close)
+
+        def feed() -> None:
+            node.pulled(first.pull, outbox)
+            try:
+                for command in requests:
+                    if command.WhichOneof("command") == "pull":
+                        node.pulled(command.pull, outbox)
+                    else:
+                        node.taken(command.taken)
+            except grpc.RpcError:
+                pass
+            node.partner_left(first.pull.puller)
+            outbox.close()
+
+        threading.Thread(target=feed, name="partner", daemon=True).start()
+        yield from outbox
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    flag = "--xla_cpu_collective_timeout_seconds"
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=10".strip()
+    from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+
+    server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER_OPTIONS)
+    rpc.add_WorkerServicer_to_server(Worker(args), server)
+    try:
+        server.add_insecure_port(args.listen)
+    except RuntimeError as e:
+        print(f"blitzjax worker: cannot listen on {args.listen}: {e}", file=sys.stderr)
+        return 2
+    server.start()
+    log.info("rank %d of %d listens on %s", args.rank, args.world, args.listen)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # collectives and compiled code cannot be interrupted
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+    threading.Thread(target=_preload, name="preload", daemon=True).start()
+    server.wait_for_termination()
+    return 0
+
+
+def _preload() -> None:
+    """Imports what the first Configure needs, while nobody waits yet."""
+    import blitzjax.serve.node  # noqa: F401
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="blitzjax worker", description="One worker process of a blitzjax cluster.")
+    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="where the controller and partners connect")
+    parser.add_argument("--rank", type=int, required=True, help="this worker's rank in the world")
+    parser.add_argument("--world", type=int, required=True, help="number of workers")
+    parser.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="the coordination service")
+    parser.add_argument("--host-ip", default="", help="address that other workers reach this one at")
+    args = parser.parse_args(argv)
+    if not args.host_ip:
+        args.host_ip = socket.gethostbyname(args.listen.rsplit(":", 1)[0] or "127.0.0.1")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The coordination service in a process of its own: `python -m blitzjax.transfer.coordinator`.
+
+It holds no parameters and runs no model, so no worker's death ends it; its own death ends every joined worker
+(the library aborts them), so supervise the whole pool with it. Stops at SIGTERM or SIGINT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from blitzjax.transfer import compat
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m blitzjax.transfer.coordinator", description=__doc__)
+    parser.add_argument("--address", required=True, help="HOST:PORT to listen on")
+    parser.add_argument("--size", type=int, required=True, help="number of workers")
+    parser.add_argument("--heartbeat-s", type=float, default=10.0, help="a silent worker is dead after this")
+    args = parser.parse_args(argv)
+    stop = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before the service starts its threads: they inherit the mask
+    service = compat.start_coordination_service(args.address, args.size, args.heartbeat_s)
+    print(f"coordinator ready at {args.address} for {args.size} workers", file=sys.stderr, flush=True)
+    signal.sigwait(stop)
+    service.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

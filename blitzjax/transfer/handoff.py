@@ -1,0 +1,162 @@
+"""Point-to-point hand-off of arrays between any two processes: one side offers, the other takes.
+
+It needs no world and no common order of operations. Nothing here waits for ever: the library's own pulls do (a dead
+address, an offer that never comes, a stopped peer), so a watchdog breaks the connection when a `take` is overdue.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+
+from blitzjax.errors import TransferError
+from blitzjax.transfer import compat
+
+_TRANSFER_BYTES = 4 << 20  # staging block; the library's default of 256 MiB reserves 6 GiB
+_STREAMS = 2  # TCP connections per peer
+_REMEMBERED_OFFERS = 1024  # sizes only, so that an offer can be withdrawn
+_WITHDRAW_TIMEOUT_S = 1.0
+
+
+class HandOff:
+    """A server for this process's arrays and connections to others, on the default client of `devices`.
+
+    Thread-safe. An offer is for one taker, and pins its arrays until taken, withdrawn or reset: nobody tells the
+    offering side whether an offer was taken, so the control plane must, and withdraw what nobody will claim.
+    """
+
+    def __init__(self, host_ip: str, devices: Sequence[jax.Device]) -> None:
+        self._server = compat.start_transfer_server(devices[0].client, host_ip, _STREAMS, _TRANSFER_BYTES)
+        self._host_ip = host_ip
+        self._uuids = itertools.count(secrets.randbits(62))  # a stale uuid of a dead process never names a new offer
+        self._offers: collections.OrderedDict[int, list[jax.ShapeDtypeStruct]] = collections.OrderedDict()
+        self._connections: dict[str, compat.TransferConnection] = {}
+        self._lock = threading.Lock()
+        self._watchdog = _Watchdog()
+
+    @property
+    def address(self) -> str:
+        """ "ip:port" that other processes pass to `take`."""
+        return f"{self._host_ip}:{self._server.address().rsplit(':', 1)[1]}"
+
+    def offer(self, arrays: Sequence[jax.Array]) -> int:
+        """Makes `arrays` available to one `take` with the returned uuid; may be taken before they are computed."""
+        uuid = next(self._uuids)
+        with self._lock:
+            self._offers[uuid] = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in arrays]
+            if len(self._offers) > _REMEMBERED_OFFERS:
+                self._offers.popitem(last=False)
+        self._server.await_pull(uuid, list(arrays))
+        return uuid
+
+    def take(self, address: str, uuid: int, specs: Sequence[jax.ShapeDtypeStruct],
+             timeout_s: float) -> list[jax.Array]:
+        """The arrays offered as `uuid` at `address`, with the shapes, dtypes and (local) shardings of `specs`.
+
+        Blocks until the data is here. Raises TransferError after `timeout_s`, or at once when the peer dies; other
+        takes from the same address that are under way fail with it, later ones connect afresh.
+        """
+        if not specs:
+            return []
+        connection = self._connection(address)
+        with self._watchdog.guard(connection, timeout_s) as guard:
+            try:
+                arrays = connection.pull(uuid, list(specs))
+                for array in arrays:
+                    array.block_until_ready()
+                return arrays
+            except compat.ERRORS as e:
+                self._drop(address, connection)
+                why = f"nothing came within {timeout_s:g} s" if guard.fired else str(e)
+                raise TransferError(f"hand-off {uuid} from {address} failed: {why}") from e
+
+    def withdraw(self, uuid: int) -> bool:
+        """Frees an offer that nobody will take, by taking it ourselves. False if it was taken, or is being taken."""
+        with self._lock:
+            specs = self._offers.pop(uuid, None)
+        if specs is None:
+            return False
+        try:
+            self.take(self.address, uuid, specs, _WITHDRAW_TIMEOUT_S)
+        except TransferError:
+            return False
+        return True
+
+    def reset(self) -> None:
+        """Frees every offer that nobody has taken; takers that come later time out."""
+        with self._lock:
+            self._offers.clear()
+        compat.drop_offers(self._server)
+
+    def _connection(self, address: str) -> compat.TransferConnection:
+        with self._lock:
+            connection = self._connections.get(address)
+            if connection is None:
+                try:
+                    connection = self._connections[address] = self._server.connect(address)
+                except compat.ERRORS as e:
+                    raise TransferError(f"cannot connect to {address}: {e}") from e
+            return connection
+
+    def _drop(self, address: str, connection: compat.TransferConnection) -> None:
+        compat.poison(connection)
+        with self._lock:
+            if self._connections.get(address) is connection:
+                del self._connections[address]
+
+
+class _Guard:
+    """A take under way; `fired` once the watchdog has broken its connection."""
+
+    def __init__(self, watchdog: _Watchdog, connection: compat.TransferConnection, deadline_s: float) -> None:
+        self._watchdog = watchdog
+        self.connection = connection
+        self.deadline_s = deadline_s
+        self.fired = False
+
+    def __enter__(self) -> _Guard:
+        self._watchdog.add(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._watchdog.remove(self)
+
+
+class _Watchdog:
+    """Poisons connections whose takes are overdue. One thread, woken only by an earlier deadline than it waits for."""
+
+    def __init__(self) -> None:
+        self._guards: set[_Guard] = set()
+        self._wakes_at_s = float("inf")
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="handoff-watchdog", daemon=True).start()
+
+    def guard(self, connection: compat.TransferConnection, timeout_s: float) -> _Guard:
+        return _Guard(self, connection, time.monotonic() + timeout_s)
+
+    def add(self, guard: _Guard) -> None:
+        with self._changed:
+            self._guards.add(guard)
+            if guard.deadline_s < self._wakes_at_s:
+                self._changed.notify()
+
+    def remove(self, guard: _Guard) -> None:
+        with self._changed:
+            self._guards.discard(guard)
+
+    def _run(self) -> None:
+        with self._changed:
+            while True:
+                now_s = time.monotonic()
+                for guard in [g for g in self._guards if g.deadline_s <= now_s]:
+                    self._guards.discard(guard)
+                    guard.fired = True
+                    compat.poison(guard.connection)
+                self._wakes_at_s = min((g.deadline_s for g in self._guards), default=float("inf"))
+                self._changed.wait(None if self._wakes_at_s == float("inf") else self._wakes_at_s - now_s)

@@ -1,0 +1,147 @@
+"""Who can take part in collectives: one rank per worker, and a mesh for any ordered set of ranks.
+
+Collectives run on a second CPU client of many virtual devices, beside the process's default client that serves.
+A clique is an ordered list of ranks plus a generation. **A clique is never used again after it failed, nor after one of
+its members restarted**: gloo would hang or refuse it. The planner, which sees all members, picks the generation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from blitzjax.errors import TransferError
+from blitzjax.transfer import compat
+from blitzjax.transfer.pieces import ALIGNMENT, aligned_empty
+from blitzjax.transfer.program import Tick
+
+HOP, LANE = "hop", "lane"  # mesh axes: position in the chain, shard of the parameters
+
+Clique: TypeAlias = tuple[tuple[int, ...], int]  # ordered ranks, generation
+
+_CONNECT_TIMEOUT_S = 7 * 24 * 3600  # the library aborts the process when it gives up, so it must not
+
+
+class World:
+    """This process's place among `size` ranks. `join` once, from a thread; the rest from the dispatcher thread.
+
+    Generation g of a rank owns the devices [g * lanes, (g + 1) * lanes), so `max_generations` bounds how often one
+    ordered set of members can fail before its processes must restart.
+    """
+
+    def __init__(self, coordinator: str, rank: int, size: int, host_ip: str, lanes: int, max_generations: int,
+                 collective_timeout_s: float, heartbeat_s: float) -> None:
+        assert 0 <= rank < size and lanes >= 1 and max_generations >= 1
+        self.rank = rank
+        self.lanes = lanes
+        self.collective_timeout_s = collective_timeout_s
+        self._coordinator = coordinator
+        self._size = size
+        self._host_ip = host_ip
+        self._max_generations = max_generations
+        self._heartbeat_s = heartbeat_s
+        self._distributed: compat.Distributed | None = None
+        self._devices: dict[int, list[jax.Device]] = {}  # rank → its devices by ordinal
+        self._ticks: dict[tuple[Clique, int], Tick] = {}  # (clique, chunk bytes) → its program
+        self._met: set[Clique] = set()
+        self._broken: set[Clique] = set()
+        self._joined = False
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def required_xla_flags(collective_timeout_s: float) -> str:
+        """What XLA_FLAGS must contain before jax is imported, for a hung peer to fail within `collective_timeout_s`."""
+        return f"--xla_cpu_collective_timeout_seconds={max(1, round(collective_timeout_s))}"
+
+    @property
+    def joined(self) -> bool:
+        return self._joined
+
+    def join(self) -> None:
+        """Blocks until every rank has connected once; a restarted rank joins a running world in milliseconds.
+
+        Raises TransferError when the devices cannot be exchanged (a member died meanwhile); `join` may be repeated.
+        """
+        with self._lock:
+            if self.joined:
+                return
+            if self._distributed is None:
+                self._distributed = compat.connect_distributed(
+                    self._coordinator, self.rank, self._heartbeat_s, _CONNECT_TIMEOUT_S)
+            try:
+                client = compat.make_comm_client(
+                    self._distributed, self.rank, self._size, self._host_ip, self._max_generations * self.lanes)
+            except compat.ERRORS as e:
+                raise TransferError(f"rank {self.rank} could not join the world: {e}") from e
+            devices: dict[int, list[jax.Device]] = {}
+            for device in client.devices():  # in order of (rank, ordinal)
+                devices.setdefault(device.process_index, []).append(device)
+            self._devices = devices
+            self._warm_up()
+            self._joined = True
+
+    def mesh(self, ranks: Sequence[int], generation: int) -> Mesh:
+        """Axes ("hop", "lane") over the participants only. Raises TransferError if this clique cannot be used."""
+        clique = (tuple(ranks), generation)
+        if not self._devices:
+            raise TransferError(f"rank {self.rank} has not joined the world")
+        if not 0 <= generation < self._max_generations:
+            raise TransferError(f"generation {generation} of ranks {list(ranks)} is not below {self._max_generations}; "
+                                f"restart the members or raise cluster.max_world")
+        if clique in self._broken:
+            raise TransferError(f"generation {generation} of ranks {list(ranks)} failed before; use another one")
+        start = generation * self.lanes
+        return Mesh(np.array([self._devices[r][start:start + self.lanes] for r in ranks]), (HOP, LANE))
+
+    def tick(self, ranks: Sequence[int], generation: int, chunk_bytes: int) -> Tick:
+        """The clique's program, compiled at its first use. Raises TransferError like `mesh`."""
+        mesh = self.mesh(ranks, generation)
+        key = ((tuple(ranks), generation), chunk_bytes)
+        if key not in self._ticks:
+            self._ticks[key] = Tick(mesh, list(ranks).index(self.rank), chunk_bytes)
+        return self._ticks[key]
+
+    def meet(self, ranks: Sequence[int], generation: int) -> None:
+        """Before a clique's first collective: waits for all members, for at most the collective timeout.
+
+        Without it a member that died after it prepared costs the others gloo's own fixed 30 s. Raises TransferError.
+        """
+        clique = (tuple(ranks), generation)
+        if clique in self._met:
+            return
+        assert self._distributed is not None
+        self._met.add(clique)
+        name = f"blitzjax/{'-'.join(map(str, ranks))}/{generation}"
+        try:
+            compat.wait_for_ranks(self._distributed, name, ranks, self.collective_timeout_s)
+        except compat.ERRORS as e:
+            self.retire(ranks, generation)
+            raise TransferError(f"ranks {list(ranks)} did not meet in generation {generation}: {e}") from e
+
+    def retire(self, ranks: Sequence[int], generation: int) -> None:
+        """Marks a clique as failed: `mesh` refuses it from now on."""
+        clique = (tuple(ranks), generation)
+        self._broken.add(clique)
+        self._ticks = {key: tick for key, tick in self._ticks.items() if key[0] != clique}
+
+    def leave(self) -> None:
+        """Disconnects; existing meshes must not be used afterwards. Other ranks are not disturbed."""
+        with self._lock:
+            self._joined = False
+            self._devices = {}
+            self._ticks = {}
+            if self._distributed is not None:
+                self._distributed.shutdown()
+                self._distributed = None
+
+    def _warm_up(self) -> None:
+        """The first trace and compile of a process cost 0.2 s more than the next: pay now, not in a scale-up."""
+        peer = (self.rank + 1) % self._size
+        if peer != self.rank:
+            tick = Tick(self.mesh([self.rank, peer], 0), 0, ALIGNMENT)
+            tick.put([aligned_empty(ALIGNMENT)] * self.lanes)

@@ -1,0 +1,125 @@
+"""Slabs and arrays: layout, sharding, aliasing, order of commits. Runs on four CPU devices (tests/conftest.py)."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from blitzjax.engine.convert import TINY, random_unit
+from blitzjax.engine.params import (ALIGNMENT_BYTES, LayerStore, ShardingRules, fill, layout, model_bytes, unit_arrays,
+                                    unit_bytes, unit_kind, unit_name)
+from blitzjax.types import ModelSpec
+
+BF16 = replace(TINY, dtype="bfloat16")
+UNEVEN = replace(TINY, heads=9, kv_heads=3)  # as SmolLM2: three KV heads do not divide by two
+
+
+def loaded(spec: ModelSpec, tp: int) -> LayerStore:
+    store = LayerStore(spec, jax.devices()[:tp])
+    for unit in range(spec.units):
+        fill(store, unit, random_unit(spec, unit, seed=3))
+        store.commit(unit)
+    return store
+
+
+def test_units_are_embedding_layers_head() -> None:
+    assert [unit_kind(TINY, u) for u in range(TINY.units)] == ["embed"] + ["layer"] * 4 + ["head"]
+    assert [unit_name(TINY, u) for u in (0, 1, 4, 5)] == ["embed", "layer 0", "layer 3", "head"]
+    names = {a.name for a in unit_arrays(TINY, 1)}
+    assert names == {"attn_norm", "qkv", "o", "ffn_norm", "gate_up", "down"}
+    assert [a.name for a in unit_arrays(TINY, 5)] == ["norm"]
+    assert {a.name for a in unit_arrays(replace(TINY, tied_embeddings=False), 5)} == {"norm", "w"}
+
+
+def test_model_bytes_counts_every_parameter() -> None:
+    layer = 64 * (4 + 2 + 2) * 16 + 64 * 64 + 3 * 64 * 128  # weights of one layer
+    assert model_bytes(BF16) == 2 * (272 * 64 + 4 * layer) + 4 * 64 * 9  # norms stay float32
+    assert model_bytes(BF16) == sum(unit_bytes(BF16, u) for u in range(BF16.units))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("spec", [TINY, BF16, UNEVEN], ids=["f32", "bf16", "uneven"])
+def test_arrays_are_aligned_and_do_not_overlap(spec: ModelSpec, tp: int) -> None:
+    for unit in range(spec.units):
+        unit_layout, end = layout(spec, unit, tp), 0
+        for info, shape, offset in zip(unit_layout.arrays, unit_layout.local_shapes, unit_layout.offsets, strict=True):
+            assert offset % ALIGNMENT_BYTES == 0
+            assert offset >= end
+            end = offset + int(np.prod(shape)) * info.dtype.itemsize
+        assert unit_layout.slab_bytes >= end
+        assert unit_layout.slab_bytes % ALIGNMENT_BYTES == 0
+
+
+def test_indivisible_axis_is_replicated_and_the_others_are_not() -> None:
+    rules = ShardingRules(2)
+    split = {a.name: rules.dimension(a) for a in unit_arrays(UNEVEN, 1)}
+    assert split == {"attn_norm": None, "qkv": None, "o": None, "ffn_norm": None, "gate_up": 0, "down": 1}
+    even = {a.name: rules.dimension(a) for a in unit_arrays(TINY, 1)}
+    assert even == split | {"qkv": 0, "o": 1}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("spec", [TINY, BF16, UNEVEN], ids=["f32", "bf16", "uneven"])
+def test_committed_arrays_hold_what_was_filled(spec: ModelSpec, tp: int) -> None:
+    store = loaded(spec, tp)
+    for unit in range(spec.units):
+        wanted = random_unit(spec, unit, seed=3)
+        for info in unit_arrays(spec, unit):
+            array = store.params(unit)[info.name]
+            assert (array.shape, array.dtype) == (info.shape, info.dtype)
+            np.testing.assert_array_equal(np.asarray(array), wanted[info.name].astype(info.dtype))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_committed_arrays_alias_their_slabs_on_cpu(tp: int) -> None:
+    store = loaded(BF16, tp)
+    for unit in range(BF16.units):
+        for array in store.params(unit).values():
+            for shard in array.addressable_shards:
+                slab = store.slab(unit, shard.device.id)
+                offset = shard.data.unsafe_buffer_pointer() - slab.ctypes.data
+                assert 0 <= offset <= slab.nbytes - shard.data.nbytes
+
+
+def test_arrays_outlive_release() -> None:
+    store = loaded(TINY, 1)
+    kept, wanted = store.params(1)["down"], random_unit(TINY, 1, seed=3)["down"]
+    store.release()
+    gc.collect()
+    np.testing.assert_array_equal(np.asarray(kept), wanted)
+    assert store.units == 0
+
+
+def test_store_can_be_filled_again_after_release() -> None:
+    store = loaded(TINY, 2)
+    before = store.checksum(1, 0)
+    store.release()
+    fill(store, 0, random_unit(TINY, 0, seed=4))
+    store.commit(0)
+    fill(store, 1, random_unit(TINY, 1, seed=4))
+    store.commit(1)
+    assert store.checksum(1, 0) != before
+
+
+def test_units_are_committed_in_order_and_read_when_loaded() -> None:
+    store = LayerStore(TINY, jax.devices()[:1])
+    with pytest.raises(AssertionError, match="unit 0 is next"):
+        store.commit(1)
+    with pytest.raises(AssertionError, match="not loaded"):
+        store.params(0)
+    store.commit(0)
+    assert store.units == 1
+    with pytest.raises(AssertionError, match="unit 1 is next"):
+        store.commit(0)
+
+
+def test_equal_slabs_have_equal_checksums() -> None:
+    one, two = loaded(TINY, 2), loaded(TINY, 2)
+    for unit in range(TINY.units):
+        for lane in range(2):
+            assert one.checksum(unit, lane) == two.checksum(unit, lane)
+    assert one.checksum(1, 0) != one.checksum(1, 1)

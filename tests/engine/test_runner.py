@@ -1,0 +1,148 @@
+"""A pass cut anywhere equals the whole, bit for bit; decode continues what prefill began."""
+
+import numpy as np
+import pytest
+
+from blitzjax.config import EngineConfig
+from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.params import LayerStore, fill, unit_arrays
+from blitzjax.engine.runner import Runner
+from blitzjax.engine.sampling import greedy_draws
+from blitzjax.engine.shapes import shapes_for
+from blitzjax.engine.stages import Stages
+from blitzjax.types import ModelSpec, Sampling, Span
+
+SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32")
+
+
+def build(tmp_path_factory, tp: int, dtype: str = "float32") -> Runner:
+    import jax
+    from dataclasses import replace
+
+    spec = replace(SPEC, dtype=dtype)
+    store = LayerStore(spec, jax.local_devices()[:tp])
+    rng = np.random.default_rng(0)
+    for unit in range(spec.units):
+        fill(store, unit, {a.name: rng.normal(1.0 if "norm" in a.name else 0.0, 0.2, a.shape).astype(np.float32)
+                           for a in unit_arrays(spec, unit)})
+        store.commit(unit)
+    config = EngineConfig(dtype=dtype, max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64,
+                          executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
+    return Runner(Stages(spec, config, store.mesh), store)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory) -> Runner:
+    return build(tmp_path_factory, tp=1)
+
+
+def prompt(tokens: int) -> list[int]:
+    return np.random.default_rng(tokens).integers(0, SPEC.vocab, tokens).tolist()
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 150])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_split_equals_the_whole_bit_for_bit(tmp_path_factory, tokens: int, dtype: str) -> None:
+    runner = build(tmp_path_factory, tp=1, dtype=dtype)
+    whole = runner.begin(prompt(tokens))
+    runner.run_span(whole, Span(0, SPEC.layers))
+    for cut in range(SPEC.layers + 1):
+        parts = runner.begin(prompt(tokens))
+        runner.run_span(parts, Span(0, cut))
+        runner.run_span(parts, Span(cut, SPEC.layers))
+        assert same(parts.x, whole.x)
+        assert all(same(a, b) for a, b in zip(parts.kv, whole.kv, strict=True))
+
+
+def test_chunk_by_chunk_equals_layer_by_layer(runner: Runner) -> None:
+    whole, chunked = runner.begin(prompt(150)), runner.begin(prompt(150))
+    runner.run_span(whole, Span(0, SPEC.layers))
+    for index in range(len(chunked.chunks)):
+        runner.run_chunk(chunked, index)
+    assert len(chunked.chunks) == 3 and same(chunked.x, whole.x)
+    assert all(same(a, b) for a, b in zip(chunked.kv, whole.kv, strict=True))
+
+
+def decode_tokens(runner: Runner, tokens: list[int], count: int) -> list[int]:
+    """Greedy answer of one sequence by prefill and `count - 1` decode steps."""
+    prefill = runner.begin(tokens)
+    runner.run_span(prefill, Span(0, SPEC.layers))
+    answer = [runner.first_token(prefill, Sampling(), 0)]
+    cache = SlotCache(runner.stages)
+    slot = cache.place("a", prefill.kv)
+    for _ in range(count - 1):
+        cache.reserve(len(tokens) + len(answer))
+        step, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
+        step[slot], lengths[slot] = answer[-1], len(tokens) + len(answer) - 1
+        answer.append(int(runner.decode(cache, step, lengths, greedy_draws(cache.batch))[slot]))
+    return answer
+
+
+@pytest.mark.parametrize("tokens", [5, 60, 130, 250])
+def test_decode_continues_as_prefill_would(runner: Runner, tokens: int) -> None:
+    answer = decode_tokens(runner, prompt(tokens), 12)
+    for length in range(1, 12):
+        again = runner.begin(prompt(tokens) + answer[:length])
+        runner.run_span(again, Span(0, SPEC.layers))
+        assert runner.first_token(again, Sampling(), 0) == answer[length]
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_sharded_instances_give_the_same_tokens(tmp_path_factory, runner: Runner, tp: int) -> None:
+    sharded = build(tmp_path_factory, tp)
+    assert decode_tokens(sharded, prompt(70), 10) == decode_tokens(runner, prompt(70), 10)
+    whole, parts = sharded.begin(prompt(40)), sharded.begin(prompt(40))
+    sharded.run_span(whole, Span(0, SPEC.layers))
+    sharded.run_span(parts, Span(0, 2))
+    sharded.run_span(parts, Span(2, SPEC.layers))
+    assert same(parts.x, whole.x)
+
+
+def test_rows_of_a_batch_do_not_disturb_each_other(runner: Runner) -> None:
+    """Sequences join and leave the cache, which grows, packs and shrinks; each gets its own answer."""
+    prompts = {f"s{n}": prompt(n) for n in (4, 33, 61, 90)}
+    expected = {name: decode_tokens(runner, tokens, 8) for name, tokens in prompts.items()}
+    cache, answers = SlotCache(runner.stages), {}
+    for turn, (name, tokens) in enumerate(prompts.items()):
+        prefill = runner.begin(tokens)
+        runner.run_span(prefill, Span(0, SPEC.layers))
+        answers[name] = [runner.first_token(prefill, Sampling(), 0)]
+        cache.place(name, prefill.kv)
+        if turn == 2:
+            cache.free("s4")
+    while any(len(a) < 8 for n, a in answers.items() if n != "s4"):
+        step, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
+        for slot, name in enumerate(cache.slots):
+            if name is not None:
+                step[slot], lengths[slot] = answers[name][-1], len(prompts[name]) + len(answers[name]) - 1
+        drawn = runner.decode(cache, step, lengths, greedy_draws(cache.batch))
+        for slot, name in enumerate(cache.slots):
+            if name is not None:
+                answers[name].append(int(drawn[slot]))
+    assert all(answers[name] == expected[name] for name in prompts if name != "s4")
+
+
+def test_executables_are_loaded_on_the_second_start(tmp_path_factory, runner: Runner) -> None:
+    again = build(tmp_path_factory, tp=1)
+    decode_tokens(runner, prompt(5), 2)
+    decode_tokens(again, prompt(5), 2)
+    assert again.stages.cache.compiled == 0 and again.stages.cache.loaded > 0
+
+
+@pytest.mark.parametrize("limit,chunk", [(2048, 512), (512, 64), (100, 512), (40, 8)])
+def test_every_prompt_fits_compiled_shapes(limit: int, chunk: int) -> None:
+    from dataclasses import replace
+
+    shapes = shapes_for(replace(SPEC, max_len=4096), EngineConfig(max_model_len=limit, max_num_batched_tokens=chunk))
+    first, later = set(shapes.first_chunks()), set(shapes.next_chunks())
+    for tokens in range(1, limit + 1):
+        chunks, context = shapes.chunks(tokens), shapes.staging(tokens)
+        assert chunks[0].start == 0 and chunks[-1].stop == tokens
+        assert all(a.stop == b.start for a, b in zip(chunks, chunks[1:]))
+        assert (chunks[0].width, context) in first
+        assert all((c.width, context) in later for c in chunks[1:])
+        assert chunks[-1].start + chunks[-1].width <= context

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_model
+
+from blitzjax import cli, cli_serve
+from blitzjax.errors import BlitzError, ConfigError
+
+_HEAVY = ("jax", "jaxlib", "flax", "numpy", "torch", "orbax")
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=20)
+
+
+def test_help_is_instant():
+    started = time.monotonic()
+    done = run("--help")
+    assert done.returncode == 0 and "serve" in done.stdout
+    assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize("modules", ["blitzjax.cli, blitzjax.cli_client, blitzjax.cli_serve, blitzjax.serve.client",
+                                     "blitzjax.serve.controller, blitzjax.serve.local"])
+def test_clients_and_controller_never_import_jax(modules):
+    code = f"import sys, {modules}; print([m for m in {_HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_version():
+    assert run("--version").stdout.startswith("blitzjax ")
+
+
+@pytest.mark.parametrize("argv, says", [
+    (("frobnicate",), "invalid choice"),
+    (("scale",), "--to"),
+    (("scale", "--to", "many"), "invalid int"),
+    (("serve", "toy", "--pool", "0"), "cluster.pool must be at least 1"),
+    (("serve", "toy", "--set", "scale.lvie=off"), "unknown key scale.lvie"),
+    (("serve", "toy", "--set", "nonsense"), "--set wants table.key=value"),
+    (("serve", "toy", "--instances", "3", "--pool", "2"), "give --pool 3"),
+    (("serve", "toy", "--config", "/nonexistent.toml"), "cannot read config"),
+    (("serve", "toy", "--live", "sometimes"), "invalid choice"),
+    (("status", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("chat", "hi", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("scale", "--to", "2", "--watch", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
+    (("controller", "--workers", "i0=h:1", "--model-dir", "/nonexistent"), "not a blitzjax checkpoint"),
+    (("controller", "--workers", "i0=h:1", "--model-dir", ".", "--config-json", "{"), "not JSON"),
+])
+def test_mistakes_get_one_line_and_code_2(argv, says):
+    done = run(*argv)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def configure(*argv: str):
+    return cli_serve.configure(cli.build_parser().parse_args(["serve", "toy", *argv]))
+
+
+def test_flags_become_knobs():
+    config = configure("--instances", "2", "--pool", "4", "--dtype", "float32", "-tp", "2", "--live", "off",
+                       "--scaling-policy", "manual", "--pin-cores", "--max-model-len", "99", "--event-log", "a b.jsonl")
+    assert (config.scale.min_instances, config.cluster.pool, config.engine.dtype) == (2, 4, "float32")
+    assert (config.engine.tensor_parallel, config.scale.live, config.scale.policy) == (2, "off", "manual")
+    assert (config.cluster.pin_cores, config.engine.max_model_len, config.serve.event_log) == (True, 99, "a b.jsonl")
+
+
+def test_instances_are_bounded_by_the_pool_unless_said_otherwise():
+    assert configure().cluster.pool == 3
+    assert configure().scale.max_instances == 3
+    assert configure("--pool", "8").scale.max_instances == 8
+    assert configure("--instances", "5").cluster.pool == 5
+    assert configure("--pool", "8", "--set", "scale.max_instances=2").scale.max_instances == 2
+
+
+def test_set_wins_over_flags_and_flags_over_the_file(tmp_path: Path):
+    file = tmp_path / "c.toml"
+    file.write_text("[cluster]\npool = 2\n[engine]\nmax_model_len = 64\npage_size = 8\n")
+    config = configure("--config", str(file), "--max-model-len", "128", "--set", "engine.page_size=4")
+    assert (config.cluster.pool, config.engine.max_model_len, config.engine.page_size) == (2, 128, 4)
+
+
+def test_bad_knobs_are_config_errors():
+    with pytest.raises(ConfigError, match="engine.max_num_seqs"):
+        configure("--max-num-seqs", "0")
+    with pytest.raises(BlitzError, match="max_instances"):
+        configure("--instances", "2", "--set", "scale.max_instances=1")
+
+
+def test_converted_checkpoint_is_used_as_it_is(tmp_path: Path):
+    directory = write_model(tmp_path / "toy")
+    assert cli_serve.checkpoint(str(directory), "float32") == directory

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blitzjax import types
+from blitzjax.serve import codec, eventlog
+from blitzjax.v1 import worker_pb2 as pb
+
+_I32 = st.integers(-(2**31), 2**31 - 1)
+_INTS = {"seed": st.integers(0, 2**63 - 1)}
+_FLOAT32 = st.floats(width=32, allow_nan=False)  # Sampling's floats travel as float
+_SHELL_ONLY = (types.RequestArrived, types.RequestCancelled, types.InstanceLost, types.ScaleRequested, types.Ticked)
+EVENTS = [e for e in typing.get_args(types.Event) if e not in _SHELL_ONLY]
+COMMANDS = [c for c in typing.get_args(types.Command) if c not in (types.Reject, types.Assign)]
+
+
+def values(kind: type) -> st.SearchStrategy:
+    hints = typing.get_type_hints(kind)
+    return st.builds(kind, **{f.name: _value(f.name, hints[f.name], kind) for f in dataclasses.fields(kind)})
+
+
+def _value(name: str, hint: object, owner: type) -> st.SearchStrategy:
+    if dataclasses.is_dataclass(hint):
+        return values(hint)
+    if typing.get_origin(hint) is tuple:
+        return st.lists(_value(name, typing.get_args(hint)[0], owner), max_size=3).map(tuple)
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if typing.get_origin(hint) is not None:  # X | None
+        return st.none() | st.sampled_from([v for a in typing.get_args(hint) for v in typing.get_args(a)])
+    simple = {int: _INTS.get(name, _I32), str: st.text(max_size=8), bool: st.booleans(),
+              float: _FLOAT32 if owner is types.Sampling else st.floats(allow_nan=False)}
+    return simple[hint]
+
+
+@pytest.mark.parametrize("kind", EVENTS, ids=lambda k: k.__name__)
+def test_every_worker_event_survives_the_wire(kind):
+    @settings(max_examples=30, deadline=None)
+    @given(values(kind))
+    def check(event):
+        wire = codec.encode_event(event).SerializeToString()
+        assert codec.decode_event(pb.WorkerEvent.FromString(wire)) == event
+
+    check()
+
+
+@pytest.mark.parametrize("kind", COMMANDS, ids=lambda k: k.__name__)
+def test_every_command_survives_the_wire(kind):
+    @settings(max_examples=30, deadline=None)
+    @given(values(kind))
+    def check(command):
+        wire = codec.encode_command(command).SerializeToString()
+        assert codec.decode_command(pb.WorkerCommand.FromString(wire), command.instance) == command
+
+    check()
+
+
+@settings(max_examples=50, deadline=None)
+@given(values(types.Work), st.text(max_size=4))
+def test_assign_travels_as_its_work(work, instance):
+    message = codec.encode_command(types.Assign(instance, work.request.id, work.attempt), work)
+    assert codec.decode_command(pb.WorkerCommand.FromString(message.SerializeToString()), instance) == work
+
+
+def test_messages_without_fields_are_still_told_apart():
+    for command in (types.Release("i0"), types.CancelTransfer("i0", 0), types.Abort("i0", "")):
+        assert codec.decode_command(codec.encode_command(command), "i0") == command
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of([values(k) for k in typing.get_args(types.Event)]), max_size=5),
+       st.lists(st.one_of([values(k) for k in typing.get_args(types.Command)]), max_size=5))
+def test_event_log_reads_back_what_was_written(tmp_path_factory, events, commands):
+    path = tmp_path_factory.mktemp("log") / "events.jsonl"
+    log = eventlog.EventLog(path, {"spec": {"name": "toy"}})
+    for event in events:
+        log.event(event)
+    for command in commands:
+        log.command(1.5, command)
+    log.close()
+    records = list(eventlog.read(path))
+    assert [r.item for r in records] == [*events, *commands]
+    assert [r.is_command for r in records] == [False] * len(events) + [True] * len(commands)
+    assert all(r.at == (1.5 if r.is_command else r.item.at) for r in records)
+    assert eventlog.read_header(path)["spec"] == {"name": "toy"}

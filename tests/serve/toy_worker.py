@@ -1,0 +1,132 @@
+"""A worker whose answers can be computed by hand: the next token is (last token + 1) % vocabulary.
+
+`python toy_worker.py --listen HOST:PORT ...` speaks the Worker protocol over a real socket and imports no jax.
+With the byte tokenizer of conftest.py, "a" continues "bcde...". Sampling is misused as a remote control:
+temperature is the pause before each token, in seconds. TOY_REFUSE makes it refuse with that message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import uuid
+
+import grpc
+
+from blitzjax import types
+from blitzjax.serve import codec
+from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+from blitzjax.v1 import worker_pb2 as pb
+from blitzjax.v1 import worker_pb2_grpc as rpc
+
+UNIT_S = 0.002  # a unit's arrival
+
+
+class ToyWorker(rpc.WorkerServicer):
+    """One session at a time; everything is forgotten when it ends."""
+
+    def __init__(self):
+        self.incarnation = uuid.uuid4().hex
+
+    async def Run(self, requests, context):
+        configure = (await anext(requests)).configure
+        session = Session(configure, context)
+        if message := os.environ.get("TOY_REFUSE"):
+            await context.write(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=message)))
+            return
+        await session.joined(self.incarnation)
+        try:
+            async for message in requests:
+                await session.obey(codec.decode_command(message, configure.instance))
+        finally:
+            for task in session.tasks.values():
+                task.cancel()
+
+
+class Session:
+    def __init__(self, configure: pb.Configure, context):
+        self.instance, self.context = configure.instance, context
+        self.config = json.loads(configure.config_json)["engine"]
+        spec = json.loads(configure.model_json)["spec"]
+        self.vocab, self.eos, self.all_units = spec["vocab"], set(spec["eos_token_ids"]), spec["layers"] + 2
+        self.units = 0
+        self.plans: dict[int, types.MulticastPlan] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def joined(self, incarnation: str) -> None:
+        slots, length, size = (self.config[k] for k in ("max_num_seqs", "max_model_len", "page_size"))
+        await self.emit(types.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size,
+                                             size, slots))
+        await self.emit(types.WorldJoined(0.0, self.instance))
+
+    async def emit(self, event: types.Event) -> None:
+        await self.context.write(codec.encode_event(event))
+
+    async def obey(self, command: types.Command | types.Work) -> None:
+        me = self.instance
+        match command:
+            case types.Work():
+                self.tasks[command.request.id] = asyncio.create_task(self.answer(command))
+            case types.Abort():
+                if task := self.tasks.pop(command.request_id, None):
+                    task.cancel()
+                    await self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
+            case types.LoadFromDisk():
+                self.spawn(self.load(command.ticket, self.all_units))
+            case types.PrepareTransfer():
+                self.plans[command.plan.ticket] = command.plan
+                await self.emit(types.TransferReady(0.0, me, command.plan.ticket))
+            case types.StartTransfer():
+                stop = max(c.stop_unit for c in self.plans[command.ticket].chains if me in c.instances)
+                self.spawn(self.load(command.ticket, max(stop, self.units)))
+            case types.CancelTransfer():
+                await self.emit(types.TransferEnded(0.0, me, command.ticket, self.units, "cancelled"))
+            case types.Release():
+                self.units = 0
+                await self.emit(types.Drained(0.0, me))
+
+    def spawn(self, work) -> None:
+        self.tasks[uuid.uuid4().hex] = asyncio.create_task(work)
+
+    async def load(self, ticket: int, stop: int) -> None:
+        while self.units < stop:
+            await asyncio.sleep(UNIT_S)
+            self.units += 1
+            await self.emit(types.LayerLoaded(0.0, self.instance, self.units))
+        await self.emit(types.TransferEnded(0.0, self.instance, ticket, self.units, ""))
+
+    async def answer(self, work: types.Work) -> None:
+        asyncio.current_task().attempt = work.attempt
+        at = (0.0, self.instance, work.request.id, work.attempt)
+        last, sampling = (*work.prompt, *work.generated)[-1], work.sampling
+        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.eos)
+        for index in range(len(work.generated), sampling.max_tokens):
+            await asyncio.sleep(sampling.temperature)
+            last = (last + 1) % self.vocab
+            reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
+            await self.context.write(pb.WorkerEvent(tokens=pb.Tokens(
+                request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason)))
+            if index == len(work.generated):
+                await self.emit(types.PrefillDone(*at))
+            if reason:
+                break
+        self.tasks.pop(work.request.id, None)
+        await self.emit(types.RequestFinished(*at, reason))
+
+
+async def serve(address: str) -> None:
+    server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
+    rpc.add_WorkerServicer_to_server(ToyWorker(), server)
+    server.add_insecure_port(address)
+    await server.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--listen", required=True)
+    for flag in ("--rank", "--world", "--coordinator"):
+        parser.add_argument(flag)
+    asyncio.run(serve(parser.parse_args().listen))

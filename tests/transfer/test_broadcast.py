@@ -1,0 +1,100 @@
+"""Multicast chains between real processes: bytes in are bytes out, whatever the chain and the watermarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from transfer_peers import Cluster, cluster_of
+
+UNITS = 7  # of peer.UNIT_BYTES
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1lane", "2lanes"])
+def cluster(request: pytest.FixtureRequest, tmp_module: Path) -> Iterator[Cluster]:
+    (tmp := tmp_module / str(request.param)).mkdir()
+    with cluster_of(tmp, 4, request.param) as cluster:
+        cluster.join()
+        yield cluster
+
+
+def multicast(cluster: Cluster, ranks: list[int], start: int = 0, stop: int = UNITS, **more: object) -> list[dict]:
+    generation = cluster.generation()
+    for rank in ranks:
+        cluster.peers[rank].send("multicast", ranks=ranks, generation=generation, start=start, stop=stop, **more)
+    return [cluster.peers[rank].answer() for rank in ranks]
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [2, 0, 1], [3, 2, 1, 0]], ids=["1to1", "1to2", "1to3"])
+def test_receivers_get_the_source_bytes_while_others_serve(cluster: Cluster, ranks: list[int]) -> None:
+    for peer in cluster.peers:
+        peer.ask("fill", units=0, seed=0)
+    wanted = cluster.peers[ranks[0]].ask("fill", units=UNITS, seed=len(ranks))
+    bystanders = [peer for rank, peer in enumerate(cluster.peers) if rank not in ranks]
+    before = [peer.ask("count") for peer in bystanders]
+    answers = multicast(cluster, ranks, pace_s=0.05)
+    assert [a["done"]["reached"] for a in answers] == [UNITS] * len(ranks)
+    assert [a["done"]["touched"] for a in answers[1:]] == [list(range(UNITS))] * (len(ranks) - 1)
+    for rank in ranks[1:]:
+        assert cluster.peers[rank].ask("crcs") == wanted
+    after = [peer.ask("count") for peer in bystanders]
+    assert all(b > a for a, b in zip(before, after, strict=True)), (before, after)
+
+
+@pytest.mark.parametrize("chunk", [64 + 64, 200_064, 1 << 20])
+def test_any_chunk_size_works(cluster: Cluster, chunk: int) -> None:
+    cluster.peers[1].ask("fill", units=1, seed=5)
+    wanted = cluster.peers[0].ask("fill", units=2, seed=5)
+    multicast(cluster, [0, 1], start=1, stop=2, chunk=chunk)
+    assert cluster.peers[1].ask("crcs") == wanted
+
+
+def test_receivers_at_different_watermarks_keep_what_they_hold(cluster: Cluster) -> None:
+    wanted = cluster.peers[0].ask("fill", units=UNITS, seed=1)
+    ahead = cluster.peers[1].ask("fill", units=5, seed=2)  # other bytes: overwriting would show
+    cluster.peers[2].ask("fill", units=3, seed=1)
+    answers = multicast(cluster, [0, 1, 2], start=3)
+    assert [a["done"]["touched"] for a in answers] == [[], [5, 6], [3, 4, 5, 6]]
+    assert cluster.peers[1].ask("crcs") == ahead + wanted[5:]
+    assert cluster.peers[2].ask("crcs") == wanted
+
+
+def test_too_few_units_is_an_error_before_anything_moves(cluster: Cluster) -> None:
+    cluster.peers[0].ask("fill", units=3, seed=1)
+    generation = cluster.generation()
+    cluster.peers[0].send("multicast", ranks=[0, 1], generation=generation, start=0, stop=UNITS)
+    assert "holds 3 units" in cluster.peers[0].answer()["error"]
+
+
+def test_cancelled_source_ends_the_stream_in_step(cluster: Cluster) -> None:
+    cluster.peers[0].ask("fill", units=UNITS, seed=1)
+    for rank in (1, 2):
+        cluster.peers[rank].ask("fill", units=0, seed=0)
+    generation = cluster.generation()
+    for _ in range(2):  # the clique stays usable
+        for rank in (0, 1, 2):
+            cluster.peers[rank].send("multicast", ranks=[0, 1, 2], generation=generation, start=0, stop=UNITS,
+                                     pace_s=0.1 if rank == 0 else 0)
+        cluster.peers[2].wait_unit()
+        for rank in (0, 1, 2):
+            cluster.peers[rank].send("cancel")
+        answers = [cluster.peers[rank].answer() for rank in (0, 1, 2)]
+        reached = answers[0]["done"]["reached"]
+        assert 1 <= reached < UNITS
+        assert [a["done"]["reached"] for a in answers] == [reached] * 3
+        for rank in (1, 2):
+            assert len(cluster.peers[rank].ask("crcs")) == reached
+            cluster.peers[rank].ask("fill", units=0, seed=0)
+
+
+def test_corrupt_unit_is_refused_and_named(cluster: Cluster) -> None:
+    wanted = cluster.peers[0].ask("fill", units=UNITS, seed=1, lies=2)
+    for rank in (1, 2):
+        cluster.peers[rank].ask("fill", units=0, seed=0)
+    answers = multicast(cluster, [0, 1, 2])
+    assert answers[0]["done"]["reached"] == UNITS
+    for rank, answer in zip((1, 2), answers[1:], strict=True):
+        assert "unit 2" in answer["error"] and "checksum" in answer["error"]
+        assert cluster.peers[rank].ask("crcs") == wanted[:2]
