@@ -59,6 +59,11 @@ class Instance:
         while not self._stopped:
             self._receive(wait=not self._step())
 
+    @property
+    def idle(self) -> bool:
+        """No request is here. For tests and idle moments, like `check`."""
+        return not self._sequences
+
     def check(self) -> None:
         """Asserts the invariants of the parts; for tests and idle moments."""
         self._batcher.check()

@@ -222,11 +222,9 @@ class Controller:
     async def run(self) -> None:
         """Ticks and talks to workers until cancelled. Raises what broke the brain, or BlitzError if no worker can serve."""
         self._broken = asyncio.get_running_loop().create_future()
-        async with asyncio.TaskGroup() as tasks:
-            for link in self._links.values():
-                tasks.create_task(link.run(), name=f"link {link.instance}")
-            tasks.create_task(self._tick(), name="tick")
-            tasks.create_task(_raise_when_set(self._broken), name="broken")
+        links = (link.run() for link in self._links.values())
+        async with _background(*links, self._tick(), _result(self._broken)) as ended:
+            await ended
 
     async def _tick(self) -> None:
         while True:
@@ -249,8 +247,8 @@ class Controller:
         self._cluster.check()
 
 
-async def _raise_when_set(broken: asyncio.Future[None]) -> None:
-    await broken
+async def _result(future: asyncio.Future[None]) -> None:
+    await future
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -322,8 +320,8 @@ async def _set_health(checker: health.aio.HealthServicer, ready: bool) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _background(*work: typing.Coroutine[None, None, object]) -> AsyncIterator[asyncio.Future[object]]:
-    """Runs coroutines beside the block; yields a future of whichever ends first. All are cancelled at the end."""
+async def _background(*work: typing.Coroutine[None, None, object]) -> AsyncIterator[typing.Awaitable[None]]:
+    """Runs coroutines beside the block; yields a wait for whichever ends first. All are cancelled at the end."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
         yield _first(tasks)
@@ -364,9 +362,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         asyncio.run(serve(controller, config.serve.host, config.serve.port))
-    except* BlitzError as group:
-        for e in group.exceptions:
-            print(f"blitzjax controller: {e}", file=sys.stderr)
+    except BlitzError as e:
+        print(f"blitzjax controller: {e}", file=sys.stderr)
         return 1
     return 0
 

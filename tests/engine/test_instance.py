@@ -1,0 +1,227 @@
+"""Two instances in one process, real arrays and a real hand-off server, a partner link without gRPC.
+
+The reference is one instance alone; a live pair must give its tokens whatever the layers loaded when the prompts came.
+"""
+
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from blitzjax.config import Config, EngineConfig
+from blitzjax.engine import messages as m
+from blitzjax.engine.instance import Instance
+from blitzjax.engine.params import LayerStore, fill, unit_arrays
+from blitzjax.engine.stages import Stages
+from blitzjax.transfer.handoff import HandOff
+from blitzjax.types import (
+    Abort, Drained, EndLive, LiveDrained, LivePair, ModelSpec, PrefillDone, Release, Request, RequestFinished,
+    RequestHanded, Sampling, StartLive, Work,
+)
+
+SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32", eos_token_ids=(7,))
+
+
+def weights(unit: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(unit)
+    return {a.name: rng.normal(1.0 if "norm" in a.name else 0.0, 0.2, a.shape).astype(np.float32)
+            for a in unit_arrays(SPEC, unit)}
+
+
+class Rig:
+    """An Instance with its thread; collects what it emits."""
+
+    def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"]):
+        self.store = LayerStore(SPEC, jax.local_devices()[:1])
+        stages = Stages(SPEC, config.engine, self.store.mesh)
+        self.handoff = HandOff("127.0.0.1", jax.local_devices()[:1])
+        self.events: list[object] = []
+        self.changed = threading.Condition()
+        self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
+                                 lambda partner: DirectPartner(self, rigs[partner]))
+        self.thread = threading.Thread(target=self.instance.run, daemon=True)
+        self.thread.start()
+
+    def _collect(self, output: object) -> None:
+        with self.changed:
+            self.events.append(output)
+            self.changed.notify_all()
+
+    def load(self, units: int) -> None:
+        for unit in range(self.store.units, units):
+            fill(self.store, unit, weights(unit))
+            self.store.commit(unit)
+            self.instance.post(m.UnitsArrived())
+
+    def wait(self, condition, what: str) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: condition(self.events), 60), f"no {what}: {self.events[-5:]}"
+
+    def stop(self) -> None:
+        self.instance.post(m.Stop())
+        self.thread.join(20)
+        self.instance.check()
+
+
+class DirectPartner:
+    """Partner link between two rigs of this process."""
+
+    def __init__(self, old: Rig, new: Rig):
+        self._old, self._new = old, new
+
+    def pull(self, seq: int) -> None:
+        reply = lambda answer: self._old.instance.post(m.HandedOver(self._new.instance.name, answer))
+        self._new.instance.post(m.Pulled(seq, self._old.instance.name, reply))
+
+    def taken(self, seq: int) -> None:
+        self._new.instance.post(m.Taken(seq))
+
+    def close(self) -> None:
+        self._new.instance.post(m.PartnerLost(self._old.instance.name))
+
+
+@pytest.fixture
+def rigs(tmp_path_factory):
+    engine = EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64,
+                          executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
+    made: dict[str, Rig] = {}
+    for name in ("old", "new"):
+        made[name] = Rig(name, replace(Config(), engine=engine), made)
+    yield made
+    for rig in made.values():
+        rig.stop()
+
+
+def work(number: int, tokens: int, **sampling) -> Work:
+    prompt = tuple(np.random.default_rng(number).integers(8, SPEC.vocab, tokens).tolist())
+    sampling = Sampling(**{"max_tokens": 6, **sampling})
+    return Work(Request(f"r{number}", "tiny", tokens, sampling.max_tokens, 0.0), 1, prompt, (), sampling)
+
+
+WORKS = [work(n, tokens) for n, tokens in enumerate([5, 40, 64, 100, 150, 9, 33])]
+
+
+def answers(rig: Rig) -> dict[str, list[int]]:
+    out: dict[str, list[int]] = {}
+    for event in rig.events:
+        if isinstance(event, m.Tokens):
+            out.setdefault(event.request_id, []).extend(event.token_ids)
+            assert event.start == len(out[event.request_id]) - len(event.token_ids)
+    return out
+
+
+def finished(events: list[object]) -> set[str]:
+    return {e.request_id for e in events if isinstance(e, RequestFinished)}
+
+
+def reference(rig: Rig, works: list[Work]) -> dict[str, list[int]]:
+    rig.load(SPEC.units)
+    for item in works:
+        rig.instance.post(item)
+    rig.wait(lambda events: finished(events) >= {w.request.id for w in works}, "reference")
+    expected = answers(rig)
+    with rig.changed:
+        rig.events.clear()
+    return expected
+
+
+def test_one_instance_answers_and_stops_where_it_should(rigs) -> None:
+    rig = rigs["old"]
+    expected = reference(rig, [work(1, 20, max_tokens=12, ignore_eos=True)])["r1"]
+    assert len(expected) == 12
+    stop = work(2, 20, max_tokens=12, ignore_eos=True, stop_token_ids=(expected[3],))
+    rig.instance.post(replace(stop, prompt=work(1, 20).prompt))
+    rig.wait(lambda events: "r2" in finished(events), "stop")
+    assert answers(rig)["r2"] == expected[: expected.index(expected[3]) + 1]
+    assert next(e for e in rig.events if isinstance(e, RequestFinished)).reason == "stop"
+
+
+def test_a_later_attempt_continues_where_the_first_was_lost(rigs) -> None:
+    for sampling in ({}, {"temperature": 0.9, "seed": 11, "top_p": 0.9}):
+        rig = rigs["old"]
+        item = work(5, 30, max_tokens=10, ignore_eos=True, **sampling)
+        expected = reference(rig, [item])["r5"]
+        rig.instance.post(replace(item, attempt=2, generated=tuple(expected[:4])))
+        rig.wait(lambda events: "r5" in finished(events), "second attempt")
+        assert [t for e in rig.events if isinstance(e, m.Tokens) for t in e.token_ids] == expected[4:]
+        rig.events.clear()
+
+
+def test_abort_frees_everything(rigs) -> None:
+    rig = rigs["old"]
+    rig.load(SPEC.units)
+    for n in range(4):
+        rig.instance.post(work(n, 100, max_tokens=100, ignore_eos=True))
+    rig.wait(lambda events: len(answers(rig)) == 4, "tokens")
+    for n in range(4):
+        rig.instance.post(Abort("old", f"r{n}"))
+    rig.wait(lambda events: len(finished(events)) == 4, "aborts")
+    rig.instance.check()
+    assert rig.instance.idle
+
+
+@pytest.mark.parametrize("mode", ["zigzag", "best_effort"])
+@pytest.mark.parametrize("units_at_start", [0, 1, 3, 6])
+def test_live_pair_gives_the_tokens_of_one_instance(rigs, mode: str, units_at_start: int) -> None:
+    old, new = rigs["old"], rigs["new"]
+    expected = reference(old, WORKS)
+    new.load(units_at_start)
+    pair = LivePair("old", "new", mode)
+    for item in WORKS[:5]:
+        new.instance.post(item) if units_at_start == 6 else None
+    new.instance.post(StartLive("new", pair))
+    if units_at_start < 6:
+        for item in WORKS[:5]:
+            new.instance.post(item)
+    old.instance.post(StartLive("old", pair))
+    for units in range(units_at_start + 1, SPEC.units + 1):
+        time.sleep(0.05)
+        new.load(units)
+        if units == 4:
+            for item in WORKS[5:]:
+                new.instance.post(item)
+    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
+    for rig in (old, new):
+        rig.instance.post(EndLive(rig.instance.name, pair))
+    sent = {w.request.id for w in (WORKS if units_at_start < 4 else WORKS[:5])}
+    deadline = time.monotonic() + 60
+    while finished(old.events) | finished(new.events) < sent and time.monotonic() < deadline:
+        time.sleep(0.02)
+    merged = answers(new)
+    for request, tokens in answers(old).items():
+        assert request not in merged, "a request ran on both sides"
+        merged[request] = tokens
+    assert merged == {request: expected[request] for request in sent}
+    handed = {e.request_id for e in new.events if isinstance(e, RequestHanded)}
+    assert handed == set(answers(old)), "old answers exactly what it was handed"
+    for rig in (old, new):
+        assert rig.instance.idle
+
+
+def test_new_side_alone_finishes_what_it_has_when_the_pair_ends(rigs) -> None:
+    old, new = rigs["old"], rigs["new"]
+    expected = reference(old, WORKS)
+    pair = LivePair("old", "new", "zigzag")
+    new.instance.post(StartLive("new", pair))
+    for item in WORKS:
+        new.instance.post(item)
+    new.load(3)
+    new.instance.post(EndLive("new", pair))
+    new.instance.post(m.PartnerLost("old"))
+    new.load(SPEC.units)
+    new.wait(lambda events: finished(events) >= set(expected), "answers")
+    assert answers(new) == expected
+
+
+def test_release_drops_the_parameters(rigs) -> None:
+    rig = rigs["old"]
+    rig.load(SPEC.units)
+    rig.instance.post(Release("old"))
+    rig.wait(lambda events: any(isinstance(e, Drained) for e in events), "Drained")
+    assert rig.store.units == 0
+    expected = reference(rig, WORKS[:2])  # and can be loaded again
+    assert set(expected) == {"r0", "r1"} and any(isinstance(e, PrefillDone) for e in rig.events) is False

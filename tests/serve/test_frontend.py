@@ -1,0 +1,243 @@
+"""Requests through the real controller over real sockets; toy_worker.py says what the right answers are."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import grpc
+import pytest
+from conftest import EOS, VOCAB, eventually
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
+from blitzjax.serve.client import AsyncClient, Client
+from blitzjax.v1 import inference_pb2 as pb
+from blitzjax.v1 import inference_pb2_grpc as rpc
+
+SLOW = 0.05  # seconds per token
+
+
+def toy(last: int, n: int) -> tuple[int, ...]:
+    return tuple((last + 1 + i) % VOCAB for i in range(n))
+
+
+def quiet(client: Client) -> bool:
+    """Nothing queued, nothing running, no page in use."""
+    s = client.status()
+    return not s.queued_requests and not s.running_requests and not any(i.pages_used for i in s.instances)
+
+
+def test_text_answer(client):
+    result = client.generate("a", max_tokens=5)
+    assert (result.text, result.token_ids, result.finish_reason) == ("bcdef", toy(97, 5), "length")
+    usage = result.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.attempts) == (1, 5, 1)
+    assert 0 <= usage.queue_s <= usage.ttft_s <= result.ttft_s
+
+
+def test_tokens_arrive_one_by_one(client):
+    chunks = list(client.stream([10], max_tokens=4, temperature=SLOW))
+    assert [c.token_ids for c in chunks] == [(11,), (12,), (13,), (14,)]
+    assert [c.finish_reason for c in chunks] == ["", "", "", "length"]
+    assert all(b.at_s - a.at_s > SLOW / 4 for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+def test_chat_is_rendered_with_the_template(client):
+    result = client.generate([{"role": "user", "content": "x"}], max_tokens=2)
+    assert (result.text, result.usage.prompt_tokens) == ("bc", len("u:x;a"))
+
+
+def test_end_of_sequence_ends_the_answer_without_its_text(client):
+    result = client.generate([254], max_tokens=50)
+    assert (result.token_ids, result.finish_reason) == ((255, EOS), "stop")
+    assert client.generate([254], max_tokens=4, ignore_eos=True).token_ids == toy(254, 4)
+
+
+def test_stop_token_ids(client):
+    result = client.generate("a", max_tokens=50, stop_token_ids=[ord("d")])
+    assert (result.text, result.token_ids, result.finish_reason) == ("bc", toy(97, 3), "stop")
+
+
+def test_stop_string_is_cut_and_frees_the_worker(client):
+    result = client.generate("a", max_tokens=400, temperature=0.01, stop=["zz", "def"])
+    assert (result.text, result.finish_reason) == ("bc", "stop")
+    assert result.usage.completion_tokens == 5
+    eventually(lambda: quiet(client))
+
+
+def test_half_a_stop_string_at_the_end_is_text(client):
+    result = client.generate("a", max_tokens=3, stop=["de"])
+    assert (result.text, result.finish_reason) == ("bcd", "length")
+
+
+def test_seed_is_drawn_and_reported(client):
+    assert client.generate("a", max_tokens=1, seed=2**63 - 1).usage.seed == 2**63 - 1
+    assert client.generate("a", max_tokens=1).usage.seed != client.generate("a", max_tokens=1).usage.seed
+
+
+def test_default_max_tokens_shrinks_to_what_fits(client):
+    assert client.generate([1], ignore_eos=True).usage.completion_tokens == 128
+    assert client.generate([1] * 500, ignore_eos=True).usage.completion_tokens == 12
+
+
+@pytest.mark.parametrize("prompt, options, says", [
+    ("", {}, "prompt is empty"),
+    ([], {}, "prompt is empty"),
+    ([1] * 500, {"max_tokens": 13}, r"prompt \(500 tokens\) \+ max_tokens \(13\) = 513 exceeds the context of 512"),
+    ([1] * 512, {}, r"512 tokens\) \+ max_tokens \(1\)"),
+    ([VOCAB], {}, f"token id {VOCAB} is outside the vocabulary"),
+    ([-1], {}, "token id -1 is outside"),
+    ("a", {"temperature": -0.1}, r"temperature must be in \[0, 100\]"),
+    ("a", {"temperature": float("nan")}, "temperature"),
+    ("a", {"temperature": 101.0}, "temperature"),
+    ("a", {"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+    ("a", {"top_p": 1.1}, "top_p"),
+    ("a", {"top_p": float("nan")}, "top_p"),
+    ("a", {"top_k": -1}, "top_k must be at least 0"),
+    ("a", {"max_tokens": 0}, "max_tokens must be at least 1"),
+    ("a", {"seed": -1}, "seed must be in"),
+    ("a", {"stop": ["x"] * 17}, "at most 16 stop strings, got 17"),
+    ("a", {"stop": [""]}, "stop string is empty"),
+    ("a", {"stop": ["x" * 1025]}, "1024 characters"),
+    ("a", {"stop_token_ids": [VOCAB]}, "stop token id"),
+    ([{"role": "wizard", "content": "x"}], {}, "unknown chat role 'wizard'; roles are system, user, assistant"),
+])
+def test_what_cannot_be_served_is_refused_with_the_limit(client, prompt, options, says):
+    with pytest.raises(InvalidRequest, match=says):
+        client.generate(prompt, **options)
+
+
+def test_request_without_input_is_refused(cluster):
+    with grpc.insecure_channel(cluster.address) as channel, pytest.raises(grpc.RpcError) as e:
+        list(rpc.InferenceStub(channel).Generate(pb.GenerateRequest()))
+    assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_unknown_model_names_the_served_ones(client):
+    with pytest.raises(UnknownModel, match="served: toy"):
+        client.generate("a", model="gpt")
+    assert client.generate("a", model="toy", max_tokens=1).text == "b"
+
+
+def test_client_that_leaves_ends_its_generation(client):
+    stream = client.stream([1], max_tokens=400, temperature=SLOW)
+    next(stream)
+    assert not quiet(client)
+    stream.close()
+    eventually(lambda: quiet(client), 2.0)
+
+
+def test_deadline_ends_the_generation(client):
+    with pytest.raises(BlitzError) as e:
+        client.generate([1], max_tokens=400, temperature=SLOW, timeout_s=0.3)
+    assert e.value.code == "DEADLINE_EXCEEDED"
+    eventually(lambda: quiet(client), 2.0)
+
+
+def test_abort_ends_the_answer_with_what_it_has(client):
+    stream = client.stream([1], max_tokens=400, temperature=SLOW, request_id="mine")
+    first = next(stream)
+    client.abort("mine", "nobody's")
+    rest = list(stream)
+    assert rest[-1].finish_reason == "abort"
+    tokens = first.token_ids + tuple(t for c in rest for t in c.token_ids)
+    assert tokens == toy(1, rest[-1].usage.completion_tokens)
+    eventually(lambda: quiet(client), 2.0)
+
+
+def test_request_id_is_unique_while_it_runs_and_free_afterwards(client):
+    stream = client.stream([1], max_tokens=400, temperature=SLOW, request_id="mine")
+    assert next(stream).request_id == "mine"
+    with pytest.raises(InvalidRequest, match="'mine' is still running"):
+        client.generate([1], request_id="mine")
+    stream.close()
+    for _ in range(20):
+        eventually(lambda: quiet(client))
+        assert client.generate([1], request_id="mine", max_tokens=1).token_ids == (2,)
+
+
+def test_many_at_once_get_their_own_answers(cluster):
+    import asyncio
+
+    async def all_of_them():
+        async with AsyncClient(cluster.address) as client:
+            return await asyncio.gather(*(client.generate([i], max_tokens=20, ignore_eos=True) for i in range(40)))
+
+    assert [r.token_ids for r in asyncio.run(all_of_them())] == [toy(i, 20) for i in range(40)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.integers(0, VOCAB - 1), n=st.integers(1, 60), stop=st.lists(st.text("bcdxyz", min_size=1, max_size=2), max_size=2))
+def test_any_answer_is_the_arithmetic_one(client, start, n, stop):
+    result = client.generate([start], max_tokens=n, stop=stop, ignore_eos=True)
+    assert result.token_ids == toy(start, result.usage.completion_tokens)
+    assert not any(s in result.text for s in stop)
+    assert result.finish_reason == "stop" or result.usage.completion_tokens == n
+
+
+# ---- the cluster
+
+
+def test_status_shows_model_and_instances(client):
+    status = client.status()
+    model = status.models[0]
+    assert (model.name, model.layers, model.max_model_len, model.bytes) == ("toy", 4, 512, 60)
+    assert [(i.id, i.phase, i.layers_loaded) for i in status.instances][0] == ("i0", "serving", 4)
+    assert (status.live, status.source) == ("off", "multicast")
+
+
+def test_scale_up_and_down_waits_until_it_is_done(client):
+    reply = client.scale(2, source="disk", wait=True, timeout_s=10)
+    assert (reply.serving, reply.target) == (2, 2) and reply.seconds > 0
+    assert client.scale(1, wait=True, timeout_s=10).serving == 1
+    eventually(lambda: [i.phase for i in client.status().instances] == ["serving", "idle"])
+
+
+@pytest.mark.parametrize("target", [0, -1, 3])
+def test_scale_target_is_bounded_by_the_pool(client, target):
+    with pytest.raises(InvalidRequest, match=r"\[1, 2\]: the pool has 2 workers"):
+        client.scale(target)
+
+
+def test_scale_refuses_unknown_modes(client):
+    with pytest.raises(InvalidRequest, match="live must be one of zigzag, best_effort, off"):
+        client.scale(1, live="sometimes")
+    with pytest.raises(InvalidRequest, match="source must be one of"):
+        client.scale(1, source="ether")
+
+
+def test_watch_shows_layers_arriving_and_a_picture_per_second(client):
+    pictures, started = [], time.monotonic()
+
+    def look():
+        with pytest.raises(BlitzError, match="DEADLINE"):
+            pictures.extend(client.watch(timeout_s=2.5))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    client.scale(2, wait=True, timeout_s=10)
+    client.scale(1, wait=True, timeout_s=10)
+    watcher.join()
+    assert time.monotonic() - started < 5
+    assert max(sum(i.phase == "serving" for i in p.instances) for p in pictures) == 2 or len(pictures) > 3
+    gaps = [b.at - a.at for a, b in zip(pictures, pictures[1:], strict=False)]
+    assert min(gaps) > 0.03 and max(gaps) < 1.3
+
+
+def test_reflection_lists_services(cluster):
+    with grpc.insecure_channel(cluster.address) as channel:
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        answer = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask])))
+    names = {s.name for s in answer.list_services_response.service}
+    assert {"blitzjax.v1.Inference", "grpc.health.v1.Health"} <= names
+
+
+@pytest.mark.parametrize("name", ["", "blitzjax.v1.Inference"])
+def test_health_knows_both_names(cluster, name):
+    with grpc.insecure_channel(cluster.address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
