@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import queue
 import socket
 import statistics
 import subprocess
@@ -107,29 +108,40 @@ class Worker:
         session.run(layers, 0, layers.count, on_unit, lambda: False)
         return {"began": began, "first": times[0], "ended": times[-1], "prepare_s": prepare_s}
 
-    def receive(self) -> dict[str, float]:
+    def receive(self, forward: list[tuple[str, int]]) -> dict[str, float]:
+        """Plain copy: fills the slabs from one connection and sends each on to `forward`, in a second thread."""
         connection, _ = self.listener.accept()
+        ready: queue.SimpleQueue[int] = queue.SimpleQueue()
+        senders = self._start_sending(forward, ready)
         with connection:
-            for slab in self.layers.memory:
+            for unit, slab in enumerate(self.layers.memory):
                 view = memoryview(slab)
                 while view:
                     view = view[connection.recv_into(view):]
-            return {"ended": time.monotonic()}
+                ready.put(unit)
+            ended = time.monotonic()
+        for sender in senders:
+            sender.join()
+        return {"ended": ended}
 
     def send(self, targets: list[tuple[str, int]]) -> dict[str, float]:
-        connections = [socket.create_connection(target) for target in targets]
+        """Plain copy to all `targets` at once."""
         began = time.monotonic()
-        threads = [threading.Thread(target=self._send, args=(c,)) for c in connections]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for sender in self._start_sending(targets, None):
+            sender.join()
         return {"began": began}
 
-    def _send(self, connection: socket.socket) -> None:
-        with connection:
-            for slab in self.layers.memory:
-                connection.sendall(slab)
+    def _start_sending(self, targets: list[tuple[str, int]], ready: queue.SimpleQueue[int] | None
+                       ) -> list[threading.Thread]:
+        threads = [threading.Thread(target=self._send, args=(tuple(target), ready)) for target in targets]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _send(self, target: tuple[str, int], ready: queue.SimpleQueue[int] | None) -> None:
+        with socket.create_connection(target) as connection:
+            for unit in range(self.layers.count):
+                connection.sendall(self.layers.memory[unit if ready is None else ready.get()])
 
 
 def work(coordinator: str, rank: int, host_ip: str, layers: int) -> None:
@@ -197,12 +209,12 @@ def cluster(hosts: Sequence[netns.Host | None], layers: int) -> Iterator[list[Re
             process.wait()
 
 
-def copy_s(remotes: Sequence[Remote]) -> float:
-    """Seconds of a plain TCP copy from the first host to all others at once."""
+def copy_s(remotes: Sequence[Remote], chain: bool = False) -> float:
+    """Seconds of a plain TCP copy from the first host to all others: at once, or as a chain of stores and forwards."""
     source, *targets = remotes
-    for target in targets:
-        target.order("receive")
-    source.order("send", targets=[(t.ip, t.port) for t in targets])
+    for target, following in zip(targets, [*targets[1:], None]):
+        target.order("receive", forward=[(following.ip, following.port)] if chain and following else [])
+    source.order("send", targets=[(t.ip, t.port) for t in (targets[:1] if chain else targets)])
     ended = max(target.answer()["ended"] for target in targets)
     return ended - source.answer()["began"]
 

@@ -110,8 +110,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {len(self.entries)} units, the model has {self.spec.units}; {_REPAIR}")
         problems = []
         for unit, entries in enumerate(self.entries):
-            found = {e.name: (e.shape, e.dtype) for e in entries}
-            wanted = {i.name: (i.shape, i.dtype.name) for i in unit_arrays(self.spec, unit)}
+            found = {e.name: (e.shape, e.dtype, e.nbytes) for e in entries}
+            wanted = {i.name: (i.shape, i.dtype.name, i.nbytes) for i in unit_arrays(self.spec, unit)}
             problems += [f"{unit_name(self.spec, unit)}: {name} is {found.get(name)}, should be {wanted.get(name)}"
                          for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
         if problems:

@@ -6,11 +6,9 @@ without copying on CPU. Invariant: units [0, store.units) are committed, and the
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import mmap
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,12 +171,8 @@ def align(nbytes: int) -> int:
 
 
 def _allocate(nbytes: int) -> np.ndarray:
-    """uint8[nbytes] of zeros at the start of a page; huge pages where the kernel gives them (fewer page faults)."""
-    pages = mmap.mmap(-1, nbytes)
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel built without transparent huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
+    """uint8[nbytes] of zeros at the start of a page, given back to the system when the last view is gone."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 class LayerStore:

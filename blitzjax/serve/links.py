@@ -132,7 +132,7 @@ class WorkerLink:
             case "hand_off" | None:
                 _log.error("%s sent the controller a message meant for its live partner", self.instance)
             case _:
-                self._report(replace(codec.decode_event(message), at=self._shell.now(), instance=self.instance))
+                self._report(replace(codec.decode_event(message), at=self._shell.now()))
 
     def _report(self, event: types.Event) -> None:
         """The brain hears of an instance first through InstanceJoined; what came earlier follows it."""

@@ -186,7 +186,8 @@ def test_status_shows_model_and_instances(client):
     status = client.status()
     model = status.models[0]
     assert (model.name, model.layers, model.max_model_len, model.bytes) == ("toy", 4, 512, 60)
-    assert [(i.id, i.phase, i.layers_loaded) for i in status.instances][0] == ("i0", "serving", 4)
+    assert {(i.phase, i.layers_loaded) for i in status.instances} >= {("serving", 4)}
+    assert {i.id for i in status.instances} <= {"i0", "i1"}
     assert (status.live, status.source) == ("off", "multicast")
 
 
@@ -194,7 +195,7 @@ def test_scale_up_and_down_waits_until_it_is_done(client):
     reply = client.scale(2, source="disk", wait=True, timeout_s=10)
     assert (reply.serving, reply.target) == (2, 2) and reply.seconds > 0
     assert client.scale(1, wait=True, timeout_s=10).serving == 1
-    eventually(lambda: [i.phase for i in client.status().instances] == ["serving", "idle"])
+    eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
 
 
 @pytest.mark.parametrize("target", [0, -1, 3])

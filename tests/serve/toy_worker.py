@@ -54,6 +54,7 @@ class Session:
         self.units = 0
         self.plans: dict[int, types.MulticastPlan] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.writing = asyncio.Lock()  # a stream takes one write at a time
 
     async def joined(self, incarnation: str) -> None:
         slots, length, size = (self.config[k] for k in ("max_num_seqs", "max_model_len", "page_size"))
@@ -62,7 +63,11 @@ class Session:
         await self.emit(types.WorldJoined(0.0, self.instance))
 
     async def emit(self, event: types.Event) -> None:
-        await self.context.write(codec.encode_event(event))
+        await self.write(codec.encode_event(event))
+
+    async def write(self, message: pb.WorkerEvent) -> None:
+        async with self.writing:
+            await self.context.write(message)
 
     async def obey(self, command: types.Command | types.Work) -> None:
         me = self.instance
@@ -106,7 +111,7 @@ class Session:
             await asyncio.sleep(sampling.temperature)
             last = (last + 1) % self.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
-            await self.context.write(pb.WorkerEvent(tokens=pb.Tokens(
+            await self.write(pb.WorkerEvent(tokens=pb.Tokens(
                 request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason)))
             if index == len(work.generated):
                 await self.emit(types.PrefillDone(*at))

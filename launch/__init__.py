@@ -1,0 +1,1 @@
+"""The two README commands and what they run."""

@@ -1,0 +1,236 @@
+"""What breaks while it serves: workers die, hang or refuse, the queue fills, the controller is told to go."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+from conftest import TOY_COORDINATOR, eventually, toy_config, toy_launch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from test_frontend import toy
+
+from blitzjax.errors import BlitzError, QueueFull, Unavailable
+from blitzjax.serve import eventlog
+from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.types import InstanceLost, RequestArrived
+
+SLOW = 0.05
+
+
+@pytest.fixture
+def start(model_dir, tmp_path):
+    """Starts clusters with overrides of the configuration; ends them after the test and looks at the exit code."""
+    started: list[LocalCluster] = []
+
+    def start(*overrides: str, ready: bool = True, **env: str) -> LocalCluster:
+        cluster = LocalCluster(toy_config(*overrides), model_dir, toy_launch(tmp_path / f"run{len(started)}", **env))
+        started.append(cluster)
+        cluster.start()
+        if ready:
+            cluster.wait_ready(30)
+        return cluster
+
+    yield start
+    for cluster in started:
+        cluster.stop()
+
+
+class Background(threading.Thread):
+    """One generate call beside the test."""
+
+    def __init__(self, cluster: LocalCluster, prompt, **options):
+        super().__init__(daemon=True)
+        self._cluster, self._prompt, self._options = cluster, prompt, options
+        self.tokens: list[int] = []
+        self.last, self.error = None, None
+        self.start()
+
+    def run(self):
+        try:
+            with self._cluster.client() as client:
+                for self.last in client.stream(self._prompt, **self._options):
+                    self.tokens += self.last.token_ids
+        except BlitzError as e:
+            self.error = e
+
+    def begun(self) -> bool:
+        return bool(self.tokens)
+
+
+def serving(cluster: LocalCluster) -> set[str]:
+    with cluster.client() as client:
+        return {i.id for i in client.status().instances if i.phase == "serving"}
+
+
+def test_answer_survives_its_worker(start, tmp_path):
+    log = tmp_path / "events.jsonl"
+    cluster = start("scale.min_instances=1", f"serve.event_log={log}")
+    victim = int(next(iter(serving(cluster)))[1:])
+    with cluster.client() as client:
+        client.scale(2, wait=True, timeout_s=10)
+    answers = [Background(cluster, [i], max_tokens=40, temperature=SLOW) for i in range(4)]
+    eventually(lambda: all(a.begun() for a in answers))
+    cluster.signal_worker(victim)
+    for answer in answers:
+        answer.join(20)
+    assert [a.error for a in answers] == [None] * 4
+    assert [tuple(a.tokens) for a in answers] == [toy(i, 40) for i in range(4)]
+    assert {a.last.usage.attempts for a in answers} <= {1, 2}
+    assert max(a.last.usage.attempts for a in answers) == 2
+    eventually(lambda: cluster.worker_pid(victim) is not None)
+    assert cluster.stop() == 0, cluster.tail("controller")
+    items = [r.item for r in eventlog.read(log)]
+    assert sum(isinstance(i, RequestArrived) for i in items) == 4
+    assert [i.instance for i in items if isinstance(i, InstanceLost)] == [f"i{victim}"]
+
+
+def test_killed_worker_is_noticed_at_once_and_comes_back(start):
+    cluster = start("cluster.pool=1")
+    before = cluster.worker_pid(0)
+    cluster.signal_worker(0)
+    with cluster.client() as client:
+        eventually(lambda: not client.ready(), 1.0)
+        eventually(client.ready, 10.0)
+        assert client.generate([1], max_tokens=3).token_ids == (2, 3, 4)
+    assert cluster.worker_pid(0) != before
+
+
+def test_request_without_an_instance_waits_for_one(start):
+    cluster = start("cluster.pool=1")
+    cluster.signal_worker(0)
+    with cluster.client() as client:
+        eventually(lambda: not client.ready(), 1.0)
+        assert client.generate([1], max_tokens=2, timeout_s=15).token_ids == (2, 3)
+
+
+def test_hung_worker_is_lost_within_ten_seconds(start):
+    cluster = start("cluster.pool=1")
+    cluster.signal_worker(0, signal.SIGSTOP)
+    started = time.monotonic()
+    with cluster.client() as client:
+        eventually(lambda: not client.ready(), 11.0)
+    assert time.monotonic() - started < 10.5
+    cluster.signal_worker(0, signal.SIGCONT)
+
+
+def test_full_queue_is_refused(start):
+    cluster = start("cluster.pool=1", "engine.max_num_seqs=1", "serve.max_queued_requests=2")
+    running = Background(cluster, [1], max_tokens=400, temperature=SLOW)
+    eventually(running.begun)
+    waiting = [Background(cluster, [1], max_tokens=400, temperature=SLOW) for _ in range(2)]
+    with cluster.client() as client:
+        eventually(lambda: client.status().queued_requests + client.status().running_requests == 3)
+        with pytest.raises(QueueFull):
+            for _ in range(3):  # an instance may hold some of the waiting ones itself
+                waiting.append(Background(cluster, [1], max_tokens=400, temperature=SLOW))
+                client.generate([1], timeout_s=0.5)
+    cluster.terminate()
+    cluster.terminate()
+
+
+def test_sigterm_drains(start):
+    cluster = start()
+    answer = Background(cluster, [1], max_tokens=20, temperature=SLOW)
+    eventually(answer.begun)
+    with cluster.client() as client, grpc.insecure_channel(cluster.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        cluster.terminate()
+        eventually(lambda: health.Check(health_pb2.HealthCheckRequest()).status
+                   == health_pb2.HealthCheckResponse.NOT_SERVING, 1.0)
+        with pytest.raises(Unavailable, match="shutting down"):
+            client.generate([1])
+    answer.join(10)
+    assert tuple(answer.tokens) == toy(1, 20) and answer.error is None
+    assert cluster.wait(5) == 0, cluster.tail("controller")
+
+
+def test_drain_has_a_limit_and_a_second_signal_ends_it(start):
+    for overrides, signals in ((("serve.shutdown_timeout_s=0.3",), 1), ((), 2)):
+        cluster = start(*overrides)
+        answer = Background(cluster, [1], max_tokens=400, temperature=SLOW)
+        eventually(answer.begun)
+        for _ in range(signals):
+            cluster.terminate()
+            time.sleep(0.1)
+        assert cluster.wait(3) == 0
+        answer.join(3)
+        assert isinstance(answer.error, Unavailable)
+
+
+def test_controller_is_unready_until_an_instance_serves(model_dir, tmp_path):
+    launch = Launch(run_dir=tmp_path, worker=(sys.executable, "-c", "import signal; signal.pause()"),
+                    coordinator=TOY_COORDINATOR)
+    with LocalCluster(toy_config(), model_dir, launch) as cluster, grpc.insecure_channel(cluster.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = health.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_controller_says_why_no_worker_can_serve(start):
+    cluster = start(ready=False, TOY_REFUSE="weights.bin is truncated; convert the model again")
+    with pytest.raises(BlitzError, match="no worker can serve: weights.bin is truncated"):
+        cluster.wait_ready(20)
+    assert cluster.wait(1) == 1
+
+
+def test_port_in_use_is_one_line(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        cluster = start(f"serve.port={taken.getsockname()[1]}", ready=False)
+        assert cluster.wait(10) == 1
+        assert "is the port in use?" in cluster.tail("controller")
+        assert "Traceback" not in cluster.tail("controller")
+
+
+def test_workers_rejoin_after_the_coordination_service_died(start):
+    cluster = start()
+    before = [cluster.worker_pid(k) for k in range(2)]
+    cluster.signal_coordinator()
+    eventually(lambda: all(cluster.worker_pid(k) not in (None, before[k]) for k in range(2)))
+    cluster.wait_ready(10)
+
+
+def test_no_process_survives_a_killed_parent(model_dir, tmp_path):
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(__file__).rpartition('/')[0]!r})
+from pathlib import Path
+from conftest import *
+cluster = LocalCluster(toy_config(), Path({str(model_dir)!r}), toy_launch(Path({str(tmp_path)!r})))
+cluster.start(); cluster.wait_ready(20)
+print(cluster.worker_pid(0), cluster.worker_pid(1), cluster.address, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    first, second, address = parent.stdout.readline().split()
+    parent.kill()
+    parent.wait()
+
+    def gone(pid: str) -> bool:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    eventually(lambda: gone(first) and gone(second), 2.0)
+    with socket.socket() as probe:
+        eventually(lambda: probe.connect_ex((address.split(":")[0], int(address.split(":")[1]))) != 0, 2.0)
+
+
+def test_worker_that_fails_again_and_again_is_shown(model_dir, tmp_path, capfd):
+    launch = Launch(run_dir=tmp_path, worker=(sys.executable, "-c", "print('my cause'); raise SystemExit(3)"),
+                    coordinator=TOY_COORDINATOR)
+    with LocalCluster(toy_config("cluster.pool=1"), model_dir, launch) as cluster:
+        eventually(lambda: cluster.tail("worker-0").count("my cause") > 3, 10)
+    err = capfd.readouterr().err
+    assert "worker-0 ends again and again (code 3)" in err and "my cause" in err
+
+
