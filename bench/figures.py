@@ -32,6 +32,10 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def rounded_row(row: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {key: None if value is None else rounded(value) for key, value in row.items()}
+
+
 def ttft(values_s: Sequence[float]) -> dict[str, float]:
     return {"ttft_mean_s": statistics.fmean(values_s), "ttft_p50_s": statistics.median(values_s),
             "ttft_p95_s": percentile(values_s, 95), "ttft_max_s": max(values_s)}
@@ -100,8 +104,7 @@ def ideal_table(ideal: Ideal, layer_s: float, modes: Sequence[str]) -> dict[str,
     out = {}
     for mode in modes:
         times = [end * layer_s for end in ideal.finishes(mode)]
-        out[mode] = {key: rounded(value) for key, value in ttft(times).items()}
-        out[mode]["layers_at_first_joint_token"] = ideal.first_joint_layers(mode)
+        out[mode] = rounded_row(ttft(times) | {"layers_at_first_joint_token": ideal.first_joint_layers(mode)})
     return out
 
 

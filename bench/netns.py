@@ -9,9 +9,11 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 _NAME = re.compile(r"\bbz(\d+)(?:-\d+h?|br)\b")
 _BURST_BYTES = 256 << 10  # above the 64 KiB that a veth hands over at once
@@ -61,8 +63,15 @@ def clean_up_after_dead() -> None:
     """Removes the namespaces, links and bridges of runs whose process is gone."""
     listing = _run("ip netns list") + _run("ip -o link show")
     for pid in {int(match) for match in _NAME.findall(listing)}:
-        if not os.path.exists(f"/proc/{pid}"):
+        if not _alive(pid):
             _remove(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty: a zombie that nobody has waited for
+    except OSError:
+        return False
 
 
 def _add(host: Host, bridge: str, rate_mbit: int) -> None:
@@ -80,9 +89,13 @@ def _add(host: Host, bridge: str, rate_mbit: int) -> None:
 
 
 def _remove(pid: int) -> None:
-    """Deleting a veth's outer end deletes both; deleting the namespace alone would leave it while processes remain."""
+    """Ends what still runs inside, then deletes: a namespace with processes would keep its links."""
     links = {match.group(0) for match in _NAME.finditer(_run("ip -o link show")) if int(match.group(1)) == pid}
     names = {match.group(0) for match in _NAME.finditer(_run("ip netns list")) if int(match.group(1)) == pid}
+    for name in names:
+        for inside in _run(f"ip netns pids {name}").split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(inside), signal.SIGKILL)
     for command in [*(f"ip link del {link}" for link in sorted(links)), *(f"ip netns del {n}" for n in sorted(names))]:
         with contextlib.suppress(subprocess.CalledProcessError):
             _run(command)

@@ -20,17 +20,23 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """Of one instance on one core: compute of a layer for one prompt, and the bytes that must arrive."""
+class Sizes:
+    """What must arrive before an instance can run its first layer, and for each further one."""
 
-    layer_s: float
+    layers: int
     layer_bytes: int
     embed_bytes: int
-    layers: int
 
 
-def costs(checkpoint: Path, dtype: str, tokens: int) -> Costs:
-    return Costs(**_ask("", "layer", str(checkpoint), dtype, str(tokens)))
+def sizes(checkpoint: Path) -> Sizes:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    embed, layer, *_ = (unit["bytes"] for unit in manifest["units"])
+    return Sizes(manifest["spec"]["layers"], layer, embed)
+
+
+def layer_s(checkpoint: Path, dtype: str, tokens: int) -> float:
+    """Compute of one layer for one prompt on one core."""
+    return _ask("", "layer", str(checkpoint), dtype, str(tokens))
 
 
 def margins(checkpoint: Path, contexts: Sequence[Sequence[int]]) -> list[float]:
@@ -51,13 +57,13 @@ def _ask(sent: str, *argv: str):
 # The process
 
 
-def _layer(checkpoint: str, dtype: str, tokens: str) -> dict[str, float | int]:
+def _layer(checkpoint: str, dtype: str, tokens: str) -> float:
     """Median over all layers and three prompts."""
     import jax
 
     from blitzjax.config import EngineConfig
     from blitzjax.engine.checkpoint import Checkpoint, with_dtype
-    from blitzjax.engine.params import LayerStore, unit_bytes
+    from blitzjax.engine.params import LayerStore
     from blitzjax.engine.runner import Runner
     from blitzjax.engine.stages import Stages
     from blitzjax.types import Span
@@ -67,7 +73,7 @@ def _layer(checkpoint: str, dtype: str, tokens: str) -> dict[str, float | int]:
     store = LayerStore(spec, jax.local_devices()[:1])
     for unit in range(spec.units):
         opened.load_unit(unit, store)
-    runner = Runner(Stages(spec, EngineConfig(dtype=dtype, max_model_len=2 * int(tokens))), store)
+    runner = Runner(Stages(spec, EngineConfig(dtype=dtype, max_model_len=2 * int(tokens)), store.mesh), store)
     times = []
     for _ in range(4):
         prefill = runner.begin(list(range(100, 100 + int(tokens))))
@@ -76,8 +82,7 @@ def _layer(checkpoint: str, dtype: str, tokens: str) -> dict[str, float | int]:
             runner.run_span(prefill, Span(layer, layer + 1))
             jax.block_until_ready(prefill.x)
             times.append(time.perf_counter() - began)
-    return {"layer_s": statistics.median(times[spec.layers:]), "layer_bytes": unit_bytes(spec, 1),
-            "embed_bytes": unit_bytes(spec, 0), "layers": spec.layers}
+    return statistics.median(times[spec.layers:])
 
 
 def _margins(checkpoint: str) -> list[float]:

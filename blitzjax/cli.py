@@ -63,14 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, text: str, run: tuple[str, str]) -> argparse.ArgumentParser:
+def _command(commands: argparse._SubParsersAction, name: str, text: str,
+             run: tuple[str, str]) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a converted checkpoint directory, a .gguf file, or a built-in name")
+    parser.add_argument("model", metavar="MODEL",
+                        help="a converted checkpoint directory, a .gguf file, or a built-in name")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the parameters (engine.dtype)")
 
 

@@ -37,8 +37,8 @@ def serve(args: argparse.Namespace) -> int:
         print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
         try:
             cluster.wait_ready(float("inf"))
-        except BlitzError:  # the controller has said why
-            return cluster.wait(0) or 1
+        except BlitzError:  # the controller has said why; or it was told to go, with code 0
+            return cluster.wait(0)
         print(_banner(args.model, cluster.address, config), flush=True)
         return cluster.wait()
 

@@ -30,6 +30,7 @@ def draw(rounds: Sequence[Round], caption: str, folder: Path, name: str = "scale
         _draw_layers(axes[1, column], round_)
         _draw_ttft(axes[2, column], round_)
         axes[2, column].set_xlabel("seconds since the burst began")
+    axes[2, 0].set_ylim(bottom=0)  # shared, hence after the last column is drawn
     for row, label in enumerate(("requests outstanding", "layers loaded", "TTFT, seconds")):
         axes[row, 0].set_ylabel(label)
     figure.suptitle(caption, fontsize=9)
@@ -61,7 +62,6 @@ def _draw_ttft(axes: Axes, round_: Round) -> None:
     _dots(axes, [a for a in served if a.layers_helped], _HELPED, "the loading instance helped")
     mean_s = summarize(round_).ttft_mean_s
     axes.axhline(mean_s, color="black", linestyle=":", linewidth=1, label=f"mean {mean_s:.2f} s")
-    axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", fontsize=8)
     _shade(axes, round_)
 

@@ -47,6 +47,7 @@ class Instance:
         self._ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
         self._new: live.NewSide | None = None
         self._old: live.OldSide | None = None
+        self._early: dict[InstanceId, m.Pulled] = {}  # pulls that came before their StartLive
         self._stopped = False
         self._reset()
 
@@ -144,7 +145,7 @@ class Instance:
         if self._new is not None:
             self._new.close()
         self._old = self._new = None
-        self._sequences, self._ready = {}, []
+        self._sequences, self._ready, self._early = {}, [], {}
         self._cache = SlotCache(self._stages)
         self._batcher = Batcher(self.slots, self._stages.shapes.chunk_tokens,
                                 PageLedger(self.pages, self.config.engine.page_size))
@@ -155,6 +156,8 @@ class Instance:
         if pair.new == self.name:
             self._new = live.NewSide(pair, self.runner, self._handoff)
             self._new.arrived(self.store.units)
+            if pair.old in self._early:
+                self._new.asked(self._early.pop(pair.old))
         else:
             if self._old is not None:
                 self._old.close()
@@ -173,12 +176,13 @@ class Instance:
         """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
         if self._old is not None and self._old.pair.new == partner:
             self._old.waiting, self._old.drained = False, True
+        self._early.pop(partner, None)
         if self._new is not None and self._new.pair.old == partner:
             self._new.partner_left()
 
     def _pulled(self, pull: m.Pulled) -> None:
         if self._new is None or self._new.pair.old != pull.puller:
-            pull.reply(m.HandOver(pull.seq, None, drained=True))
+            self._early[pull.puller] = pull
             return
         self._new.asked(pull)
         self._answer_pull()

@@ -43,7 +43,7 @@ class Answer:
     """State of one request in the shell. The controller mutates it; the request's stream takes pieces from it."""
 
     def __init__(self, request_id: str, order: Order, model: ServedModel, arrival_s: float):
-        """`request_id` is the shell's own: unlike the client's it never comes back while a worker still has the old one."""
+        """`request_id` is the shell's own: unlike the client's it never comes back while a worker has the old one."""
         self.order = order
         self.request = Request(id=request_id, model=order.model, prompt_tokens=len(order.prompt),
                                max_tokens=order.sampling.max_tokens, arrival_s=arrival_s, priority=order.priority)

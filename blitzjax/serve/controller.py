@@ -220,7 +220,7 @@ class Controller:
     # ---- life
 
     async def run(self) -> None:
-        """Ticks and talks to workers until cancelled. Raises what broke the brain, or BlitzError if no worker can serve."""
+        """Ticks and talks to workers until cancelled. Raises what broke the brain, or BlitzError: no worker can serve."""
         self._broken = asyncio.get_running_loop().create_future()
         links = (link.run() for link in self._links.values())
         async with _background(*links, self._tick(), _result(self._broken)) as ended:
@@ -356,7 +356,8 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         config = _config(args)
-        controller = Controller(config, load_model(args.model_dir), _workers(args.workers))
+        workers = _workers(args.workers)
+        controller = Controller(config, load_model(args.model_dir), workers)
     except (BlitzError, OSError) as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
         return 2

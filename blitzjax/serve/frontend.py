@@ -30,6 +30,7 @@ MAX_TEMPERATURE = 100.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKENS = 64
+MAX_ID_CHARS = 256
 ROLES = ("system", "user", "assistant")
 _LONG_TEXT_CHARS = 4096  # longer texts are tokenized outside the event loop
 _WATCH_GAP_S = 0.05  # between two pictures
@@ -139,6 +140,8 @@ async def _order(request: pb.GenerateRequest, controller: Controller) -> Order:
     model = controller.model
     if request.model not in ("", model.name):
         raise UnknownModel(f"no model {request.model!r} here; served: {model.name}")
+    if len(request.request_id) > MAX_ID_CHARS:
+        raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")
     sampling = request.sampling
     _check_sampling(sampling, model.spec.vocab)
     if sampling.stop and model.tokenizer is None:
@@ -198,7 +201,8 @@ def _check_sampling(s: pb.SamplingParams, vocab: int) -> None:
     want(all(s.stop), "a stop string is empty; each needs at least 1 character")
     longest = max(map(len, s.stop), default=0)
     want(longest <= MAX_STOP_CHARS, f"a stop string may have {MAX_STOP_CHARS} characters, got {longest}")
-    want(len(s.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS} stop_token_ids, got {len(s.stop_token_ids)}")
+    want(len(s.stop_token_ids) <= MAX_STOP_TOKENS,
+         f"at most {MAX_STOP_TOKENS} stop_token_ids, got {len(s.stop_token_ids)}")
     for token in s.stop_token_ids:
         want(0 <= token < vocab, f"stop token id {token} is outside the vocabulary [0, {vocab})")
 

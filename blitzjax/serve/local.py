@@ -142,7 +142,8 @@ class LocalCluster:
         with self.client() as client:
             while not client.ready():
                 if self._controller.ended.is_set():
-                    raise BlitzError(f"the controller ended with code {self._controller.code}:\n{self.tail('controller')}")
+                    code, said = self._controller.code, self.tail("controller")
+                    raise BlitzError(f"the controller ended with code {code}:\n{said}")
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no instance serves after {timeout_s:g} s; logs are in {self.run_dir}")
                 time.sleep(_POLL_S)

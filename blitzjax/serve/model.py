@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from blitzjax.errors import CheckpointError
+from blitzjax.serve import codec
 from blitzjax.serve.tokenizer import Tokenizer
 from blitzjax.types import ModelSpec
 
@@ -27,12 +28,11 @@ def load_model(directory: Path) -> ServedModel:
     """Reads `manifest.json` and the tokenizer, never the arrays. Raises CheckpointError."""
     path = directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-        known = {f.name for f in fields(ModelSpec)}
-        spec = ModelSpec(**{k: tuple(v) if isinstance(v, list) else v
-                                  for k, v in manifest["spec"].items() if k in known})
+        manifest_json = path.read_text()
+        spec = codec.model_spec(manifest_json)
+        size = sum(int(unit["bytes"]) for unit in json.loads(manifest_json)["units"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{directory} is not a blitzjax checkpoint ({path.name}: {e!r}); run: blitzjax convert") from e
-    size = sum(int(unit["bytes"]) for unit in manifest.get("units", ()))
+        raise CheckpointError(f"{directory} is not a blitzjax checkpoint ({path.name}: {e!r}); "
+                              "run: blitzjax convert") from e
     tokenizer = Tokenizer(directory) if Tokenizer.present(directory) else None
-    return ServedModel(spec.name, directory.resolve(), spec, json.dumps(manifest), size, tokenizer)
+    return ServedModel(spec.name, directory.resolve(), spec, manifest_json, size, tokenizer)

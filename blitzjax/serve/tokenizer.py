@@ -35,7 +35,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _read_json(directory / "tokenizer_config.json")
-        self._names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        self._names = {name: _token_text(config.get(name)) for name in names}
         template = _chat_template(directory, config)
         self._template = None if template is None else _compile(template, directory)
 

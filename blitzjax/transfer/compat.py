@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _GLOBAL_TOPOLOGY_KEY = "cpu:global_topology/cpu"  # written once by rank 0 of a CPU client
 _TOPOLOGY_TIMEOUT_MINUTES = 1  # a member that dies between connecting and making its client costs the others this long
 
-ERRORS = (RuntimeError, ValueError)  # what the library raises when the world is at fault: by status code, either of them
+ERRORS = (RuntimeError, ValueError)  # what the library raises when a peer is at fault: by status code, either
 
 Service = _jax.DistributedRuntimeService
 Distributed = _jax.DistributedRuntimeClient

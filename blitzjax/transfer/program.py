@@ -31,7 +31,7 @@ class Tick:
         self._executable = _compile(mesh, spec, jax.ShapeDtypeStruct(self._shape, jnp.uint8, sharding=self._sharding))
 
     def put(self, chunks: Sequence[np.ndarray]) -> jax.Array:
-        """One uint8[chunk] per lane → the input of a tick; zero-copy, so `chunks` must not change before it is over."""
+        """One uint8[chunk] per lane → the input of a tick; zero-copy: `chunks` must not change before it is over."""
         shards = [jax.device_put(c.reshape(1, 1, -1), d) for c, d in zip(chunks, self._devices, strict=True)]
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
 

@@ -21,7 +21,8 @@ EOS, BOS, VOCAB = 256, 257, 258
 SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1, head_dim=1, ffn_dim=1, vocab=VOCAB,
                  max_len=4096, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=False, dtype="float32",
                  eos_token_ids=(EOS,), bos_token_id=BOS)
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+TEMPLATE = ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+            "{% if add_generation_prompt %}a{% endif %}")
 TOY_WORKER = (sys.executable, str(Path(__file__).with_name("toy_worker.py")))
 TOY_COORDINATOR = (sys.executable, "-c", "import signal; signal.pause()")
 

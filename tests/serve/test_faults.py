@@ -18,7 +18,7 @@ from test_frontend import toy
 from blitzjax.errors import BlitzError, QueueFull, Unavailable
 from blitzjax.serve import eventlog
 from blitzjax.serve.local import Launch, LocalCluster
-from blitzjax.types import InstanceLost, RequestArrived
+from blitzjax.types import Assign, InstanceLost, RequestArrived
 
 SLOW = 0.05
 
@@ -90,6 +90,18 @@ def test_answer_survives_its_worker(start, tmp_path):
     assert [i.instance for i in items if isinstance(i, InstanceLost)] == [f"i{victim}"]
 
 
+def test_finished_answer_is_not_run_again_when_its_worker_dies_before_saying_so(start, tmp_path):
+    log = tmp_path / "events.jsonl"
+    cluster = start("cluster.pool=1", f"serve.event_log={log}", TOY_DIE_AFTER="5")
+    with cluster.client() as client:
+        assert client.generate([1], max_tokens=4).token_ids == (2, 3, 4, 5)
+        eventually(lambda: not client.ready(), 2.0)
+        eventually(client.ready, 10.0)
+        assert client.generate([1], max_tokens=3).usage.attempts == 1
+    assert cluster.stop() == 0, cluster.tail("controller")
+    assert sum(isinstance(r.item, Assign) for r in eventlog.read(log)) == 2
+
+
 def test_killed_worker_is_noticed_at_once_and_comes_back(start):
     cluster = start("cluster.pool=1")
     before = cluster.worker_pid(0)
@@ -130,8 +142,7 @@ def test_full_queue_is_refused(start):
             for _ in range(3):  # an instance may hold some of the waiting ones itself
                 waiting.append(Background(cluster, [1], max_tokens=400, temperature=SLOW))
                 client.generate([1], timeout_s=0.5)
-    cluster.terminate()
-    cluster.terminate()
+    cluster.stop(0)
 
 
 def test_sigterm_drains(start):

@@ -171,7 +171,8 @@ def test_many_at_once_get_their_own_answers(cluster):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(start=st.integers(0, VOCAB - 1), n=st.integers(1, 60), stop=st.lists(st.text("bcdxyz", min_size=1, max_size=2), max_size=2))
+@given(start=st.integers(0, VOCAB - 1), n=st.integers(1, 60),
+       stop=st.lists(st.text("bcdxyz", min_size=1, max_size=2), max_size=2))
 def test_any_answer_is_the_arithmetic_one(client, start, n, stop):
     result = client.generate([start], max_tokens=n, stop=stop, ignore_eos=True)
     assert result.token_ids == toy(start, result.usage.completion_tokens)
@@ -221,10 +222,11 @@ def test_watch_shows_layers_arriving_and_a_picture_per_second(client):
     watcher = threading.Thread(target=look)
     watcher.start()
     client.scale(2, wait=True, timeout_s=10)
+    time.sleep(0.2)  # longer than the pause between two pictures
     client.scale(1, wait=True, timeout_s=10)
     watcher.join()
     assert time.monotonic() - started < 5
-    assert max(sum(i.phase == "serving" for i in p.instances) for p in pictures) == 2 or len(pictures) > 3
+    assert max(sum(i.phase == "serving" for i in p.instances) for p in pictures) == 2
     gaps = [b.at - a.at for a, b in zip(pictures, pictures[1:], strict=False)]
     assert min(gaps) > 0.03 and max(gaps) < 1.3
 

@@ -77,7 +77,8 @@ def test_chat_template(toy):
 
 
 def test_chat_template_has_the_globals_that_templates_use(tmp_path):
-    template = ("{{ bos_token }}{{ strftime_now('%Y') | length }}{{ {'a': 'é<'} | tojson }}{% generation %}x{% endgeneration %}"
+    template = ("{{ bos_token }}{{ strftime_now('%Y') | length }}{{ {'a': 'é<'} | tojson }}"
+                "{% generation %}x{% endgeneration %}"
                 "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}")
     tokenizer = Tokenizer(write_model(tmp_path, template=template))
     assert tokenizer.chat([{"role": "user", "content": ""}]) == '<|bos|>4{"a": "é<"}x'

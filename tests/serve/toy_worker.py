@@ -2,7 +2,8 @@
 
 `python toy_worker.py --listen HOST:PORT ...` speaks the Worker protocol over a real socket and imports no jax.
 With the byte tokenizer of conftest.py, "a" continues "bcde...". Sampling is misused as a remote control:
-temperature is the pause before each token, in seconds. TOY_REFUSE makes it refuse with that message.
+temperature is the pause before each token, in seconds. TOY_REFUSE makes it refuse with that message; TOY_DIE_AFTER kills
+it when an answer ends with that token, before it reports RequestFinished.
 """
 
 from __future__ import annotations
@@ -116,6 +117,9 @@ class Session:
             if index == len(work.generated):
                 await self.emit(types.PrefillDone(*at))
             if reason:
+                if os.environ.get("TOY_DIE_AFTER") == str(last):
+                    await asyncio.sleep(0.1)  # what was written is on its way
+                    os._exit(1)
                 break
         self.tasks.pop(work.request.id, None)
         await self.emit(types.RequestFinished(*at, reason))

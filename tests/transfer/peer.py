@@ -1,6 +1,6 @@
 """A worker process for the transfer tests: obeys JSON lines on stdin, answers on the original stdout.
 
-gloo prints on stdout, so answers go to a private copy of it. A local jit runs in a thread all the time and counts steps.
+gloo prints on stdout, so answers go to a private copy of it. A local jit runs in a thread and counts its steps.
 """
 
 from __future__ import annotations

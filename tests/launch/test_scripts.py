@@ -1,0 +1,55 @@
+"""The two README commands exist, parse, and say what they take."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("launch/demo.sh", "launch/test.sh", "launch/venv.sh", ".ci/run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shell_script_parses(script: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    first_block = re.search(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert first_block is not None
+    commands = [line.split("#")[0].split() for line in first_block.group(1).splitlines() if line.strip()]
+    assert commands == [["bash", "launch/demo.sh"], ["bash", "launch/test.sh"]]
+
+
+def test_ci_runs_the_documented_tests() -> None:
+    assert "launch/test.sh" in (ROOT / ".ci/run").read_text()
+
+
+def test_demo_help_names_its_options() -> None:
+    done = subprocess.run([sys.executable, "-m", "launch.demo", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--link-mbit" in done.stdout and "--max-tokens" in done.stdout
+
+
+def test_missing_python_is_said_clearly(tmp_path: Path) -> None:
+    """With a PATH that holds no Python, in a checkout without .venv."""
+    (tmp_path / "launch").mkdir()
+    for name in ("demo.sh", "venv.sh"):
+        (tmp_path / "launch" / name).write_text((ROOT / "launch" / name).read_text())
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "basename", "cat", "sha256sum"):
+        os.symlink(_which(tool), tools / tool)
+    done = subprocess.run([tools / "bash", tmp_path / "launch/demo.sh"], env={"PATH": str(tools)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert "needs Python 3.11" in done.stderr and "apt install" in done.stderr
+
+
+def _which(tool: str) -> str:
+    return subprocess.run(["bash", "-c", f"command -v {tool}"], check=True, capture_output=True, text=True).stdout.strip()
