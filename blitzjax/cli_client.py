@@ -16,7 +16,7 @@ from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve.client import Client, Options, Prompt
 from blitzjax.v1 import inference_pb2 as pb
 
-_BAR = 32
+_BAR = 24  # a table of 80 columns
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
 
 
@@ -142,13 +142,13 @@ def _line(picture: pb.ClusterStatus) -> str:
 def _table(picture: pb.ClusterStatus) -> Table:
     layers = _layers(picture)
     table = Table(title=_title(picture), title_justify="left")
-    for name in ("instance", "phase", "layers", "", "requests", "KV pages", "partner"):
-        table.add_column(name)
+    for name in ("", "phase", "layers", "", "wait", "run", "KV pages", "with"):
+        table.add_column(name, no_wrap=True)
     for i in picture.instances:
         full = _BAR * i.layers_loaded // layers if layers else 0
         colour = _COLOURS.get(i.phase, "white")
         table.add_row(i.id, f"[{colour}]{i.phase}", f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}",
-                      f"{i.layers_loaded}/{layers}", f"{i.waiting} waiting, {i.running} running",
+                      f"{i.layers_loaded}/{layers}", str(i.waiting), str(i.running),
                       f"{i.pages_used}/{i.pages_total}", i.partner or "-")
     return table
 

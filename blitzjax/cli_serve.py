@@ -98,7 +98,7 @@ def _banner(model: str, address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     return (
-        f"blitzjax {blitzjax.__version__} is ready: {model} on {address}, "
+        f"blitzjax {blitzjax.__version__} is ready: {Path(model).name} on {address}, "
         f"{scale.min_instances} of {config.cluster.pool} instances, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
         f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"

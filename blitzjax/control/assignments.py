@@ -8,7 +8,7 @@ from __future__ import annotations
 from blitzjax.control import routing
 from blitzjax.control.blocks import pages_for
 from blitzjax.control.members import Member
-from blitzjax.control.requests import Tracked
+from blitzjax.control.tracking import Tracked
 from blitzjax.control.state import State
 from blitzjax.types import (
     Abort, Assign, InstanceId, Reject, Request, RequestArrived, RequestFailed, RequestFinished, RequestId,

@@ -46,7 +46,7 @@ class Step:
 class _Seat:
     request: Request
     prompt_tokens: int  # with the tokens that an earlier attempt emitted
-    rank: tuple[int, int]  # (-priority, arrival): lower is earlier
+    rank: tuple[int, int]  # (-priority, arrival; negative when requeued): lower is earlier
     state: State
     done: int = 0  # prompt tokens [0, done) were run
 
@@ -62,6 +62,7 @@ class Batcher:
         self._seats: dict[RequestId, _Seat] = {}
         self._queue: list[tuple[tuple[int, int], RequestId]] = []  # WAITING, sorted by rank
         self._arrivals = 0
+        self._requeued = 0
 
     # ---- views
 
@@ -125,8 +126,8 @@ class Batcher:
         """HELD → head of WAITING within its priority: its prompt will be run here from the start."""
         seat = self._expect(request_id, State.HELD)
         self._ledger.release(request_id)
-        first = min((rank for rank, _ in self._queue), default=(0, 1))[1]
-        seat.rank = (seat.rank[0], min(first - 1, 0, *(rank[1] - 1 for rank, _ in self._queue)))
+        self._requeued += 1
+        seat.rank = (seat.rank[0], -self._requeued)
         seat.state = State.WAITING
         self._wait(seat)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from blitzjax.control import multicast
 from blitzjax.control.members import Member
 from blitzjax.control.state import State
-from blitzjax.control.transfers import Transfer
+from blitzjax.control.tickets import Transfer
 from blitzjax.types import (
     CancelTransfer, EndLive, InstanceId, LiveMode, LivePair, LoadFromDisk, Phase, PrepareTransfer, Release, Source,
     StartLive, StartTransfer,
@@ -29,6 +29,7 @@ class Loads:
         self._state = state
         self.live: LiveMode = state.config.scale.live
         self.source: Source = state.config.scale.source
+        self._drained: set[InstanceId] = set()  # OLD sides that said so
 
     def begin(self, at: float, wanted: Sequence[Member]) -> None:
         """Starts loads for as many of `wanted` (none of them receiving) as sources allow now; the rest waits."""
@@ -74,6 +75,7 @@ class Loads:
             if units == self._state.spec.units:
                 member.move(Phase.SERVING)
                 member.failures, member.wanted_since = 0, None
+                self._end_if_drained(instance)
             elif instance not in transfer.cancelled:
                 member.failures += 1
         self._leave(transfer, instance, broken=bool(error))
@@ -87,10 +89,14 @@ class Loads:
             self._end_pair(pair)
 
     def drained(self, old: InstanceId) -> None:
-        """OLD can get nothing more from a NEW that is complete: the pair has done its work."""
+        """OLD can get nothing more from a NEW that is complete: the pair has done its work.
+
+        OLD may say so before NEW reports that it is complete.
+        """
         pair = self._state.pair_of(old)
-        if pair is not None and pair.old == old and self._state.members[pair.new].phase is not Phase.LIVE:
-            self._end_pair(pair)
+        if pair is not None and pair.old == old:
+            self._drained.add(old)
+            self._end_if_drained(pair.new)
 
     def give_up(self, member: Member) -> None:
         """Too many broken loads: back to idle, without parameters."""
@@ -153,8 +159,14 @@ class Loads:
         self._state.say(StartLive(new, pair))
         self._state.say(StartLive(old.id, pair))
 
+    def _end_if_drained(self, new: InstanceId) -> None:
+        pair = self._state.pair_of(new)
+        if pair is not None and pair.old in self._drained and self._state.members[pair.new].phase is not Phase.LIVE:
+            self._end_pair(pair)
+
     def _end_pair(self, pair: LivePair) -> None:
         self._state.pairs.remove(pair)
+        self._drained.discard(pair.old)
         new = self._state.members[pair.new]
         if new.phase is Phase.LIVE:
             new.move(Phase.LOADING)

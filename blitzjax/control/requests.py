@@ -1,83 +1,152 @@
-"""Where is each request, and which attempt of it counts?
+"""Where is every accepted request: in the queue, or with which instance, and in which attempt?
 
-Invariant: an accepted request is queued or owned by exactly one instance, until it ends.
+Invariant: an entry is either queued or owned by one instance. It is forgotten exactly once: when it finished, when it
+was cancelled and nobody runs it, or with a Reject.
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
-from blitzjax.types import InstanceId, Request, RequestId
+from blitzjax.control.blocks import pages_for
+from blitzjax.types import Command, InstanceId, Reject, Request, RequestId
 
 
 @dataclass(slots=True)
-class Tracked:
+class Entry:
+    """One accepted request."""
+
     request: Request
-    arrival: int  # order of arrival
-    attempt: int = 0
-    owner: InstanceId | None = None
+    rank: tuple[int, int]  # (-priority, arrival): lower is earlier; kept over attempts
+    attempt: int = 0  # the running or last attempt; 0: never assigned
+    owner: InstanceId | None = None  # None: queued
+    giver: InstanceId | None = None  # live partner that says it handed the request to `owner`, which has not confirmed
+    handed: bool = False  # came to `owner` from its live partner, not from the queue
+    answered: bool = False  # this attempt emitted its first token
     cancelled: bool = False
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Higher priority first, then arrival; a request that comes back keeps its place."""
-        return (-self.request.priority, self.arrival)
 
+class RequestBook:
+    """All accepted requests. `max_attempts` bounds how often one is run."""
 
-class RequestTable:
-    """All accepted requests. Mutated by Cluster only."""
-
-    def __init__(self) -> None:
-        self._all: dict[RequestId, Tracked] = {}
-        self._queue: list[Tracked] = []  # sorted by rank
+    def __init__(self, max_attempts: int) -> None:
+        self._max_attempts = max_attempts
+        self._entries: dict[RequestId, Entry] = {}
+        self._queue: list[tuple[tuple[int, int], RequestId]] = []  # sorted by rank
+        self._owned: dict[InstanceId, dict[RequestId, Entry]] = {}
         self._arrivals = 0
 
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._all
+    # ---- views
 
-    def __len__(self) -> int:
-        return len(self._all)
+    def get(self, request_id: RequestId) -> Entry | None:
+        return self._entries.get(request_id)
 
-    def get(self, request_id: RequestId) -> Tracked | None:
-        return self._all.get(request_id)
+    def current(self, request_id: RequestId, attempt: int) -> Entry | None:
+        """The entry, if `attempt` is the one that runs now."""
+        entry = self._entries.get(request_id)
+        return entry if entry is not None and entry.owner is not None and entry.attempt == attempt else None
+
+    def head(self) -> Entry | None:
+        """The queued request that goes next: highest priority, then earliest arrival, whatever its attempt."""
+        return self._entries[self._queue[0][1]] if self._queue else None
 
     @property
     def queued(self) -> int:
         return len(self._queue)
 
     @property
-    def queued_tokens(self) -> int:
-        return sum(t.request.prompt_tokens for t in self._queue)
+    def running(self) -> int:
+        return len(self._entries) - len(self._queue)
 
-    @property
-    def head(self) -> Tracked | None:
-        return self._queue[0] if self._queue else None
+    def owned(self, instance: InstanceId) -> list[Entry]:
+        return list(self._owned.get(instance, {}).values())
 
-    def accept(self, request: Request) -> None:
-        assert request.id not in self._all, f"{request.id} was accepted already"
+    def given(self, giver: InstanceId) -> list[Entry]:
+        """Requests that `giver` says it handed over and whose new owner has not confirmed it."""
+        return [e for e in self._entries.values() if e.giver == giver]
+
+    def backlog_tokens(self, instance: InstanceId) -> int:
+        """Prompt tokens assigned to `instance` without a first token."""
+        return sum(e.request.prompt_tokens for e in self._owned.get(instance, {}).values() if not e.answered)
+
+    def pages(self, instance: InstanceId, page_size: int, with_handed: bool = True) -> int:
+        """KV pages that the requests of `instance` can need, handed-over ones included or not."""
+        return sum(pages_for(e.request.total_tokens, page_size) for e in self._owned.get(instance, {}).values()
+                   if with_handed or not e.handed)
+
+    def total_backlog_tokens(self) -> int:
+        """Prompt tokens queued, or assigned without a first token."""
+        return sum(e.request.prompt_tokens for e in self._entries.values() if not e.answered)
+
+    # ---- moves
+
+    def arrive(self, request: Request) -> None:
+        assert request.id not in self._entries
         self._arrivals += 1
-        self._all[request.id] = Tracked(request, self._arrivals)
-        self.enqueue(self._all[request.id])
+        entry = self._entries[request.id] = Entry(request, (-request.priority, self._arrivals))
+        self._enqueue(entry)
 
-    def enqueue(self, tracked: Tracked) -> None:
-        tracked.owner = None
-        self._queue.append(tracked)
-        self._queue.sort(key=lambda t: t.rank)  # nearly sorted: linear
+    def assign(self, entry: Entry, instance: InstanceId) -> None:
+        """Queue → `instance`; starts the next attempt."""
+        self._queue.remove((entry.rank, entry.request.id))
+        entry.attempt += 1
+        self._own(entry, instance)
 
-    def take_head(self, owner: InstanceId) -> Tracked:
-        """The head leaves the queue as a new attempt of `owner`."""
-        tracked = self._queue.pop(0)
-        tracked.owner, tracked.attempt = owner, tracked.attempt + 1
-        return tracked
+    def give(self, entry: Entry, target: InstanceId, giver: InstanceId | None) -> None:
+        """The running attempt moved to `target`. `giver`: only that side says so yet; None: `target` confirms."""
+        if entry.owner != target:
+            self._disown(entry)
+            self._own(entry, target)
+            entry.handed, entry.giver = True, giver
+        elif giver is None:
+            entry.giver = None
 
-    def forget(self, tracked: Tracked) -> None:
-        del self._all[tracked.request.id]
-        if tracked.owner is None:
-            self._queue.remove(tracked)
+    def lose(self, entry: Entry, why: str) -> list[Command]:
+        """The running attempt is lost: back into the queue at its old rank, or the end after too many attempts."""
+        self._disown(entry)
+        if entry.cancelled or entry.attempt >= self._max_attempts:
+            del self._entries[entry.request.id]
+            message = f"gave up after {entry.attempt} attempts, the last one: {why}"
+            return [] if entry.cancelled else [Reject(entry.request.id, "UNAVAILABLE", message)]
+        entry.handed = entry.answered = False
+        self._enqueue(entry)
+        return []
+
+    def forget(self, entry: Entry) -> None:
+        """The request is over."""
+        if entry.owner is None:
+            self._queue.remove((entry.rank, entry.request.id))
+        else:
+            self._disown(entry)
+        del self._entries[entry.request.id]
 
     def check(self) -> None:
-        queued = {t.request.id for t in self._queue}
-        assert len(queued) == len(self._queue), "a request is queued twice"
-        for request_id, tracked in self._all.items():
-            assert (tracked.owner is None) == (request_id in queued), f"{request_id} is in two places or none"
-        assert queued <= self._all.keys()
+        """Asserts the invariant."""
+        owned = [i for entries in self._owned.values() for i in entries]
+        queued = [i for _, i in self._queue]
+        assert sorted(owned + queued) == sorted(self._entries), "a request is lost or in two places"
+        assert self._queue == sorted(self._queue)
+        for instance, entries in self._owned.items():
+            assert all(e.owner == instance and e.attempt >= 1 for e in entries.values())
+        for i in queued:
+            entry = self._entries[i]
+            assert entry.owner is None and not (entry.cancelled or entry.answered or entry.handed), entry
+        assert all(e.attempt <= self._max_attempts for e in self._entries.values())
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, entry: Entry) -> None:
+        bisect.insort(self._queue, (entry.rank, entry.request.id))
+
+    def _own(self, entry: Entry, instance: InstanceId) -> None:
+        entry.owner = instance
+        self._owned.setdefault(instance, {})[entry.request.id] = entry
+
+    def _disown(self, entry: Entry) -> None:
+        assert entry.owner is not None
+        entries = self._owned[entry.owner]
+        del entries[entry.request.id]
+        if not entries:
+            del self._owned[entry.owner]
+        entry.owner = entry.giver = None

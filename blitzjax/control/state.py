@@ -11,9 +11,9 @@ from blitzjax.config import Config
 from blitzjax.control.blocks import pages_for
 from blitzjax.control.lifecycle import COUNTED, LOADED
 from blitzjax.control.members import Member
-from blitzjax.control.requests import RequestTable
+from blitzjax.control.tracking import RequestTable
 from blitzjax.control.topology import Topology
-from blitzjax.control.transfers import TransferTable
+from blitzjax.control.tickets import TransferTable
 from blitzjax.types import Command, InstanceId, LivePair, ModelSpec, Phase
 
 

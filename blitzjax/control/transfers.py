@@ -1,98 +1,171 @@
-"""Which loads are under way, and who has still to answer for them?
+"""Which parameter transfers are in flight, who takes part, and who has left them?
 
-Invariant: a transfer lives until every participant has answered TransferEnded or was lost; an instance takes part in at
-most one transfer as a receiver.
+A plan's chains are prepared together, start together and end one by one; a load from disk is a chain of one. Invariant:
+an instance takes part in at most one run at a time, as source or as target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from blitzjax.types import Chain, InstanceId, MulticastPlan
+from blitzjax.control import multicast
+from blitzjax.control.topology import Topology
+from blitzjax.types import (
+    CancelTransfer, Chain, Command, InstanceId, LiveMode, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer,
+)
+
+DISK_TICKET = -1  # a worker may report the end of a disk load with this ticket
 
 
 @dataclass(slots=True)
-class Transfer:
-    """A multicast plan, or with `plan` None one instance's load from its own disk."""
+class Run:
+    """One chain, or one disk load, from its command to the last TransferEnded."""
 
     ticket: int
-    plan: MulticastPlan | None
-    pending: set[InstanceId]  # have not left yet
-    unready: set[InstanceId] = field(default_factory=set)  # have not answered PrepareTransfer
-    cancelled: set[InstanceId] = field(default_factory=set)
+    chain: Chain
+    disk: bool
+    live: LiveMode  # how its tail may execute meanwhile
+    unready: set[InstanceId]  # have not answered PrepareTransfer
+    active: set[InstanceId]  # have not left
+    broken: bool = False  # cancelled: what its targets miss comes with another plan
 
     @property
-    def started(self) -> bool:
-        return not self.unready
-
-    def chain_of(self, instance: InstanceId) -> Chain | None:
-        chains = self.plan.chains if self.plan is not None else ()
-        return next((c for c in chains if instance in c.instances), None)
-
-    def receives(self, instance: InstanceId) -> bool:
-        chain = self.chain_of(instance)
-        return instance in self.pending and (chain is None or chain.instances[0] != instance)
-
-    def doomed_with(self, instance: InstanceId) -> set[InstanceId]:
-        """Who cannot finish once `instance` left in trouble: its chain, or the whole plan before the start."""
-        chain = self.chain_of(instance)
-        others = set(chain.instances) if chain is not None and self.started else set(self.pending)
-        return (others & self.pending) - {instance} - self.cancelled
+    def targets(self) -> tuple[InstanceId, ...]:
+        return self.chain.instances if self.disk else self.chain.instances[1:]
 
 
-class TransferTable:
-    """All transfers. Mutated by Cluster only."""
+@dataclass(slots=True)
+class _Flight:
+    """A plan in flight."""
 
-    def __init__(self) -> None:
-        self._all: dict[int, Transfer] = {}
-        self._tickets = 0
-        self._generations: dict[tuple[InstanceId, ...], int] = {}  # ordered members → the clique they may use
+    runs: list[Run]
+    started: bool = False
 
-    def next_ticket(self) -> int:
-        self._tickets += 1
-        return self._tickets
 
-    def begin(self, transfer: Transfer) -> None:
-        self._all[transfer.ticket] = transfer
+@dataclass(slots=True)
+class Transfers:
+    """Owned by the provisioner. Issues tickets that only grow."""
 
-    def get(self, ticket: int) -> Transfer | None:
-        return self._all.get(ticket)
+    topology: Topology
+    max_generations: int  # cliques that one set of members may form
+    _flights: dict[int, _Flight] = field(default_factory=dict)
+    _generations: dict[tuple[InstanceId, ...], int] = field(default_factory=dict)  # every set ever planned
+    _last_ticket: int = 0
 
-    def of(self, instance: InstanceId) -> list[Transfer]:
-        """Transfers that still wait for `instance`."""
-        return [t for t in self._all.values() if instance in t.pending]
+    # ---- views
 
-    def receiving(self, instance: InstanceId) -> bool:
-        return any(t.receives(instance) for t in self._all.values())
+    def runs(self) -> Iterator[Run]:
+        return (run for flight in self._flights.values() for run in flight.runs)
 
-    def involved(self, instance: InstanceId) -> bool:
-        return bool(self.of(instance))
+    def run_of(self, instance: InstanceId) -> Run | None:
+        """The run that `instance` has not left."""
+        return next((run for run in self.runs() if instance in run.active), None)
 
-    def leave(self, transfer: Transfer, instance: InstanceId) -> None:
-        transfer.pending.discard(instance)
-        transfer.unready.discard(instance)
-        if not transfer.pending:
-            del self._all[transfer.ticket]
+    def busy(self, instance: InstanceId) -> bool:
+        return self.run_of(instance) is not None
 
-    def generation_of(self, members: tuple[InstanceId, ...]) -> int:
-        """Which clique of `members` to use: none that failed, none of an earlier life of a member."""
-        return self._generations.setdefault(members, 0)
+    def settling(self, instance: InstanceId) -> bool:
+        """`instance` is in a run, or has left one that others are still in."""
+        return any(instance in run.chain.instances and run.active for run in self.runs())
 
-    def clique_failed(self, members: tuple[InstanceId, ...]) -> None:
-        self._generations[members] += 1
+    # ---- beginning
 
-    def member_restarted(self, instance: InstanceId) -> None:
+    def plan(self, model: str, sources: list[multicast.Held], targets: list[multicast.Held], stop_unit: int,
+             live: LiveMode) -> tuple[list[Command], list[InstanceId]]:
+        """Prepares chains from `sources` to `targets`.
+
+        Second result: targets whose chain would need one clique more than the world allows; they must use their disks.
+        """
+        plan = multicast.plan(self._last_ticket + 1, model, sources, targets, self.topology, stop_unit,
+                              lambda members: self._generations.setdefault(members, 0))
+        spent = [chain for chain in plan.chains if chain.generation >= self.max_generations]
+        chains = tuple(chain for chain in plan.chains if chain not in spent)
+        if chains:
+            self._last_ticket += 1
+            self._open([self._run(chain, False, live) for chain in chains])
+        plan = MulticastPlan(plan.ticket, model, chains)
+        prepare: list[Command] = [PrepareTransfer(i, plan) for chain in chains for i in chain.instances]
+        return prepare, [i for chain in spent for i in chain.instances[1:]]
+
+    def load(self, instance: InstanceId, start_unit: int, stop_unit: int, live: LiveMode) -> tuple[Run, Command]:
+        """Begins a load from the instance's own disk."""
+        self._last_ticket += 1
+        run = self._run(Chain((instance,), start_unit, stop_unit, 0), True, live)
+        self._open([run])
+        self._flights[run.ticket].started = True
+        return run, LoadFromDisk(instance, run.ticket, start_unit)
+
+    def ready(self, ticket: int, instance: InstanceId) -> None:
+        """`instance` answered PrepareTransfer; late answers are ignored."""
+        for run in self._flights[ticket].runs if ticket in self._flights else ():
+            run.unready.discard(instance)
+
+    def start(self, ticket: int) -> tuple[list[Run], list[Command]]:
+        """Starts the plan once every member of its unbroken chains is ready; else does nothing."""
+        flight = self._flights.get(ticket)
+        runs = [run for run in flight.runs if not run.broken] if flight is not None else []
+        if flight is None or flight.started or not runs or any(run.unready for run in runs):
+            return [], []
+        flight.started = True
+        return runs, [StartTransfer(i, ticket) for run in runs for i in run.chain.instances]
+
+    # ---- ending
+
+    def find(self, ticket: int, instance: InstanceId) -> Run | None:
+        """The run that a TransferEnded of `instance` is about; None when it is stale."""
+        run = self.run_of(instance)
+        if run is None or (ticket != run.ticket and not (run.disk and ticket == DISK_TICKET)):
+            return None
+        return run
+
+    def leave(self, run: Run, instance: InstanceId) -> None:
+        """`instance` takes part no longer; the last one closes the run."""
+        run.active.discard(instance)
+        run.unready.discard(instance)
+        self.topology.end(run.ticket, instance)
+        flight = self._flights[run.ticket]
+        if not any(other.active for other in flight.runs):
+            del self._flights[run.ticket]
+
+    def break_off(self, run: Run) -> list[Command]:
+        """The chain cannot go on: cancels those still in it, and the same members form another clique next time."""
+        if run.broken:
+            return []
+        run.broken = True
+        if not run.disk:
+            self._generations[run.chain.instances] += 1
+        return [CancelTransfer(i, run.ticket) for i in run.chain.instances if i in run.active]
+
+    def lose(self, instance: InstanceId) -> tuple[int, list[Command]]:
+        """`instance` died. → (the ticket that it was in, or 0; cancellations). Its cliques are never joined again."""
+        run, commands = self.run_of(instance), []
+        if run is not None:
+            self.leave(run, instance)
+            commands = self.break_off(run)
         for members in self._generations:
-            if instance in members:
+            if instance in members and (run is None or members != run.chain.instances):
                 self._generations[members] += 1
-
-    @property
-    def chains(self) -> tuple[tuple[int, Chain], ...]:
-        return tuple((t.ticket, c) for t in self._all.values() if t.plan is not None for c in t.plan.chains
-                     if t.pending & set(c.instances))
+        return (0 if run is None else run.ticket), commands
 
     def check(self) -> None:
-        for transfer in self._all.values():
-            assert transfer.pending and transfer.unready <= transfer.pending
-        receivers = [i for t in self._all.values() for i in t.pending if t.receives(i)]
-        assert len(receivers) == len(set(receivers)), "an instance receives twice"
+        """Asserts the invariant."""
+        active = [i for run in self.runs() for i in run.active]
+        assert len(active) == len(set(active)), "an instance is in two runs"
+        for ticket, flight in self._flights.items():
+            assert 0 < ticket <= self._last_ticket and any(run.active for run in flight.runs)
+            for run in flight.runs:
+                assert run.unready <= run.active <= set(run.chain.instances)
+                assert 0 <= run.chain.start_unit < run.chain.stop_unit
+                assert not (flight.started and run.unready and not run.broken)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _run(self, chain: Chain, disk: bool, live: LiveMode) -> Run:
+        members = set(chain.instances)
+        return Run(self._last_ticket, chain, disk, live, set() if disk else set(members), members)
+
+    def _open(self, runs: list[Run]) -> None:
+        self._flights[self._last_ticket] = _Flight(runs)
+        for run in runs:
+            self.topology.begin(run.ticket, run.chain.instances)

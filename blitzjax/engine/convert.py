@@ -5,10 +5,12 @@ Invariant: two processes that resolve the same model at once convert it once.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.util
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,3 +111,21 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def main() -> int:
+    """`python -m blitzjax.engine.convert MODEL --dtype DTYPE`: the checkpoint directory is the last line printed."""
+    parser = argparse.ArgumentParser(prog="python -m blitzjax.engine.convert", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    args = parser.parse_args()
+    try:
+        print(resolve(args.model, args.dtype))
+    except CheckpointError as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

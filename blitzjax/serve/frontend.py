@@ -87,6 +87,9 @@ class Frontend(rpc.InferenceServicer):
             raise Unavailable("the server is shutting down")
         if not 1 <= target <= pool:
             raise InvalidRequest(f"target must be in [1, {pool}]: the pool has {pool} workers; got {target}")
+        joined = len(controller.status().instances)
+        if target > joined:
+            raise Unavailable(f"only {joined} of the pool's {pool} workers have joined so far; got target {target}")
         live = _choice("live", request.live, LiveMode) if request.HasField("live") else None
         source = _choice("source", request.source, Source) if request.HasField("source") else None
         with controller.subscribe() as changed:
