@@ -43,9 +43,12 @@ class RequestBook:
         return self._entries.get(request_id)
 
     def current(self, request_id: RequestId, attempt: int) -> Entry | None:
-        """The entry, if `attempt` is the one that runs now."""
+        """The entry, if no later attempt than `attempt` was assigned.
+
+        It may be queued: we thought that the attempt was lost, yet somebody runs it.
+        """
         entry = self._entries.get(request_id)
-        return entry if entry is not None and entry.owner is not None and entry.attempt == attempt else None
+        return entry if entry is not None and entry.attempt == attempt >= 1 else None
 
     def head(self) -> Entry | None:
         """The queued request that goes next: highest priority, then earliest arrival, whatever its attempt."""
@@ -89,14 +92,14 @@ class RequestBook:
 
     def assign(self, entry: Entry, instance: InstanceId) -> None:
         """Queue → `instance`; starts the next attempt."""
-        self._queue.remove((entry.rank, entry.request.id))
+        self._detach(entry)
         entry.attempt += 1
         self._own(entry, instance)
 
     def give(self, entry: Entry, target: InstanceId, giver: InstanceId | None) -> None:
-        """The running attempt moved to `target`. `giver`: only that side says so yet; None: `target` confirms."""
+        """`target` runs the last attempt. `giver`: only that side says so yet; None: `target` says so itself."""
         if entry.owner != target:
-            self._disown(entry)
+            self._detach(entry)
             self._own(entry, target)
             entry.handed, entry.giver = True, giver
         elif giver is None:
@@ -104,7 +107,8 @@ class RequestBook:
 
     def lose(self, entry: Entry, why: str) -> list[Command]:
         """The running attempt is lost: back into the queue at its old rank, or the end after too many attempts."""
-        self._disown(entry)
+        assert entry.owner is not None
+        self._detach(entry)
         if entry.cancelled or entry.attempt >= self._max_attempts:
             del self._entries[entry.request.id]
             message = f"gave up after {entry.attempt} attempts, the last one: {why}"
@@ -115,10 +119,7 @@ class RequestBook:
 
     def forget(self, entry: Entry) -> None:
         """The request is over."""
-        if entry.owner is None:
-            self._queue.remove((entry.rank, entry.request.id))
-        else:
-            self._disown(entry)
+        self._detach(entry)
         del self._entries[entry.request.id]
 
     def check(self) -> None:
@@ -143,8 +144,11 @@ class RequestBook:
         entry.owner = instance
         self._owned.setdefault(instance, {})[entry.request.id] = entry
 
-    def _disown(self, entry: Entry) -> None:
-        assert entry.owner is not None
+    def _detach(self, entry: Entry) -> None:
+        """Takes the entry out of the queue or from its owner."""
+        if entry.owner is None:
+            self._queue.remove((entry.rank, entry.request.id))
+            return
         entries = self._owned[entry.owner]
         del entries[entry.request.id]
         if not entries:

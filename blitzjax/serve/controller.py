@@ -220,7 +220,7 @@ class Controller:
     # ---- life
 
     async def run(self) -> None:
-        """Ticks and talks to workers until cancelled. Raises what broke the brain, or BlitzError: no worker can serve."""
+        """Ticks and talks to workers until cancelled. Raises what broke the brain; BlitzError if no worker serves."""
         self._broken = asyncio.get_running_loop().create_future()
         links = (link.run() for link in self._links.values())
         async with _background(*links, self._tick(), _result(self._broken)) as ended:

@@ -42,7 +42,7 @@ def p95(values: list[float]) -> float:
 
 
 class _Pair:
-    """Both sides of the pair; loads happen before computations that end at the same time."""
+    """Both sides of the pair."""
 
     def __init__(self, mode: str, layers: int, load: float, batches: int, delay: float) -> None:
         self.queue: LiveQueue[int] = LiveQueue(layers, mode)
@@ -56,20 +56,31 @@ class _Pair:
             self.queue.add(batch)
 
     def run(self) -> list[float]:
-        if self.events[0][0] > 0:
-            self.dispatch(0.0)
+        self.arrive_until(0.0)
+        self.step_new(0.0)  # NEW begins before OLD's first pull reaches it
+        self.pull(0.0)
         while self.events:
-            at, _, kind, value = heapq.heappop(self.events)
-            getattr(self, f"on_{kind}")(at, value)
-            if not (self.events and self.events[0][:2] == (at, 0)):
-                self.dispatch(at)
+            at = self.events[0][0]
+            self.arrive_until(at)
+            self.pull(at)  # OLD asks ahead of its end, so its pull is there before NEW's next layer begins
+            self.step_new(at)
+            self.pull(at)
         assert len(self.queue) == 0 and math.inf not in self.ends
         return self.ends
 
-    def dispatch(self, at: float) -> None:
+    def arrive_until(self, at: float) -> None:
+        """Everything that happens at or before `at`."""
+        happened = {"loaded": self.on_loaded, "new": self.on_new, "old": self.on_old}
+        while self.events and self.events[0][0] <= at:
+            moment, _, kind, value = heapq.heappop(self.events)
+            happened[kind](moment, value)
+
+    def step_new(self, at: float) -> None:
         if not self.new_busy and (step := self.queue.next()) is not None:
             self.new_busy = True
             heapq.heappush(self.events, (at + 1, 1, "new", step[0]))
+
+    def pull(self, at: float) -> None:
         if not self.old_busy and isinstance(handed := self.queue.pull(), Handed):
             self.old_busy = True
             heapq.heappush(self.events, (at + self.layers - handed.next_layer, 2, "old", handed.item))

@@ -68,7 +68,7 @@ def toy_launch(run_dir: Path, **env: str) -> Launch:
 def cluster(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Two toy workers, one instance serving. The brain's own check() runs when the controller ends."""
     with LocalCluster(toy_config(), model_dir, toy_launch(tmp_path_factory.mktemp("run"))) as cluster:
-        cluster.wait_ready(30)
+        wait_whole(cluster)
         yield cluster
         assert cluster.stop() == 0, cluster.tail("controller")
 
@@ -77,6 +77,13 @@ def cluster(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(cluster: LocalCluster):
     with cluster.client() as client:
         yield client
+
+
+def wait_whole(cluster: LocalCluster) -> None:
+    """An instance serves and every worker has joined."""
+    cluster.wait_ready(30)
+    with cluster.client() as client:
+        eventually(lambda: len(client.status().instances) == cluster.config.cluster.pool, 20)
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

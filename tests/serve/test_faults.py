@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
-from conftest import TOY_COORDINATOR, eventually, toy_config, toy_launch
+from conftest import TOY_COORDINATOR, eventually, toy_config, toy_launch, wait_whole
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_frontend import toy
 
+from blitzjax import config as configs
+from blitzjax.control.cluster import Cluster
 from blitzjax.errors import BlitzError, QueueFull, Unavailable
-from blitzjax.serve import eventlog
+from blitzjax.serve import codec, eventlog
 from blitzjax.serve.local import Launch, LocalCluster
-from blitzjax.types import Assign, InstanceLost, RequestArrived
+from blitzjax.types import Assign, Command, InstanceLost, RequestArrived
 
 SLOW = 0.05
 
@@ -33,7 +37,7 @@ def start(model_dir, tmp_path):
         started.append(cluster)
         cluster.start()
         if ready:
-            cluster.wait_ready(30)
+            wait_whole(cluster)
         return cluster
 
     yield start
@@ -68,6 +72,13 @@ def serving(cluster: LocalCluster) -> set[str]:
         return {i.id for i in client.status().instances if i.phase == "serving"}
 
 
+def replayed(log: Path) -> list[Command]:
+    """What a fresh brain says to the events of a log."""
+    header = eventlog.read_header(log)
+    brain = Cluster(configs.from_tables(header["config"]), codec.model_spec(json.dumps(header)))
+    return [c for r in eventlog.read(log) if not r.is_command for c in brain.handle(r.item)]
+
+
 def test_answer_survives_its_worker(start, tmp_path):
     log = tmp_path / "events.jsonl"
     cluster = start("scale.min_instances=1", f"serve.event_log={log}")
@@ -88,6 +99,7 @@ def test_answer_survives_its_worker(start, tmp_path):
     items = [r.item for r in eventlog.read(log)]
     assert sum(isinstance(i, RequestArrived) for i in items) == 4
     assert [i.instance for i in items if isinstance(i, InstanceLost)] == [f"i{victim}"]
+    assert replayed(log) == [r.item for r in eventlog.read(log) if r.is_command]
 
 
 def test_finished_answer_is_not_run_again_when_its_worker_dies_before_saying_so(start, tmp_path):

@@ -1,0 +1,195 @@
+"""How do parameters get into the instances that lack them, and who executes with them meanwhile?
+
+From a serving instance by multicast if there is one in the world, else from disk. What a broken transfer left behind
+stays valid: the rest comes with another plan. Invariant: a LIVE instance is the NEW side of exactly one pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blitzjax.config import Config
+from blitzjax.control.fleet import Fleet, Member
+from blitzjax.control.pairs import LivePairs
+from blitzjax.control.requests import RequestBook
+from blitzjax.control.topology import Topology
+from blitzjax.control.transfers import Run, Transfers
+from blitzjax.types import Command, InstanceId, LiveMode, ModelSpec, Phase, Source, TransferEnded
+
+WORLD_WAIT_S = 5.0  # how long an instance waits for WorldJoined before it reads its own disk
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Where parameters come from, and whether instances execute while they arrive."""
+
+    live: LiveMode
+    source: Source
+
+
+class Provisioner:
+    """Owns transfers and pairs; moves instances from IDLE over LOADING and LIVE to SERVING."""
+
+    def __init__(self, config: Config, spec: ModelSpec, fleet: Fleet, book: RequestBook) -> None:
+        self._spec = spec
+        self._fleet = fleet
+        self._book = book
+        self.topology = Topology()
+        self.transfers = Transfers(self.topology, config.cluster.max_world)
+        self.pairs = LivePairs()
+        self._waiting_since: dict[InstanceId, float] = {}  # for the world
+
+    # ---- views
+
+    def stranded(self) -> list[Member]:
+        """LOADING and LIVE instances that nothing is moving to: their transfer broke and everybody has left it."""
+        return [m for m in self._fleet.all_alive() if m.loading and not self.transfers.settling(m.id)]
+
+    def redirected(self, instance: InstanceId) -> bool:
+        """OLD side of a pair whose NEW side still loads: requests go to NEW."""
+        pair = self.pairs.of(instance)
+        return pair is not None and pair.old == instance and self._fleet.members[pair.new].phase is Phase.LIVE
+
+    # ---- decisions
+
+    def provide(self, at: float, needy: list[Member], means: Means) -> list[Command]:
+        """Begins whatever transfers can begin now for `needy` (IDLE or stranded) instances; the rest stays as it is."""
+        needy_ids = {m.id for m in needy}
+        self._waiting_since = {i: since for i, since in self._waiting_since.items() if i in needy_ids}
+        if not needy or means.source == "disk":
+            return [c for m in needy for c in self._load(m, means)]
+        sources = self._fleet.in_phase(Phase.SERVING)
+        if sources:
+            return self._multicast(at, needy, sources, means)
+        if any(m.loading and self.transfers.busy(m.id) for m in self._fleet.all_alive()):
+            return []  # the others follow it by multicast
+        return self._load(max(needy, key=lambda m: m.units), means)
+
+    def _multicast(self, at: float, needy: list[Member], sources: list[Member], means: Means) -> list[Command]:
+        """Plans for the targets in the world; the others read their disks once they waited long enough."""
+        commands: list[Command] = []
+        sources = [m for m in sources if m.in_world]
+        targets = [m for m in needy if m.in_world] if sources else []
+        for member in needy:
+            if member in targets:
+                self._waiting_since.pop(member.id, None)
+            elif at - self._waiting_since.setdefault(member.id, at) >= WORLD_WAIT_S:
+                commands += self._load(member, means)
+        free = [m for m in sources if not self.transfers.busy(m.id)]
+        if not free or not targets:
+            return commands
+        prepare, spent = self.transfers.plan(
+            self._spec.name, [(m.id, m.units) for m in free], [(m.id, m.units) for m in targets],
+            self._spec.units, means.live)
+        for member in targets:
+            if member.id in spent:
+                commands += self._load(member, means)
+            elif member.phase is Phase.IDLE:
+                member.move(Phase.LOADING)
+        return commands + prepare
+
+    def _load(self, member: Member, means: Means) -> list[Command]:
+        if member.phase is Phase.IDLE:
+            member.move(Phase.LOADING)
+        run, command = self.transfers.load(member.id, member.units, self._spec.units, means.live)
+        return [command, *self._go_live(run)]
+
+    def _start(self, ticket: int) -> list[Command]:
+        runs, commands = self.transfers.start(ticket)
+        for run in runs:
+            commands += self._go_live(run)
+        return commands
+
+    def _go_live(self, run: Run) -> list[Command]:
+        """Pairs the chain's tail, whose out-link is free (section 3.3), with the chain's source or the busiest other.
+
+        An instance that still owns requests of an earlier pair finishes them alone.
+        """
+        new = self._fleet.members[run.targets[-1]]
+        olds = [m for m in self._fleet.in_phase(Phase.SERVING) if self.pairs.of(m.id) is None]
+        if run.live == "off" or new.phase is not Phase.LOADING or self._book.owned(new.id) or not olds:
+            return []
+        source = run.chain.instances[0]
+        old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))
+        new.move(Phase.LIVE)
+        return self.pairs.start(old.id, new.id, run.live)
+
+    # ---- events
+
+    def ready(self, instance: InstanceId, ticket: int) -> list[Command]:
+        self.transfers.ready(ticket, instance)
+        return self._start(ticket)
+
+    def arrived(self, member: Member, units: int) -> None:
+        """Units [0, units) are on a loading instance."""
+        if member.phase in (Phase.LOADING, Phase.LIVE):
+            member.units = max(member.units, min(units, self._spec.units))
+
+    def ended(self, member: Member, event: TransferEnded) -> list[Command]:
+        """A source or target left its transfer: a complete target serves, an incomplete one breaks its chain."""
+        run = self.transfers.find(event.ticket, member.id)
+        if run is None:
+            return []
+        is_target = member.id in run.targets
+        if is_target:
+            member.units = max(0, min(event.units, self._spec.units))
+        complete = member.units == self._spec.units
+        self._blame(run, member, is_target, failed=bool(event.error) or not complete)
+        self.transfers.leave(run, member.id)
+        commands = self.transfers.break_off(run) if event.error or not complete else []
+        if is_target and complete and member.loading:
+            member.move(Phase.SERVING)
+            member.failures = 0
+            commands += self._end_if_drained(member.id)
+        return commands + self._start(run.ticket)
+
+    def _blame(self, run: Run, member: Member, is_target: bool, failed: bool) -> None:
+        """Counts a failure that no loss explains: against the target that reports it, or all if the source does."""
+        if not failed or run.broken:
+            return
+        for target in [member.id] if is_target else run.targets:
+            blamed = self._fleet.members[target]
+            if blamed.units < self._spec.units:
+                blamed.failures += 1
+
+    def drained(self, old: InstanceId) -> list[Command]:
+        """OLD found nothing to pull. It may say so before NEW's TransferEnded is here: both are needed."""
+        self.pairs.mark_drained(old)
+        return self._end_if_drained(old)
+
+    def _end_if_drained(self, instance: InstanceId) -> list[Command]:
+        pair = self.pairs.of(instance)
+        if pair is None or not self.pairs.drained(pair):
+            return []
+        return self.pairs.end(pair) if self._fleet.members[pair.new].phase is Phase.SERVING else []
+
+    def unpair(self, instance: InstanceId, lost: bool) -> list[Command]:
+        """Ends the instance's pair, if any; a NEW side that survives goes on loading alone."""
+        pair = self.pairs.of(instance)
+        if pair is None:
+            return []
+        new = self._fleet.members[pair.new]
+        if new.phase is Phase.LIVE:
+            new.move(Phase.LOADING)
+        return self.pairs.end(pair, instance if lost else None)
+
+    def lost(self, instance: InstanceId) -> list[Command]:
+        """The instance died: its chain is cancelled, its pair ends. Call before it is marked FAILED."""
+        commands = self.unpair(instance, lost=True)
+        ticket, cancels = self.transfers.lose(instance)
+        return commands + cancels + self._start(ticket)
+
+    def check(self) -> None:
+        """Asserts the invariant and those of transfers and pairs."""
+        self.transfers.check()
+        self.pairs.check()
+        for pair in self.pairs:
+            old, new = self._fleet.alive(pair.old), self._fleet.alive(pair.new)
+            assert old is not None and old.phase is Phase.SERVING, pair
+            assert new is not None and new.phase in (Phase.LIVE, Phase.SERVING), pair
+        for member in self._fleet.in_phase(Phase.LIVE):
+            pair = self.pairs.of(member.id)
+            assert pair is not None and pair.new == member.id, f"{member.id} is LIVE without a partner"
+        for run in self.transfers.runs():
+            assert all(self._fleet.alive(i) is not None for i in run.active), "a FAILED instance is in a transfer"
+            assert all(i in self._fleet.members for i in run.chain.instances)

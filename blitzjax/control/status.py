@@ -1,0 +1,33 @@
+"""What does the cluster look like now? A frozen picture for people and dashboards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blitzjax.types import Chain, InstanceId, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """`waiting` and `running` count requests without and with a first token; pages are those they may need."""
+
+    id: InstanceId
+    phase: Phase
+    units: int
+    partner: InstanceId | None
+    waiting: int
+    running: int
+    pages_used: int
+    pages_total: int
+    in_world: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """`queued` requests have no instance, `running` ones have; `chains` are (ticket, chain) in flight, disk included."""
+
+    instances: tuple[InstanceStatus, ...]
+    queued: int
+    running: int
+    target: int
+    chains: tuple[tuple[int, Chain], ...]

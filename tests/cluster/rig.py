@@ -1,0 +1,105 @@
+"""A real cluster: controller, coordination service, four workers, a tiny model. Small chunks make its multicast slow
+enough to be interrupted: about 0.2 s a layer.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blitzjax import config as configs
+from blitzjax.engine.convert import TINY, write_random
+from blitzjax.serve.client import Client, Result
+from blitzjax.serve.local import LocalCluster
+from blitzjax.v1 import inference_pb2 as pb
+
+SPEC = replace(TINY, layers=8)
+POOL = 4
+
+
+class Rig:
+    """A cluster, a client of it, and what the tests wait for."""
+
+    def __init__(self, cluster: LocalCluster):
+        self.cluster, self.client = cluster, cluster.client()
+        self._senders = ThreadPoolExecutor(32)
+
+    def send(self, prompt: list[int], **options) -> Future[Result]:
+        options = {"max_tokens": 8, "ignore_eos": True, "timeout_s": 90.0} | options
+        return self._senders.submit(self.client.generate, prompt, **options)
+
+    def wait(self, condition: Callable[[pb.ClusterStatus], bool], what: str, timeout_s: float = 40.0) -> pb.ClusterStatus:
+        deadline = time.monotonic() + timeout_s
+        while not condition(status := self.client.status()):
+            assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {describe(status)}"
+            time.sleep(0.01)
+        return status
+
+    def scale(self, target: int, **modes) -> None:
+        self.client.scale(target, **modes)
+
+    def settle(self, serving: int) -> pb.ClusterStatus:
+        """Exactly `serving` instances serve, all others are idle members of the world, nothing runs or waits."""
+        return self.wait(lambda s: phases(s).count("serving") == serving and phases(s).count("idle") == POOL - serving
+                         and all(i.in_world for i in s.instances) and not s.queued_requests and not s.running_requests
+                         and not any(i.partner or i.pages_used for i in s.instances), f"settled at {serving}")
+
+    def only(self, serving: int) -> pb.ClusterStatus:
+        self.scale(serving, live="off", source="multicast")
+        return self.settle(serving)
+
+    def index(self, phase: str) -> int:
+        """Worker number of the first instance in `phase`."""
+        return next(int(i.id[1:]) for i in self.client.status().instances if i.phase == phase)
+
+    def pids(self) -> dict[int, int | None]:
+        return {k: self.cluster.worker_pid(k) for k in range(POOL)}
+
+
+def phases(status: pb.ClusterStatus) -> list[str]:
+    return [i.phase for i in status.instances]
+
+
+def describe(status: pb.ClusterStatus) -> str:
+    return f"queued {status.queued_requests} running {status.running_requests} target {status.target_instances} " + " ".join(
+        f"{i.id}:{i.phase}:{i.layers_loaded}:{i.partner}:{i.waiting}+{i.running}:{'w' if i.in_world else '-'}"
+        for i in status.instances)
+
+
+def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.choice([3, 20, 70, longest]))] for _ in range(count)]
+
+
+@pytest.fixture(scope="package")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    directory: Path = tmp_path_factory.mktemp("models") / "tiny"
+    write_random(directory, SPEC, seed=3)
+    config = configs.load(None, (
+        "serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
+        "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64",
+        "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", "transfer.handoff_timeout_s=5.0",
+        f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
+    with LocalCluster(config, directory) as cluster:
+        cluster.wait_ready(120)
+        rig = Rig(cluster)
+        rig.settle(1)
+        yield rig
+
+
+@pytest.fixture(scope="package")
+def expected(rig: Rig) -> Callable[[list[int]], tuple[int, ...]]:
+    """What a single instance answers, asked before anything is scaled."""
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    lock = threading.Lock()
+    for prompt in prompts(48, seed=1):
+        with lock:
+            known[tuple(prompt)] = rig.send(prompt).result().token_ids
+    return lambda prompt: known[tuple(prompt)]

@@ -1,0 +1,76 @@
+"""The first promise: the tokens of one instance, under every split, at every moment of a scale-up."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from rig import POOL, SPEC, Rig, phases, prompts
+
+
+@pytest.mark.parametrize("live", ["zigzag", "best_effort", "off"])
+@pytest.mark.parametrize("start,target", [(1, 2), (1, 3), (2, 4)])
+def test_tokens_are_right_throughout_a_scale_up(rig: Rig, expected, start: int, target: int, live: str) -> None:
+    rig.only(start)
+    chooser = random.Random(f"{start}{target}{live}")
+    rig.scale(target, live=live)
+    answers = []
+    for prompt in chooser.sample(prompts(48, seed=1), 24):
+        answers.append((prompt, rig.send(prompt)))
+        time.sleep(chooser.random() * 0.15)
+    for prompt, answer in answers:
+        assert answer.result(90).token_ids == expected(prompt)
+    rig.settle(target)
+
+
+def test_loading_instance_helps_before_it_is_whole(rig: Rig, expected) -> None:
+    rig.only(1)
+    rig.scale(2, live="zigzag")
+    rig.wait(lambda s: any(i.phase == "live" and i.layers_loaded for i in s.instances), "live")
+    answers = [(p, rig.send(p)) for p in prompts(48, seed=1)[:24]]
+    status = rig.client.status()
+    assert any(i.phase == "live" and i.layers_loaded < SPEC.layers for i in status.instances)
+    helped = [answer.result(90).usage.layers_helped for _, answer in answers]
+    assert any(0 < layers < SPEC.layers for layers in helped)
+    assert all(answer.result().token_ids == expected(prompt) for prompt, answer in answers)
+    rig.settle(2)
+
+
+def test_sampled_answers_are_the_same_wherever_they_run(rig: Rig) -> None:
+    rig.only(1)
+    options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234, "max_tokens": 12}
+    alone = [rig.send(p, **options).result().token_ids for p in prompts(12, seed=7)]
+    rig.scale(3, live="zigzag")
+    assert [f.result(90).token_ids for f in [rig.send(p, **options) for p in prompts(12, seed=7)]] == alone
+    rig.settle(3)
+
+
+def test_scale_up_from_disk(rig: Rig, expected) -> None:
+    rig.only(1)
+    rig.scale(2, source="disk", live="zigzag")
+    answers = [(p, rig.send(p)) for p in prompts(48, seed=1)[:8]]
+    assert all(answer.result(90).token_ids == expected(prompt) for prompt, answer in answers)
+    rig.settle(2)
+
+
+def test_scale_down_finishes_what_runs(rig: Rig, expected) -> None:
+    rig.only(3)
+    long = [rig.send(p, max_tokens=60) for p in prompts(12, seed=5)]
+    rig.wait(lambda s: s.running_requests >= 12, "running")
+    rig.scale(1)
+    assert "draining" in phases(rig.client.status())
+    assert all(len(f.result(90).token_ids) == 60 for f in long)
+    rig.settle(1)
+
+
+def test_cancelled_requests_free_their_pages(rig: Rig) -> None:
+    rig.only(1)
+    rig.scale(2, live="zigzag")
+    streams = [rig.client.stream(p, max_tokens=100, ignore_eos=True) for p in prompts(8, seed=9)]
+    for stream in streams:
+        next(stream)
+        stream.close()
+    rig.settle(2)
+    assert POOL == len(rig.client.status().instances)

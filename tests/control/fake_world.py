@@ -1,0 +1,291 @@
+"""Workers that answer the brain's commands without computing anything: about what a real worker does, one step at a time.
+
+Each worker has an inbox of commands and an outbox of events, both FIFO; nothing is ordered between workers. Time moves
+only with `tick`. Tests choose what happens next, `settle` lets everything happen that can.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from blitzjax import types as t
+from blitzjax.config import Config, EngineConfig, ScaleConfig, ServeConfig
+from blitzjax.control.cluster import Cluster
+from blitzjax.control.status import InstanceStatus
+from blitzjax.types import Phase
+
+SPEC = t.ModelSpec(name="toy", family="llama", layers=4, dim=8, heads=1, kv_heads=1, head_dim=8, ffn_dim=8, vocab=32,
+                   max_len=256, rope_theta=1e4, norm_eps=1e-5, tied_embeddings=True, dtype="float32")
+PAGES, PAGE_SIZE, SLOTS = 64, 16, 4
+
+
+def config(**scale: object) -> Config:
+    """Manual scaling by default, so that a test says itself when instances come and go."""
+    knobs = {"policy": "manual", "min_instances": 1, "max_instances": 8, **scale}
+    return Config(serve=ServeConfig(max_queued_requests=40), scale=ScaleConfig(**knobs),
+                  engine=EngineConfig(max_model_len=256, max_num_seqs=SLOTS, max_num_batched_tokens=64))
+
+
+@dataclass(slots=True)
+class Job:
+    """A transfer as one of its members sees it."""
+
+    ticket: int
+    chain: t.Chain
+    disk: bool
+    started: bool
+
+
+@dataclass(slots=True)
+class Worker:
+    id: str
+    incarnation: int = 0
+    up: bool = False
+    units: int = 0
+    jobs: list[Job] = field(default_factory=list)
+    requests: dict[str, int] = field(default_factory=dict)  # id → attempt
+    answered: set[str] = field(default_factory=set)
+    partner: t.LivePair | None = None
+    said_drained: bool = False
+    inbox: deque[t.Command] = field(default_factory=deque)
+    outbox: deque[t.Event] = field(default_factory=deque)
+
+
+class World:
+    """A brain and its workers i0, i1, ... on two hosts. `log` keeps every command."""
+
+    def __init__(self, workers: int, config: Config, cluster: Callable[[Config, t.ModelSpec], Cluster] = Cluster):
+        self.at = 0.0
+        self.brain = cluster(config, SPEC)
+        self.workers = {f"i{k}": Worker(f"i{k}") for k in range(workers)}
+        self.log: list[t.Command] = []
+        self.open: dict[str, int] = {}  # accepted and not ended → last attempt
+        self.ended: dict[str, str] = {}
+        self.cancelled: set[str] = set()
+        self.disk_fails: set[str] = set()
+        self.multicast_fails: set[str] = set()
+
+    # ---- the brain
+
+    def send(self, event: t.Event) -> list[t.Command]:
+        """Gives the brain an event and the workers its commands; checks the brain and every promise about requests."""
+        if isinstance(event, t.RequestArrived):
+            assert event.request.id not in self.open
+            self.open[event.request.id] = 0
+        if isinstance(event, t.RequestFinished) and self.open.get(event.request_id) == event.attempt:
+            self.end(event.request_id, event.reason)
+        commands = self.brain.handle(event)
+        self.brain.check()
+        for command in commands:
+            self.log.append(command)
+            self.carry_out(command)
+        return commands
+
+    def carry_out(self, command: t.Command) -> None:
+        if isinstance(command, t.Reject):
+            assert command.request_id not in self.cancelled
+            self.end(command.request_id, command.code)
+            return
+        if isinstance(command, t.Assign):
+            assert command.request_id in self.open, "assigned after its end"
+            assert command.request_id not in self.cancelled, "assigned after its cancellation"
+            self.open[command.request_id] += 1
+            assert command.attempt == self.open[command.request_id]
+        worker = self.workers[command.instance]
+        if worker.up:
+            worker.inbox.append(command)
+
+    def end(self, request_id: str, how: str) -> None:
+        assert request_id in self.open, f"{request_id} ended twice: {self.ended.get(request_id)}, {how}"
+        del self.open[request_id]
+        self.ended[request_id] = how
+
+    def tick(self, seconds: float = 0.5) -> list[t.Command]:
+        self.at += seconds
+        return self.send(t.Ticked(self.at))
+
+    def arrive(self, request_id: str, prompt: int = 32, answer: int = 16, priority: int = 0,
+               model: str = "toy") -> list[t.Command]:
+        return self.send(t.RequestArrived(self.at, t.Request(request_id, model, prompt, answer, self.at, priority)))
+
+    def cancel(self, request_id: str) -> list[t.Command]:
+        self.cancelled.add(request_id)
+        queued_or_owned = self.send(t.RequestCancelled(self.at, request_id))
+        return queued_or_owned
+
+    def scale(self, target: int, live: t.LiveMode | None = None, source: t.Source | None = None) -> list[t.Command]:
+        return self.send(t.ScaleRequested(self.at, target, live, source))
+
+    # ---- workers come and go
+
+    def join(self, name: str, units: int = 0, world: bool = True) -> list[t.Command]:
+        worker = self.workers[name]
+        self.workers[name] = worker = Worker(name, worker.incarnation + 1, True, units)
+        host = f"h{int(name[1:]) % 2}"
+        commands = self.send(t.InstanceJoined(self.at, name, str(worker.incarnation), host, units, PAGES, PAGE_SIZE,
+                                              SLOTS))
+        return commands + (self.send(t.WorldJoined(self.at, name)) if world else [])
+
+    def kill(self, name: str) -> list[t.Command]:
+        """The worker and everything that it has not said is gone."""
+        self.workers[name] = Worker(name, self.workers[name].incarnation)
+        return self.send(t.InstanceLost(self.at, name, "killed"))
+
+    # ---- single steps; each returns whether anything happened
+
+    def deliver(self, name: str) -> bool:
+        """The brain hears the worker's next event."""
+        outbox = self.workers[name].outbox
+        if outbox:
+            self.send(replace(outbox.popleft(), at=self.at))
+        return bool(outbox)
+
+    def obey(self, name: str) -> bool:
+        """The worker carries out its next command."""
+        worker = self.workers[name]
+        if not worker.inbox:
+            return False
+        self.execute(worker, worker.inbox.popleft())
+        return True
+
+    def execute(self, worker: Worker, command: t.Command) -> None:
+        say = worker.outbox.append
+        match command:
+            case t.Assign(request_id=request_id, attempt=attempt):
+                worker.answered.discard(request_id)
+                worker.requests[request_id] = attempt
+            case t.Abort(request_id=request_id):
+                if request_id in worker.requests:
+                    self.leave(worker, request_id, "abort")
+            case t.LoadFromDisk(ticket=ticket, start_unit=start):
+                assert start == worker.units < SPEC.units
+                worker.jobs.append(Job(ticket, t.Chain((worker.id,), start, SPEC.units, 0), True, True))
+            case t.PrepareTransfer(plan=plan):
+                chain = next(c for c in plan.chains if worker.id in c.instances)
+                worker.jobs.append(Job(plan.ticket, chain, False, False))
+                say(t.TransferReady(self.at, worker.id, plan.ticket))
+            case t.StartTransfer(ticket=ticket):
+                for job in worker.jobs:
+                    job.started |= job.ticket == ticket
+            case t.CancelTransfer(ticket=ticket):
+                for job in [j for j in worker.jobs if j.ticket == ticket]:
+                    self.leave_transfer(worker, job, "cancelled")
+            case t.StartLive(pair=pair):
+                assert worker.partner is None
+                worker.partner, worker.said_drained = pair, False
+            case t.EndLive(pair=pair):
+                if worker.partner == pair:
+                    worker.partner = None
+            case t.Release():
+                assert not worker.jobs
+                worker.units, worker.partner = 0, None
+                worker.requests.clear()
+                worker.answered.clear()
+                say(t.Drained(self.at, worker.id))
+            case _:
+                raise AssertionError(command)
+
+    def leave(self, worker: Worker, request_id: str, reason: t.FinishReason) -> None:
+        attempt = worker.requests.pop(request_id)
+        worker.answered.discard(request_id)
+        worker.outbox.append(t.RequestFinished(self.at, worker.id, request_id, attempt, reason))
+
+    def leave_transfer(self, worker: Worker, job: Job, error: str) -> None:
+        worker.jobs.remove(job)
+        worker.outbox.append(t.TransferEnded(self.at, worker.id, job.ticket, worker.units, error))
+
+    def load(self, name: str) -> bool:
+        """The worker's transfer gives it one more unit, or ends."""
+        worker = self.workers[name]
+        job = next((j for j in worker.jobs if j.started), None)
+        if job is None:
+            return False
+        members = [self.workers[i] for i in job.chain.instances]
+        if not job.disk and not all(any(j.ticket == job.ticket and j.started for j in m.jobs) or m.units == SPEC.units
+                                    for m in members):
+            return False  # the collective waits for somebody
+        failing = worker.id in (self.disk_fails if job.disk else self.multicast_fails)
+        if failing:
+            self.leave_transfer(worker, job, "broken")
+        elif worker.units < SPEC.units:
+            worker.units += 1
+            worker.outbox.append(t.LayerLoaded(self.at, worker.id, worker.units))
+        else:
+            self.leave_transfer(worker, job, "")
+        return True
+
+    def compute(self, name: str) -> bool:
+        """The worker's first request gets its first token, or its last; a complete instance only."""
+        worker = self.workers[name]
+        if worker.units < SPEC.units or not worker.requests:
+            return False
+        request_id = next(iter(worker.requests))
+        if request_id in worker.answered:
+            self.leave(worker, request_id, "length")
+        else:
+            worker.answered.add(request_id)
+            worker.outbox.append(t.PrefillDone(self.at, worker.id, request_id, worker.requests[request_id]))
+        return True
+
+    def pull(self, name: str, reports: str = "both") -> bool:
+        """OLD takes its partner's oldest unanswered request, or says that there is none. `reports`: who tells."""
+        old = self.workers[name]
+        if old.partner is None or old.partner.old != name or old.said_drained:
+            return False
+        new = self.workers[old.partner.new]
+        if not new.up or new.partner != old.partner:
+            return False
+        request_id = next((r for r in new.requests if r not in new.answered), None)
+        if request_id is None:
+            old.said_drained = new.units == SPEC.units
+            if old.said_drained:
+                old.outbox.append(t.LiveDrained(self.at, name))
+            return old.said_drained
+        attempt = new.requests.pop(request_id)
+        old.requests[request_id] = attempt
+        if reports in ("both", "new"):
+            new.outbox.append(t.RequestHanded(self.at, new.id, request_id, attempt, name))
+        if reports in ("both", "old"):  # the link names the reporter
+            old.outbox.append(t.RequestHanded(self.at, name, request_id, attempt, name))
+        return True
+
+    # ---- many steps
+
+    def settle(self, rounds: int = 200, compute: bool = False) -> None:
+        """Commands, events and transfers happen until nothing is left; with `compute`, requests too."""
+        for _ in range(rounds):
+            happened = False
+            for name in self.workers:
+                happened |= self.obey(name) | self.deliver(name) | self.load(name)
+                if compute:
+                    happened |= self.pull(name) | self.compute(name)
+            if not happened and not any(w.outbox or w.inbox for w in self.workers.values()):
+                return
+        raise AssertionError("the world does not settle")
+
+    def exchange(self) -> None:
+        """Commands and events only: transfers and requests stand still."""
+        while any([self.obey(name) | self.deliver(name) for name in self.workers]) or \
+                any(w.outbox or w.inbox for w in self.workers.values()):
+            pass
+
+    def of(self, name: str) -> InstanceStatus:
+        return next(i for i in self.brain.status().instances if i.id == name)
+
+    def phases(self) -> list[Phase]:
+        return [i.phase for i in self.brain.status().instances]
+
+    def sent(self, kind: type) -> list[t.Command]:
+        return [c for c in self.log if isinstance(c, kind)]
+
+
+def serving(workers: int, instances: int = 1, **scale: object) -> World:
+    """`workers` joined workers, the first `instances` of which hold the model."""
+    world = World(workers, config(min_instances=instances, **scale))
+    for k in range(workers):
+        world.join(f"i{k}", SPEC.units if k < instances else 0)
+    world.settle()
+    world.log.clear()
+    return world
