@@ -32,27 +32,53 @@ class Load:
     ratio: float
 
 
-def measure(checkpoint: Path, load: Load, rounds: int, limited: bool) -> dict[str, object]:
-    """`limited`: hosts with links. Otherwise loopback, and the ratio is what it is."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `load` means on this machine: `rate_mbit` of the links makes its ratio; None is loopback, without a limit."""
+
+    load: Load
+    sizes: probe.Sizes
+    layer_s: float
+    rate_mbit: int | None
+
+    @property
+    def tables(self) -> dict[str, dict[str, object]]:
+        """Configuration of the cluster: a prompt is one chunk, and the whole burst may wait on one instance."""
+        load = self.load
+        return {"engine": {"dtype": load.dtype, "max_model_len": 2 * load.tokens, "max_num_seqs": 32,
+                           "max_num_batched_tokens": load.tokens},
+                "scale": {"live_queue_tokens": 2 * load.count * load.tokens}}
+
+    @property
+    def ideal(self) -> figures.Ideal:
+        embed = self.sizes.embed_bytes / self.sizes.layer_bytes * self.load.ratio
+        return figures.Ideal(self.sizes.layers, self.load.ratio, self.load.count, embed)
+
+
+def plan(checkpoint: Path, load: Load, limited: bool) -> Plan:
+    """Measures a layer's compute first; `limited`: there will be links whose rate can be chosen."""
     sizes, layer_s = probe.sizes(checkpoint), probe.layer_s(checkpoint, load.dtype, load.tokens)
     rate = max(1, round(sizes.layer_bytes * 8 / (load.ratio * layer_s) / 1e6)) if limited else None
     link = f"links at {rate} Mbit/s load it in {sizes.layer_bytes * 8e-3 / rate:.0f} ms" if rate else "loopback, no limit"
-    print(f"  one layer: compute {layer_s * 1e3:.1f} ms for {load.tokens} tokens on one core, "
+    print(f"One layer: compute {layer_s * 1e3:.1f} ms for {load.tokens} tokens on one core, "
           f"{sizes.layer_bytes / 1e6:.1f} MB; {link}", flush=True)
-    engine = {"dtype": load.dtype, "max_model_len": 2 * load.tokens, "max_num_seqs": 32,
-              "max_num_batched_tokens": load.tokens}
-    tables = {"engine": engine, "scale": {"live_queue_tokens": 2 * load.count * load.tokens}}
-    with fleet.fleet(checkpoint, 2, rate, tables) as made:
-        seen = asyncio.run(_rounds(made.address, checkpoint, rounds, load))
+    return Plan(load, sizes, layer_s, rate)
+
+
+def measure(address: str, checkpoint: Path, planned: Plan, rounds: int) -> dict[str, object]:
+    """On a cluster of two workers with the plan's links and tables, one of them serving."""
+    load = planned.load
+    print(f"Live against stop-the-world: {load.count} prompts of {load.tokens} tokens, scale-up 1→2", flush=True)
+    seen = asyncio.run(_rounds(address, checkpoint, rounds, load))
     modes = {mode: figures.median_of(rows) for mode, rows in seen.items()}
-    ideal = figures.Ideal(sizes.layers, load.ratio, load.count, sizes.embed_bytes / sizes.layer_bytes * load.ratio)
-    ideals = figures.ideal_table(ideal, layer_s, MODES)
+    ideals = figures.ideal_table(planned.ideal, planned.layer_s, MODES)
     _print(modes, ideals)
-    return {"modes": modes, "ratios": figures.ratios(modes), "ideal": ideals, "ideal_ratios": figures.ratios(ideals),
-            "rounds": {mode: [figures.rounded_row(row) for row in rows] for mode, rows in seen.items()},
-            "layer_compute_ms": figures.rounded(layer_s * 1e3), "link_mbit": rate,
-            "layer_load_over_compute": load.ratio if limited else None, "prompts": load.count,
-            "prompt_tokens": load.tokens, "logs": str(made.directory), "requests": rounds * load.count * len(MODES)}
+    return {"modes": modes, "requests": rounds * load.count * len(MODES), "live": {
+        "ratios": figures.ratios(modes), "ideal": ideals, "ideal_ratios": figures.ratios(ideals),
+        "rounds": {mode: [figures.rounded_row(row) for row in rows] for mode, rows in seen.items()},
+        "layer_compute_ms": figures.rounded(planned.layer_s * 1e3), "link_mbit": planned.rate_mbit,
+        "layer_load_over_compute": load.ratio if planned.rate_mbit else None,
+        "prompts": load.count, "prompt_tokens": load.tokens}}
 
 
 async def _rounds(address: str, checkpoint: Path, rounds: int, load: Load
@@ -75,9 +101,9 @@ async def _rounds(address: str, checkpoint: Path, rounds: int, load: Load
 
 async def _burst(client: AsyncClient, watch: fleet.Watch, mode: str, burst: Sequence[prompts.Tokens]
                  ) -> dict[str, float | None]:
-    await fleet.scale_down(client, 1)
+    await fleet.settle(client, 1)
+    new = [i.id for i in (await client.status()).instances if i.phase == "idle"]
     began = time.monotonic()
-    new = [i for i, phase in watch.at(began).phases().items() if phase == "idle"]
     asked = [asyncio.create_task(fleet.ask(client, prompt, _MAX_TOKENS)) for prompt in burst]
     await asyncio.sleep(0)  # the requests go out first
     if mode != "none":

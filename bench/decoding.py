@@ -1,7 +1,7 @@
 """Is anybody disturbed? Time per output token of requests that decode on the source, before and during a broadcast.
 
-Both windows are of the same answers, minutes of the machine's mood apart by seconds only, within one KV bucket, so that
-the step itself does not change. The ratio is of medians over all gaps between tokens, as the client sees them.
+Both windows are of the same answers, seconds apart, within one KV bucket, so that the step itself does not change. The
+ratio is of medians over all gaps between tokens, as the client sees them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from blitzjax.errors import BlitzError
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.model import load_model
 
-CONTEXT = 512  # tokens; prompts fill more than half of it, so the KV bucket never changes
-_PROMPT_TOKENS = 260
 _STREAMS = 4
+_BEYOND_HALF_TOKENS = 4
 _BEFORE_S = 2.0
 _STARTED_TOKENS = 3
 _TIMEOUT_S = 60.0
 _SEED = 4
 
 
-async def measure(address: str, checkpoint: Path, rounds: int) -> dict[str, object]:
-    """Wants an idle cluster of two workers, one of them serving."""
+async def measure(address: str, checkpoint: Path, rounds: int, context: int) -> dict[str, object]:
+    """Wants an idle cluster of two workers, one of them serving.
+
+    Prompts fill just over half of `context`, a power of two, so that all answers stay in its KV bucket.
+    """
     encode = load_model(checkpoint).tokenizer.encode
     seen = []
     async with AsyncClient(address) as client, fleet.watching(address) as watch:
         for k in range(rounds):
-            asked = prompts.of_lengths(encode, [_PROMPT_TOKENS] * _STREAMS, _SEED + k)
-            before, during = await _round(client, watch, asked)
+            asked = prompts.of_lengths(encode, [context // 2 + _BEYOND_HALF_TOKENS] * _STREAMS, _SEED + k)
+            before, during = await _round(client, watch, asked, context)
             seen.append({"before_ms": statistics.median(before) * 1e3, "during_ms": statistics.median(during) * 1e3,
                          "ratio": statistics.median(during) / statistics.median(before),
                          "p95_ratio": figures.percentile(during, 95) / figures.percentile(before, 95)})
@@ -45,12 +47,13 @@ async def measure(address: str, checkpoint: Path, rounds: int) -> dict[str, obje
         "streams": _STREAMS, "rounds": [figures.rounded(row["ratio"]) for row in seen]}, "requests": rounds * _STREAMS}
 
 
-async def _round(client: AsyncClient, watch: fleet.Watch, asked: Sequence[prompts.Tokens]
+async def _round(client: AsyncClient, watch: fleet.Watch, asked: Sequence[prompts.Tokens], context: int
                  ) -> tuple[list[float], list[float]]:
     """Gaps between tokens before and during the broadcast, of all answers."""
-    await fleet.scale_down(client, 1)
+    await fleet.settle(client, 1)
     times: list[list[float]] = [[] for _ in asked]
-    streams = [asyncio.create_task(_decode(client, prompt, arrived)) for prompt, arrived in zip(asked, times, strict=True)]
+    streams = [asyncio.create_task(_decode(client, prompt, context - len(prompt), arrived))
+               for prompt, arrived in zip(asked, times, strict=True)]
     try:
         await _until(lambda: all(len(arrived) >= _STARTED_TOKENS for arrived in times))
         began = time.monotonic()
@@ -71,11 +74,10 @@ def gaps(times: Sequence[Sequence[float]], start: float, stop: float) -> list[fl
     return [b - a for arrived in times for a, b in zip(arrived, arrived[1:], strict=False) if start <= a and b < stop]
 
 
-async def _decode(client: AsyncClient, prompt: Sequence[int], arrived: list[float]) -> None:
+async def _decode(client: AsyncClient, prompt: Sequence[int], max_tokens: int, arrived: list[float]) -> None:
     """Appends the arrival time of every token."""
     with contextlib.suppress(BlitzError):
-        room = CONTEXT - len(prompt)
-        async for chunk in client.stream(prompt, max_tokens=room, temperature=0.0, ignore_eos=True):
+        async for chunk in client.stream(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True):
             arrived.extend([time.monotonic()] * len(chunk.token_ids))
 
 

@@ -88,9 +88,9 @@ def _wait_for_pool(cluster: LocalCluster, pool: int) -> None:
             time.sleep(_POLL_S)
 
 
-async def scale_down(client: AsyncClient, target: int) -> None:
-    """`target` instances serve, all others are idle, nothing runs."""
-    await client.scale(target, live="off")
+async def settle(client: AsyncClient, target: int) -> None:
+    """Returns when `target` instances serve, all others are idle and nothing runs."""
+    await client.scale(target, live="off", source="multicast")
     deadline = time.monotonic() + _QUIET_S
     while True:
         status = await client.status()

@@ -47,9 +47,9 @@ async def exercise(address: str, rounds: int) -> None:
     """Scale-ups 1 → 2 and back, with nobody waiting."""
     async with AsyncClient(address) as client:
         for _ in range(rounds):
-            await fleet.scale_down(client, 1)
+            await fleet.settle(client, 1)
             await client.scale(2, source="multicast", wait=True, timeout_s=60)
-        await fleet.scale_down(client, 1)
+        await fleet.settle(client, 1)
 
 
 def load_times(records: Iterable[Record]) -> Iterator[LoadTimes]:

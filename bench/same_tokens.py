@@ -38,7 +38,7 @@ class ScaleUp:
 
 ALL = tuple(ScaleUp(*sizes, live) for live in ("zigzag", "best_effort", "off") for sizes in ((1, 2), (1, 3), (2, 4))
             ) + (ScaleUp(1, 3, "zigzag", "disk"),)
-FEW = (ScaleUp(1, 2, "zigzag"), ScaleUp(1, 3, "best_effort"), ScaleUp(2, 4, "off"), ScaleUp(1, 2, "zigzag", "disk"))
+FEW = (ScaleUp(1, 2, "zigzag"), ScaleUp(2, 4, "best_effort"), ScaleUp(1, 3, "off"), ScaleUp(1, 2, "zigzag", "disk"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Trial:
 def measure(checkpoint: Path, scale_ups: Sequence[ScaleUp], count: int, max_tokens: int, rate_mbit: int | None
             ) -> dict[str, object]:
     """`count` prompts per scale-up, the same ones each time, in another order and at other moments."""
+    print(f"Right tokens: {count} prompts at random moments of each scale-up", flush=True)
     tables = {"engine": {"dtype": "float32", "max_model_len": 1024},
               "cluster": {"max_world": 2 * len(scale_ups)}}
     with fleet.fleet(checkpoint, _POOL, rate_mbit, tables) as made:
@@ -95,9 +96,7 @@ async def _trials(address: str, asked: Sequence[prompts.Tokens], scale_ups: Sequ
 async def _trial(client: AsyncClient, scale_up: ScaleUp, asked: Sequence[prompts.Tokens],
                  reference: Sequence[prompts.Tokens], max_tokens: int, rng: random.Random, window_s: float) -> Trial:
     """Requests come uniformly in about the time that a scale-up takes."""
-    await fleet.scale_down(client, 1)
-    if scale_up.start > 1:
-        await client.scale(scale_up.start, live="off", source="multicast", wait=True, timeout_s=60)
+    await fleet.settle(client, scale_up.start)
     order = rng.sample(range(len(asked)), len(asked))
     tasks = {i: asyncio.create_task(fleet.ask(client, asked[i], max_tokens, rng.uniform(0, window_s))) for i in order}
     done = await client.scale(scale_up.stop, live=scale_up.live, source=scale_up.source, wait=True, timeout_s=120)

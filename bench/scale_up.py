@@ -26,7 +26,8 @@ from blitzjax.cli_serve import checkpoint
 PARTS = ("tokens", "live", "tpot", "ready")
 _MODEL = "smollm2-135m"
 _DTYPE = "bfloat16"
-_LINK_MBIT = 1000
+_LINK_MBIT = 1000  # of the parts tpot and ready
+_CONTEXT = 512  # tokens, of part tpot
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,58 +37,64 @@ class Size:
     rounds: int
     token_prompts: int
     token_length: int
+    token_link_mbit: int
     scale_ups: tuple[same_tokens.ScaleUp, ...]
     burst: int
     burst_tokens: int
-    load_ratio: float
+    one_cluster: bool  # parts live, tpot and ready share one, and its links
 
 
-def full(rounds: int, load_ratio: float) -> Size:
-    return Size(rounds, 64, 16, same_tokens.ALL, 24, 512, load_ratio)
+def full(rounds: int) -> Size:
+    return Size(rounds, 64, 16, 1000, same_tokens.ALL, 24, 512, False)
 
 
-def quick(load_ratio: float) -> Size:
-    return Size(1, 12, 8, same_tokens.FEW, 12, 128, load_ratio)
+QUICK = Size(1, 8, 8, 2500, same_tokens.FEW, 8, 128, True)
 
 
-def run(parts: Sequence[str], size: Size, limited: bool) -> dict[str, object]:
-    """The result so far as parts that were not asked for leave their keys null."""
+def run(parts: Sequence[str], size: Size, load_ratio: float, limited: bool) -> dict[str, object]:
+    """Keys of parts that were not asked for stay null."""
     result: dict[str, object] = {"modes": None, "tpot_p50_ratio": None, "ready_ms": None, "token_mismatches": None}
-    requests = 0
-    rate = _LINK_MBIT if limited else None
+    found = []
     if "tokens" in parts:
-        print(f"Right tokens: {size.token_prompts} prompts at random moments of each scale-up", flush=True)
-        found = same_tokens.measure(checkpoint(_MODEL, "float32"), size.scale_ups, size.token_prompts, size.token_length, rate)
-        requests += found.pop("requests")
-        result |= found
+        rate = size.token_link_mbit if limited else None
+        found.append(same_tokens.measure(checkpoint(_MODEL, "float32"), size.scale_ups, size.token_prompts,
+                                         size.token_length, rate))
+    if set(parts) - {"tokens"}:
+        found += _pairs(parts, size, load_ratio, limited)
+    for one in found:
+        result |= one
+    return result | {"requests": sum(one.get("requests", 0) for one in found)}
+
+
+def _pairs(parts: Sequence[str], size: Size, load_ratio: float, limited: bool) -> list[dict[str, object]]:
+    """Parts live, tpot and ready: clusters of two workers."""
+    directory, found = checkpoint(_MODEL, _DTYPE), []
+    planned = None
     if "live" in parts:
-        print(f"Live against stop-the-world: {size.burst} prompts of {size.burst_tokens} tokens, scale-up 1→2", flush=True)
-        found = burst.measure(checkpoint(_MODEL, _DTYPE), burst.Load(_DTYPE, size.burst, size.burst_tokens, size.load_ratio),
-                              size.rounds, limited)
-        requests += found.pop("requests")
-        result["modes"] = found.pop("modes")
-        result["live"] = found
-    if {"tpot", "ready"} & set(parts):
-        found = steady(parts, size.rounds, rate)
-        requests += found.pop("requests")
-        result |= found
-    return result | {"requests": requests}
+        planned = burst.plan(directory, burst.Load(_DTYPE, size.burst, size.burst_tokens, load_ratio), limited)
+    if planned is None or not size.one_cluster:
+        tables = {"engine": {"dtype": _DTYPE, "max_model_len": _CONTEXT}}
+        with fleet.fleet(directory, 2, _LINK_MBIT if limited else None, tables) as made:
+            found += _steady(made, parts, size.rounds, _CONTEXT)
+    if planned is not None:
+        with fleet.fleet(directory, 2, planned.rate_mbit, planned.tables) as made:
+            if size.one_cluster:
+                found += _steady(made, parts, size.rounds, 2 * size.burst_tokens)
+            found.append(burst.measure(made.address, directory, planned, size.rounds))
+    return found
 
 
-def steady(parts: Sequence[str], rounds: int, rate_mbit: int | None) -> dict[str, object]:
-    """Parts tpot and ready, on one cluster whose very first scale-up is measured too."""
-    directory, result = checkpoint(_MODEL, _DTYPE), {"requests": 0}
-    tables = {"engine": {"dtype": _DTYPE, "max_model_len": decoding.CONTEXT}}
-    ready_rounds = max(2, rounds) if "ready" in parts else 0
-    with fleet.fleet(directory, 2, rate_mbit, tables) as made:
-        if ready_rounds:
-            print("Ready: Scale command to first layer usable, less the transfer of embedding and first layer", flush=True)
-            asyncio.run(readiness.exercise(made.address, ready_rounds))
-        if "tpot" in parts:
-            print("Time per output token on the source of a broadcast", flush=True)
-            result |= asyncio.run(decoding.measure(made.address, directory, rounds))
-            result |= readiness.report(made.event_log, ready_rounds, probe.sizes(directory))
-    return result
+def _steady(made: fleet.Fleet, parts: Sequence[str], rounds: int, context: int) -> list[dict[str, object]]:
+    """Parts ready and tpot. Ready comes first: the very first scale-up of a cluster counts."""
+    found, directory = [], checkpoint(_MODEL, _DTYPE)
+    if "ready" in parts:
+        print("Ready: Scale command to first layer usable, less the transfer of embedding and first layer", flush=True)
+        asyncio.run(readiness.exercise(made.address, rounds))
+        found.append(readiness.report(made.event_log, rounds, probe.sizes(directory)))
+    if "tpot" in parts:
+        print("Time per output token on the source of a broadcast", flush=True)
+        found.append(asyncio.run(decoding.measure(made.address, directory, rounds, context)))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{_MODEL} on {machine}")
     print(f"No network namespaces here ({reason}): loopback, without link rates" if reason else
           "One network namespace per worker, links rate-limited with tc tbf")
-    result = run(parts, quick(args.load_ratio) if args.quick else full(args.rounds, args.load_ratio), limited=not reason)
+    result = run(parts, QUICK if args.quick else full(args.rounds), args.load_ratio, limited=not reason)
     result |= {"command": " ".join(["python -m bench.scale_up", *(sys.argv[1:] if argv is None else argv)]),
                "model": _MODEL, "rounds": 1 if args.quick else args.rounds, "quick": args.quick,
                "network": "loopback" if reason else "namespaces", "machine": machine,

@@ -51,7 +51,7 @@ class ScaleConfig:
     prefill_upper: float = 0.7
     kv_lower: float = 0.75  # share of an instance's pages
     kv_upper: float = 0.95
-    prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; the workers' own figure replaces it when known
+    prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; measure it on the machine that serves
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
 

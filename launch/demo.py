@@ -38,6 +38,7 @@ READY_S = 600.0  # a first run compiles; later ones read the compile cache
 JOIN_S = 60.0
 _ROOT = Path(__file__).resolve().parents[1]
 _LINK_MBIT = 500
+_BUSY = 0.5  # load average per core; above it somebody else needs the cores that the demo measures on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +77,9 @@ class Demo:
         self._prompts = prompts(args.requests)
         self._config = config(os.cpu_count() or 1)
         self._rate_mbit = self._link_rate(args.link_mbit)
+        self._load = os.getloadavg()[0]
+        if self._load > _BUSY * (os.cpu_count() or 1):
+            console.print(f"other programs keep this machine busy (load {self._load:.1f}): times will be off", soft_wrap=True)
 
     def run(self) -> int:
         model = self._show(f"reading the weights of {MODEL} (converted once, then cached)",
@@ -109,6 +113,7 @@ class Demo:
         say(report.table(rounds))
         say(report.verdict(*rounds), markup=False)
         about = {"model": MODEL, "command": " ".join(sys.argv), "cores": os.cpu_count(), "link_mbit": self._rate_mbit,
+                 "load_before": self._load,
                  "config": configs.to_tables(self._config)}
         report.write_json(rounds, about, self._out / "scale_up.json")
         drawn = picture.draw(rounds, self._caption(), self._out)
@@ -130,10 +135,12 @@ class Demo:
         if reason and asked:
             raise BlitzError(f"cannot limit links here ({reason}); leave out --link-mbit")
         if reason:
-            self._console.print(f"workers talk over loopback: links cannot be limited here ({reason})", markup=False)
+            self._console.print(f"workers talk over loopback: links cannot be limited here ({reason})", markup=False,
+                                soft_wrap=True)
             return 0
         rate = asked or _LINK_MBIT
-        self._console.print(f"workers talk over links of {rate} Mbit/s (network namespaces; --link-mbit 0 for loopback)")
+        self._console.print(f"workers talk over links of {rate} Mbit/s (network namespaces; --link-mbit 0 for loopback)",
+                            soft_wrap=True)
         return rate
 
     def _show(self, what: str, work: Callable[[], T]) -> T:

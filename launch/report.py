@@ -59,8 +59,9 @@ def differing(first: Round, second: Round) -> list[str]:
 
 
 def table(rounds: Sequence[Round]) -> Table:
-    out = Table(title="measured in this run", title_justify="left")
-    for name in ("", "scale-up s", "TTFT mean", "p50", "p95", "max s", "all answered s", "helped by the loading one"):
+    out = Table(title="measured in this run, in seconds; helped: requests of which the loading instance ran layers",
+                title_justify="left")
+    for name in ("", "scale-up", "TTFT mean", "p50", "p95", "max", "all done", "helped"):
         out.add_column(name, justify="left" if not name else "right")
     for s in map(summarize, rounds):
         times = (s.scale_s, s.ttft_mean_s, s.ttft_p50_s, s.ttft_p95_s, s.ttft_max_s, s.total_s)

@@ -176,8 +176,8 @@ class Provisioner:
     def lost(self, instance: InstanceId) -> list[Command]:
         """The instance died: its chain is cancelled, its pair ends. Call before it is marked FAILED."""
         commands = self.unpair(instance, lost=True)
-        ticket, cancels = self.transfers.lose(instance)
-        return commands + cancels + self._start(ticket)
+        tickets, cancels = self.transfers.lose(instance)
+        return commands + cancels + [command for ticket in tickets for command in self._start(ticket)]
 
     def check(self) -> None:
         """Asserts the invariant and those of transfers and pairs."""

@@ -124,8 +124,7 @@ class Transfers:
         run.active.discard(instance)
         run.unready.discard(instance)
         self.topology.end(run.ticket, instance)
-        flight = self._flights[run.ticket]
-        if not any(other.active for other in flight.runs):
+        if not any(other.active for other in self._flights[run.ticket].runs):
             del self._flights[run.ticket]
 
     def break_off(self, run: Run) -> list[Command]:
@@ -137,16 +136,21 @@ class Transfers:
             self._generations[run.chain.instances] += 1
         return [CancelTransfer(i, run.ticket) for i in run.chain.instances if i in run.active]
 
-    def lose(self, instance: InstanceId) -> tuple[int, list[Command]]:
-        """`instance` died. → (the ticket that it was in, or 0; cancellations). Its cliques are never joined again."""
-        run, commands = self.run_of(instance), []
-        if run is not None:
+    def lose(self, instance: InstanceId) -> tuple[list[int], list[Command]]:
+        """`instance` died: breaks its chains, even those that it has left (others may still wait for its bytes).
+
+        → (their tickets, cancellations). The cliques that it was in are never joined again.
+        """
+        runs = [run for run in self.runs() if instance in run.chain.instances]
+        commands = []
+        for run in runs:
             self.leave(run, instance)
-            commands = self.break_off(run)
+            commands += self.break_off(run)
+        broken = {run.chain.instances for run in runs}
         for members in self._generations:
-            if instance in members and (run is None or members != run.chain.instances):
+            if instance in members and members not in broken:
                 self._generations[members] += 1
-        return (0 if run is None else run.ticket), commands
+        return [run.ticket for run in runs], commands
 
     def check(self) -> None:
         """Asserts the invariant."""

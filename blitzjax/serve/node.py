@@ -28,6 +28,7 @@ from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError, TransferError
 from blitzjax.serve import codec
+from blitzjax.serve.links import CHANNEL_OPTIONS
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.transfer.world import World
 from blitzjax.v1 import worker_pb2 as pb
@@ -148,7 +149,7 @@ class PartnerLink:
         self._me, self._partner, self._post = me, partner, post
         self._commands: list[pb.WorkerCommand | None] = []
         self._ready = threading.Condition()
-        self._channel = grpc.insecure_channel(address)
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         threading.Thread(target=self._run, name=f"partner-{partner}", daemon=True).start()
 
     def pull(self, seq: int) -> None:

@@ -77,12 +77,12 @@ class Worker(rpc.WorkerServicer):
                     self._node = Node(configure, self._args)
                 node = self._node
             node.attach(configure, outbox)
-        except BlitzError as e:
-            outbox.put(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=str(e))))
-            return
         except Exception as e:
-            log.exception("cannot configure")
-            outbox.put(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=repr(e))))
+            if not isinstance(e, BlitzError):
+                log.exception("cannot configure")
+            message = str(e) if isinstance(e, BlitzError) else repr(e)
+            outbox.put(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=message)))
+            outbox.close()
             return
         try:
             for command in requests:

@@ -23,7 +23,7 @@ def act(world: World, action: str, choice: int, arrivals: int) -> None:
             getattr(world, action)(name)
         case "pull":
             for other in NAMES:
-                world.pull(other, ("both", "new", "old")[choice % 3])
+                world.pull(other, ("both", "new")[choice % 2])  # NEW always reports
         case "arrive":
             world.arrive(f"r{arrivals}", prompt=8 + 12 * choice, answer=1 + choice, priority=choice % 2)
         case "cancel":
