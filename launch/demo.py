@@ -79,7 +79,8 @@ class Demo:
         self._rate_mbit = self._link_rate(args.link_mbit)
         self._load = os.getloadavg()[0]
         if self._load > _BUSY * (os.cpu_count() or 1):
-            console.print(f"other programs keep this machine busy (load {self._load:.1f}): times will be off", soft_wrap=True)
+            console.print(f"other programs keep this machine busy (load {self._load:.1f}): times will be off",
+                          soft_wrap=True)
 
     def run(self) -> int:
         model = self._show(f"reading the weights of {MODEL} (converted once, then cached)",
@@ -113,8 +114,7 @@ class Demo:
         say(report.table(rounds))
         say(report.verdict(*rounds), markup=False)
         about = {"model": MODEL, "command": " ".join(sys.argv), "cores": os.cpu_count(), "link_mbit": self._rate_mbit,
-                 "load_before": self._load,
-                 "config": configs.to_tables(self._config)}
+                 "load_before": self._load, "config": configs.to_tables(self._config)}
         report.write_json(rounds, about, self._out / "scale_up.json")
         drawn = picture.draw(rounds, self._caption(), self._out)
         say("wrote " + ", ".join(str(p) for p in (*drawn, self._out / "scale_up.json")), markup=False, soft_wrap=True)

@@ -59,7 +59,7 @@ def differing(first: Round, second: Round) -> list[str]:
 
 
 def table(rounds: Sequence[Round]) -> Table:
-    out = Table(title="measured in this run, in seconds; helped: requests of which the loading instance ran layers",
+    out = Table(title="measured in this run, seconds; helped: the loading instance ran layers of it",
                 title_justify="left")
     for name in ("", "scale-up", "TTFT mean", "p50", "p95", "max", "all done", "helped"):
         out.add_column(name, justify="left" if not name else "right")

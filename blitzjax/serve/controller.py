@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from blitzjax import config as configs
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.control.brain import Cluster
+from blitzjax.control.cluster import Cluster
 from blitzjax.errors import BlitzError, ConfigError, InvalidRequest
 from blitzjax.serve import codec
 from blitzjax.serve.answers import Answer, Order

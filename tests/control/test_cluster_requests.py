@@ -1,0 +1,173 @@
+"""What becomes of requests: admission, attempts, cancellations, hand-overs."""
+
+from __future__ import annotations
+
+from fake_world import SLOTS, SPEC, World, config, serving
+
+from blitzjax import types as t
+from blitzjax.types import Abort, Assign, Reject
+
+
+def test_impossible_requests_are_rejected_with_the_limit() -> None:
+    world = serving(1)
+    (reject,) = world.arrive("a", model="other")
+    assert isinstance(reject, Reject) and reject.code == "NOT_FOUND"
+    (reject,) = world.arrive("b", prompt=250, answer=7)
+    assert reject.code == "INVALID_ARGUMENT" and "257" in reject.message and "256" in reject.message
+
+
+def test_a_request_larger_than_every_kv_cache_is_rejected_now_or_when_that_is_known() -> None:
+    world = World(1, config())
+    assert world.arrive("early", prompt=100, answer=20) == []
+    commands = world.send(t.InstanceJoined(0.0, "i0", "1", "h", SPEC.units, 4, 16, 2))
+    assert [(c.request_id, c.code) for c in commands] == [("early", "INVALID_ARGUMENT")]
+    assert world.arrive("late", prompt=65, answer=1)[0].code == "INVALID_ARGUMENT"
+    assert isinstance(world.arrive("fits", prompt=63, answer=1)[0], Assign)
+
+
+def test_a_full_queue_says_so() -> None:
+    world = World(1, config())
+    assert [world.arrive(f"r{k}") for k in range(40)] == [[]] * 40
+    assert [c.code for c in world.arrive("one more")] == ["RESOURCE_EXHAUSTED"]
+    assert world.brain.status().queued == 40
+
+
+def test_requests_go_in_order_of_priority_and_arrival_while_there_is_room() -> None:
+    world = World(1, config())
+    for name, priority in (("a", 0), ("b", 2), ("c", 2), ("d", 1), ("e", 0)):
+        world.arrive(name, prompt=8, priority=priority)
+    commands = world.join("i0", SPEC.units)
+    assert [c.request_id for c in commands] == ["b", "c", "d", "a"] and SLOTS == 4
+    assert all(c == Assign("i0", c.request_id, 1) for c in commands)
+    assert world.send(t.RequestFinished(0.0, "i0", "b", 1, "stop")) == [Assign("i0", "e", 1)]
+
+
+def test_a_lost_instance_gives_its_requests_back_to_the_head_of_the_queue() -> None:
+    world = serving(1)
+    for k in range(6):
+        world.arrive(f"r{k}", prompt=8)
+    world.kill("i0")
+    assert world.brain.status().queued == 6
+    commands = world.join("i0", SPEC.units)
+    assert commands == [Assign("i0", "r0", 2), Assign("i0", "r1", 2), Assign("i0", "r2", 2), Assign("i0", "r3", 2)]
+
+
+def test_after_max_attempts_the_request_ends_with_the_reason() -> None:
+    world = serving(1)
+    world.arrive("r")
+    for attempt in range(1, 4):
+        assert world.send(t.RequestFailed(0.0, "i0", "r", attempt, "no luck")) == [Assign("i0", "r", attempt + 1)]
+    (reject,) = world.send(t.RequestFailed(0.0, "i0", "r", 4, "no luck"))
+    assert reject.code == "UNAVAILABLE" and "4 attempts" in reject.message and "no luck" in reject.message
+
+
+def test_a_cancelled_request_in_the_queue_is_dropped() -> None:
+    world = World(1, config())
+    world.arrive("r")
+    assert world.cancel("r") == [] and world.brain.status().queued == 0
+    assert world.cancel("r") == []
+
+
+def test_a_cancelled_request_occupies_its_instance_until_it_says_so() -> None:
+    world = serving(1)
+    world.arrive("r")
+    assert world.cancel("r") == [Abort("i0", "r")]
+    assert world.of("i0").pages_used == 3
+    world.send(t.RequestFinished(0.0, "i0", "r", 1, "abort"))
+    assert world.of("i0").pages_used == 0 and world.brain.status().running == 0
+
+
+def test_a_cancelled_request_does_not_run_again_when_its_instance_dies() -> None:
+    world = serving(1)
+    world.arrive("r")
+    world.cancel("r")
+    assert world.kill("i0") == [] and world.brain.status().queued == 0
+
+
+def test_a_void_attempt_is_aborted_and_otherwise_ignored() -> None:
+    world = serving(2, 2)
+    world.arrive("r")
+    assert world.send(t.RequestFailed(0.0, "i0", "r", 1, "x")) == [Assign("i0", "r", 2)]
+    assert world.send(t.PrefillDone(0.0, "i1", "r", 1)) == [Abort("i1", "r")]
+    assert world.send(t.RequestFinished(0.0, "i1", "r", 1, "stop")) == [Abort("i1", "r")]
+    assert world.send(t.PrefillDone(0.0, "i0", "r", 1)) == []  # the new attempt displaced the old one there
+    assert world.send(t.PrefillDone(0.0, "i0", "unknown", 1)) == [Abort("i0", "unknown")]
+    assert world.of("i0").waiting == 1
+
+
+def test_an_attempt_thought_lost_that_answers_before_the_next_one_begins_counts() -> None:
+    world = serving(2, 2)
+    for k in range(9):
+        world.arrive(f"r{k}", prompt=8)  # eight run, one waits
+    world.send(t.RequestFailed(0.0, "i0", "r8", 1, "never assigned"))
+    world.kill("i0")
+    lost = [f"r{k}" for k in range(8) if f"r{k}" not in world.workers["i1"].requests]
+    queued = world.brain.status().queued
+    assert world.send(t.PrefillDone(0.0, "i1", lost[0], 1)) == []
+    assert world.brain.status().queued == queued - 1
+
+
+def pair() -> World:
+    """i0 overloaded with one request of its own, i1 loading with two that the queue gave it."""
+    world = serving(2)
+    world.arrive("own")
+    world.scale(2)
+    world.exchange()
+    world.arrive("a"), world.arrive("b")
+    world.exchange()
+    assert world.of("i1").waiting == 2 and world.of("i0").waiting == 1
+    return world
+
+
+def test_old_takes_over_whoever_reports_it_and_however_often() -> None:
+    for reporter in ("i0", "i1"):
+        world = pair()
+        event = t.RequestHanded(0.0, reporter, "a", 1, "i0")
+        assert world.send(event) == world.send(event) == []
+        assert world.of("i0").waiting == 2 and world.of("i1").waiting == 1
+        world.send(t.RequestHanded(0.0, "i1", "a", 1, "i0"))
+        assert world.of("i0").waiting == 2
+        world.send(t.RequestFinished(0.0, "i0", "a", 1, "stop"))
+        assert world.send(event) in ([], [Abort("i0", "a")]) and world.of("i0").waiting == 1
+
+
+def test_a_first_token_from_the_partner_is_a_hand_over_too() -> None:
+    world = pair()
+    assert world.send(t.PrefillDone(0.0, "i0", "a", 1)) == []
+    assert world.of("i0").running == 1 and world.of("i1").waiting == 1
+
+
+def test_a_cancellation_follows_the_request_to_its_new_owner() -> None:
+    world = pair()
+    assert world.cancel("a") == [Abort("i1", "a")]
+    assert world.send(t.RequestHanded(0.0, "i1", "a", 1, "i0")) == [Abort("i0", "a")]
+    assert world.send(t.RequestHanded(0.0, "i0", "a", 1, "i0")) == [Abort("i0", "a")]  # it may have come too early
+
+
+def test_a_hand_over_that_only_a_dead_partner_announced_is_run_again() -> None:
+    world = pair()
+    world.send(t.RequestHanded(0.0, "i1", "a", 1, "i0"))
+    commands = world.kill("i1")
+    assert Assign("i0", "a", 2) in commands and Assign("i0", "b", 2) in commands
+
+
+def test_a_hand_over_to_a_dead_partner_is_run_again() -> None:
+    world = pair()
+    world.kill("i0")
+    world.send(t.RequestHanded(0.0, "i1", "a", 1, "i0"))
+    assert world.brain.status().queued == 2  # "own" and "a"; "b" waits on i1 for its layers
+    assert world.of("i1").waiting == 1
+
+
+def test_late_and_odd_events_are_ignored() -> None:
+    world = serving(1)
+    nobody = [t.PrefillDone(0.0, "i9", "r", 1), t.LayerLoaded(0.0, "i9", 3), t.TransferReady(0.0, "i9", 1),
+              t.TransferEnded(0.0, "i9", 1, 6, ""), t.LiveDrained(0.0, "i9"), t.Drained(0.0, "i9"),
+              t.WorldJoined(0.0, "i9"), t.InstanceLost(0.0, "i9", "x"), t.RequestFailed(0.0, "i9", "r", 1, "x"),
+              t.RequestHanded(0.0, "i9", "r", 1, "i8"), t.RequestFinished(0.0, "i9", "r", 1, "stop"),
+              t.TransferReady(0.0, "i0", 77), t.TransferEnded(0.0, "i0", 77, 2, "x"), t.LiveDrained(0.0, "i0"),
+              t.Drained(0.0, "i0"), t.LayerLoaded(0.0, "i0", 1), t.RequestCancelled(0.0, "nobody"),
+              t.InstanceJoined(0.0, "i0", "1", "h0", 6, 64, 16, 4)]
+    before = world.brain.status()
+    assert [world.send(event) for event in nobody] == [[]] * len(nobody)
+    assert world.brain.status() == before
