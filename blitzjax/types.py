@@ -175,7 +175,7 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True)
 class RequestHanded:
-    """`target` took over a partly prefilled request from its live partner `instance`; either side may report it."""
+    """`target` (OLD) took over a request from its live partner; `instance` is the side that says so, NEW or OLD."""
 
     at: float
     instance: InstanceId

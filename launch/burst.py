@@ -23,8 +23,8 @@ class Plan:
     """What every round does alike; only the live mode differs."""
 
     target: int = 2  # instances to scale to
-    gap_s: float = 0.1  # between two requests
-    scale_at_s: float = 0.35  # when the operator asks for more instances
+    gap_s: float = 0.05  # between two requests
+    scale_at_s: float = 0.06  # when the operator asks for more instances: about as soon as the automatic policy would
     max_tokens: int = 32
     timeout_s: float = 240.0
 

@@ -20,7 +20,7 @@ RULES: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "blitzjax.errors": (STDLIB, ()),
     "blitzjax.config": ((*STDLIB, "blitzjax.types", "blitzjax.errors"), ()),
     "blitzjax.control": ((*STDLIB, *NOUNS, "blitzjax.control"), IMPURE),
-    "blitzjax.models": ((*STDLIB, "blitzjax.types", "blitzjax.models", "jax", "flax"), ()),
+    "blitzjax.models": ((*STDLIB, "blitzjax.types", "blitzjax.errors", "blitzjax.models", "jax", "flax", "numpy"), ()),
     "blitzjax.transfer": (None, ("blitzjax.control", "blitzjax.engine", "blitzjax.models", "blitzjax.serve")),
     "blitzjax.engine": (None, ("blitzjax.serve",)),
 }

@@ -83,8 +83,8 @@ class Cluster:
                 return self._prefilled(member, request_id, attempt)
             case types.RequestHanded():
                 return self._handed(event)
-            case types.RequestFinished(request_id=request_id, attempt=attempt):
-                return self._finished(member, request_id, attempt)
+            case types.RequestFinished(request_id=request_id, attempt=attempt, reason=reason):
+                return self._finished(member, request_id, attempt, reason)
             case types.RequestFailed(request_id=request_id, attempt=attempt, message=message):
                 entry = self._book.current(request_id, attempt)
                 running = entry is not None and entry.owner is not None
@@ -163,10 +163,13 @@ class Cluster:
         entry.answered = entry.owner is not None
         return commands
 
-    def _finished(self, member: Member, request_id: RequestId, attempt: int) -> list[Command]:
+    def _finished(self, member: Member, request_id: RequestId, attempt: int,
+                  reason: types.FinishReason) -> list[Command]:
         entry = self._book.current(request_id, attempt)
         if entry is None:
             return [] if self._book.get(request_id) is None else self._disown(member.id, request_id)
+        if reason == "abort" and not entry.cancelled:  # an Abort that was meant for a void attempt
+            return [] if entry.owner is None else self._book.lose(entry, f"{member.id} dropped it")
         self._book.forget(entry)
         return []
 
@@ -184,7 +187,8 @@ class Cluster:
             return self._take_over(entry, target) if entry is not None else self._disown(target.id, event.request_id)
         if entry is None or entry.owner != event.instance:
             return []  # known already, or over
-        if target is None or self._provisioner.pairs.partner(target.id) != event.instance:
+        pair = self._provisioner.pairs.of(event.instance)
+        if target is None or pair is None or (pair.old, pair.new) != (target.id, event.instance):
             return self._book.lose(entry, f"{event.target} left before it took the request over")
         return self._take_over(entry, target, giver=event.instance)
 

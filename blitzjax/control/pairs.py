@@ -5,6 +5,8 @@ Invariant: an instance is in at most one pair.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from blitzjax.types import Command, EndLive, InstanceId, LiveMode, LivePair, StartLive
 
 
@@ -15,7 +17,7 @@ class LivePairs:
         self._of: dict[InstanceId, LivePair] = {}
         self._drained: set[InstanceId] = set()  # OLD sides that said LiveDrained
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[LivePair]:
         """Every pair once, in order of the OLD side's id."""
         return iter(sorted((pair for i, pair in self._of.items() if i == pair.old), key=lambda pair: pair.old))
 

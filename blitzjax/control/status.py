@@ -9,7 +9,7 @@ from blitzjax.types import Chain, InstanceId, Phase
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """`waiting` and `running` count requests without and with a first token; pages are those they may need."""
+    """`waiting` and `running` count requests without and with a first token; pages are what they may need."""
 
     id: InstanceId
     phase: Phase
@@ -24,7 +24,7 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """`queued` requests have no instance, `running` ones have; `chains` are (ticket, chain) in flight, disk included."""
+    """`queued` requests have no instance, `running` ones have; `chains` are (ticket, chain), disk included."""
 
     instances: tuple[InstanceStatus, ...]
     queued: int

@@ -205,7 +205,7 @@ class Instance:
                 self._emit(LiveDrained(self._now(), self.name))
             return
         work = answer.work
-        self._emit(RequestHanded(self._now(), message.partner, work.request.id, work.attempt, self.name))
+        self._emit(RequestHanded(self._now(), self.name, work.request.id, work.attempt, self.name))
         if not self._batcher.hold(work.request):
             self._fail(work, f"{self.name} has no room for a request handed over by {message.partner}")
             return

@@ -184,8 +184,8 @@ class Controller:
         """Ends an answer whose last tokens did not say so; every request ends with a reply."""
         self._unconfirmed.pop(event.request_id, None)
         answer = self._answers.get(event.request_id)
-        if answer is None or event.attempt != answer.attempt:
-            return
+        if answer is None or event.attempt != answer.attempt or event.reason == "abort":
+            return  # an aborted attempt runs again, unless the client left: then nobody waits
         self._forget(answer)
         if event.reason == "error":
             answer.fail("INTERNAL", f"{event.instance} could not finish the request")
@@ -214,7 +214,12 @@ class Controller:
             return
         work = None
         if isinstance(command, types.Assign):
-            work = self._answers[command.request_id].work(command.attempt, self.now())
+            answer = self._answers.get(command.request_id)
+            if answer is None:  # its client has everything already
+                self.on_event(types.RequestFinished(self.now(), command.instance, command.request_id, command.attempt,
+                                                    "stop"))
+                return
+            work = answer.work(command.attempt, self.now())
         self._links[command.instance].send(codec.encode_command(command, work))
 
     # ---- life

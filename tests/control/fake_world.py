@@ -1,4 +1,4 @@
-"""Workers that answer the brain's commands without computing anything: about what a real worker does, one step at a time.
+"""Workers that answer the brain's commands without computing anything: what a real worker does, step by step.
 
 Each worker has an inbox of commands and an outbox of events, both FIFO; nothing is ordered between workers. Time moves
 only with `tick`. Tests choose what happens next, `settle` lets everything happen that can.
@@ -47,6 +47,7 @@ class Worker:
     jobs: list[Job] = field(default_factory=list)
     requests: dict[str, int] = field(default_factory=dict)  # id → attempt
     answered: set[str] = field(default_factory=set)
+    served: set[int] = field(default_factory=set)  # transfers that it went through to the end
     partner: t.LivePair | None = None
     said_drained: bool = False
     inbox: deque[t.Command] = field(default_factory=deque)
@@ -112,8 +113,7 @@ class World:
 
     def cancel(self, request_id: str) -> list[t.Command]:
         self.cancelled.add(request_id)
-        queued_or_owned = self.send(t.RequestCancelled(self.at, request_id))
-        return queued_or_owned
+        return self.send(t.RequestCancelled(self.at, request_id))
 
     def scale(self, target: int, live: t.LiveMode | None = None, source: t.Source | None = None) -> list[t.Command]:
         return self.send(t.ScaleRequested(self.at, target, live, source))
@@ -135,12 +135,15 @@ class World:
 
     # ---- single steps; each returns whether anything happened
 
-    def deliver(self, name: str) -> bool:
-        """The brain hears the worker's next event."""
+    def deliver(self, name: str, times: int = 1) -> bool:
+        """The brain hears the worker's next event, perhaps more than once."""
         outbox = self.workers[name].outbox
-        if outbox:
-            self.send(replace(outbox.popleft(), at=self.at))
-        return bool(outbox)
+        if not outbox:
+            return False
+        event = replace(outbox.popleft(), at=self.at)
+        for _ in range(times):
+            self.send(event)
+        return True
 
     def obey(self, name: str) -> bool:
         """The worker carries out its next command."""
@@ -203,8 +206,8 @@ class World:
         if job is None:
             return False
         members = [self.workers[i] for i in job.chain.instances]
-        if not job.disk and not all(any(j.ticket == job.ticket and j.started for j in m.jobs) or m.units == SPEC.units
-                                    for m in members):
+        if not all(job.ticket in m.served or any(j.ticket == job.ticket and j.started for j in m.jobs)
+                   for m in members):
             return False  # the collective waits for somebody
         failing = worker.id in (self.disk_fails if job.disk else self.multicast_fails)
         if failing:
@@ -213,6 +216,7 @@ class World:
             worker.units += 1
             worker.outbox.append(t.LayerLoaded(self.at, worker.id, worker.units))
         else:
+            worker.served.add(job.ticket)
             self.leave_transfer(worker, job, "")
         return True
 
@@ -261,14 +265,13 @@ class World:
                 happened |= self.obey(name) | self.deliver(name) | self.load(name)
                 if compute:
                     happened |= self.pull(name) | self.compute(name)
-            if not happened and not any(w.outbox or w.inbox for w in self.workers.values()):
+            if not happened:
                 return
         raise AssertionError("the world does not settle")
 
     def exchange(self) -> None:
         """Commands and events only: transfers and requests stand still."""
-        while any([self.obey(name) | self.deliver(name) for name in self.workers]) or \
-                any(w.outbox or w.inbox for w in self.workers.values()):
+        while any([self.obey(name) | self.deliver(name) for name in self.workers]):
             pass
 
     def of(self, name: str) -> InstanceStatus:

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ACTIONS = ("work", "work", "work", "obey", "deliver", "load", "compute", "pull", "pull", "arrive", "arrive", "cancel",
-           "tick", "kill", "join", "scale", "break")
+           "tick", "kill", "join", "scale", "break", "echo")
 NAMES = [f"i{k}" for k in range(4)]
-STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), max_size=150)
+STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), min_size=30, max_size=250)
 
 
 def act(world: World, action: str, choice: int, arrivals: int) -> None:
@@ -21,6 +21,8 @@ def act(world: World, action: str, choice: int, arrivals: int) -> None:
                 world.obey(other), world.deliver(other), world.load(other)
         case "obey" | "deliver" | "load" | "compute":
             getattr(world, action)(name)
+        case "echo":
+            world.deliver(name, times=2)
         case "pull":
             for other in NAMES:
                 world.pull(other, ("both", "new")[choice % 2])  # NEW always reports
@@ -58,7 +60,7 @@ def heal(world: World) -> None:
         world.tick(1.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(steps=STEPS, policy=st.sampled_from(["auto", "manual"]), start=st.integers(0, 4))
 def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int) -> None:
     world = World(len(NAMES), config(policy=policy, prefill_tokens_per_s=100.0, max_instances=4))
