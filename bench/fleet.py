@@ -21,7 +21,8 @@ from blitzjax.serve.client import AsyncClient, Result
 from blitzjax.serve.local import Launch, LocalCluster
 from blitzjax.v1 import inference_pb2 as pb
 
-_CONTROLLER_IP = "10.77.0.250"  # of this machine on the hosts' bridge
+_SUBNET = "10.77.0.0/24"  # of the hosts
+_CONTROLLER_IP = "10.77.0.250"  # of this machine on their bridge
 _READY_S = 180.0  # a first start compiles every stage
 _QUIET_S = 60.0
 _POLL_S = 0.02
@@ -73,7 +74,11 @@ def _config(directory: Path, pool: int, tables: Mapping[str, Mapping[str, object
 
 
 def _join_bridge(hosts: Sequence[netns.Host]) -> None:
+    """Gives this machine an address among the hosts. Two runs would share the subnet and miss each other's hosts."""
     bridge = hosts[0].namespace.partition("-")[0] + "br"
+    taken = subprocess.run(["ip", "route", "show", _SUBNET], check=True, capture_output=True, text=True).stdout
+    if taken:
+        raise SystemExit(f"another run uses {_SUBNET} ({taken.strip()}); wait until it is over")
     subprocess.run(["ip", "addr", "add", f"{_CONTROLLER_IP}/24", "dev", bridge], check=True, capture_output=True)
 
 

@@ -48,7 +48,7 @@ def full(rounds: int) -> Size:
     return Size(rounds, 64, 16, 1000, same_tokens.ALL, 24, 512, False)
 
 
-QUICK = Size(1, 8, 8, 2500, same_tokens.FEW, 8, 128, True)
+QUICK = Size(1, 6, 8, 2500, same_tokens.FEW, 6, 128, True)
 
 
 def run(parts: Sequence[str], size: Size, load_ratio: float, limited: bool) -> dict[str, object]:

@@ -86,31 +86,37 @@ hand. The wall is still there. People sit on it in the evening and, when asked w
 was for the grandparents, the meadows are for the grandchildren, and the pump in the cellar is for themselves."""
 
 _ABOUT = (
-    ("tide mill", _TIDE_MILL, "Summarize the text in two sentences.", "Why did the family learn to sleep in pieces?"),
-    ("lighthouse", _LIGHTHOUSE, "Why was a steady light dangerous?", "What did the student of birds find out?"),
-    ("bread", _BREAD, "List the steps of the recipe.", "Why is the salt added later?"),
-    ("trains", _TRAINS, "Explain why railways needed shared time.", "What happened in November 1883?"),
-    ("octopus", _OCTOPUS, "What does the arm decide by itself?", "Give the text a title and explain it."),
-    ("river", _RIVER, "What did the village learn from its floods?", "What did the engineer say?"),
+    Prompt("tide mill", f"{_TIDE_MILL}\n\nWhy did the family learn to sleep in pieces?"),
+    Prompt("lighthouse", f"{_LIGHTHOUSE}\n\nWhy was a steady light dangerous?"),
+    Prompt("bread", f"{_BREAD}\n\nList the steps of the recipe."),
+    Prompt("trains", f"{_TRAINS}\n\nWhat happened in November 1883?"),
+    Prompt("octopus", f"{_OCTOPUS}\n\nWhat does the arm decide by itself?"),
+    Prompt("river", f"{_RIVER}\n\nWhat did the engineer say?"),
+)
+
+_BOTH = (
+    Prompt("clocks", f"{_LIGHTHOUSE}\n\n{_TRAINS}\n\nWhat do both texts say about clocks?"),
+    Prompt("patience", f"{_BREAD}\n\n{_OCTOPUS}\n\nWhich of the two needs more patience, the baker or the octopus?"),
+    Prompt("water", f"{_RIVER}\n\n{_OCTOPUS}\n\nSummarize each text in one sentence."),
+    Prompt("timetables", f"{_BREAD}\n\n{_TRAINS}\n\nGive both texts a title and explain it."),
+    Prompt("watching", f"{_LIGHTHOUSE}\n\n{_OCTOPUS}\n\nWhich of the two texts is about animals?"),
+    Prompt("mornings", f"{_BREAD}\n\n{_RIVER}\n\nWhat happens overnight in each of the two texts?"),
 )
 
 _ALONE = (
-    ("capital", "What is the capital of Portugal, and which river flows through it?"),
-    ("rainbow", "Explain to a child why the sky shows a rainbow after the rain."),
-    ("haiku", "Write a short poem about the first snow in a harbour town."),
-    ("gravity", "What would happen to the tides if the Moon were twice as far away?"),
-    ("email", "Write a polite email that asks a neighbour to turn down the music after ten in the evening."),
-    ("sorting", "Explain how merge sort works and how long it takes for n numbers."),
-    ("packing", "What should I pack for three days of walking in the mountains in September?"),
-    ("history", "Who invented printing with movable type, and why did it matter?"),
+    Prompt("capital", "What is the capital of Portugal, and which river flows through it?"),
+    Prompt("rainbow", "Explain to a child why the sky shows a rainbow after the rain."),
+    Prompt("haiku", "Write a short poem about the first snow in a harbour town."),
+    Prompt("gravity", "What would happen to the tides if the Moon were twice as far away?"),
+    Prompt("email", "Write a polite email that asks a neighbour to turn down the music after ten in the evening."),
+    Prompt("sorting", "Explain how merge sort works and how long it takes for n numbers."),
+    Prompt("packing", "What should I pack for three days of walking in the mountains in September?"),
+    Prompt("history", "Who invented printing with movable type, and why did it matter?"),
 )
 
 
 def prompts(count: int) -> list[Prompt]:
     """The first `count` prompts, long and short ones mixed; repeats with a number when there are too few."""
-    first = [Prompt(f"{name} 1", f"{text}\n\n{question}") for name, text, question, _ in _ABOUT]
-    second = [Prompt(f"{name} 2", f"{text}\n\n{question}") for name, text, _, question in _ABOUT]
-    alone = [Prompt(name, text) for name, text in _ALONE]
-    mixed = [p for trio in zip(first, second[::-1], alone) for p in trio] + alone[len(first):]
+    mixed = [p for trio in zip(_ALONE, _ABOUT, _BOTH) for p in trio] + list(_ALONE[len(_ABOUT):])
     rounds = -(-count // len(mixed))
     return [Prompt(p.name if k == 0 else f"{p.name} ({k + 1})", p.text) for k in range(rounds) for p in mixed][:count]

@@ -134,14 +134,18 @@ class Batcher:
     # ---- steps
 
     def next_step(self) -> Step | None:
-        """All decoding requests and the oldest prompt's next chunk; None when there is neither. Admits from WAITING.
+        """All decoding requests, and prompt chunks of together at most C tokens, oldest prompt first; None when there
+        is neither. Admits from WAITING. Until `chunk_done`, the same chunks are given again.
 
-        Until `chunk_done`, the same chunk is given again.
+        A prompt joins the step after another one only if its first chunk fits beside the last chunks of those before it.
         """
         decode = tuple(i for i, seat in self._seats.items() if seat.state is State.DECODING)
-        seat = self._prefilling() or self._admit()
-        prefill = () if seat is None else (self._chunk(seat),)
-        return Step(decode, prefill) if decode or prefill else None
+        prefill = [self._chunk(seat) for seat in self._unfinished()] or self._begin(self._chunk_tokens)
+        room = self._chunk_tokens - sum(chunk.stop - chunk.start for chunk in prefill)
+        while prefill and self._ends_prompt(prefill[-1]) and (more := self._begin(room)):
+            prefill += more
+            room -= more[0].stop - more[0].start
+        return Step(decode, tuple(prefill)) if decode or prefill else None
 
     def chunk_done(self, chunk: Chunk) -> None:
         """The chunk was run. One of a request that left meanwhile is ignored."""
@@ -185,8 +189,8 @@ class Batcher:
         assert self._queue == sorted(self._queue)
         assert self._ledger.holders() == self._seats.keys() - waiting, "pages without a seat or a seat without pages"
         assert self._free_slots >= 0, "more sequences than slots"
-        unfinished = [seat for seat in self._seats.values() if self._has_prompt_left(seat)]
-        assert len(unfinished) <= 1, "two prompts are being run"
+        begun = sum(chunk.stop - chunk.start for chunk in map(self._chunk, self._unfinished()))
+        assert begun <= self._chunk_tokens, "more prompt tokens under way than a step may have"
         assert all(0 <= seat.done <= seat.prompt_tokens for seat in self._seats.values())
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -203,9 +207,19 @@ class Batcher:
     def _has_prompt_left(self, seat: _Seat) -> bool:
         return seat.state is State.PREFILLING and seat.done < seat.prompt_tokens
 
-    def _prefilling(self) -> _Seat | None:
-        """The prompt that was begun; the next one starts only after its last chunk."""
-        return next((seat for seat in self._seats.values() if self._has_prompt_left(seat)), None)
+    def _unfinished(self) -> list[_Seat]:
+        """Prompts that were begun; no other starts before all of them are at their last chunk."""
+        return [seat for seat in self._seats.values() if self._has_prompt_left(seat)]
+
+    def _begin(self, room: int) -> list[Chunk]:
+        """The first chunk of the head of WAITING, if it has at most `room` tokens and the prompt can be admitted."""
+        if not self._queue or min(self._seats[self._queue[0][1]].prompt_tokens, self._chunk_tokens) > room:
+            return []
+        seat = self._admit()
+        return [] if seat is None else [self._chunk(seat)]
+
+    def _ends_prompt(self, chunk: Chunk) -> bool:
+        return chunk.stop == self._seats[chunk.request_id].prompt_tokens
 
     def _admit(self) -> _Seat | None:
         """Moves the head of WAITING to PREFILLING when a slot and its pages are free; nothing overtakes it."""

@@ -66,6 +66,7 @@ class Controller:
         self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
+        self._served = False  # an instance has served since the start
         self._event_log: EventLog | None = None
         if config.serve.event_log:
             header = {"spec": asdict(model.spec), "config": configs.to_tables(config)}
@@ -158,6 +159,9 @@ class Controller:
             self._execute(command)
         if isinstance(event, types.RequestFinished):
             self._confirm(event)
+        elif isinstance(event, types.TransferEnded) and event.error:
+            self._load_failed(event)
+        self._served = self._served or self.serving > 0
         for changed in self._watchers:
             changed.set()
 
@@ -197,6 +201,12 @@ class Controller:
         for event in [e for e in self._unconfirmed.values() if e.instance == instance]:
             self.on_event(event)
         self.on_event(types.InstanceLost(self.now(), instance, reason))
+
+    def _load_failed(self, event: types.TransferEnded) -> None:
+        """Told to the operator; fatal while nothing has ever served, for then it is the checkpoint."""
+        _log.error("%s could not load the model: %s", event.instance, event.error)
+        if not self._served and self._broken is not None and not self._broken.done():
+            self._broken.set_exception(BlitzError(f"the model cannot be loaded: {event.error}"))
 
     def on_refused(self, instance: types.InstanceId, message: str) -> None:
         _log.error("%s refused to serve: %s", instance, message)
@@ -287,11 +297,14 @@ async def serve(controller: Controller, host: str, port: int) -> None:
         raise BlitzError(f"cannot listen on {host}:{port}: is the port in use?") from e
     await server.start()
     print(f"controller of {controller.model.name} listens on {host}:{port}", flush=True)
-    async with _background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
-        await ended  # raises what broke
-        await _drain(controller, checker, stop)
-        controller.give_up()
-        await server.stop(0 if stop.now.is_set() else _GRACE_S)
+    try:
+        async with _background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
+            await ended  # raises what broke
+            await _drain(controller, checker, stop)
+            controller.give_up()
+            await server.stop(0 if stop.now.is_set() else _GRACE_S)
+    finally:
+        await server.stop(0)
     controller.close()
 
 

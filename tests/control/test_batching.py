@@ -186,3 +186,17 @@ def test_nothing_is_lost_doubled_or_starved(steps: list[tuple[str, int, int, int
             b.finish(name)
             del here[name]
     assert not here and b.next_step() is None
+
+
+def test_short_prompts_share_a_step_up_to_the_token_budget() -> None:
+    batcher = Batcher(8, 64, PageLedger(100, 16))
+    for name, tokens in (("a", 30), ("b", 20), ("c", 20), ("d", 4)):
+        batcher.add(Request(name, "m", tokens, 4, 0.0))
+    step = batcher.next_step()
+    assert [(c.request_id, c.stop) for c in step.prefill] == [("a", 30), ("b", 20)]  # c would make 70, d must not overtake
+    assert batcher.next_step() == step  # until the chunks are done
+    for chunk in step.prefill:
+        batcher.chunk_done(chunk)
+        batcher.prefilled(chunk.request_id)
+    assert [c.request_id for c in batcher.next_step().prefill] == ["c", "d"]
+    batcher.check()
