@@ -73,7 +73,7 @@ class Layers:
             self._checksums[unit] = zlib.crc32(self.memory[unit])
         return self._checksums[unit]
 
-    def commit(self, unit: int) -> None:
+    def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
         self.units = unit + 1
 
 

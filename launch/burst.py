@@ -104,7 +104,7 @@ class Round:
 
 
 class Burst:
-    """Sends the prompts, asks for the scale-up, watches the cluster. `start` once, then poll `done` or call `finish`."""
+    """Sends the prompts, asks for the scale-up, watches the cluster. `start` once, poll `done`, then `finish`."""
 
     def __init__(self, client: Client, prompts: Sequence[Prompt], mode: LiveMode, plan: Plan, layers: int) -> None:
         self.plan = plan

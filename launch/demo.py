@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="launch/demo.sh", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--out", type=Path, default=_ROOT / "demo-out", help="folder of the picture, the data and the logs")
+    out.add_argument("--out", type=Path, default=_ROOT / "demo-out", help="folder of picture, data and logs")
     out.add_argument("--requests", type=int, default=20, help="prompts of the burst (default 20)")
     out.add_argument("--max-tokens", type=int, default=32, help="of each answer (default 32)")
-    out.add_argument("--link-mbit", type=int, metavar="RATE", help=f"Mbit/s of each worker's link (default {_LINK_MBIT} "
-                     "where root, ip and tc are there, so that layers can be seen arriving; 0: loopback)")
+    out.add_argument("--link-mbit", type=int, metavar="RATE", help="Mbit/s of each worker's link (default "
+                     f"{_LINK_MBIT} where root, ip and tc are there, so that layers can be seen arriving; 0: loopback)")
     return out
 
 
@@ -139,7 +139,7 @@ class Demo:
                                 soft_wrap=True)
             return 0
         rate = asked or _LINK_MBIT
-        self._console.print(f"workers talk over links of {rate} Mbit/s (network namespaces; --link-mbit 0 for loopback)",
+        self._console.print(f"workers talk over links of {rate} Mbit/s (network namespaces; --link-mbit 0: loopback)",
                             soft_wrap=True)
         return rate
 

@@ -62,7 +62,8 @@ def ttft_so_far(answers: Sequence[Answer]) -> str:
     seen = [a.ttft_s for a in answers if a.ttft_s is not None]
     if not seen:
         return "no first token yet"
-    return f"first tokens {len(seen)}/{len(answers)}, TTFT median {statistics.median(seen):.2f} s, max {max(seen):.2f} s"
+    return (f"first tokens {len(seen)}/{len(answers)}, TTFT median {statistics.median(seen):.2f} s, "
+            f"max {max(seen):.2f} s")
 
 
 def work_split(sample: Sample | None, layers: int) -> str:

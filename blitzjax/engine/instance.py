@@ -146,6 +146,7 @@ class Instance:
             self._new.close()
         self._old = self._new = None
         self._sequences, self._ready, self._early = {}, [], {}
+        self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
         self._batcher = Batcher(self.slots, self._stages.shapes.chunk_tokens,
                                 PageLedger(self.pages, self.config.engine.page_size))
@@ -213,7 +214,8 @@ class Instance:
         sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
         self._sequences[sequence.id] = sequence
         sequence.prefill = self._old.take(answer)
-        if sequence.prefill is not None:
+        sequence.awaited = sequence.prefill is None
+        if not sequence.awaited:
             self._ready.append(sequence)
 
     def _activations_taken(self, message: m.ActivationsTaken) -> None:
@@ -224,6 +226,7 @@ class Instance:
             self._leave(sequence)
             self._fail(message.work, message.error)
             return
+        sequence.awaited = False
         sequence.prefill = live.resume(self.runner, message.work, message.next_layer, message.arrays)
         self._ready.append(sequence)
         if not sequence.kv_missing:
@@ -262,8 +265,9 @@ class Instance:
             return progress
         self._maybe_pull(layers_left=0)
         step = self._batcher.next_step()
-        if step is not None and step.decode:
+        if step is not None and step.decode and (self._decode_due <= 0 or not self._ready):
             self._decode()
+            self._decode_due = 1.0
             progress = True
         if self._ready:
             self._run_ready(self._ready.pop(0))
@@ -297,13 +301,14 @@ class Instance:
         old = self._old
         if old is None or old.waiting or old.drained or self._ready or self._batcher.waiting:
             return
-        arriving = any(s.prefill is None for s in self._sequences.values() if s.kv_missing)
+        arriving = any(s.awaited for s in self._sequences.values())
         if layers_left <= self.config.transfer.pull_ahead_layers and not arriving and self._batcher.room:
             old.pull()
 
     def _run_ready(self, sequence: Sequence) -> None:
         """The rest of a handed-over prompt; asks for the next one shortly before the end."""
         layers = self.spec.layers
+        self._decode_due -= self._share_of_step(sequence)
         pause = max(sequence.prefill.next_layer, layers - self.config.transfer.pull_ahead_layers)
         self.runner.run_span(sequence.prefill, Span(sequence.prefill.next_layer, pause))
         if self._old is not None and pause < layers:
@@ -313,6 +318,12 @@ class Instance:
         if sequence.id in self._sequences:  # not aborted meanwhile
             self.runner.run_span(sequence.prefill, Span(pause, layers))
             self._first_token(sequence)
+
+    def _share_of_step(self, sequence: Sequence) -> float:
+        """What is left of a prompt, as a share of a whole step's prompt work."""
+        prefill = sequence.prefill
+        tokens = len(prefill.tokens) / self._stages.shapes.chunk_tokens
+        return tokens * (self.spec.layers - prefill.next_layer) / self.spec.layers
 
     def _run_chunk(self, chunk: Chunk) -> None:
         sequence = self._sequences[chunk.request_id]

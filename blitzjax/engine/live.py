@@ -106,15 +106,18 @@ class NewSide:
     def _offer(self, seq: int, sequence: Sequence, next_layer: int) -> HandOver:
         if next_layer == 0:
             return HandOver(seq, sequence.work)
-        prefill = sequence.prefill
-        kv = [array for pair in prefill.kv[:next_layer] for array in pair]
-        uuids = (self._handoff.offer(prefill.x), self._handoff.offer(kv))
-        self._offers[seq] = uuids
-        return HandOver(seq, sequence.work, next_layer, self._handoff.address, *uuids)
+        activations = self._handoff.offer(sequence.prefill.x)
+        kv = tuple(self._handoff.offer(pair) for pair in sequence.prefill.kv[:next_layer])
+        self._offers[seq] = (activations, *kv)
+        return HandOver(seq, sequence.work, next_layer, self._handoff.address, activations, kv)
 
 
 class OldSide:
-    """Owned by OLD's engine thread; two threads of its own wait for arrays."""
+    """Owned by OLD's engine thread; two threads of its own wait for arrays.
+
+    Both kinds of arrays come over one link, and residuals are needed first: KV is taken a layer at a time, and only
+    while no residuals are on their way.
+    """
 
     def __init__(self, pair: LivePair, runner: Runner, handoff: HandOff, partner: Partner, post: Callable[[object], None],
                  timeout_s: float):
@@ -126,6 +129,8 @@ class OldSide:
         self._seq = 0
         self._activations = ThreadPoolExecutor(1, thread_name_prefix="take-activations")
         self._kv = ThreadPoolExecutor(1, thread_name_prefix="take-kv")
+        self._link_free = threading.Event()  # no residuals are on their way
+        self._link_free.set()
 
     def pull(self) -> None:
         assert not self.waiting
@@ -139,9 +144,9 @@ class OldSide:
         prefill = self._runner.begin([*answer.work.prompt, *answer.work.generated])
         if answer.next_layer == 0:
             return prefill
-        x, kv = self._specs(prefill, answer.next_layer)
-        self._activations.submit(self._take_activations, answer, x)
-        self._kv.submit(self._take_kv, answer, kv)
+        self._link_free.clear()
+        self._activations.submit(self._take_activations, answer, self._residuals(prefill))
+        self._kv.submit(self._take_kv, answer, self._runner.stages.kv_specs(1, prefill.context))
         return None
 
     def close(self) -> None:
@@ -152,11 +157,20 @@ class OldSide:
 
     def _take_activations(self, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
         arrays, error = self._fetch(answer.address, answer.activation_uuid, specs)
+        self._link_free.set()
         self._post(ActivationsTaken(answer.work, answer.seq, answer.next_layer, arrays, error))
 
-    def _take_kv(self, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
-        arrays, error = self._fetch(answer.address, answer.kv_uuid, specs)
-        if not error:
+    def _take_kv(self, answer: HandOver, specs: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]) -> None:
+        """Keys and values of every layer that NEW ran, layer by layer."""
+        arrays: list[Array] = []
+        error = ""
+        for uuid in answer.kv_uuids:
+            self._link_free.wait()
+            taken, error = self._fetch(answer.address, uuid, list(specs))
+            if error:
+                break
+            arrays += taken
+        else:
             self.partner.taken(answer.seq)
         self._post(KVTaken(answer.work.request.id, answer.work.attempt, arrays, error))
 
@@ -166,10 +180,10 @@ class OldSide:
         except TransferError as e:
             return [], str(e)
 
-    def _specs(self, prefill: Prefill, layers: int) -> tuple[list[jax.ShapeDtypeStruct], list[jax.ShapeDtypeStruct]]:
-        stages, spec = self._runner.stages, self._runner.spec
-        x = [jax.ShapeDtypeStruct((1, c.width, spec.dim), "float32", sharding=stages.replicated) for c in prefill.chunks]
-        return x, [a for _ in range(layers) for a in stages.kv_specs(1, prefill.context)]
+    def _residuals(self, prefill: Prefill) -> list[jax.ShapeDtypeStruct]:
+        stages = self._runner.stages
+        return [jax.ShapeDtypeStruct((1, chunk.width, stages.spec.dim), "float32", sharding=stages.replicated)
+                for chunk in prefill.chunks]
 
 
 def resume(runner: Runner, work: Work, next_layer: int, activations: list[Array]) -> Prefill:

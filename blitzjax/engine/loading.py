@@ -98,6 +98,8 @@ class Loader:
                 if ticket in self._cancelled:
                     raise TransferError("cancelled")
                 checkpoint.load_unit(unit, self.store)
+                for lane in range(self.store.lanes):
+                    self.store.checksum(unit, lane)  # remembered: a multicast must not compute it beside the decode
                 self._arrived()
         except BlitzError as e:
             self._ended(ticket, str(e))

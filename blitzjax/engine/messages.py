@@ -27,7 +27,7 @@ class Tokens:
 class HandOver:
     """NEW's answer to pull `seq`. `work` None: nothing, and nothing will come (`drained`) or the pair ended.
 
-    Layers [0, next_layer) were run; their residuals and KV wait at `address` under the two ids (0: none).
+    Layers [0, next_layer) were run; the residuals wait at `address` under `activation_uuid`, KV under one id per layer.
     """
 
     seq: int
@@ -35,7 +35,7 @@ class HandOver:
     next_layer: int = 0
     address: str = ""
     activation_uuid: int = 0
-    kv_uuid: int = 0
+    kv_uuids: tuple[int, ...] = ()
     drained: bool = False
 
 

@@ -208,8 +208,10 @@ class LayerStore:
             self._slabs[key] = _allocate(self.slab_bytes(unit))
         return self._slabs[key]
 
-    def commit(self, unit: int) -> None:
+    def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
         """All lanes of `unit` are written: afterwards `params(unit)` is valid and `units == unit + 1`.
+
+        `checksums` are the lanes' CRC-32s where they are known already.
 
         On CPU the arrays alias the slabs; elsewhere they are copied to the devices.
         """
@@ -220,6 +222,7 @@ class LayerStore:
                 info.shape, NamedSharding(self.mesh, self.rules.partition(info)),
                 [jax.device_put(views[info.name], device) for views, device in zip(lanes, self._devices, strict=True)])
             for info in unit_arrays(self.spec, unit)})
+        self._checksums.update({(unit, lane): value for lane, value in enumerate(checksums)})
         self.units = unit + 1
 
     def params(self, unit: int) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ class Sequence:
     tokens: list[int]
     prefill: Prefill | None = None  # until the sequence joined the decode batch
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
+    awaited: bool = False  # its residuals are on their way from a partner
     kv_missing: bool = False  # the partner's layers of KV are still on their way
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
 

@@ -189,7 +189,7 @@ class PartnerLink:
 def _encode_hand_off(answer: m.HandOver) -> pb.WorkerEvent:
     out = pb.WorkerEvent(hand_off=pb.HandOff(
         seq=answer.seq, next_layer=answer.next_layer, address=answer.address, activation_uuid=answer.activation_uuid,
-        kv_uuid=answer.kv_uuid, drained=answer.drained))
+        kv_uuids=answer.kv_uuids, drained=answer.drained))
     if answer.work is not None:
         out.hand_off.work.CopyFrom(codec.encode_work(answer.work))
     return out
@@ -197,8 +197,8 @@ def _encode_hand_off(answer: m.HandOver) -> pb.WorkerEvent:
 
 def _decode_hand_off(message: pb.HandOff) -> m.HandOver:
     work = codec.decode_work(message.work) if message.HasField("work") else None
-    return m.HandOver(message.seq, work, message.next_layer, message.address, message.activation_uuid, message.kv_uuid,
-                      message.drained)
+    return m.HandOver(message.seq, work, message.next_layer, message.address, message.activation_uuid,
+                      tuple(message.kv_uuids), message.drained)
 
 
 def _devices(count: int) -> list[jax.Device]:

@@ -69,7 +69,7 @@ class Arrivals:
         if piece.last:
             for lane, chunk in enumerate(chunks):
                 _verify(piece.unit, lane, self._checksums[lane], Trailer.read(chunk))
-            self._slabs.commit(piece.unit)
+            self._slabs.commit(piece.unit, tuple(self._checksums))
             self._on_unit(piece.unit)
 
 

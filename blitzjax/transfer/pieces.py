@@ -44,8 +44,11 @@ class Slabs(Protocol):
         """zlib.crc32 of a complete unit's slab; asked of the source only, in a background thread."""
         ...
 
-    def commit(self, unit: int) -> None:
-        """Unit `unit` == `units` is received and verified: raise the watermark. Called in unit order."""
+    def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
+        """Unit `unit` == `units` is received and verified: raise the watermark. Called in unit order.
+
+        `checksums` per lane spare a later source from computing them.
+        """
         ...
 
 

@@ -239,22 +239,22 @@ class Taken(_message.Message):
     def __init__(self, seq: _Optional[int] = ...) -> None: ...
 
 class HandOff(_message.Message):
-    __slots__ = ("seq", "work", "next_layer", "address", "activation_uuid", "kv_uuid", "drained")
+    __slots__ = ("seq", "work", "next_layer", "address", "activation_uuid", "kv_uuids", "drained")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     NEXT_LAYER_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_UUID_FIELD_NUMBER: _ClassVar[int]
-    KV_UUID_FIELD_NUMBER: _ClassVar[int]
+    KV_UUIDS_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     seq: int
     work: Work
     next_layer: int
     address: str
     activation_uuid: int
-    kv_uuid: int
+    kv_uuids: _containers.RepeatedScalarFieldContainer[int]
     drained: bool
-    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuid: _Optional[int] = ..., drained: bool = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: bool = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("request_id", "attempt", "start", "token_ids", "finish_reason", "layers_helped")

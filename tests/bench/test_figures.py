@@ -42,12 +42,12 @@ def test_only_a_small_margin_makes_a_near_tie(margin: float | None, near: bool) 
 
 
 def test_ideal_of_the_goals() -> None:
-    """An ideal pull that never waits gives 0.766, 0.840, 0.532; the queue at hand may wait a layer's time per pull."""
+    """0.77, 0.85 and 0.54, with the first layer's own load before everything."""
     table = figures.ideal_table(ISSUE, 1.0, ["zigzag", "off", "none"])
     ratio = figures.ratios(table)
-    assert 0.76 <= ratio["zigzag/off mean"] <= 0.81
+    assert 0.75 <= ratio["zigzag/off mean"] <= 0.79
     assert 0.83 <= ratio["zigzag/off p95"] <= 0.87
-    assert 0.53 <= ratio["zigzag/none mean"] <= 0.57
+    assert 0.52 <= ratio["zigzag/none mean"] <= 0.56
     assert table["none"]["ttft_mean_s"] == 375.0
 
 

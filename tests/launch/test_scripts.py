@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,4 +53,6 @@ def test_missing_python_is_said_clearly(tmp_path: Path) -> None:
 
 
 def _which(tool: str) -> str:
-    return subprocess.run(["bash", "-c", f"command -v {tool}"], check=True, capture_output=True, text=True).stdout.strip()
+    found = shutil.which(tool)
+    assert found is not None, tool
+    return found

@@ -66,7 +66,7 @@ class ToySlabs:
     def checksum(self, unit: int, lane: int) -> int:
         return zlib.crc32(self.slab(unit, lane)) ^ (unit == self.lies)
 
-    def commit(self, unit: int) -> None:
+    def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
         assert unit == self.units
         self.units += 1
 
