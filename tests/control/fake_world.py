@@ -76,7 +76,8 @@ class World:
             assert event.request.id not in self.open
             self.open[event.request.id] = 0
         if isinstance(event, t.RequestFinished) and self.open.get(event.request_id) == event.attempt:
-            self.end(event.request_id, event.reason)
+            if event.reason != "abort" or event.request_id in self.cancelled:  # else the attempt ended, not the request
+                self.end(event.request_id, event.reason)
         commands = self.brain.handle(event)
         self.brain.check()
         for command in commands:
