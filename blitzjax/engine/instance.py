@@ -30,6 +30,7 @@ from blitzjax.types import (
 )
 
 Output: TypeAlias = Event | m.Tokens
+_NEAR_S = 0.2  # how long decode may pause for a partner's residuals
 
 
 class Instance:
@@ -75,11 +76,12 @@ class Instance:
 
     def _receive(self, wait: bool) -> None:
         try:
-            self._handle(self._inbox.get(block=wait))
+            self._handle(self._inbox.get(wait, max(0.001, self._awaited_until - self._now()) if self._awaited_until else None))
             while True:
                 self._handle(self._inbox.get_nowait())
         except queue.Empty:
-            return
+            if self._now() >= self._awaited_until:
+                self._awaited_until = 0.0
 
     def _handle(self, message: object) -> None:
         match message:
@@ -146,6 +148,7 @@ class Instance:
             self._new.close()
         self._old = self._new = None
         self._sequences, self._ready, self._early = {}, [], {}
+        self._awaited_until = 0.0
         self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
         self._batcher = Batcher(self.slots, self._stages.shapes.chunk_tokens,
@@ -215,6 +218,7 @@ class Instance:
         self._sequences[sequence.id] = sequence
         sequence.prefill = self._old.take(answer)
         sequence.awaited = sequence.prefill is None
+        self._awaited_until = self._now() + _NEAR_S if sequence.awaited else 0.0
         if not sequence.awaited:
             self._ready.append(sequence)
 
@@ -226,7 +230,7 @@ class Instance:
             self._leave(sequence)
             self._fail(message.work, message.error)
             return
-        sequence.awaited = False
+        sequence.awaited, self._awaited_until = False, 0.0
         sequence.prefill = live.resume(self.runner, message.work, message.next_layer, message.arrays)
         self._ready.append(sequence)
         if not sequence.kv_missing:
@@ -265,7 +269,7 @@ class Instance:
             return progress
         self._maybe_pull(layers_left=0)
         step = self._batcher.next_step()
-        if step is not None and step.decode and (self._decode_due <= 0 or not self._ready):
+        if step is not None and step.decode and (self._decode_due <= 0 or not self._prompt_is_near()):
             self._decode()
             self._decode_due = 1.0
             progress = True
@@ -318,6 +322,10 @@ class Instance:
         if sequence.id in self._sequences:  # not aborted meanwhile
             self.runner.run_span(sequence.prefill, Span(pause, layers))
             self._first_token(sequence)
+
+    def _prompt_is_near(self) -> bool:
+        """A partner's prompt is ready to run, or will be in a moment: worth a pause, which a hung partner cannot stretch."""
+        return bool(self._ready) or self._now() < self._awaited_until
 
     def _share_of_step(self, sequence: Sequence) -> float:
         """What is left of a prompt, as a share of a whole step's prompt work."""

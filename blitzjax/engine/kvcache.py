@@ -6,7 +6,6 @@ The length is the physical one: slicing a longer cache would copy it on every st
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -62,19 +61,13 @@ class SlotCache:
             self._resize(batch, context)
 
     def _resize(self, batch: int, context: int) -> None:
-        """Moves every sequence into fresh arrays of [batch, ..., context]; occupied rows are packed to the front."""
+        """Moves every sequence into arrays of [batch, ..., context]; occupied rows are packed to the front."""
         rows = [i for i, s in enumerate(self.slots) if s is not None]
-        keep = min(context, self.context)
-        spec, sharding = self._stages.spec, self._stages.kv_sharding
-        old = self.layers or [(None, None)] * spec.layers
-        fresh = []
-        for k, v in old:
-            k_new = np.zeros((batch, spec.kv_heads, spec.head_dim, context), np.float32)
-            v_new = np.zeros((batch, spec.kv_heads, context, spec.head_dim), np.float32)
-            if rows:
-                k_new[: len(rows), :, :, :keep] = np.asarray(k)[rows, :, :, :keep]
-                v_new[: len(rows), :, :keep] = np.asarray(v)[rows, :, :keep]
-            fresh.append((jax.device_put(k_new, sharding), jax.device_put(v_new, sharding)))
-        self.layers = fresh
+        if not rows:
+            self.layers = [self._stages.blank(batch, context) for _ in range(self._stages.spec.layers)]
+        order = np.zeros(batch, np.int32)  # rows beyond the occupied ones repeat row 0: nobody reads them
+        order[: len(rows)] = rows
+        for layer, (k, v) in enumerate(self.layers if rows else ()):
+            self.layers[layer] = self._stages.resize(k, v, order, context)  # frees the old arrays one by one
         self.slots = [self.slots[i] for i in rows] + [None] * (batch - len(rows))
         self.context = context

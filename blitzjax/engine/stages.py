@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -71,6 +72,14 @@ class Stages:
         """Writes a prompt's KV [1, ...] into row `slot` of a decode cache; k and v are donated."""
         return self._stage("insert", k.shape[0], k.shape[3], k_new.shape[3])(k, v, k_new, v_new, np.int32(slot))
 
+    def blank(self, rows: int, context: int) -> tuple[Array, Array]:
+        """An empty decode cache of one layer, in memory of its own, so that steps can update it in place."""
+        return self._stage("blank", rows, context)()
+
+    def resize(self, k: Array, v: Array, order: np.ndarray, context: int) -> tuple[Array, Array]:
+        """Row i of the result is row order[i] of the cache; the length is cut or padded to `context`."""
+        return self._stage("resize", k.shape[0], k.shape[3], len(order), context)(k, v, order)
+
     # ---- compilation ------------------------------------------------------------------------------------------------
 
     def compile_all(self) -> None:
@@ -89,9 +98,17 @@ class Stages:
             self._stage("head_sample", rows)
             for context in s.contexts:
                 self._stage("decode", rows, context)
+                self._stage("blank", rows, context)
                 for staged in s.contexts:
                     if staged <= context:
                         self._stage("insert", rows, context, staged)
+
+        for a, b in pairwise(s.batches):
+            for context in s.contexts:
+                self._stage("resize", a, context, b, context)
+        for a, b in pairwise(s.contexts):
+            for rows in s.batches:
+                self._stage("resize", rows, a, rows, b)
 
     def _stage(self, kind: str, *sizes: int):
         found = self._found.get((kind, *sizes))
@@ -223,6 +240,26 @@ class Stages:
 
         args = (*self.kv_specs(rows, context), *self.kv_specs(1, staged), self._abstract((), jnp.int32))
         return insert, args, (0, 1), (self.kv_sharding, self.kv_sharding)
+
+
+    def _build_blank(self, rows: int, context: int):
+        shapes = self.kv_specs(rows, context)
+
+        def blank():
+            return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+
+        return blank, (), (), (self.kv_sharding, self.kv_sharding)
+
+    def _build_resize(self, rows: int, context: int, new_rows: int, new_context: int):
+        keep, room = min(context, new_context), (0, max(0, new_context - context))
+
+        def resize(k, v, order):
+            k, v = jnp.take(k, order, axis=0), jnp.take(v, order, axis=0)
+            k = jnp.pad(k[..., :keep], ((0, 0),) * 3 + (room,))
+            return k, jnp.pad(v[:, :, :keep], ((0, 0),) * 2 + (room, (0, 0)))
+
+        args = (*self.kv_specs(rows, context), self._abstract((new_rows,), jnp.int32))
+        return resize, args, (), (self.kv_sharding, self.kv_sharding)
 
 
 def attention(q: Array, k: Array, v: Array, seen: Array) -> Array:

@@ -34,6 +34,9 @@ _TELL_AFTER = 3  # short lives in a row before the end of its log is shown
 _TAIL_LINES = 25
 _PORTS = (20000, 32000)  # below Linux's ephemeral ports: nobody's outgoing connection takes one between two lives
 
+# Huge pages, and freed memory stays with the process: fresh pages are the main cost of large temporaries and caches.
+_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=34359738368"
+
 # Runs before each program: dies with the parent (PR_SET_PDEATHSIG = 1), takes its core, becomes the program.
 _LAUNCH = """
 import ctypes, os, sys
@@ -278,7 +281,7 @@ def worker_env(config: Config, k: int) -> dict[str, str]:
     tensor_parallel = config.engine.tensor_parallel
     if not accelerators and not list(Path("/dev").glob("accel[0-9]*")):
         env.setdefault("JAX_PLATFORMS", "cpu")
-    env.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    env.setdefault("GLIBC_TUNABLES", _MALLOC)
     env["PYTHONUNBUFFERED"] = "1"
     if config.cluster.threads > 0:
         env["NPROC"] = str(config.cluster.threads)
