@@ -1,7 +1,8 @@
 """Every private jax and jaxlib symbol that blitzjax uses, and nothing else.
 
 Checked with jax and jaxlib 0.10.2 (Python 3.11) and 0.12.0 (Python 3.12); the smoke test
-tests/transfer/test_compat.py fails first when an upgrade moves one of them. No other module may import `jax._src` or `jaxlib`.
+tests/transfer/test_compat.py fails first when an upgrade moves one of them. No other module may import `jax._src` or
+`jaxlib`.
 """
 
 from __future__ import annotations
