@@ -67,10 +67,10 @@ class Layers:
         return LAYER_BYTES
 
     def checksum(self, unit: int, lane: int) -> int:
-        import zlib
+        from blitzjax.transfer.pieces import digest
 
         if unit not in self._checksums:
-            self._checksums[unit] = zlib.crc32(self.memory[unit])
+            self._checksums[unit] = digest(self.memory[unit])
         return self._checksums[unit]
 
     def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:

@@ -1,11 +1,15 @@
 """Hosts on one machine: network namespaces on a bridge, each with a rate-limited link. Needs root, iproute2 and tbf.
 
+Host i processes the packets that it receives on core i (modulo the cores), as a machine of its own would; without this
+the sender's core would do the receiver's work too.
+
 Names carry the id of the process that made them, so what a crashed run left behind is recognised and removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -52,8 +56,8 @@ def hosts(count: int, rate_mbit: int) -> Iterator[list[Host]]:
     try:
         _run(f"ip link add bz{pid}br type bridge")
         _run(f"ip link set bz{pid}br up")
-        for host in made:
-            _add(host, f"bz{pid}br", rate_mbit)
+        for core, host in zip(itertools.cycle(sorted(os.sched_getaffinity(0))), made, strict=False):
+            _add(host, f"bz{pid}br", rate_mbit, core)
         yield made
     finally:
         _remove(pid)
@@ -74,7 +78,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _add(host: Host, bridge: str, rate_mbit: int) -> None:
+def _add(host: Host, bridge: str, rate_mbit: int, core: int) -> None:
     outside = f"{host.namespace}h"
     limit = f"root tbf rate {rate_mbit}mbit burst {_BURST_BYTES} latency {_LATENCY_MS}ms"
     inside = f"ip netns exec {host.namespace}"
@@ -84,6 +88,7 @@ def _add(host: Host, bridge: str, rate_mbit: int) -> None:
     _run(f"{inside} ip link set lo up")
     _run(f"{inside} ip addr add {host.ip}/24 dev eth0")
     _run(f"{inside} ip link set eth0 up")
+    _run(f"{inside} sh -c", f"echo {1 << core:x} > /sys/class/net/eth0/queues/rx-0/rps_cpus")
     _run(f"{inside} tc qdisc add dev eth0 {limit}")
     _run(f"tc qdisc add dev {outside} {limit}")
 
@@ -101,5 +106,5 @@ def _remove(pid: int) -> None:
             _run(command)
 
 
-def _run(command: str) -> str:
-    return subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout
+def _run(command: str, *more: str) -> str:
+    return subprocess.run([*command.split(), *more], check=True, capture_output=True, text=True).stdout

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import mmap
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blitzjax.models import family
+from blitzjax.transfer.pieces import digest
 from blitzjax.types import ModelSpec
 
 ALIGNMENT_BYTES = 64  # XLA:CPU aliases host memory only at this alignment
@@ -211,7 +211,7 @@ class LayerStore:
     def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
         """All lanes of `unit` are written: afterwards `params(unit)` is valid and `units == unit + 1`.
 
-        `checksums` are the lanes' CRC-32s where they are known already.
+        `checksums` are the lanes' digests where they are known already.
 
         On CPU the arrays alias the slabs; elsewhere they are copied to the devices.
         """
@@ -230,11 +230,11 @@ class LayerStore:
         return self._params[unit]
 
     def checksum(self, unit: int, lane: int) -> int:
-        """CRC-32 of a slab; remembered once the unit is committed."""
+        """`digest` of a slab; remembered once the unit is committed."""
         key = (unit, lane)
         if key in self._checksums:
             return self._checksums[key]
-        value = zlib.crc32(self.slab(unit, lane))
+        value = digest(self.slab(unit, lane))
         if unit < self.units:
             self._checksums[key] = value
         return value

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import queue
 import threading
-import zlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
+import xxhash
 
 from blitzjax.errors import TransferError
 from blitzjax.transfer.pieces import Piece, Slabs, Trailer
@@ -31,7 +31,7 @@ class Arrivals:
         self._held = slabs.units  # live arrays alias these units: forward, never write
         self._on_unit = on_unit
         self._error: BaseException | None = None
-        self._checksums = [0] * slabs.lanes
+        self._digests = [xxhash.xxh3_64() for _ in range(slabs.lanes)]  # of the unit at hand, as `pieces.digest`
         self._queue: queue.Queue[tuple[Piece, jax.Array] | None] = queue.Queue(_DEPTH)
         self._thread = threading.Thread(target=self._run, name="multicast-arrivals", daemon=True)
         self._thread.start()
@@ -65,11 +65,13 @@ class Arrivals:
             payload = chunk[:piece.payload]
             slab = self._slabs.slab(piece.unit, lane)
             np.copyto(slab[piece.offset:piece.offset + piece.payload], payload)
-            self._checksums[lane] = zlib.crc32(payload, self._checksums[lane] if piece.offset else 0)
+            self._digests[lane].update(payload)
         if piece.last:
+            checksums = tuple(found.intdigest() for found in self._digests)
             for lane, chunk in enumerate(chunks):
-                _verify(piece.unit, lane, self._checksums[lane], Trailer.read(chunk))
-            self._slabs.commit(piece.unit, tuple(self._checksums))
+                self._digests[lane].reset()
+                _verify(piece.unit, lane, checksums[lane], Trailer.read(chunk))
+            self._slabs.commit(piece.unit, checksums)
             self._on_unit(piece.unit)
 
 
@@ -79,4 +81,4 @@ def _verify(unit: int, lane: int, checksum: int, trailer: Trailer | None) -> Non
     if trailer.unit != unit:
         raise TransferError(f"unit {unit}, lane {lane}: received unit {trailer.unit} instead")
     if trailer.checksum != checksum:
-        raise TransferError(f"unit {unit}, lane {lane}: checksum {checksum:08x}, the source has {trailer.checksum:08x}")
+        raise TransferError(f"unit {unit}, lane {lane}: checksum {checksum:016x}, the source has {trailer.checksum:016x}")

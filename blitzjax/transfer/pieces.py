@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 ALIGNMENT = 64  # bytes; jax.device_put of a host array is zero-copy at this alignment
 TRAILER_BYTES = 64
 
-_TRAILER = struct.Struct("<8sIIB")
+_TRAILER = struct.Struct("<8sIQB")
 _MAGIC = b"blitzjax"
 
 
@@ -41,7 +42,7 @@ class Slabs(Protocol):
         ...
 
     def checksum(self, unit: int, lane: int) -> int:
-        """zlib.crc32 of a complete unit's slab; asked of the source only, in a background thread."""
+        """`digest` of a complete unit's slab; asked of the source only, in a background thread."""
         ...
 
     def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
@@ -64,7 +65,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """`checksum` is the crc32 of the slab; `end` says that the source sends no further unit."""
+    """`checksum` is the `digest` of the slab; `end` says that the source sends no further unit."""
 
     unit: int
     checksum: int
@@ -78,6 +79,11 @@ class Trailer:
         """None if the chunk does not end in a trailer: the members are out of step."""
         magic, unit, checksum, end = _TRAILER.unpack_from(chunk[-TRAILER_BYTES:], 0)
         return Trailer(unit, checksum, bool(end)) if magic == _MAGIC else None
+
+
+def digest(data: np.ndarray) -> int:
+    """XXH3, 64 bits, of uint8[n]: six times as fast as zlib's CRC-32, which would be what a fast link waits for."""
+    return xxhash.xxh3_64_intdigest(data)
 
 
 def chunk_size(layer_bytes: int, target_bytes: int) -> int:

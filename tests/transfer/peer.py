@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--coordinator", default="")
@@ -35,7 +34,7 @@ import numpy as np  # noqa: E402
 from blitzjax.errors import TransferError  # noqa: E402
 from blitzjax.transfer.broadcast import prepare  # noqa: E402
 from blitzjax.transfer.handoff import HandOff  # noqa: E402
-from blitzjax.transfer.pieces import aligned_empty  # noqa: E402
+from blitzjax.transfer.pieces import aligned_empty, digest  # noqa: E402
 from blitzjax.transfer.world import World  # noqa: E402
 
 UNIT_BYTES = [300_001, 200_000, 200_000, 200_000, 200_000, 200_000, 64]
@@ -64,14 +63,14 @@ class ToySlabs:
         return self._slabs.setdefault((unit, lane), aligned_empty(self.slab_bytes(unit)))
 
     def checksum(self, unit: int, lane: int) -> int:
-        return zlib.crc32(self.slab(unit, lane)) ^ (unit == self.lies)
+        return digest(self.slab(unit, lane)) ^ (unit == self.lies)
 
     def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
         assert unit == self.units
         self.units += 1
 
     def crcs(self) -> list[list[int]]:
-        return [[zlib.crc32(self.slab(u, lane)) for lane in range(self.lanes)] for u in range(self.units)]
+        return [[digest(self.slab(u, lane)) for lane in range(self.lanes)] for u in range(self.units)]
 
 
 def spec(shape: list[int], dtype: str) -> jax.ShapeDtypeStruct:
