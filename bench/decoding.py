@@ -26,15 +26,17 @@ _TIMEOUT_S = 60.0
 _SEED = 4
 
 
-async def measure(address: str, checkpoint: Path, rounds: int, context: int) -> dict[str, object]:
+async def measure(made: fleet.Fleet, checkpoint: Path, rounds: int, context: int) -> dict[str, object]:
     """Wants an idle cluster of two workers, one of them serving.
 
     Prompts fill just over half of `context`, a power of two, so that all answers stay in its KV bucket.
     """
     encode = load_model(checkpoint).tokenizer.encode
     seen = []
-    async with AsyncClient(address) as client, fleet.watching(address) as watch:
+    async with AsyncClient(made.address) as client, fleet.watching(made.address) as watch:
         for k in range(rounds):
+            await fleet.settle(client, 1)
+            made.spare(next(i.id for i in (await client.status()).instances if i.phase == "serving"))
             asked = prompts.of_lengths(encode, [context // 2 + _BEYOND_HALF_TOKENS] * _STREAMS, _SEED + k)
             before, during = await _round(client, watch, asked, context)
             seen.append({"before_ms": statistics.median(before) * 1e3, "during_ms": statistics.median(during) * 1e3,
@@ -50,7 +52,6 @@ async def measure(address: str, checkpoint: Path, rounds: int, context: int) -> 
 async def _round(client: AsyncClient, watch: fleet.Watch, asked: Sequence[prompts.Tokens], context: int
                  ) -> tuple[list[float], list[float]]:
     """Gaps between tokens before and during the broadcast, of all answers."""
-    await fleet.settle(client, 1)
     times: list[list[float]] = [[] for _ in asked]
     streams = [asyncio.create_task(_decode(client, prompt, context - len(prompt), arrived))
                for prompt, arrived in zip(asked, times, strict=True)]

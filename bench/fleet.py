@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import subprocess
 import tempfile
 import time
@@ -32,7 +33,7 @@ _POLL_S = 0.02
 class Fleet:
     cluster: LocalCluster
     directory: Path  # logs
-    rate_mbit: int | None  # of every worker's link; None: loopback
+    hosts: tuple[netns.Host, ...]  # of the workers; empty: loopback
 
     @property
     def address(self) -> str:
@@ -41,6 +42,13 @@ class Fleet:
     @property
     def event_log(self) -> Path:
         return self.directory / "events.jsonl"
+
+    def spare(self, instance: str) -> None:
+        """From now on the network costs the core that `instance` computes on nothing but its own system calls."""
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[int(instance.removeprefix("i")) % len(cores)]
+        if self.hosts and len(cores) > 1:
+            netns.steer(self.hosts, next(core for core in cores if core != own))
 
 
 @contextlib.contextmanager
@@ -53,7 +61,7 @@ def fleet(checkpoint: Path, pool: int, rate_mbit: int | None, tables: Mapping[st
     directory = Path(tempfile.mkdtemp(prefix="blitzjax-bench-"))
     config = _config(directory, pool, tables)
     with contextlib.ExitStack() as stack:
-        launch = Launch(run_dir=directory)
+        launch, hosts = Launch(run_dir=directory), []
         if rate_mbit is not None:
             hosts = stack.enter_context(netns.hosts(pool, rate_mbit))
             _join_bridge(hosts)
@@ -62,7 +70,7 @@ def fleet(checkpoint: Path, pool: int, rate_mbit: int | None, tables: Mapping[st
         cluster = stack.enter_context(LocalCluster(config, checkpoint, launch))
         cluster.wait_ready(_READY_S)
         _wait_for_pool(cluster, pool)
-        yield Fleet(cluster, directory, rate_mbit)
+        yield Fleet(cluster, directory, tuple(hosts))
 
 
 def _config(directory: Path, pool: int, tables: Mapping[str, Mapping[str, object]]) -> configs.Config:

@@ -1,21 +1,17 @@
 """Hosts on one machine: network namespaces on a bridge, each with a rate-limited link. Needs root, iproute2 and tbf.
 
-Host i processes the packets that it receives on core i (modulo the cores), as a machine of its own would; without this
-the sender's core would do the receiver's work too.
-
 Names carry the id of the process that made them, so what a crashed run left behind is recognised and removed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +52,23 @@ def hosts(count: int, rate_mbit: int) -> Iterator[list[Host]]:
     try:
         _run(f"ip link add bz{pid}br type bridge")
         _run(f"ip link set bz{pid}br up")
-        for core, host in zip(itertools.cycle(sorted(os.sched_getaffinity(0))), made, strict=False):
-            _add(host, f"bz{pid}br", rate_mbit, core)
+        for host in made:
+            _add(host, f"bz{pid}br", rate_mbit)
         yield made
     finally:
         _remove(pid)
+
+
+def steer(made: Sequence[Host], core: int) -> None:
+    """Lets `core` do the kernel's work on packets that any of these hosts receives, their switch's work included.
+
+    Without it the work lands on whichever core sent last, an engine's pinned core say, where on real hosts a network
+    card, a switch and other cores do it.
+    """
+    mask = f"{1 << core:x}"
+    for host in made:
+        Path(f"/sys/class/net/{host.namespace}h/queues/rx-0/rps_cpus").write_text(mask)
+        subprocess.run(host.command(["sh", "-c", f"echo {mask} > /sys/class/net/eth0/queues/rx-0/rps_cpus"]), check=True)
 
 
 def clean_up_after_dead() -> None:
@@ -78,7 +86,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _add(host: Host, bridge: str, rate_mbit: int, core: int) -> None:
+def _add(host: Host, bridge: str, rate_mbit: int) -> None:
     outside = f"{host.namespace}h"
     limit = f"root tbf rate {rate_mbit}mbit burst {_BURST_BYTES} latency {_LATENCY_MS}ms"
     inside = f"ip netns exec {host.namespace}"
@@ -88,7 +96,6 @@ def _add(host: Host, bridge: str, rate_mbit: int, core: int) -> None:
     _run(f"{inside} ip link set lo up")
     _run(f"{inside} ip addr add {host.ip}/24 dev eth0")
     _run(f"{inside} ip link set eth0 up")
-    _run(f"{inside} sh -c", f"echo {1 << core:x} > /sys/class/net/eth0/queues/rx-0/rps_cpus")
     _run(f"{inside} tc qdisc add dev eth0 {limit}")
     _run(f"tc qdisc add dev {outside} {limit}")
 
@@ -106,5 +113,5 @@ def _remove(pid: int) -> None:
             _run(command)
 
 
-def _run(command: str, *more: str) -> str:
-    return subprocess.run([*command.split(), *more], check=True, capture_output=True, text=True).stdout
+def _run(command: str) -> str:
+    return subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout

@@ -93,7 +93,7 @@ def _steady(made: fleet.Fleet, parts: Sequence[str], rounds: int, context: int) 
         found.append(readiness.report(made.event_log, rounds, probe.sizes(directory)))
     if "tpot" in parts:
         print("Time per output token on the source of a broadcast", flush=True)
-        found.append(asyncio.run(decoding.measure(made.address, directory, rounds, context)))
+        found.append(asyncio.run(decoding.measure(made, directory, rounds, context)))
     return found
 
 

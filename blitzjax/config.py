@@ -68,7 +68,7 @@ class TransferConfig:
 class ClusterConfig:
     pool: int = 1  # worker processes
     threads: int = 0  # XLA threads per worker; 0: all its cores
-    pin_cores: bool = False  # worker k runs on core k modulo the cores
+    pin_cores: bool = False  # worker k computes on core k modulo the cores
     heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
     max_world: int = 64  # collective cliques per set of members before a rejoin needs a restart
 

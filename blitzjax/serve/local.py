@@ -37,17 +37,14 @@ _PORTS = (20000, 32000)  # below Linux's ephemeral ports: nobody's outgoing conn
 # Huge pages, and freed memory stays with the process: fresh pages are the main cost of large temporaries and caches.
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=34359738368"
 
-# Runs before each program: dies with the parent (PR_SET_PDEATHSIG = 1), takes its core, becomes the program.
+# Runs before each program: dies with the parent (PR_SET_PDEATHSIG = 1), becomes the program.
 _LAUNCH = """
 import ctypes, os, sys
-parent, core = int(sys.argv[1]), int(sys.argv[2])
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != parent:
+if os.getppid() != int(sys.argv[1]):
     os._exit(1)
-if core >= 0:
-    os.sched_setaffinity(0, {core})
-os.execvp(sys.argv[3], sys.argv[3:])
+os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -180,16 +177,16 @@ class LocalCluster:
         launch, cluster = self._launch, self.config.cluster
         prefix = launch.prefixes[k] if launch.prefixes else ()
         host = ("--host-ip", self._host(k)) if launch.hosts else ()
-        argv = (*prefix, *launch.worker, "--listen", self.worker_addresses[k], "--rank", str(k), "--world",
-                str(cluster.pool), "--coordinator", coordinator, *host)
         cores = sorted(os.sched_getaffinity(0))
-        return self._process(f"worker-{k}", argv, env=worker_env(self.config, k) | dict(launch.env),
-                             core=cores[k % len(cores)] if cluster.pin_cores else -1)
+        core = ("--core", str(cores[k % len(cores)])) if cluster.pin_cores else ()
+        argv = (*prefix, *launch.worker, "--listen", self.worker_addresses[k], "--rank", str(k), "--world",
+                str(cluster.pool), "--coordinator", coordinator, *host, *core)
+        return self._process(f"worker-{k}", argv, env=worker_env(self.config, k) | dict(launch.env))
 
-    def _process(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None, core: int = -1,
+    def _process(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None,
                  to_stderr: bool = False) -> _Process:
         log = None if to_stderr else self.run_dir / f"{name}.log"
-        return _Process(name, tuple(argv), dict(os.environ if env is None else env), core, log)
+        return _Process(name, tuple(argv), dict(os.environ if env is None else env), log)
 
     def _signal(self, process: _Process, number: signal.Signals) -> None:
         with self._lock:
@@ -223,12 +220,12 @@ class LocalCluster:
 class _Process:
     """One program and its lives. Owned by the supervisor; others hold the cluster's lock."""
 
-    def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], core: int, log: Path | None):
+    def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], log: Path | None):
         self.name, self.log = name, log
         self.code: int | None = None  # of the last life
         self.short_lives = 0  # in a row
         self.ended = threading.Event()
-        self._argv, self._env, self._core = argv, env, core
+        self._argv, self._env = argv, env
         self._popen: subprocess.Popen[bytes] | None = None
         self._born = self._due = 0.0
 
@@ -237,7 +234,7 @@ class _Process:
         return None if self._popen is None else self._popen.pid
 
     def start(self) -> None:
-        argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(self._core), *self._argv)
+        argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._argv)
         out = sys.stderr.buffer if self.log is None else self.log.open("ab")
         try:
             self._popen = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,

@@ -6,6 +6,7 @@ next session begins with InstanceJoined and everything it needs to know.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import uuid
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -48,14 +50,15 @@ class Node:
         self.config = configs.from_tables(json.loads(configure.config_json))
         self._configured = (configure.model_json, configure.config_json)
         spec = with_dtype(codec.model_spec(configure.model_json), self.config.engine.dtype)
-        devices = _devices(self.config.engine.tensor_parallel)
         self._outbox = None
         self._lock = threading.Lock()
         self._addresses = {p.instance: p.address for p in configure.peers}
         self._host = args.host_ip
-        self.store = LayerStore(spec, devices)
-        stages = Stages(spec, self.config.engine, self.store.mesh)
-        stages.compile_all()
+        with computing_on(args.core):
+            devices = _devices(self.config.engine.tensor_parallel)
+            self.store = LayerStore(spec, devices)
+            stages = Stages(spec, self.config.engine, self.store.mesh)
+            stages.compile_all()
         self.instance = Instance(self.name, self.config, self.store, stages, HandOff(args.host_ip, devices), self._emit,
                                  self._connect)
         self.world = World(args.coordinator, args.rank, args.world, args.host_ip, self.store.lanes,
@@ -65,7 +68,8 @@ class Node:
         self.loader = Loader(self.name, self.config, self.store, checkpoint, self.world,
                              {p.instance: p.rank for p in configure.peers}, self._emit,
                              lambda: self.instance.post(m.UnitsArrived()))
-        threading.Thread(target=self._run_engine, name="engine", daemon=True).start()
+        with computing_on(args.core):
+            threading.Thread(target=self._run_engine, name="engine", daemon=True).start()
         threading.Thread(target=self._join, name="join", daemon=True).start()
         log.info("%s ready in %.2f s: %d stages compiled, %d loaded", self.name, time.monotonic() - started,
                  stages.cache.compiled, stages.cache.loaded)
@@ -199,6 +203,16 @@ def _decode_hand_off(message: pb.HandOff) -> m.HandOver:
     work = codec.decode_work(message.work) if message.HasField("work") else None
     return m.HandOver(message.seq, work, message.next_layer, message.address, message.activation_uuid,
                       tuple(message.kv_uuids), message.drained)
+
+
+@contextlib.contextmanager
+def computing_on(core: int | None) -> Iterator[None]:
+    """Threads that start inside, XLA's too, run on `core` alone; None changes nothing."""
+    before = os.sched_getaffinity(0)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 def _devices(count: int) -> list[jax.Device]:

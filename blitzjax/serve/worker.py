@@ -152,6 +152,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--world", type=int, required=True, help="number of workers")
     parser.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="the coordination service")
     parser.add_argument("--host-ip", default="", help="address that other workers reach this one at")
+    parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
     if not args.host_ip:
         args.host_ip = socket.gethostbyname(args.listen.rsplit(":", 1)[0] or "127.0.0.1")
