@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import EOS, toy_config
+from toy import EOS, toy_config
 from hypothesis import given
 from hypothesis import strategies as st
 

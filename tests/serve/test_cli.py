@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_model
+from toy import write_model
 
 from blitzjax import cli, cli_serve
 from blitzjax.errors import BlitzError, ConfigError

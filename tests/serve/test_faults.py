@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from conftest import TOY_COORDINATOR, eventually, toy_config, toy_launch, wait_whole
+from toy import TOY_COORDINATOR, eventually, toy_config, toy_launch, wait_whole
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_frontend import toy
 
@@ -225,7 +225,7 @@ def test_no_process_survives_a_killed_parent(model_dir, tmp_path):
 import sys, time
 sys.path.insert(0, {str(__file__).rpartition('/')[0]!r})
 from pathlib import Path
-from conftest import *
+from toy import *
 cluster = LocalCluster(toy_config(), Path({str(model_dir)!r}), toy_launch(Path({str(tmp_path)!r})))
 cluster.start(); cluster.wait_ready(20)
 print(cluster.worker_pid(0), cluster.worker_pid(1), cluster.address, flush=True)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import tokenizers
-from conftest import BOS, EOS, write_model
+from toy import BOS, EOS, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models

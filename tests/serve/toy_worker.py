@@ -1,7 +1,7 @@
 """A worker whose answers can be computed by hand: the next token is (last token + 1) % vocabulary.
 
 `python toy_worker.py --listen HOST:PORT ...` speaks the Worker protocol over a real socket and imports no jax.
-With the byte tokenizer of conftest.py, "a" continues "bcde...". Sampling is misused as a remote control:
+With the byte tokenizer of toy.py, "a" continues "bcde...". Sampling is misused as a remote control:
 temperature is the pause before each token in seconds. TOY_REFUSE makes it refuse with that message; TOY_DIE_AFTER kills
 it when an answer ends with that token, before it reports RequestFinished.
 """

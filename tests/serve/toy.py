@@ -1,0 +1,73 @@
+"""A toy checkpoint (no weights, token id = byte) and clusters of toy workers around the real controller."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from blitzjax import config as configs
+from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.types import ModelSpec
+
+EOS, BOS, VOCAB = 256, 257, 258
+SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1, head_dim=1, ffn_dim=1, vocab=VOCAB,
+                 max_len=4096, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=False, dtype="float32",
+                 eos_token_ids=(EOS,), bos_token_id=BOS)
+TEMPLATE = ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+            "{% if add_generation_prompt %}a{% endif %}")
+TOY_WORKER = (sys.executable, str(Path(__file__).with_name("toy_worker.py")))
+TOY_COORDINATOR = (sys.executable, "-c", "import signal; signal.pause()")
+
+
+def byte_names() -> list[str]:
+    """The character by which byte-level tokenizers write each byte (GPT-2's table)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
+
+
+def write_model(directory: Path, tokenizer: bool = True, template: str | None = TEMPLATE) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    units = [{"bytes": 10} for _ in range(SPEC.units)]
+    (directory / "manifest.json").write_text(json.dumps({"version": 1, "spec": asdict(SPEC), "units": units}))
+    if tokenizer:
+        toy = tokenizers.Tokenizer(models.BPE({name: b for b, name in enumerate(byte_names())}, []))
+        toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        toy.decoder = decoders.ByteLevel()
+        toy.add_special_tokens(["<|eos|>", "<|bos|>"])
+        toy.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps(
+            {"eos_token": {"content": "<|eos|>"}, "bos_token": "<|bos|>", "chat_template": template}))
+    return directory
+
+
+def toy_config(*overrides: str) -> configs.Config:
+    return configs.load(None, ("serve.port=0", "scale.policy=manual", "scale.live=off", "cluster.pool=2",
+                               "engine.max_model_len=512", "engine.max_num_seqs=4", "serve.shutdown_timeout_s=5.0",
+                               *overrides))
+
+
+def toy_launch(run_dir: Path, **env: str) -> Launch:
+    return Launch(run_dir=run_dir, worker=TOY_WORKER, coordinator=TOY_COORDINATOR, env=env)
+
+
+def wait_whole(cluster: LocalCluster) -> None:
+    """An instance serves and every worker has joined."""
+    cluster.wait_ready(30)
+    with cluster.client() as client:
+        eventually(lambda: len(client.status().instances) == cluster.config.cluster.pool, 20)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Waits for what other processes do."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
