@@ -68,7 +68,7 @@ def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
 class Ideal:
     """A scale-up without any overhead. Times in units of one layer's compute for one prompt.
 
-    `embed` is the load time of the embedding, which comes before the first layer.
+    `embed` is the load time of the embedding, which comes behind the last layer.
     """
 
     layers: int
@@ -78,14 +78,13 @@ class Ideal:
 
     def finishes(self, mode: str) -> list[float]:
         """End of every prompt's last layer, mode "zigzag" | "best_effort" | "off" | "none", around the real queue."""
-        delay = self.embed + self.load
         match mode:
             case "none":
                 return live_sim.alone(self.layers, self.prompts)
             case "off":
-                return live_sim.stop_the_world(self.layers, self.load, self.prompts, delay)
+                return live_sim.stop_the_world(self.layers, self.load, self.prompts, self.load, self.embed)
             case _:
-                return live_sim.live(mode, self.layers, self.load, self.prompts, delay)
+                return live_sim.live(mode, self.layers, self.load, self.prompts, self.load, self.embed)
 
     def first_joint_layers(self, mode: str) -> int | None:
         """Layers on NEW when the first prompt ends that it helped with: the first that OLD pulls after layer 0 came.
@@ -96,7 +95,7 @@ class Ideal:
             return None
         alone = live_sim.alone(self.layers, self.prompts)
         first = next((end for end in self.finishes(mode) if end not in alone), None)
-        return None if first is None else max(0, min(self.layers, int((first - self.embed) // self.load)))
+        return None if first is None else max(0, min(self.layers, int(first // self.load)))
 
 
 def ideal_table(ideal: Ideal, layer_s: float, modes: Sequence[str]) -> dict[str, dict[str, float | None]]:

@@ -30,7 +30,7 @@ class Sizes:
 
 def sizes(checkpoint: Path) -> Sizes:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    embed, layer, *_ = (unit["bytes"] for unit in manifest["units"])
+    layer, *_, embed, _ = (unit["bytes"] for unit in manifest["units"])
     return Sizes(manifest["spec"]["layers"], layer, embed)
 
 
@@ -108,13 +108,13 @@ def _margins(checkpoint: str) -> list[float]:
     embed = jax.jit(lambda p, t: bind(spec, "embed")(p)(t))
     layer = jax.jit(lambda p, x: bind(spec, "layer")(p)(x, aux, lambda q, k, v: _attend(q, k, v, visible)))
     head = jax.jit(lambda p, x, table: bind(spec, "head")(p)(x, table))
-    table = store.params(0)["table"] if spec.tied_embeddings else None
+    table = store.params(spec.embed_unit)["table"] if spec.tied_embeddings else None
     out = []
     for context in contexts:
-        x = embed(store.params(0), np.array([context + [0] * (length - len(context))], np.int32))
+        x = embed(store.params(spec.embed_unit), np.array([context + [0] * (length - len(context))], np.int32))
         for index in range(spec.layers):
-            x = layer(store.params(index + 1), x)
-        logits = np.asarray(head(store.params(spec.units - 1), x[:, len(context) - 1], table))[0]
+            x = layer(store.params(index), x)
+        logits = np.asarray(head(store.params(spec.head_unit), x[:, len(context) - 1], table))[0]
         second, first = np.partition(logits, -2)[-2:]
         out.append(float(first - second))
     return out

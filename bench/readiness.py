@@ -2,10 +2,10 @@
 
 Read from the controller's event log, so all times are of one clock and include the way of the events to it:
 
-    ScaleRequested ... StartTransfer ... LayerLoaded(1: embedding) LayerLoaded(2: first layer) ... LayerLoaded(L + 1)
-    |---------------- first layer usable ------------------------|---- steady rate, L - 1 layers ----|
+    ScaleRequested ... StartTransfer ... LayerLoaded(1: first layer) ... LayerLoaded(L: last layer)
+    |------------ first layer usable --------------|-- steady rate, L - 1 layers --|
 
-    ready = first layer usable - (embedding + first layer, in bytes) / steady rate
+    ready = first layer usable - first layer's bytes / steady rate
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class LoadTimes:
     loaded: dict[int, float] = field(default_factory=dict)
 
     def bytes_per_s(self, sizes: Sizes) -> float:
-        return (sizes.layers - 1) * sizes.layer_bytes / (self.loaded[sizes.layers + 1] - self.loaded[2])
+        return (sizes.layers - 1) * sizes.layer_bytes / (self.loaded[sizes.layers] - self.loaded[1])
 
     def first_layer_s(self) -> float:
-        return self.loaded[2] - self.requested
+        return self.loaded[1] - self.requested
 
     def ready_s(self, sizes: Sizes) -> float:
-        return self.first_layer_s() - (sizes.embed_bytes + sizes.layer_bytes) / self.bytes_per_s(sizes)
+        return self.first_layer_s() - sizes.layer_bytes / self.bytes_per_s(sizes)
 
 
 async def exercise(address: str, rounds: int) -> None:
@@ -76,13 +76,13 @@ def load_times(records: Iterable[Record]) -> Iterator[LoadTimes]:
 
 def report(log: Path, rounds: int, sizes: Sizes) -> dict[str, object]:
     """Of the first `rounds` multicasts in the log; the very first one of a cluster is shown apart as well."""
-    seen = [t for t in load_times(eventlog.read(log)) if sizes.layers + 1 in t.loaded][:rounds]
+    seen = [t for t in load_times(eventlog.read(log)) if sizes.layers in t.loaded][:rounds]
     if not seen:
         return {"ready_ms": None}
     ready = [t.ready_s(sizes) * 1e3 for t in seen]
     for k, (times, ms) in enumerate(zip(seen, ready, strict=True)):
         print(f"  scale-up {k + 1}: prepared after {(times.prepared - times.requested) * 1e3:.0f} ms, first layer usable "
-              f"after {times.first_layer_s() * 1e3:.0f} ms, of which {(sizes.embed_bytes + sizes.layer_bytes) / 1e6:.1f} "
+              f"after {times.first_layer_s() * 1e3:.0f} ms, of which {sizes.layer_bytes / 1e6:.1f} "
               f"MB at {times.bytes_per_s(sizes) * 8 / 1e6:.0f} Mbit/s; ready in {ms:.0f} ms")
     return {"ready_ms": figures.rounded(statistics.median(ready)), "ready": {
         "first_ms": figures.rounded(ready[0]), "rounds_ms": [figures.rounded(ms) for ms in ready],

@@ -3,7 +3,7 @@
     tokens  greedy float32 answers during scale-ups equal one instance's
     live    a burst and a scale-up 1 → 2 at t=0: ZigZag, best effort, stop-the-world, no scaling, side by side
     tpot    time per output token on the source during a broadcast over 1 Gbit/s links, over that before it
-    ready   Scale command to first layer usable, less the transfer of embedding and first layer
+    ready   Scale command to first layer usable, less the transfer of that layer
 
 Real processes and real weights (SmolLM2-135M); hosts are network namespaces on rate-limited links, one core pinned per
 instance. Without root everything runs on loopback, which the result says. Last line: one JSON object.
@@ -88,7 +88,7 @@ def _steady(made: fleet.Fleet, parts: Sequence[str], rounds: int, context: int) 
     """Parts ready and tpot. Ready comes first: the very first scale-up of a cluster counts."""
     found, directory = [], checkpoint(_MODEL, _DTYPE)
     if "ready" in parts:
-        print("Ready: Scale command to first layer usable, less the transfer of embedding and first layer", flush=True)
+        print("Ready: Scale command to first layer usable, less the transfer of that layer", flush=True)
         asyncio.run(readiness.exercise(made.address, rounds))
         found.append(readiness.report(made.event_log, rounds, probe.sizes(directory)))
     if "tpot" in parts:

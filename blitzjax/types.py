@@ -1,7 +1,8 @@
 """The nouns of blitzjax: values that cross package borders. Stdlib only, frozen, no behaviour beyond arithmetic.
 
-A model is cut into **units**: unit 0 is the embedding, units 1..L are the decoder layers, unit L+1 is the head.
-Units arrive in that order, so a single watermark (`units`) says what an instance holds.
+A model is cut into **units**: units 0..L-1 are the decoder layers, unit L is the embedding, unit L+1 is the head. Units
+arrive in that order, so a single watermark (`units`) says what an instance holds. The embedding comes late because it
+is as large as many layers and only few of its rows are needed: a live partner lends a prompt's embedded rows.
 """
 
 from __future__ import annotations
@@ -58,12 +59,20 @@ class ModelSpec:
 
     @property
     def units(self) -> int:
-        """Number of units: embedding, layers, head."""
+        """Number of units: layers, embedding, head."""
         return self.layers + 2
+
+    @property
+    def embed_unit(self) -> int:
+        return self.layers
+
+    @property
+    def head_unit(self) -> int:
+        return self.layers + 1
 
     def layers_loaded(self, units: int) -> int:
         """Decoder layers inside a watermark of `units` units."""
-        return max(0, min(units - 1, self.layers))
+        return max(0, min(units, self.layers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class Wait:
 class _Progress:
     done: int = 0  # layers [0, done) were run
     share: int | None = None  # best effort: NEW stops after this many layers; None: not visited yet
+    ready: bool = True  # NEW has what the first layer works on
 
 
 class LiveQueue(Generic[T]):
@@ -74,10 +75,15 @@ class LiveQueue(Generic[T]):
         """All layers are here and OLD can get nothing any more: the pair may end."""
         return self.complete and self.pull_would_give() is None
 
-    def add(self, item: T) -> None:
-        """Queues `item` behind everything older."""
+    def add(self, item: T, ready: bool = True) -> None:
+        """Queues `item` behind everything older; OLD may pull it at once, NEW runs it once it is `ready`."""
         assert item not in self._items, f"{item} is queued twice"
-        self._items[item] = _Progress()
+        self._items[item] = _Progress(ready=ready)
+
+    def ready(self, item: T) -> None:
+        """NEW may run `item` from now on; unknown ones are ignored."""
+        if item in self._items:
+            self._items[item].ready = True
 
     def loaded(self, layers: int) -> None:
         """Layers [0, layers) are on NEW. The watermark never goes back."""
@@ -152,13 +158,15 @@ class LiveQueue(Generic[T]):
 
     def _choose_zigzag(self) -> T | None:
         """The oldest item that has a loaded layer which was not run (figure 16)."""
-        return next((item for item, progress in self._items.items() if progress.done < self._loaded), None)
+        return next((item for item, p in self._items.items() if p.ready and p.done < self._loaded), None)
 
     def _choose_best_effort(self) -> T | None:
         """FCFS, each item once, T_i = min(layers loaded when NEW reaches i, L/2) layers (section 5.2)."""
         if self.complete:
             return self._keep_one()
         for item, progress in self._items.items():
+            if not progress.ready:
+                continue
             if progress.share is None:
                 progress.share = min(self._loaded, self._layers // 2) if self._loaded else None
             if progress.share is not None and progress.done < progress.share:

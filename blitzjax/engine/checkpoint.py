@@ -27,7 +27,7 @@ from blitzjax.errors import CheckpointError
 from blitzjax.models import family
 from blitzjax.types import ModelSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _REPAIR = "restore the file, or delete the directory and convert the model again"

@@ -69,7 +69,7 @@ class GGUF:
     def _names(self, unit: int) -> dict[str, str]:
         """Published name → name in this file, for one unit."""
         kind = unit_kind(self.spec, unit)
-        prefix = f"blk.{unit - 1}." if kind == "layer" else ""
+        prefix = f"blk.{unit}." if kind == "layer" else ""
         return {name: prefix + _NAMES[name] for name in family(self.spec.family).tensors(self.spec, kind)}
 
     def _dequantize(self, tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
+from jax import Array
 
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk
@@ -48,7 +49,7 @@ class Instance:
         self._ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
         self._new: live.NewSide | None = None
         self._old: live.OldSide | None = None
-        self._early: dict[InstanceId, m.Pulled] = {}  # pulls that came before their StartLive
+        self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # came before their StartLive
         self._stopped = False
         self._reset()
 
@@ -92,8 +93,16 @@ class Instance:
             case m.UnitsArrived():
                 if self._new is not None:
                     self._new.arrived(self.store.units)
+            case m.Partnered():
+                self._partnered(message)
             case m.Pulled():
                 self._pulled(message)
+            case m.Borrowed():
+                if self._old is not None and self._old.pair.new == message.partner:
+                    self._old.lend(message.borrow)
+            case m.Lent():
+                if self._new is not None and self._new.pair.old == message.partner:
+                    self._new.lent(message.loan)
             case m.Taken():
                 if self._new is not None:
                     self._new.taken(message.seq)
@@ -160,8 +169,8 @@ class Instance:
         if pair.new == self.name:
             self._new = live.NewSide(pair, self.runner, self._handoff)
             self._new.arrived(self.store.units)
-            if pair.old in self._early:
-                self._new.asked(self._early.pop(pair.old))
+            for message in self._early.pop(pair.old, ()):
+                self._handle(message)
         else:
             if self._old is not None:
                 self._old.close()
@@ -184,9 +193,15 @@ class Instance:
         if self._new is not None and self._new.pair.old == partner:
             self._new.partner_left()
 
+    def _partnered(self, message: m.Partnered) -> None:
+        if self._new is None or self._new.pair.old != message.partner:
+            self._early.setdefault(message.partner, []).append(message)
+        else:
+            self._new.partnered(message.old)
+
     def _pulled(self, pull: m.Pulled) -> None:
         if self._new is None or self._new.pair.old != pull.puller:
-            self._early[pull.puller] = pull
+            self._early.setdefault(pull.puller, []).append(pull)
             return
         self._new.asked(pull)
         self._answer_pull()
@@ -277,8 +292,8 @@ class Instance:
             self._run_ready(self._ready.pop(0))
             return True
         if step is not None:
-            for chunk in step.prefill:
-                self._run_chunk(chunk)
+            for chunk, sequence in [(c, self._sequences[c.request_id]) for c in step.prefill]:
+                self._run_chunk(chunk, sequence)
                 progress = True
         return progress
 
@@ -311,17 +326,24 @@ class Instance:
 
     def _run_ready(self, sequence: Sequence) -> None:
         """The rest of a handed-over prompt; asks for the next one shortly before the end."""
-        layers = self.spec.layers
         self._decode_due -= self._share_of_step(sequence)
-        pause = max(sequence.prefill.next_layer, layers - self.config.transfer.pull_ahead_layers)
-        self.runner.run_span(sequence.prefill, Span(sequence.prefill.next_layer, pause))
-        if self._old is not None and pause < layers:
-            sequence.prefill.x[-1].block_until_ready()
-            self._receive(wait=False)
-            self._maybe_pull(layers - pause)
-        if sequence.id in self._sequences:  # not aborted meanwhile
-            self.runner.run_span(sequence.prefill, Span(pause, layers))
-            self._first_token(sequence)
+        for layer in range(sequence.prefill.next_layer, self.spec.layers):
+            self.runner.run_span(sequence.prefill, Span(layer, layer + 1))
+            if not self._between_layers(sequence, sequence.prefill.x[-1]):
+                return
+            self._maybe_pull(self.spec.layers - layer - 1)
+        self._first_token(sequence)
+
+    def _between_layers(self, sequence: Sequence, x: Array) -> bool:
+        """OLD answers its partner while it runs a prompt. → whether the prompt is still here."""
+        if self._old is None:
+            return True
+        x.block_until_ready()
+        self._receive(wait=False)
+        return self._here(sequence)
+
+    def _here(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.id) is sequence
 
     def _prompt_is_near(self) -> bool:
         """A partner's prompt is ready to run, or will be in a moment: worth a pause, which a hung partner cannot stretch."""
@@ -333,12 +355,15 @@ class Instance:
         tokens = len(prefill.tokens) / self._stages.shapes.chunk_tokens
         return tokens * (self.spec.layers - prefill.next_layer) / self.spec.layers
 
-    def _run_chunk(self, chunk: Chunk) -> None:
-        sequence = self._sequences[chunk.request_id]
+    def _run_chunk(self, chunk: Chunk, sequence: Sequence) -> None:
+        if not self._here(sequence):  # aborted between the layers of an earlier chunk
+            return
         if sequence.prefill is None:
             sequence.prefill = self.runner.begin(sequence.tokens)
         index = chunk.start // self._stages.shapes.chunk_tokens
-        self.runner.run_chunk(sequence.prefill, index)
+        for _ in self.runner.layers_of_chunk(sequence.prefill, index):
+            if not self._between_layers(sequence, sequence.prefill.x[index]):
+                return
         self._batcher.chunk_done(chunk)
         if index == len(sequence.prefill.chunks) - 1:
             self._first_token(sequence)

@@ -1,7 +1,8 @@
 """The two sides of a live pair: NEW runs layers of queued prompts as they arrive, OLD pulls prompts and finishes them.
 
 Invariant: a prompt is in NEW's queue or on OLD, never on both; what travels is its residual (needed at once) and the KV
-of the layers that NEW ran (needed when OLD begins to decode it).
+of the layers that NEW ran (needed when OLD begins to decode it). The embedding comes after the layers, so until then OLD
+lends NEW the embedded rows of the prompts that NEW is about to run.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 from jax import Array
 
 from blitzjax.control.zigzag import Handed, LiveQueue
-from blitzjax.engine.messages import ActivationsTaken, HandOver, KVTaken, Partner, Pulled
+from blitzjax.engine.messages import ActivationsTaken, Borrow, HandOver, KVTaken, Loan, Old, Partner, Pulled
 from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sequence import Sequence
 from blitzjax.errors import TransferError
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import LivePair, RequestId, Span, Work
+
+_LOANS_AHEAD = 4  # prompts, as many as NEW runs while a layer arrives at the ratios where live scaling pays
 
 
 class NewSide:
@@ -32,7 +36,9 @@ class NewSide:
         self._queue: LiveQueue[RequestId] = LiveQueue(runner.spec.layers, pair.mode)
         self._sequences: dict[RequestId, Sequence] = {}
         self._offers: dict[int, tuple[int, ...]] = {}  # pull seq → uuids not yet confirmed
+        self._old: Old | None = None  # its connection
         self._asked: Pulled | None = None  # OLD waits for an answer
+        self._loans: set[RequestId] = set()  # asked for
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._sequences
@@ -45,7 +51,8 @@ class NewSide:
     def add(self, sequence: Sequence) -> None:
         sequence.prefill = self._runner.begin(sequence.tokens)
         self._sequences[sequence.id] = sequence
-        self._queue.add(sequence.id)
+        self._loans.discard(sequence.id)
+        self._queue.add(sequence.id, self._has_embedding)
 
     def remove(self, request_id: RequestId) -> None:
         self._queue.remove(request_id)
@@ -55,9 +62,24 @@ class NewSide:
         """Everything below the watermark is usable; the last layer counts once the head is here too."""
         spec = self._runner.spec
         self._queue.loaded(spec.layers if units == spec.units else min(spec.layers_loaded(units), spec.layers - 1))
+        if self._has_embedding:
+            for request_id in self._queue.items:
+                self._queue.ready(request_id)
+
+    def partnered(self, old: Old) -> None:
+        self._old = old
+
+    def lent(self, loan: Loan) -> None:
+        """Embedded rows are here; those of a prompt that left meanwhile are dropped."""
+        sequence = self._sequences.get(loan.request_id)
+        if sequence is not None and sequence.work.attempt == loan.attempt and sequence.prefill.x[0] is None:
+            rows = np.frombuffer(loan.rows, np.dtype(loan.dtype)).reshape(len(sequence.tokens), -1)
+            self._runner.enter(sequence.prefill, rows)
+            self._queue.ready(sequence.id)
 
     def step(self) -> tuple[bool, Sequence | None]:
         """Runs at most one layer of one prompt. → (did anything, a prompt that this side has completed)."""
+        self._borrow()
         chosen = self._queue.next()
         if chosen is None:
             return False, None
@@ -80,11 +102,11 @@ class NewSide:
         if isinstance(given, Handed):
             sequence = self._sequences.pop(given.item)
             self._asked = None
-            pull.reply(self._offer(pull.seq, sequence, given.next_layer))
+            self._old.hand_over(self._offer(pull.seq, sequence, given.next_layer))
             return sequence
         if not self.open or self._queue.drained:
             self._asked = None
-            pull.reply(HandOver(pull.seq, None, drained=True))
+            self._old.hand_over(HandOver(pull.seq, None, drained=True))
         return None
 
     def taken(self, seq: int) -> None:
@@ -102,6 +124,20 @@ class NewSide:
         self._offers.clear()
         if uuids:
             threading.Thread(target=lambda: [self._handoff.withdraw(u) for u in uuids], daemon=True).start()
+
+    @property
+    def _has_embedding(self) -> bool:
+        return self._runner.store.units > self._runner.spec.embed_unit
+
+    def _borrow(self) -> None:
+        """Keeps a few prompts ahead of what NEW runs on loan; more would only delay the layers on the same link."""
+        if self._has_embedding or not self.open or self._old is None:
+            return
+        fresh = [s for s in self._sequences.values() if s.prefill.next_layer == 0]
+        ahead = sum(s.id in self._loans for s in fresh)
+        for sequence in [s for s in fresh if s.id not in self._loans][: max(0, _LOANS_AHEAD - ahead)]:
+            self._loans.add(sequence.id)
+            self._old.borrow(Borrow(sequence.id, sequence.work.attempt, tuple(sequence.tokens)))
 
     def _offer(self, seq: int, sequence: Sequence, next_layer: int) -> HandOver:
         if next_layer == 0:
@@ -148,6 +184,13 @@ class OldSide:
         self._activations.submit(self._take_activations, answer, self._residuals(prefill))
         self._kv.submit(self._take_kv, answer, self._runner.stages.kv_specs(1, prefill.context))
         return None
+
+    def lend(self, borrow: Borrow) -> None:
+        rows = self._runner.embedded(list(borrow.tokens))
+        narrow = rows.astype(self._runner.spec.dtype)
+        if np.array_equal(narrow.astype(np.float32), rows):  # most families only look rows up
+            rows = narrow
+        self.partner.lend(Loan(borrow.request_id, borrow.attempt, rows.dtype.name, rows.tobytes()))
 
     def close(self) -> None:
         """Nothing is pulled any more; arrays on their way still arrive, then the connection closes."""

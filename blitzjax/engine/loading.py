@@ -66,7 +66,7 @@ class Loader:
     def _prepare(self, plan: MulticastPlan) -> None:
         chain = next(c for c in plan.chains if self.name in c.instances)
         ranks = [self._ranks[i] for i in chain.instances]
-        chunk = broadcast.chunk_size(self.store.slab_bytes(1), self._config.transfer.chunk_bytes)
+        chunk = broadcast.chunk_size(self.store.slab_bytes(0), self._config.transfer.chunk_bytes)
         try:
             session = broadcast.prepare(self._world, ranks, chain.generation, self.store.lanes, chunk)
         except TransferError as e:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,12 +44,54 @@ class UnitsArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class Borrow:
+    """NEW's request for the embedded rows of a prompt that it wants to run before it holds the embedding."""
+
+    request_id: RequestId
+    attempt: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """OLD's answer: rows [tokens, D] of the residual stream, in `dtype`, which may be narrower but never loses a bit."""
+
+    request_id: RequestId
+    attempt: int
+    dtype: str
+    rows: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Partnered:
+    """OLD opened its connection to NEW. What NEW says to `old` leaves through it."""
+
+    partner: InstanceId
+    old: Old
+
+
+@dataclass(frozen=True, slots=True)
 class Pulled:
-    """OLD asks NEW for its next item; `reply` may be called from the engine thread, once."""
+    """OLD asks NEW for its next item, which goes out as a HandOver of the same `seq`."""
 
     seq: int
     puller: InstanceId
-    reply: Callable[[HandOver], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """NEW asks OLD, in OLD's inbox."""
+
+    partner: InstanceId
+    borrow: Borrow
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """OLD's loan, in NEW's inbox."""
+
+    partner: InstanceId
+    loan: Loan
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +147,20 @@ class Stop:
     pass
 
 
+class Old(Protocol):
+    """NEW's side of the connection that OLD opened. Nothing it is told may block the engine thread."""
+
+    def hand_over(self, answer: HandOver) -> None: ...
+
+    def borrow(self, borrow: Borrow) -> None: ...
+
+
 class Partner(Protocol):
-    """OLD's connection to NEW. Answers arrive in the inbox as HandedOver; a break as PartnerLost."""
+    """OLD's connection to NEW. Answers arrive in the inbox as HandedOver and Borrowed; a break as PartnerLost."""
 
     def pull(self, seq: int) -> None: ...
+
+    def lend(self, loan: Loan) -> None: ...
 
     def taken(self, seq: int) -> None: ...
 

@@ -94,13 +94,13 @@ class UnitLayout:
 
 def unit_kind(spec: ModelSpec, unit: int) -> str:
     assert 0 <= unit < spec.units, unit
-    return "embed" if unit == 0 else "head" if unit == spec.units - 1 else "layer"
+    return "embed" if unit == spec.embed_unit else "head" if unit == spec.head_unit else "layer"
 
 
 def unit_name(spec: ModelSpec, unit: int) -> str:
     """As error messages say it: "embed", "layer 7" (counted from 0), "head"."""
     kind = unit_kind(spec, unit)
-    return f"layer {unit - 1}" if kind == "layer" else kind
+    return f"layer {unit}" if kind == "layer" else kind
 
 
 def unit_arrays(spec: ModelSpec, unit: int) -> tuple[ArrayInfo, ...]:

@@ -6,8 +6,10 @@ the rest, here or on another instance, and gets the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -52,12 +54,29 @@ class Runner:
                 self._run_layer(prefill, layer, index)
             prefill.next_layer = layer + 1
 
-    def run_chunk(self, prefill: Prefill, index: int) -> None:
-        """Runs every layer over one chunk; the prompt is complete after its last chunk."""
+    def layers_of_chunk(self, prefill: Prefill, index: int) -> Iterator[int]:
+        """Runs every layer over one chunk, and yields after each; the prompt is complete after its last chunk."""
         for layer in range(self.spec.layers):
             self._run_layer(prefill, layer, index)
-        if index == len(prefill.chunks) - 1:
-            prefill.next_layer = self.spec.layers
+            if index == len(prefill.chunks) - 1:
+                prefill.next_layer = layer + 1
+            yield layer
+
+    def embedded(self, tokens: list[int]) -> np.ndarray:
+        """f32[tokens, D]: what the first layer of a prompt works on."""
+        prefill = self.begin(tokens)
+        rows = []
+        for index, chunk in enumerate(prefill.chunks):
+            self._embed(prefill, index)
+            rows.append(np.asarray(prefill.x[index])[0, : chunk.stop - chunk.start])
+        return np.concatenate(rows)
+
+    def enter(self, prefill: Prefill, rows: np.ndarray) -> None:
+        """Starts a prompt with rows [tokens, D] that another instance has embedded."""
+        for index, chunk in enumerate(prefill.chunks):
+            x = np.zeros((1, chunk.width, self.spec.dim), np.float32)
+            x[0, : chunk.stop - chunk.start] = rows[chunk.start : chunk.stop]
+            prefill.x[index] = jax.device_put(x, self.stages.replicated)
 
     def first_token(self, prefill: Prefill, sampling: Sampling, step: int) -> int:
         """Head over the prompt's last row."""
@@ -70,15 +89,15 @@ class Runner:
 
     def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> np.ndarray:
         """One step for every row: tokens i32[B] enter at positions lengths i32[B]. → next tokens i32[B]."""
-        x, aux = self.stages.embed(self.store.params(0), tokens[:, None], lengths[:, None])
+        x, aux = self.stages.embed(self._embedding, tokens[:, None], lengths[:, None])
         for layer in range(self.spec.layers):
             k, v = cache.layers[layer]
-            x, k, v = self.stages.decode(self.store.params(layer + 1), x, aux, k, v, lengths)
+            x, k, v = self.stages.decode(self.store.params(layer), x, aux, k, v, lengths)
             cache.layers[layer] = (k, v)
         return np.asarray(self._head(x, draws))
 
     def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:
-        chunk, weights = prefill.chunks[index], self.store.params(layer + 1)
+        chunk, weights = prefill.chunks[index], self.store.params(layer)
         if prefill.aux[index] is None:
             self._embed(prefill, index)
         x, aux = prefill.x[index], prefill.aux[index]
@@ -89,15 +108,20 @@ class Runner:
         prefill.x[index], prefill.kv[layer] = x, (k, v)
 
     def _embed(self, prefill: Prefill, index: int) -> None:
-        """Fills x (unless it came from a partner) and the per-step constants of a chunk."""
+        """Fills the per-step constants of a chunk, and x unless it came from a partner."""
         chunk = prefill.chunks[index]
+        positions = np.arange(chunk.start, chunk.start + chunk.width, dtype=np.int32)[None]
+        if prefill.x[index] is not None:
+            prefill.aux[index] = self.stages.aux(positions)
+            return
         tokens = np.zeros((1, chunk.width), np.int32)
         tokens[0, : chunk.stop - chunk.start] = prefill.tokens[chunk.start : chunk.stop]
-        positions = np.arange(chunk.start, chunk.start + chunk.width, dtype=np.int32)[None]
-        x, prefill.aux[index] = self.stages.embed(self.store.params(0), tokens, positions)
-        if prefill.x[index] is None:
-            prefill.x[index] = x
+        prefill.x[index], prefill.aux[index] = self.stages.embed(self._embedding, tokens, positions)
+
+    @property
+    def _embedding(self) -> dict[str, Array]:
+        return self.store.params(self.spec.embed_unit)
 
     def _head(self, x: Array, draws: Draws) -> Array:
-        table = self.store.params(0)["table"] if self.spec.tied_embeddings else None
-        return self.stages.head(self.store.params(self.spec.units - 1), table, x, draws)
+        table = self._embedding["table"] if self.spec.tied_embeddings else None
+        return self.stages.head(self.store.params(self.spec.head_unit), table, x, draws)

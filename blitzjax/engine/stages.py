@@ -47,6 +47,10 @@ class Stages:
         """i32[B, T], i32[B, T] → residual f32[B, T, D] and the model's per-step constants (rope tables)."""
         return self._stage("embed", *tokens.shape)(weights, tokens, positions)
 
+    def aux(self, positions: np.ndarray) -> object:
+        """i32[B, T] → the per-step constants alone, for a residual that came from elsewhere."""
+        return self._stage("aux", *positions.shape)(positions)
+
     def first(self, weights: Params, x: Array, aux, context: int) -> tuple[Array, Array, Array]:
         """One layer over the first chunk of a prompt. → x, k [1, KV, hd, context], v [1, KV, context, hd]."""
         return self._stage("first", x.shape[1], context)(weights, x, aux)
@@ -87,6 +91,7 @@ class Stages:
         s = self.shapes
         for width in s.widths:
             self._stage("embed", 1, width)
+            self._stage("aux", 1, width)
             self._stage("last_row", width)
         for width, context in s.first_chunks():
             self._stage("first", width, context)
@@ -146,7 +151,11 @@ class Stages:
             return module(weights)(tokens), aux(spec, positions)
 
         ids = self._abstract((rows, width), jnp.int32)
-        return embed, (self._weights(0), ids, ids), (), self.replicated
+        return embed, (self._weights(self.spec.embed_unit), ids, ids), (), self.replicated
+
+    def _build_aux(self, rows: int, width: int):
+        aux = functools.partial(family(self.spec.family).aux, self.spec)
+        return aux, (self._abstract((rows, width), jnp.int32),), (), self.replicated
 
     def _build_first(self, width: int, context: int):
         module = params.bind(self.spec, "layer")
@@ -165,7 +174,7 @@ class Stages:
             return x, jnp.pad(kept[0], ((0, 0),) * 3 + (room,)), jnp.pad(kept[1], ((0, 0),) * 2 + (room, (0, 0)))
 
         out = (self.replicated, self.kv_sharding, self.kv_sharding)
-        return first, (self._weights(1), *self._activations(1, width)), (), out
+        return first, (self._weights(0), *self._activations(1, width)), (), out
 
     def _build_next(self, width: int, context: int):
         module = params.bind(self.spec, "layer")
@@ -182,7 +191,7 @@ class Stages:
             x = module(weights)(x, aux, attend)
             return x, cache["k"], cache["v"]
 
-        args = (self._weights(1), *self._activations(1, width), *self.kv_specs(1, context), self._abstract((), jnp.int32))
+        args = (self._weights(0), *self._activations(1, width), *self.kv_specs(1, context), self._abstract((), jnp.int32))
         return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
     def _build_decode(self, rows: int, context: int):
@@ -201,7 +210,7 @@ class Stages:
             x = module(weights)(x, aux, attend)
             return x, cache["k"], cache["v"]
 
-        args = (self._weights(1), *self._activations(rows, 1), *self.kv_specs(rows, context),
+        args = (self._weights(0), *self._activations(rows, 1), *self.kv_specs(rows, context),
                 self._abstract((rows,), jnp.int32))
         return decode, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
@@ -229,9 +238,9 @@ class Stages:
         return head_sample, self._head_args(rows), (), self.replicated
 
     def _head_args(self, rows: int):
-        table = self._weights(0)["table"] if self.spec.tied_embeddings else None
+        table = self._weights(self.spec.embed_unit)["table"] if self.spec.tied_embeddings else None
         draws = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), sampling.greedy_draws(rows))
-        return self._weights(self.spec.layers + 1), table, self._abstract((rows, self.spec.dim)), draws
+        return self._weights(self.spec.head_unit), table, self._abstract((rows, self.spec.dim)), draws
 
     def _build_insert(self, rows: int, context: int, staged: int):
         def insert(k, v, k_new, v_new, slot):

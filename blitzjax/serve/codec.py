@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from blitzjax import types
 from blitzjax.v1 import worker_pb2 as pb
 
+T = typing.TypeVar("T")
 _CHANNEL_FIELDS = ("instance",)  # a command's addressee is the stream it travels on
 
 
@@ -60,7 +61,7 @@ def encode_work(work: types.Work) -> pb.Work:
 
 
 def decode_work(message: pb.Work) -> types.Work:
-    return _build(types.Work, message, {})
+    return decode(types.Work, message)
 
 
 def model_spec(manifest_json: str) -> types.ModelSpec:
@@ -88,6 +89,11 @@ def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:
                 target.extend(item)
         else:
             setattr(message, f.name, item)
+
+
+def decode(kind: type[T], message: Message) -> T:
+    """The dataclass `kind` from the message with its fields; undoes `fill`."""
+    return _build(kind, message, {})
 
 
 def _build(kind: type, message: Message, given: dict[str, object]):

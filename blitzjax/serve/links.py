@@ -130,7 +130,7 @@ class WorkerLink:
             case "refused":
                 self.refused = message.refused.message or "no reason given"
                 self._shell.on_refused(self.instance, self.refused)
-            case "hand_off" | None:
+            case "hand_off" | "borrow" | None:
                 _log.error("%s sent the controller a message meant for its live partner", self.instance)
             case _:
                 self._report(replace(codec.decode_event(message), at=self._shell.now()))

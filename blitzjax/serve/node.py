@@ -103,11 +103,17 @@ class Node:
             case _:
                 self.instance.post(command)
 
-    def pulled(self, pull: pb.Pull, outbox) -> None:
-        self.instance.post(m.Pulled(pull.seq, pull.puller, lambda answer: outbox.put(_encode_hand_off(answer))))
+    def partnered(self, old: types.InstanceId, outbox) -> None:
+        self.instance.post(m.Partnered(old, OldLink(outbox)))
 
-    def taken(self, taken: pb.Taken) -> None:
-        self.instance.post(m.Taken(taken.seq))
+    def obey_partner(self, old: types.InstanceId, command: pb.WorkerCommand) -> None:
+        match command.WhichOneof("command"):
+            case "pull":
+                self.instance.post(m.Pulled(command.pull.seq, old))
+            case "taken":
+                self.instance.post(m.Taken(command.taken.seq))
+            case "loan":
+                self.instance.post(m.Lent(old, codec.decode(m.Loan, command.loan)))
 
     def partner_left(self, partner: types.InstanceId) -> None:
         self.instance.post(m.PartnerLost(partner))
@@ -146,18 +152,38 @@ class Node:
         return PartnerLink(self._addresses[partner], self.name, partner, self.instance.post)
 
 
+class OldLink:
+    """NEW's answers and requests to OLD. See messages.Old."""
+
+    def __init__(self, outbox) -> None:
+        self._outbox = outbox
+
+    def hand_over(self, answer: m.HandOver) -> None:
+        self._outbox.put(_encode_hand_off(answer))
+
+    def borrow(self, borrow: m.Borrow) -> None:
+        event = pb.WorkerEvent()
+        codec.fill(event.borrow, borrow)
+        self._outbox.put(event)
+
+
 class PartnerLink:
-    """OLD's session with NEW: pulls go out, hand-overs come back into the inbox. See messages.Partner."""
+    """OLD's session with NEW: pulls and loans go out, what NEW says comes back into the inbox. See messages.Partner."""
 
     def __init__(self, address: str, me: types.InstanceId, partner: types.InstanceId, post) -> None:
         self._me, self._partner, self._post = me, partner, post
-        self._commands: list[pb.WorkerCommand | None] = []
+        self._commands: list[pb.WorkerCommand | None] = [pb.WorkerCommand(partner=pb.Partner(instance=me))]
         self._ready = threading.Condition()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         threading.Thread(target=self._run, name=f"partner-{partner}", daemon=True).start()
 
     def pull(self, seq: int) -> None:
-        self._put(pb.WorkerCommand(pull=pb.Pull(seq=seq, puller=self._me)))
+        self._put(pb.WorkerCommand(pull=pb.Pull(seq=seq)))
+
+    def lend(self, loan: m.Loan) -> None:
+        command = pb.WorkerCommand()
+        codec.fill(command.loan, loan)
+        self._put(command)
 
     def taken(self, seq: int) -> None:
         self._put(pb.WorkerCommand(taken=pb.Taken(seq=seq)))
@@ -183,7 +209,10 @@ class PartnerLink:
     def _run(self) -> None:
         try:
             for event in rpc.WorkerStub(self._channel).Run(self._outgoing()):
-                self._post(m.HandedOver(self._partner, _decode_hand_off(event.hand_off)))
+                if event.WhichOneof("event") == "borrow":
+                    self._post(m.Borrowed(self._partner, codec.decode(m.Borrow, event.borrow)))
+                else:
+                    self._post(m.HandedOver(self._partner, _decode_hand_off(event.hand_off)))
         except grpc.RpcError as e:
             log.warning("%s: session with live partner %s broke: %s", self._me, self._partner, e.details())
         self._post(m.PartnerLost(self._partner))

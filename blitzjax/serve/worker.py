@@ -57,9 +57,9 @@ class Worker(rpc.WorkerServicer):
         match first and first.WhichOneof("command"):
             case "configure":
                 return self._control(first.configure, requests, context)
-            case "pull":
+            case "partner":
                 return self._partner(first, requests, context)
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure or Pull")
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure or Partner")
 
     def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
         outbox = Outbox()
@@ -96,20 +96,17 @@ class Worker(rpc.WorkerServicer):
         node = self._node
         if node is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
-        outbox = Outbox()
+        outbox, old = Outbox(), first.partner.instance
         context.add_callback(outbox.close)
 
         def feed() -> None:
-            node.pulled(first.pull, outbox)
+            node.partnered(old, outbox)
             try:
                 for command in requests:
-                    if command.WhichOneof("command") == "pull":
-                        node.pulled(command.pull, outbox)
-                    else:
-                        node.taken(command.taken)
+                    node.obey_partner(old, command)
             except grpc.RpcError:
                 pass
-            node.partner_left(first.pull.puller)
+            node.partner_left(old)
             outbox.close()
 
         threading.Thread(target=feed, name="partner", daemon=True).start()

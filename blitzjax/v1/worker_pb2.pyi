@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken")
+    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,8 @@ class WorkerCommand(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     PULL_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
+    PARTNER_FIELD_NUMBER: _ClassVar[int]
+    LOAN_FIELD_NUMBER: _ClassVar[int]
     configure: Configure
     assign: Assign
     abort: Abort
@@ -32,10 +34,12 @@ class WorkerCommand(_message.Message):
     release: Release
     pull: Pull
     taken: Taken
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ...) -> None: ...
+    partner: Partner
+    loan: Loan
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused")
+    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow")
     INSTANCE_JOINED_FIELD_NUMBER: _ClassVar[int]
     WORLD_JOINED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +54,7 @@ class WorkerEvent(_message.Message):
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     HAND_OFF_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    BORROW_FIELD_NUMBER: _ClassVar[int]
     instance_joined: InstanceJoined
     world_joined: WorldJoined
     tokens: Tokens
@@ -64,7 +69,8 @@ class WorkerEvent(_message.Message):
     drained: Drained
     hand_off: HandOff
     refused: Refused
-    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+    borrow: Borrow
+    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
     __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers")
@@ -224,13 +230,39 @@ class Release(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Partner(_message.Message):
+    __slots__ = ("instance",)
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    def __init__(self, instance: _Optional[str] = ...) -> None: ...
+
 class Pull(_message.Message):
-    __slots__ = ("seq", "puller")
+    __slots__ = ("seq",)
     SEQ_FIELD_NUMBER: _ClassVar[int]
-    PULLER_FIELD_NUMBER: _ClassVar[int]
     seq: int
-    puller: str
-    def __init__(self, seq: _Optional[int] = ..., puller: _Optional[str] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ...) -> None: ...
+
+class Borrow(_message.Message):
+    __slots__ = ("request_id", "attempt", "tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Loan(_message.Message):
+    __slots__ = ("request_id", "attempt", "dtype", "rows")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    dtype: str
+    rows: bytes
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., dtype: _Optional[str] = ..., rows: _Optional[bytes] = ...) -> None: ...
 
 class Taken(_message.Message):
     __slots__ = ("seq",)

@@ -56,10 +56,10 @@ def test_ideal_counts_in_layer_times() -> None:
     assert slow["ttft_mean_s"] == pytest.approx(2 * fast["ttft_mean_s"], rel=1e-3)
 
 
-def test_embedding_delays_everybody_who_waits_for_the_new_instance() -> None:
+def test_a_late_embedding_delays_who_waits_for_all_of_the_model_but_not_a_live_pair() -> None:
     late = Ideal(30, 5, 24, embed=40)
-    for mode in ("zigzag", "best_effort", "off"):
-        assert sum(late.finishes(mode)) > sum(ISSUE.finishes(mode))
+    assert sum(late.finishes("off")) > 1.03 * sum(ISSUE.finishes("off"))
+    assert sum(late.finishes("zigzag")) < 1.01 * sum(ISSUE.finishes("zigzag"))
     assert late.finishes("none") == ISSUE.finishes("none")
 
 

@@ -12,26 +12,26 @@ from blitzjax.types import (
 )
 
 
-def multicast(ticket: int, at: float, ready: float, layer: float, layers: int, embed_layers: int) -> list[Record]:
-    """Everything ready after `ready` seconds, then one layer each `layer` seconds, the embedding as `embed_layers`."""
+def multicast(ticket: int, at: float, ready: float, layer: float, layers: int) -> list[Record]:
+    """Everything ready after `ready` seconds, then one layer each `layer` seconds."""
     plan = MulticastPlan(ticket, "m", (Chain(("i0", "i1"), 0, layers + 2, 0),))
     out = [Record(at, ScaleRequested(at, 2))]
     out += [Record(at, PrepareTransfer(i, plan)) for i in ("i0", "i1")]
     out += [Record(at + ready, TransferReady(at + ready, i, ticket)) for i in ("i0", "i1")]
     out += [Record(at + ready, StartTransfer(i, ticket)) for i in ("i0", "i1")]
-    for unit in range(layers + 1):
-        loaded = at + ready + (embed_layers + unit) * layer
+    for unit in range(layers):
+        loaded = at + ready + (1 + unit) * layer
         out.append(Record(loaded, LayerLoaded(loaded, "i1", unit + 1)))
     return out
 
 
 def test_ready_is_what_the_bytes_do_not_explain() -> None:
     sizes = Sizes(layers=10, layer_bytes=1000, embed_bytes=8000)
-    log = multicast(1, 100.0, 0.12, 0.2, 10, 8) + multicast(2, 200.0, 0.03, 0.1, 10, 8)
+    log = multicast(1, 100.0, 0.12, 0.2, 10) + multicast(2, 200.0, 0.03, 0.1, 10)
     first, second = readiness.load_times(log)
     assert (first.ticket, second.ticket) == (1, 2)
     assert first.bytes_per_s(sizes) == pytest.approx(5000)
-    assert first.first_layer_s() == pytest.approx(0.12 + 9 * 0.2)
+    assert first.first_layer_s() == pytest.approx(0.12 + 0.2)
     assert first.ready_s(sizes) == pytest.approx(0.12)
     assert second.ready_s(sizes) == pytest.approx(0.03)
     assert second.prepared - second.requested == pytest.approx(0.03)

@@ -22,7 +22,7 @@ def truncate(weights: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100_000])
 
 
-@pytest.mark.parametrize("damage,named", [(corrupt, "layer 0: qkv"), (truncate, "layer 0: ")])
+@pytest.mark.parametrize("damage,named", [(corrupt, "layer 1: gate_up"), (truncate, "layer 0: o")])
 def test_damage_is_named_and_ends_the_start(tmp_path, tmp_path_factory, damage, named: str) -> None:
     write_random(tmp_path / "tiny", TINY, seed=1)
     damage(tmp_path / "tiny" / "weights.bin")

@@ -1,6 +1,7 @@
 """Event simulation of one overloaded instance and one loading instance around the real LiveQueue.
 
-Time is in units of one layer's compute. Layer k (0-based) is on NEW at `delay + k * load`. All batches are queued at 0.
+Time is in units of one layer's compute. Layer k (0-based) is on NEW at `delay + k * load`, the last one counts `tail`
+later: embedding and head come behind it. All batches are queued at 0.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import math
 from blitzjax.control.zigzag import Handed, LiveQueue
 
 
-def live(mode: str, layers: int, load: float, batches: int, delay: float = 0.0) -> list[float]:
+def live(mode: str, layers: int, load: float, batches: int, delay: float = 0.0, tail: float = 0.0) -> list[float]:
     """Completion time of every batch, in order of arrival, with mode "zigzag" or "best_effort"."""
-    return _Pair(mode, layers, load, batches, delay).run()
+    return _Pair(mode, layers, load, batches, delay, tail).run()
 
 
 def alone(layers: int, batches: int) -> list[float]:
@@ -21,9 +22,9 @@ def alone(layers: int, batches: int) -> list[float]:
     return [layers * (i + 1.0) for i in range(batches)]
 
 
-def stop_the_world(layers: int, load: float, batches: int, delay: float = 0.0) -> list[float]:
+def stop_the_world(layers: int, load: float, batches: int, delay: float = 0.0, tail: float = 0.0) -> list[float]:
     """NEW serves whole batches from the shared queue once its last layer is there."""
-    free = [0.0, delay + (layers - 1) * load]
+    free = [0.0, delay + (layers - 1) * load + tail]
     ends = []
     for _ in range(batches):
         side = 0 if free[0] <= free[1] else 1
@@ -44,14 +45,14 @@ def p95(values: list[float]) -> float:
 class _Pair:
     """Both sides of the pair."""
 
-    def __init__(self, mode: str, layers: int, load: float, batches: int, delay: float) -> None:
+    def __init__(self, mode: str, layers: int, load: float, batches: int, delay: float, tail: float) -> None:
         self.queue: LiveQueue[int] = LiveQueue(layers, mode)
         self.layers = layers
         self.ends = [math.inf] * batches
         self.old_busy = False
         self.new_busy = False
         self.events: list[tuple[float, int, str, int]] = [
-            (delay + k * load, 0, "loaded", k + 1) for k in range(layers)]
+            (delay + k * load + tail * (k == layers - 1), 0, "loaded", k + 1) for k in range(layers)]
         for batch in range(batches):
             self.queue.add(batch)
 

@@ -73,7 +73,7 @@ def test_flipped_byte_names_the_tensor_and_commits_nothing(path: Path) -> None:
     store = LayerStore(TINY, jax.devices()[:1])
     for unit in range(3):
         opened.load_unit(unit, store)
-    with pytest.raises(CheckpointError, match="layer 2: down is corrupt"):
+    with pytest.raises(CheckpointError, match="layer 3: down is corrupt"):
         opened.load_unit(3, store)
     assert store.units == 3
 
@@ -81,14 +81,14 @@ def test_flipped_byte_names_the_tensor_and_commits_nothing(path: Path) -> None:
 def test_truncated_weights_name_the_first_incomplete_tensor(path: Path) -> None:
     opened, gate_up = Checkpoint.open(path), entry(path, 2, "gate_up")
     (path / "weights.bin").write_bytes((path / "weights.bin").read_bytes()[:gate_up.offset + gate_up.nbytes - 1])
-    with pytest.raises(CheckpointError, match="layer 1: gate_up is incomplete.*convert"):
+    with pytest.raises(CheckpointError, match="layer 2: gate_up is incomplete.*convert"):
         Checkpoint.open(path)
-    with pytest.raises(CheckpointError, match="layer 1: gate_up is incomplete"):  # also when cut after opening
+    with pytest.raises(CheckpointError, match="layer 2: gate_up is incomplete"):  # also when cut after opening
         opened.load_unit(0, LayerStore(TINY, jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("manifest.json", "manifest.json is missing"), ("weights.bin", "weights.bin is missing; embed: table"),
+    ("manifest.json", "manifest.json is missing"), ("weights.bin", "weights.bin is missing; layer 0: "),
     ("tokenizer.json", "tokenizer.json is missing"), ("tokenizer_config.json", "tokenizer_config.json is missing")])
 def test_missing_file_is_named(path: Path, name: str, message: str) -> None:
     (path / name).unlink()
@@ -116,7 +116,7 @@ def test_arrays_of_another_model_are_all_listed(path: Path) -> None:
         Checkpoint.open(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"version": 1, "spec": {"eos_token_ids": []}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"version": 2, "spec": {"eos_token_ids": []}}'])
 def test_malformed_manifest_is_reported(path: Path, text: str) -> None:
     (path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError):
@@ -207,7 +207,7 @@ def test_gguf_file_is_converted_once_and_cached(tmp_path: Path, monkeypatch: pyt
 
 def test_gguf_rows_of_q_and_k_are_put_back(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf")
-    qkv = list(GGUF.open(tmp_path / "model.gguf", "m", "float32").units())[1]["qkv"]  # [KV, G+2, hd, D]
+    qkv = list(GGUF.open(tmp_path / "model.gguf", "m", "float32").units())[0]["qkv"]  # [KV, G+2, hd, D]
     stored_q = gguf_array("blk.0.attn_q.weight", (64, 64)).reshape(4, 16, 64)
     np.testing.assert_array_equal(qkv[1, 0, :8], stored_q[2, 0::2])  # first half of a head: its even stored rows
     np.testing.assert_array_equal(qkv[1, 0, 8:], stored_q[2, 1::2])

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,12 +16,14 @@ import pytest
 from blitzjax.config import Config, EngineConfig
 from blitzjax.engine import messages as m
 from blitzjax.engine.instance import Instance
+from blitzjax.engine.live import OldSide
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
+from blitzjax.engine.runner import Runner
 from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import (
     Abort, Drained, EndLive, LiveDrained, LivePair, ModelSpec, PrefillDone, Release, Request, RequestFinished,
-    RequestHanded, Sampling, StartLive, Work,
+    RequestHanded, Sampling, Span, StartLive, Work,
 )
 
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32", eos_token_ids=(7,))
@@ -41,6 +44,7 @@ class Rig:
         self.handoff = HandOff("127.0.0.1", jax.local_devices()[:1])
         self.events: list[object] = []
         self.changed = threading.Condition()
+        self.partner: DirectPartner | None = None  # of an OLD side
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
                                  lambda partner: DirectPartner(self, rigs[partner]))
         self.thread = threading.Thread(target=self.instance.run, daemon=True)
@@ -68,14 +72,26 @@ class Rig:
 
 
 class DirectPartner:
-    """Partner link between two rigs of this process."""
+    """Partner link between two rigs of this process, both ends of it."""
 
     def __init__(self, old: Rig, new: Rig):
         self._old, self._new = old, new
+        self.loans: list[m.Loan] = []
+        old.partner = self
+        new.instance.post(m.Partnered(old.instance.name, self))
+
+    def hand_over(self, answer: m.HandOver) -> None:
+        self._old.instance.post(m.HandedOver(self._new.instance.name, answer))
+
+    def borrow(self, borrow: m.Borrow) -> None:
+        self._old.instance.post(m.Borrowed(self._new.instance.name, borrow))
 
     def pull(self, seq: int) -> None:
-        reply = lambda answer: self._old.instance.post(m.HandedOver(self._new.instance.name, answer))
-        self._new.instance.post(m.Pulled(seq, self._old.instance.name, reply))
+        self._new.instance.post(m.Pulled(seq, self._old.instance.name))
+
+    def lend(self, loan: m.Loan) -> None:
+        self.loans.append(loan)
+        self._new.instance.post(m.Lent(self._old.instance.name, loan))
 
     def taken(self, seq: int) -> None:
         self._new.instance.post(m.Taken(seq))
@@ -200,6 +216,31 @@ def test_live_pair_gives_the_tokens_of_one_instance(rigs, mode: str, units_at_st
     assert handed == set(answers(old)), "old answers exactly what it was handed"
     for rig in (old, new):
         assert rig.instance.idle
+    if units_at_start in (1, 3):  # NEW had layers to run and no embedding
+        assert old.partner.loans, "NEW ran layers with embedded rows of OLD's"
+
+
+def test_a_loan_is_as_narrow_as_it_can_be_without_losing_a_bit(rigs) -> None:
+    for dtype, wanted in (("float32", "float32"), ("bfloat16", "bfloat16")):
+        spec = replace(SPEC, dtype=dtype)
+        store = LayerStore(spec, jax.local_devices()[:1])
+        for unit in range(spec.units):
+            fill(store, unit, weights(unit))
+            store.commit(unit)
+        runner = Runner(Stages(spec, rigs["old"].instance.config.engine, store.mesh), store)
+        loans: list[m.Loan] = []
+        side = OldSide(LivePair("old", "new", "zigzag"), runner, rigs["old"].handoff,
+                       SimpleNamespace(lend=loans.append), lambda message: None, 1.0)
+        tokens = WORKS[3].prompt  # two chunks
+        side.lend(m.Borrow("r", 1, tokens))
+        own, lent = runner.begin(list(tokens)), runner.begin(list(tokens))
+        runner.enter(lent, np.frombuffer(loans[0].rows, np.dtype(loans[0].dtype)).reshape(len(tokens), -1))
+        for prefill in (own, lent):
+            runner.run_span(prefill, Span(0, 2))
+        assert loans[0].dtype == wanted
+        for a, b, chunk in zip(own.x, lent.x, own.chunks, strict=True):
+            real = chunk.stop - chunk.start
+            assert np.array_equal(np.asarray(a)[0, :real], np.asarray(b)[0, :real])
 
 
 def test_new_side_alone_finishes_what_it_has_when_the_pair_ends(rigs) -> None:

@@ -26,9 +26,9 @@ def loaded(spec: ModelSpec, tp: int) -> LayerStore:
     return store
 
 
-def test_units_are_embedding_layers_head() -> None:
-    assert [unit_kind(TINY, u) for u in range(TINY.units)] == ["embed"] + ["layer"] * 4 + ["head"]
-    assert [unit_name(TINY, u) for u in (0, 1, 4, 5)] == ["embed", "layer 0", "layer 3", "head"]
+def test_units_are_layers_embedding_head() -> None:
+    assert [unit_kind(TINY, u) for u in range(TINY.units)] == ["layer"] * 4 + ["embed", "head"]
+    assert [unit_name(TINY, u) for u in (0, 3, 4, 5)] == ["layer 0", "layer 3", "embed", "head"]
     names = {a.name for a in unit_arrays(TINY, 1)}
     assert names == {"attn_norm", "qkv", "o", "ffn_norm", "gate_up", "down"}
     assert [a.name for a in unit_arrays(TINY, 5)] == ["norm"]

@@ -34,7 +34,7 @@ def positions(batch: int, length: int) -> jax.Array:
 
 
 def embed(store: LayerStore, tokens: jax.Array) -> jax.Array:
-    return jax.jit(lambda p, t: bind(store.spec, "embed")(p)(t))(store.params(0), tokens)
+    return jax.jit(lambda p, t: bind(store.spec, "embed")(p)(t))(store.params(store.spec.embed_unit), tokens)
 
 
 def layers(store: LayerStore, x: jax.Array, stop: int) -> jax.Array:
@@ -42,12 +42,12 @@ def layers(store: LayerStore, x: jax.Array, stop: int) -> jax.Array:
     aux = family(store.spec.family).aux(store.spec, positions(*x.shape[:2]))
     run = jax.jit(lambda p, x: bind(store.spec, "layer")(p)(x, aux, causal))
     for layer in range(stop):
-        x = run(store.params(layer + 1), x)
+        x = run(store.params(layer), x)
     return x
 
 
 def head(store: LayerStore, x: jax.Array) -> jax.Array:
-    table = store.params(0)["table"] if store.spec.tied_embeddings else None
+    table = store.params(store.spec.embed_unit)["table"] if store.spec.tied_embeddings else None
     return jax.jit(lambda p, x, t: bind(store.spec, "head")(p)(x, t))(store.params(store.spec.units - 1), x, table)
 
 
@@ -77,13 +77,13 @@ class Greedy:
         return first, np.stack(answers, axis=1)
 
     def _step(self, tokens: np.ndarray, at: np.ndarray, caches: list[jax.Array]) -> jax.Array:
-        x = self._embed(self.store.params(0), tokens)
+        x = self._embed(self.store.params(self.store.spec.embed_unit), tokens)
         for layer in range(self.store.spec.layers):
-            x, caches[layer] = self._layer(self.store.params(layer + 1), x, at, caches[layer])
+            x, caches[layer] = self._layer(self.store.params(layer), x, at, caches[layer])
         return x
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        table = self.store.params(0)["table"] if self.store.spec.tied_embeddings else None
+        table = self.store.params(self.store.spec.embed_unit)["table"] if self.store.spec.tied_embeddings else None
         return self._head(self.store.params(self.store.spec.units - 1), x, table)
 
 

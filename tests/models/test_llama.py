@@ -30,7 +30,7 @@ def store(request: pytest.FixtureRequest) -> LayerStore:
     weights = tiny.weights()
     for unit in range(SPEC.units):
         kind = unit_kind(SPEC, unit)
-        prefix = f"model.layers.{unit - 1}." if kind == "layer" else ""
+        prefix = f"model.layers.{unit}." if kind == "layer" else ""
         published = {name: weights[prefix + name] for name in FAMILIES["llama"].tensors(SPEC, kind)}
         fill(loaded, unit, FAMILIES["llama"].fuse(SPEC, kind, published))
         loaded.commit(unit)

@@ -36,7 +36,7 @@ def byte_names() -> list[str]:
 def write_model(directory: Path, tokenizer: bool = True, template: str | None = TEMPLATE) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     units = [{"bytes": 10} for _ in range(SPEC.units)]
-    (directory / "manifest.json").write_text(json.dumps({"version": 1, "spec": asdict(SPEC), "units": units}))
+    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(SPEC), "units": units}))
     if tokenizer:
         toy = tokenizers.Tokenizer(models.BPE({name: b for b, name in enumerate(byte_names())}, []))
         toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
