@@ -86,8 +86,9 @@ async def _rounds(address: str, checkpoint: Path, rounds: int, load: Load
     encode = load_model(checkpoint).tokenizer.encode
     seen: dict[str, list[dict[str, float | None]]] = {mode: [] for mode in MODES}
     async with AsyncClient(address) as client, fleet.watching(address) as watch:
-        await _burst(client, watch, "off", prompts.of_lengths(encode, [load.tokens] * load.count, _SEED - 1))  # warm-up:
-        await fleet.settle(client, 1)  # both workers' caches have grown once, connections are up
+        for mode in ("off", "zigzag"):  # warm-up: both workers' caches have grown once, connections are up
+            await _burst(client, watch, mode, prompts.of_lengths(encode, [load.tokens] * load.count, _SEED - 1))
+            await fleet.settle(client, 1)
         for k in range(rounds):
             for mode in MODES[k % len(MODES):] + MODES[:k % len(MODES)]:
                 burst = prompts.of_lengths(encode, [load.tokens] * load.count, _SEED + k)

@@ -61,7 +61,7 @@ class TransferConfig:
     chunk_bytes: int = 4 << 20  # target size of one multicast step per device; adjusted to divide a layer evenly
     collective_timeout_s: float = 10.0  # a collective whose peer hangs fails after this
     handoff_timeout_s: float = 10.0  # activations or KV that do not arrive in this time fail the attempt
-    pull_ahead_layers: int = 2  # the old side asks for its next batch this many layers before it is idle
+    pull_ahead_layers: int = 3  # the old side asks for its next batch this many layers before it is idle
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,6 +214,16 @@ class RequestFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestReturned:
+    """`instance` has not begun this attempt and leaves the request to others: it became the OLD side of a pair."""
+
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerLoaded:
     """`instance` now holds units [0, units)."""
 
@@ -303,7 +313,8 @@ class Ticked:
 
 
 Event: TypeAlias = (
-    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | RequestFinished | RequestFailed | LayerLoaded
+    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | RequestFinished | RequestFailed
+    | RequestReturned | LayerLoaded
     | TransferReady | TransferEnded | LiveDrained | Drained | InstanceJoined | WorldJoined | InstanceLost
     | ScaleRequested | Ticked
 )

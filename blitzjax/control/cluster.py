@@ -89,6 +89,9 @@ class Cluster:
                 entry = self._book.current(request_id, attempt)
                 running = entry is not None and entry.owner is not None
                 return self._book.lose(entry, f"{member.id}: {message}") if running else []
+            case types.RequestReturned(request_id=request_id, attempt=attempt):
+                entry = self._book.current(request_id, attempt)
+                return self._book.give_back(entry) if entry is not None and entry.owner == member.id else []
             case types.LayerLoaded(units=units):
                 self._provisioner.arrived(member, units)
                 return []

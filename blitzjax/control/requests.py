@@ -117,6 +117,16 @@ class RequestBook:
         self._enqueue(entry)
         return []
 
+    def give_back(self, entry: Entry) -> list[Command]:
+        """The owner has not begun the attempt: back into the queue at its old rank; nothing is held against it."""
+        self._detach(entry)
+        if entry.cancelled:
+            del self._entries[entry.request.id]
+            return []
+        entry.handed = False
+        self._enqueue(entry)
+        return []
+
     def forget(self, entry: Entry) -> None:
         """The request is over."""
         self._detach(entry)

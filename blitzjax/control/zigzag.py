@@ -36,6 +36,7 @@ class _Progress:
     done: int = 0  # layers [0, done) were run
     share: int | None = None  # best effort: NEW stops after this many layers; None: not visited yet
     ready: bool = True  # NEW has what the first layer works on
+    rank: tuple[float, ...] = ()  # lower is older
 
 
 class LiveQueue(Generic[T]):
@@ -50,7 +51,7 @@ class LiveQueue(Generic[T]):
         self._mode = mode
         self._loaded = 0
         self._closed = False
-        self._items: dict[T, _Progress] = {}  # insertion order is age
+        self._items: dict[T, _Progress] = {}  # oldest first
         self._executing: T | None = None
         self._kept: T | None = None  # best effort, all layers loaded: the item that NEW runs to its end
 
@@ -75,10 +76,11 @@ class LiveQueue(Generic[T]):
         """All layers are here and OLD can get nothing any more: the pair may end."""
         return self.complete and self.pull_would_give() is None
 
-    def add(self, item: T, ready: bool = True) -> None:
-        """Queues `item` behind everything older; OLD may pull it at once, NEW runs it once it is `ready`."""
+    def add(self, item: T, ready: bool = True, rank: tuple[float, ...] = ()) -> None:
+        """Queues `item` behind everything of a lower or equal `rank`; NEW runs it once it is `ready`, OLD any time."""
         assert item not in self._items, f"{item} is queued twice"
-        self._items[item] = _Progress(ready=ready)
+        self._items[item] = _Progress(ready=ready, rank=rank)
+        self._items = dict(sorted(self._items.items(), key=lambda entry: entry[1].rank))  # stable
 
     def ready(self, item: T) -> None:
         """NEW may run `item` from now on; unknown ones are ignored."""

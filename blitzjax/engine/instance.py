@@ -27,7 +27,7 @@ from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import (
     Abort, Drained, EndLive, Event, InstanceId, LiveDrained, LivePair, PrefillDone, Release, RequestFailed,
-    RequestFinished, RequestHanded, RequestId, Span, StartLive, Work,
+    RequestFinished, RequestHanded, RequestId, RequestReturned, Span, StartLive, Work,
 )
 
 Output: TypeAlias = Event | m.Tokens
@@ -176,6 +176,14 @@ class Instance:
                 self._old.close()
             self._old = live.OldSide(pair, self.runner, self._handoff, self._connect(pair.new), self.post,
                                      self.config.transfer.handoff_timeout_s)
+            self._return_untouched()
+
+    def _return_untouched(self) -> None:
+        """What this side has not begun goes to the pair's queue, where NEW helps with it."""
+        for sequence in list(self._sequences.values()):
+            if sequence.prefill is None and not sequence.awaited and sequence.id not in self._cache.slots:
+                self._forget(sequence)
+                self._emit(RequestReturned(self._now(), self.name, sequence.id, sequence.work.attempt))
 
     def _end_live(self, pair: LivePair) -> None:
         if self._old is not None and self._old.pair == pair:
@@ -327,18 +335,22 @@ class Instance:
     def _run_ready(self, sequence: Sequence) -> None:
         """The rest of a handed-over prompt; asks for the next one shortly before the end."""
         self._decode_due -= self._share_of_step(sequence)
-        for layer in range(sequence.prefill.next_layer, self.spec.layers):
-            self.runner.run_span(sequence.prefill, Span(layer, layer + 1))
-            if not self._between_layers(sequence, sequence.prefill.x[-1]):
+        prefill = sequence.prefill
+        for layer in range(prefill.next_layer, self.spec.layers):
+            before = prefill.x[-1]
+            self.runner.run_span(prefill, Span(layer, layer + 1))
+            if not self._between_layers(sequence, before):
                 return
             self._maybe_pull(self.spec.layers - layer - 1)
         self._first_token(sequence)
 
-    def _between_layers(self, sequence: Sequence, x: Array) -> bool:
-        """OLD answers its partner while it runs a prompt. → whether the prompt is still here."""
-        if self._old is None:
-            return True
-        x.block_until_ready()
+    def _between_layers(self, sequence: Sequence, x: Array | None) -> bool:
+        """Reads the inbox while a prompt runs: a partner waits for answers. → whether the prompt is still here.
+
+        `x` is what the last layer works on: one layer is always under way, so the device does not wait.
+        """
+        if x is not None:
+            x.block_until_ready()
         self._receive(wait=False)
         return self._here(sequence)
 
@@ -361,9 +373,13 @@ class Instance:
         if sequence.prefill is None:
             sequence.prefill = self.runner.begin(sequence.tokens)
         index = chunk.start // self._stages.shapes.chunk_tokens
-        for _ in self.runner.layers_of_chunk(sequence.prefill, index):
-            if not self._between_layers(sequence, sequence.prefill.x[index]):
+        before = sequence.prefill.x[index]
+        for layer in self.runner.layers_of_chunk(sequence.prefill, index):
+            if not self._between_layers(sequence, before):
                 return
+            before = sequence.prefill.x[index]
+            if index == len(sequence.prefill.chunks) - 1:
+                self._maybe_pull(self.spec.layers - layer - 1)
         self._batcher.chunk_done(chunk)
         if index == len(sequence.prefill.chunks) - 1:
             self._first_token(sequence)

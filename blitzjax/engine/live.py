@@ -23,7 +23,7 @@ from blitzjax.errors import TransferError
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import LivePair, RequestId, Span, Work
 
-_LOANS_AHEAD = 4  # prompts, as many as NEW runs while a layer arrives at the ratios where live scaling pays
+_LOANS_AHEAD = 2  # prompts: enough to keep NEW busy
 
 
 class NewSide:
@@ -52,7 +52,8 @@ class NewSide:
         sequence.prefill = self._runner.begin(sequence.tokens)
         self._sequences[sequence.id] = sequence
         self._loans.discard(sequence.id)
-        self._queue.add(sequence.id, self._has_embedding)
+        request = sequence.work.request
+        self._queue.add(sequence.id, self._has_embedding, (-request.priority, request.arrival_s))
 
     def remove(self, request_id: RequestId) -> None:
         self._queue.remove(request_id)

@@ -179,6 +179,9 @@ class World:
             case t.StartLive(pair=pair):
                 assert worker.partner is None
                 worker.partner, worker.said_drained = pair, False
+                if pair.old == worker.id:  # it runs its first prompt and leaves the others to the pair
+                    for request_id in [r for r in worker.requests if r not in worker.answered][1:]:
+                        say(t.RequestReturned(self.at, worker.id, request_id, worker.requests.pop(request_id)))
             case t.EndLive(pair=pair):
                 if worker.partner == pair:
                     worker.partner = None

@@ -126,3 +126,26 @@ def test_removed_items_leave_even_in_the_middle_of_a_layer() -> None:
     q.remove("a")
     q.remove("unknown")
     assert not q.ran("a") and "a" not in q and q.next() == ("b", 0)
+
+
+def test_new_runs_only_what_is_ready_and_old_may_pull_anything() -> None:
+    for mode in ("zigzag", "best_effort"):
+        q: LiveQueue[str] = LiveQueue(4, mode)
+        q.loaded(2)
+        q.add("a", ready=False)
+        q.add("b")
+        assert q.next() == ("b", 0) and not q.ran("b")
+        q.ready("a")
+        assert q.next() == ("a", 0) and not q.ran("a")
+        q.add("c", ready=False)
+        q.loaded(4)
+        q.remove("a")
+        q.remove("b")
+        assert q.pull() == Handed("c", 0)
+
+
+def test_a_late_item_of_low_rank_is_older_than_what_is_queued() -> None:
+    q: LiveQueue[str] = LiveQueue(4, "zigzag")
+    for item, rank in (("b", (0, 2.0)), ("c", (0, 3.0)), ("a", (0, 1.0)), ("c2", (0, 3.0)), ("urgent", (-1, 9.0))):
+        q.add(item, rank=rank)
+    assert q.items == ("urgent", "a", "b", "c", "c2")

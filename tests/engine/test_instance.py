@@ -23,7 +23,7 @@ from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import (
     Abort, Drained, EndLive, LiveDrained, LivePair, ModelSpec, PrefillDone, Release, Request, RequestFinished,
-    RequestHanded, Sampling, Span, StartLive, Work,
+    RequestHanded, RequestReturned, Sampling, Span, StartLive, Work,
 )
 
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32", eos_token_ids=(7,))
@@ -241,6 +241,26 @@ def test_a_loan_is_as_narrow_as_it_can_be_without_losing_a_bit(rigs) -> None:
         for a, b, chunk in zip(own.x, lent.x, own.chunks, strict=True):
             real = chunk.stop - chunk.start
             assert np.array_equal(np.asarray(a)[0, :real], np.asarray(b)[0, :real])
+
+
+def test_old_leaves_what_it_has_not_begun_to_the_pair_and_finishes_the_rest(rigs) -> None:
+    old, new = rigs["old"], rigs["new"]
+    expected = reference(old, WORKS[:1])
+    slow = work(0, 5, max_tokens=200, ignore_eos=True)  # decodes for a while
+    old.instance.post(slow)
+    old.wait(lambda events: len(answers(old).get("r0", ())) >= 3, "first tokens")
+    for item in WORKS[1:4]:
+        old.instance.post(item)
+    pair = LivePair("old", "new", "zigzag")
+    new.instance.post(StartLive("new", pair))
+    old.instance.post(StartLive("old", pair))
+    old.wait(lambda events: "r0" in finished(events), "the answer that was begun")
+    returned = [e.request_id for e in old.events if isinstance(e, RequestReturned)]
+    begun = [e.request_id for e in old.events if isinstance(e, PrefillDone)]
+    assert sorted(returned + begun) == ["r0", "r1", "r2", "r3"] and returned
+    assert answers(old)["r0"][: len(expected["r0"])] == expected["r0"]
+    old.wait(lambda events: finished(events) >= set(begun), "what was begun")
+    assert old.instance.idle
 
 
 def test_new_side_alone_finishes_what_it_has_when_the_pair_ends(rigs) -> None:
