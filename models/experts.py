@@ -1,0 +1,113 @@
+"""A mixture of experts (arXiv:2401.04088): each token's feed-forward is that of the experts its router picks.
+
+Invariant: routing looks at one token alone and no token is ever dropped, so an answer does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from blitzjax.models import blocks
+from blitzjax.models.design import design
+from blitzjax.types import ModelSpec
+
+_MAX_ROWS = 32  # tokens of one expert that are multiplied at once: larger blocks are emptier on average
+
+
+class Experts(nnx.Module):
+    """Every device holds a slice of every expert ("ffn"), so lanes do equal work whatever the router picks."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
+        self.spec, self.design = spec, design(spec)
+        count, inner, dim = self.design.experts, self.design.expert_dim, spec.dim
+        self.router = blocks.weight(rngs, (count, dim), (None, "embed"), "float32")  # close calls decide: exact
+        self.gate_up = blocks.weight(rngs, (count, inner, 2, dim), (None, "ffn", None, "embed"), spec.dtype)
+        self.down = blocks.weight(rngs, (count, dim, inner), (None, "embed", "ffn"), spec.dtype)
+        if self.design.expert_bias:
+            self.router_bias = blocks.small((count,), (None,))
+            self.gate_up_bias = blocks.small((count, inner, 2), (None, "ffn", None))
+            self.down_bias = blocks.small((count, dim), (None, "embed"))
+        if self.design.shared_dim:
+            self.shared_gate = blocks.small((1, dim), (None, "embed"))
+            self.shared_gate_up = blocks.weight(rngs, (self.design.shared_dim, 2, dim), ("ffn", None, "embed"),
+                                                spec.dtype)
+            self.shared_down = blocks.weight(rngs, (dim, self.design.shared_dim), ("embed", "ffn"), spec.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f32[B, T, D] → f32[B, T, D]"""
+        tokens = x.reshape(-1, self.spec.dim)  # [N, D]
+        chosen, weights = self._route(tokens)
+        y = jnp.sum(weights[..., None] * self._apply(tokens, chosen), axis=1)
+        if self.design.shared_dim:
+            y = y + self._shared(tokens)
+        return y.reshape(x.shape)
+
+    def _route(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """f32[N, D] → experts i32[N, K] and their weights f32[N, K]."""
+        logits = blocks.matmul(tokens, self.router[...])  # [N, E]
+        if self.design.expert_bias:
+            logits = logits + self.router_bias[...]
+        best, chosen = lax.top_k(logits, self.design.experts_per_token)
+        if self.design.renormalize:
+            return chosen, jax.nn.softmax(best)
+        return chosen, jnp.take_along_axis(jax.nn.softmax(logits), chosen, axis=1)
+
+    def _shared(self, tokens: jax.Array) -> jax.Array:
+        gate_up = blocks.matmul(tokens, self.shared_gate_up[...])
+        y = blocks.matmul(blocks.activate(self.design.activation, gate_up), self.shared_down[...])
+        return jax.nn.sigmoid(blocks.matmul(tokens, self.shared_gate[...])) * y
+
+    def _apply(self, tokens: jax.Array, chosen: jax.Array) -> jax.Array:
+        """f32[N, D], i32[N, K] → what each chosen expert makes of its token, f32[N, K, D].
+
+        Pairs of token and expert are sorted by expert and laid out in blocks of `rows` pairs, each of one expert; the
+        loop runs over the blocks that exist, so that weights of experts that nobody chose are never read.
+
+            expert   0  0  0  -  3  3  3  3  3  -  -  -  7  ...      rows = 4
+            block   |  0       |  1       |  2       |  3
+        """
+        pairs, count = chosen.size, self.design.experts
+        rows = min(max(2, 1 << (pairs // count).bit_length()), _MAX_ROWS)
+        experts = chosen.reshape(-1)
+        order = jnp.argsort(experts, stable=True)
+        sizes = jnp.bincount(experts, length=count)
+        blocks_end = jnp.cumsum(-(-sizes // rows))  # per expert: the block after its last
+        first_row = jnp.append(0, blocks_end[:-1]) * rows - (jnp.cumsum(sizes) - sizes)
+        row = first_row[experts[order]] + jnp.arange(pairs)  # of the i-th pair in order of experts
+        most = min(count, pairs) + pairs // rows  # blocks
+        laid_out = tokens[jnp.zeros(most * rows, jnp.int32).at[row].set(order // chosen.shape[1])]
+        owner = jnp.searchsorted(blocks_end, jnp.arange(most), side="right")
+        run = self._expert()
+
+        def block(i: jax.Array, y: jax.Array) -> jax.Array:
+            start = i * rows
+            made = run(owner[i], lax.dynamic_slice_in_dim(laid_out, start, rows))
+            return lax.dynamic_update_slice_in_dim(y, made, start, 0)
+
+        y = lax.fori_loop(0, blocks_end[-1], block, jnp.zeros_like(laid_out))
+        return y[jnp.zeros(pairs, jnp.int32).at[order].set(row)].reshape(*chosen.shape, -1)
+
+    def _expert(self):
+        """A function (expert, f32[rows, D]) → f32[rows, D] for use inside a loop.
+
+        XLA:CPU widens bfloat16 operands that a loop slices to float32, whole and outside of the loop (20x slower); as
+        integers they stay as they are.
+        """
+        dtype, (gate_up, down) = self.gate_up[...].dtype, map(_as_bits, (self.gate_up[...], self.down[...]))
+
+        def run(expert: jax.Array, x: jax.Array) -> jax.Array:
+            inner = blocks.matmul(x, lax.bitcast_convert_type(gate_up[expert], dtype))  # [rows, F, 2]
+            if self.design.expert_bias:
+                inner = inner + self.gate_up_bias[...][expert]
+            y = blocks.matmul(blocks.activate(self.design.activation, inner),
+                              lax.bitcast_convert_type(down[expert], dtype))
+            return y + self.down_bias[...][expert] if self.design.expert_bias else y
+
+        return run
+
+
+def _as_bits(weights: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(weights, {2: jnp.uint16, 4: jnp.uint32}[weights.dtype.itemsize])
