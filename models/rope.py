@@ -68,7 +68,7 @@ def _llama3(frequencies: np.ndarray, parameters: Mapping[str, float], original: 
 
 
 def _yarn(frequencies: np.ndarray, theta: float, parameters: Mapping[str, float], original: int) -> np.ndarray:
-    """YaRN (arXiv:2309.00071), section 3.2; a ramp over dimensions, its ends rounded outwards unless `truncate` is off."""
+    """YaRN (arXiv:2309.00071, 3.2): a ramp over dimensions, its ends rounded outwards unless `truncate` is off."""
     dims = 2 * len(frequencies)
 
     def dimension(turns: float) -> float:
