@@ -21,7 +21,8 @@ _LLAMA = Names()
 class Family:
     """The free functions of one architecture. B sequences, T tokens each, N = rows that need logits.
 
-    A kind is "embed", "head" or, of a layer, "layer" or what `ModelSpec.layer_kinds` calls it.
+    A kind is "embed", "head" or, of a layer, "layer" or what `ModelSpec.layer_kinds` calls it. Modules hold nothing but
+    nnx.Param and run the same whatever B and T are, padding included.
 
     embed   (spec, rngs)        → module(tokens, positions i32[B, T]) → f32[B, T, D]; its `table` Param is [V, D]
     layer   (spec, kind, rngs)  → module(x f32[B, T, D], aux, attend) → f32[B, T, D]
@@ -30,15 +31,17 @@ class Family:
     tensors (spec, kind)        → published tensor name → shape; names of a layer are behind its prefix
     fuse    (spec, kind, published tensors) → the arrays of our modules
     spec    (config.json's values, name, dtype) → ModelSpec
+
+    `tensors`, `fuse` and `spec` are None where nobody publishes checkpoints.
     """
 
     embed: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
     layer: Callable[[ModelSpec, str, nnx.Rngs], nnx.Module]
     head: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
-    aux: Callable[[ModelSpec, jax.Array], tuple[object, ...]]
-    tensors: Callable[[ModelSpec, str], dict[str, tuple[int, ...]]]
-    fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-    spec: Callable[[Mapping[str, object], str, str], ModelSpec]
+    aux: Callable[[ModelSpec, jax.Array], tuple[object, ...]] = lambda spec, positions: ()
+    tensors: Callable[[ModelSpec, str], dict[str, tuple[int, ...]]] | None = None
+    fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
+    spec: Callable[[Mapping[str, object], str, str], ModelSpec] | None = None
     layer_prefix: str = "model.layers.{}."
 
 

@@ -15,5 +15,5 @@ def values(case: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith(("bias", "sinks")):
         return np.float32(0.3) * drawn
     if "embed" in name or "wte" in name or "wpe" in name:
-        return drawn * np.float32(0.5)
+        return drawn * np.float32(0.1 if case.startswith("gemma") else 0.5)  # gemma multiplies them by dim ** 0.5
     return drawn * np.float32(1.5 * shape[-1] ** -0.5)
