@@ -44,8 +44,8 @@ class Config:
         """Raises CheckpointError unless `key` is absent or has one of the supported values."""
         value = self.get(key)
         if value is not None and value not in supported:
-            raise CheckpointError(f"config.json: {key} = {value!r} is not supported; "
-                                  f"supported: {', '.join(map(repr, supported))}")
+            instead = f"; supported: {', '.join(map(repr, supported))}" if supported else ""
+            raise CheckpointError(f"config.json: {key} = {value!r} is not supported{instead}")
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         self.only(key, *_ACTIVATIONS)
@@ -60,21 +60,26 @@ def read_spec(options: Options, layer_kinds: LayerKinds, defaults: Mapping[str, 
               values: Mapping[str, object], name: str, dtype: str) -> ModelSpec:
     """The ModelSpec of config.json's `values`. Raises CheckpointError naming what is missing or not supported."""
     config = Config(dict(defaults) | {key: value for key, value in values.items() if value is not None})
+    added = options(config)
+    if not added.get("mxfp4"):
+        config.only("quantization_config")
     config.only("is_encoder_decoder", False)
-    config.only("quantization_config")
     heads, dim = config.need("num_attention_heads"), config.need("hidden_size")
     head_dim, kinds = config.get("head_dim", dim // heads), layer_kinds(config)
+    kv_heads = config.get("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
     theta, rope_options, max_len = read_rope(config, head_dim)
     ends = config.get("eos_token_id", ())
     return ModelSpec(
         name=name, family=family, layers=config.need("num_hidden_layers"), dim=dim, heads=heads,
-        kv_heads=config.get("num_key_value_heads", heads), head_dim=head_dim,
+        kv_heads=kv_heads, head_dim=head_dim,
         ffn_dim=config.get("intermediate_size", 4 * dim), vocab=config.need("vocab_size"), max_len=max_len,
         rope_theta=theta, norm_eps=config.get("rms_norm_eps", 1e-6),
         tied_embeddings=config.get("tie_word_embeddings", False), dtype=dtype,
         eos_token_ids=tuple(ends) if isinstance(ends, list | tuple) else (ends,),
         layer_kinds=kinds if any(kind != "layer" for kind in kinds) else (),
-        options=_differing(rope_options | options(config)))
+        options=_differing(rope_options | added))
 
 
 def _differing(options: dict[str, Option]) -> tuple[tuple[str, Option], ...]:
@@ -97,6 +102,8 @@ def typed(config: Config, default: Callable[[int], bool]) -> tuple[str, ...]:
     """The kinds that `layer_types` lists; without it layer i has the window where `default(i)`."""
     count = config.need("num_hidden_layers")
     types = config.get("layer_types", ["sliding_attention" if default(i) else "full_attention" for i in range(count)])
+    if len(types) != count:
+        raise CheckpointError(f"config.json: layer_types lists {len(types)} layers, num_hidden_layers is {count}")
     for found in types:
         if found not in ("sliding_attention", "full_attention"):
             raise CheckpointError(f"config.json: layer_types: {found!r} is not supported")

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]:
     """→ rope_theta, the options of Design that differ from plain rope, the longest sequence in tokens."""
+    try:
+        return _read(config, head_dim)
+    except KeyError as e:
+        raise CheckpointError(f"config.json: the rope parameter {e} is missing") from e
+
+
+def _read(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]:
     parameters, max_len = _parameters(config), config.need("max_position_embeddings")
     theta = float(parameters["rope_theta"])
     dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
@@ -56,7 +63,8 @@ def _parameters(config: Config) -> dict[str, float | str]:
     found = found.get("full_attention", found)  # listed by layer type where they differ
     keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     given = {key: config.get(key) for key in keys if config.get(key) is not None}
-    return {"rope_theta": 10000.0} | given | dict(config.get("rope_scaling", {})) | dict(found)
+    listed = {**config.get("rope_scaling", {}), **found}
+    return {"rope_theta": 10000.0} | given | {key: value for key, value in listed.items() if value is not None}
 
 
 def _llama3(frequencies: np.ndarray, parameters: Mapping[str, float], original: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 PROMPT_TOKENS, DECODE_STEPS = 27, 16
 
@@ -66,6 +67,7 @@ def main() -> None:
             checkpoints[case] = {"config": config, "tensors": tensors}
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
             outputs |= {f"{case}.{name}": value for name, value in run(case, model.eval()).items()}
+    outputs |= {f"mxfp4.{name}": value for name, value in mxfp4().items()}
     (here / "families.json").write_text(json.dumps(checkpoints, indent=None, separators=(",", ":")) + "\n")
     np.savez_compressed(here / "families.npz", **outputs)
 
@@ -83,6 +85,15 @@ def write_checkpoint(case: str, config: AutoConfig, folder: Path) -> dict[str, l
     save_file({name: torch.from_numpy(value) for name, value in drawn.items()}, folder / "model.safetensors",
               {"format": "pt"})
     return shapes
+
+
+def mxfp4() -> dict[str, np.ndarray]:
+    """Random blocks of gpt-oss's quantised experts [E, out, n, 16], and the weights [E, in, out] behind them."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 4, 3, 16), np.uint8)
+    scales = rng.integers(120, 130, (2, 4, 3)).astype(np.uint8)
+    weights = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
+    return {"blocks": blocks, "scales": scales, "weights": weights.numpy()}
 
 
 @torch.no_grad()
