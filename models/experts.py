@@ -5,6 +5,8 @@ Invariant: routing looks at one token alone and no token is ever dropped, so an 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -63,38 +65,54 @@ class Experts(nnx.Module):
     def _apply(self, tokens: jax.Array, chosen: jax.Array) -> jax.Array:
         """f32[N, D], i32[N, K] → what each chosen expert makes of its token, f32[N, K, D].
 
-        Pairs of token and expert are sorted by expert and laid out in blocks of `rows` pairs, each of one expert; the
-        loop runs over the blocks that exist, so that weights of experts that nobody chose are never read.
-
-            expert   0  0  0  -  3  3  3  3  3  -  -  -  7  ...      rows = 4
-            block   |  0       |  1       |  2       |  3
+        The loop runs over the blocks that exist, so that weights of experts that nobody chose are never read.
         """
-        pairs, count = chosen.size, self.design.experts
-        rows = min(max(2, 1 << (pairs // count).bit_length()), _MAX_ROWS)
-        experts = chosen.reshape(-1)
-        order = jnp.argsort(experts, stable=True)
-        sizes = jnp.bincount(experts, length=count)
-        blocks_end = jnp.cumsum(-(-sizes // rows))  # per expert: the block after its last
-        first_row = jnp.append(0, blocks_end[:-1]) * rows - (jnp.cumsum(sizes) - sizes)
-        row = first_row[experts[order]] + jnp.arange(pairs)  # of the i-th pair in order of experts
-        most = min(count, pairs) + pairs // rows  # blocks
-        laid_out = tokens[jnp.zeros(most * rows, jnp.int32).at[row].set(order // chosen.shape[1])]
-        owner = jnp.searchsorted(blocks_end, jnp.arange(most), side="right")
-        gate_up, down = self.gate_up[...], self.down[...]
+        plan = _lay_out(chosen, self.design.experts)
+        laid_out, gate_up, down = tokens[plan.token], self.gate_up[...], self.down[...]
 
-        def expert(start: jax.Array, y: jax.Array, e: jax.Array) -> jax.Array:
-            inner = blocks.matmul(lax.dynamic_slice_in_dim(laid_out, start, rows), gate_up[e])  # [rows, F, 2]
+        def run(start: jax.Array, y: jax.Array, expert: jax.Array) -> jax.Array:
+            x = lax.dynamic_slice_in_dim(laid_out, start, plan.rows)
+            inner = blocks.matmul(x, gate_up[expert])  # [rows, F, 2]
             if self.design.expert_bias:
-                inner = inner + self.gate_up_bias[...][e]
-            made = blocks.matmul(blocks.activate(self.design.activation, inner), down[e])
+                inner = inner + self.gate_up_bias[...][expert]
+            made = blocks.matmul(blocks.activate(self.design.activation, inner), down[expert])
             if self.design.expert_bias:
-                made = made + self.down_bias[...][e]
+                made = made + self.down_bias[...][expert]
             return lax.dynamic_update_slice_in_dim(y, made, start, 0)
 
-        def block(i: jax.Array, y: jax.Array) -> jax.Array:
+        def step(block: jax.Array, y: jax.Array) -> jax.Array:
             # The condition always holds. XLA:CPU widens a bfloat16 array that a loop slices to float32, whole and ahead
             # of the loop (20x slower); it does not move work out of a branch.
-            return lax.cond(owner[i] < count, expert, lambda _, y, __: y, i * rows, y, owner[i])
+            owner = plan.owner[block]
+            return lax.cond(owner < self.design.experts, run, lambda _, y, __: y, block * plan.rows, y, owner)
 
-        y = lax.fori_loop(0, blocks_end[-1], block, jnp.zeros_like(laid_out))
-        return y[jnp.zeros(pairs, jnp.int32).at[order].set(row)].reshape(*chosen.shape, -1)
+        return lax.fori_loop(0, plan.blocks, step, jnp.zeros_like(laid_out))[plan.row]
+
+
+class _Plan(NamedTuple):
+    """Pairs of a token and an expert, sorted by expert, in blocks of `rows`; each block is of one expert.
+
+        expert   0  0  0  -  3  3  3  3  3  -  -  -  7  ...      rows = 4
+        block   |  0       |  1       |  2       |  3
+    """
+
+    rows: int
+    blocks: jax.Array  # i32[]: how many there are; the arrays below have room for more
+    token: jax.Array  # i32[room * rows]: whose row it is; 0 where nobody's
+    owner: jax.Array  # i32[room]: the expert of a block
+    row: jax.Array  # i32[N, K]: where a pair is
+
+
+def _lay_out(chosen: jax.Array, count: int) -> _Plan:
+    """i32[N, K], each below `count` → where every pair goes. Rows per block: what spread-out tokens would fill."""
+    experts, pairs = chosen.reshape(-1), chosen.size
+    rows = min(max(2, 1 << (pairs // count).bit_length()), _MAX_ROWS)
+    room = min(count, pairs) + pairs // rows
+    order = jnp.argsort(experts, stable=True)
+    sizes = jnp.bincount(experts, length=count)
+    ends = jnp.cumsum(-(-sizes // rows))  # per expert: the block after its last
+    shift = jnp.append(0, ends[:-1]) * rows - (jnp.cumsum(sizes) - sizes)  # from place in order to row
+    row = (shift[experts[order]] + jnp.arange(pairs)).astype(jnp.int32)
+    token = jnp.zeros(room * rows, jnp.int32).at[row].set(order // chosen.shape[1])
+    owner = jnp.searchsorted(ends, jnp.arange(room), side="right")
+    return _Plan(rows, ends[-1], token, owner, jnp.zeros(pairs, jnp.int32).at[order].set(row).reshape(chosen.shape))
