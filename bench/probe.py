@@ -92,7 +92,7 @@ def _margins(checkpoint: str) -> list[float]:
     import numpy as np
 
     from blitzjax.engine.checkpoint import Checkpoint
-    from blitzjax.engine.params import LayerStore, bind
+    from blitzjax.engine.params import LayerStore, bind, unit_kind
     from blitzjax.models import family
 
     contexts = json.loads(sys.stdin.read())
@@ -104,23 +104,22 @@ def _margins(checkpoint: str) -> list[float]:
     length = max(map(len, contexts))
     at = jnp.arange(length, dtype=jnp.int32)[None]
     aux = family(spec.family).aux(spec, at)
-    visible = jnp.tril(jnp.ones((length, length), bool))
-    embed = jax.jit(lambda p, t: bind(spec, "embed")(p)(t))
-    layer = jax.jit(lambda p, x: bind(spec, "layer")(p)(x, aux, lambda q, k, v: _attend(q, k, v, visible)))
+    embed = jax.jit(lambda p, t: bind(spec, "embed")(p)(t, at))
+    layer = jax.jit(lambda p, x, kind: bind(spec, kind)(p)(x, aux, _attend), static_argnums=2)
     head = jax.jit(lambda p, x, table: bind(spec, "head")(p)(x, table))
     table = store.params(spec.embed_unit)["table"] if spec.tied_embeddings else None
     out = []
     for context in contexts:
         x = embed(store.params(spec.embed_unit), np.array([context + [0] * (length - len(context))], np.int32))
         for index in range(spec.layers):
-            x = layer(store.params(index), x)
+            x = layer(store.params(index), x, unit_kind(spec, index))
         logits = np.asarray(head(store.params(spec.head_unit), x[:, len(context) - 1], table))[0]
         second, first = np.partition(logits, -2)[-2:]
         out.append(float(first - second))
     return out
 
 
-def _attend(q, k, v, visible):
+def _attend(q, k, v, scoring):
     """q [1, T, H, hd], k and v [1, T, KV, hd] → f32[1, T, H * hd], in full float32."""
     import jax
     import jax.numpy as jnp
@@ -128,8 +127,8 @@ def _attend(q, k, v, visible):
     highest = jax.lax.Precision.HIGHEST
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=highest) * size ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+    products = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=highest)
+    weights = scoring.weights(products, size, jnp.arange(length))
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=highest).reshape(batch, length, heads * size)
 
 

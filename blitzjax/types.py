@@ -17,6 +17,7 @@ InstanceId: TypeAlias = str
 LiveMode: TypeAlias = Literal["zigzag", "best_effort", "off"]
 Source: TypeAlias = Literal["multicast", "disk"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 
 
 class Role(enum.Enum):
@@ -56,6 +57,8 @@ class ModelSpec:
     dtype: str  # of the parameters: "bfloat16" or "float32"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    layer_kinds: tuple[str, ...] = ()  # one name per layer; layers of one kind run the same code. Empty: all alike
+    options: tuple[tuple[str, Option], ...] = ()  # what the family's code needs to know beyond this, by name
 
     @property
     def units(self) -> int:
@@ -73,6 +76,11 @@ class ModelSpec:
     def layers_loaded(self, units: int) -> int:
         """Decoder layers inside a watermark of `units` units."""
         return max(0, min(units, self.layers))
+
+
+def frozen(value: object) -> object:
+    """A JSON value with every list in it made a tuple, as the fields of ModelSpec are."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,45 +5,46 @@ A new architecture is one file here plus one line below; the engine only ever ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-
-import jax
-import numpy as np
-from flax import nnx
+from collections.abc import Mapping
 
 from blitzjax.errors import CheckpointError
-from blitzjax.models import llama
+from blitzjax.models import (
+    gemma, gemma2, gemma3, gpt2, gpt_oss, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3,
+    qwen3_moe)
+from blitzjax.models.family import Family
 from blitzjax.types import ModelSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """The free functions of one architecture. B sequences, T tokens each, N = rows that need logits.
-
-    embed   (spec, rngs)        → module(tokens i32[B, T]) → f32[B, T, D]; its `table` Param is [V, D]
-    layer   (spec, index, rngs) → module(x f32[B, T, D], aux, attend) → f32[B, T, D]
-    head    (spec, rngs)        → module(x f32[N, D], table [V, D] or None) → f32[N, V]
-    aux     (spec, positions i32[B, T]) → pytree shared by all layers of a step; holds no parameters
-    tensors (spec, kind)        → published tensor name → shape, for kind "embed" | "layer" | "head"
-    fuse    (spec, kind, published tensors) → the arrays of our modules
-    """
-
-    embed: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
-    layer: Callable[[ModelSpec, int, nnx.Rngs], nnx.Module]
-    head: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
-    aux: Callable[[ModelSpec, jax.Array], tuple[jax.Array, ...]]
-    tensors: Callable[[ModelSpec, str], dict[str, tuple[int, ...]]]
-    fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-
-
 FAMILIES: dict[str, Family] = {
-    "llama": Family(llama.Embed, llama.Layer, llama.Head, llama.rope_angles, llama.tensors, llama.fuse),
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3": gemma3.FAMILY,
+    "gpt2": gpt2.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
+    "granite": granite.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
 }
+_MODEL_TYPES = {"gemma3_text": "gemma3"}  # config.json's model_type, where it is not the family's name
 
 
 def family(name: str) -> Family:
     """Raises CheckpointError for a family that no file here builds."""
     if name not in FAMILIES:
-        raise CheckpointError(f"model family {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise CheckpointError(f"model family {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}; "
+                              "README, \"Your own Flax model\", says how to serve another")
     return FAMILIES[name]
+
+
+def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpec:
+    """The spec of a published config.json. Raises CheckpointError naming what of it is not supported."""
+    if "model_type" not in values:
+        raise CheckpointError("config.json: model_type is missing")
+    model_type = str(values["model_type"])
+    return family(_MODEL_TYPES.get(model_type, model_type)).spec(values, name, dtype)

@@ -1,13 +1,16 @@
-"""What decoder layers are made of: parameters with logical axes, a matmul that is fast on CPU and GPU, norm, rope.
+"""What decoder layers are made of: parameters with logical axes, a matmul that is fast on CPU and GPU, norms, rope,
+attention weights.
 
 Invariant: activations enter and leave every function as float32; only the operands of `matmul` take the weights' dtype.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,41 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-# attend(q [B, T, H, hd], k [B, T, KV, hd], v [B, T, KV, hd]) → f32[B, T, H * hd]; scales scores by hd ** -0.5.
-# Query head h reads KV head h // (H // KV).
-Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How products of queries and keys become attention weights. A position is that of a token in its sequence."""
+
+    scale: float | None = None  # of the products; None: hd ** -0.5
+    window: int | None = None  # a query at p reads positions (p - window, p]; None: all up to p
+    softcap: float | None = None  # scores are squeezed into (-softcap, softcap)
+    sinks: jax.Array | None = None  # f32[KV, G]: the score of a key that every query sees and that has no value
+
+    def weights(self, products: jax.Array, head_dim: int, at: jax.Array) -> jax.Array:
+        """Products f32[B, KV, G, T, S], query positions `at` broadcasting to i32[B, KV, G, T] → weights of S keys."""
+        scores = products * (head_dim ** -0.5 if self.scale is None else self.scale)
+        if self.softcap is not None:
+            scores = self.softcap * jnp.tanh(scores / self.softcap)
+        keys, at = jnp.arange(products.shape[-1]), at[..., None]
+        seen = keys <= at if self.window is None else (keys <= at) & (keys > at - self.window)
+        scores = jnp.where(seen, scores, -1e30)
+        if self.sinks is None:
+            return jax.nn.softmax(scores, axis=-1)
+        sinks = self.sinks[:, :, None, None]
+        top = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
+        weights = jnp.exp(scores - top)
+        return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top))
+
+
+PLAIN = Scoring()
+
+
+class Attend(Protocol):
+    """What the engine gives a layer: attention over what the sequences have kept so far and over these tokens."""
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
+        """q [B, T, H, hd], k and v [B, T, KV, hd] → f32[B, T, H * hd]; head h reads KV head h // (H // KV)."""
+        ...
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param:
@@ -28,7 +63,14 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...],
 
 
 def norm_scale(dim: int) -> nnx.Param:
-    return nnx.Param(jnp.ones((dim,), jnp.float32), axes=("embed",))
+    return small((dim,), ("embed",), jnp.ones)
+
+
+def small(shape: tuple[int, ...], axes: tuple[str | None, ...],
+          init: Callable[..., jax.Array] = jnp.zeros) -> nnx.Param:
+    """A bias or the like: kept in float32 whatever the dtype of the weights."""
+    assert len(shape) == len(axes)
+    return nnx.Param(init(shape, jnp.float32), axes=axes)
 
 
 def matmul(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
@@ -46,19 +88,52 @@ def matmul(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
     return y.reshape(*rows, *out)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
+    """arXiv:1910.07467"""
+    return x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 
-def rope_angles(head_dim: int, theta: float, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions i32[B, T] → cos, sin f32[B, T, hd/2] (RoFormer, arXiv:2104.09864, section 3.4.2)."""
-    frequencies = np.asarray(theta ** -(np.arange(0, head_dim, 2) / head_dim), np.float32)  # [hd/2]
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, hd/2]
-    return jnp.cos(angles), jnp.sin(angles)
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """arXiv:1607.06450"""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps) * scale + bias
+
+
+def activate(name: str, gate_up: jax.Array) -> jax.Array:
+    """f32[..., F, 2], each unit's gate and up, or f32[..., F, 1], its up alone → f32[..., F]."""
+    first, up = gate_up[..., 0], gate_up[..., -1]
+    if name == "clamped_swiglu":  # gpt_oss model card: gates of at most 7, linear parts in [-7, 7] and shifted by 1
+        first = jnp.minimum(first, 7.0)
+        return first * jax.nn.sigmoid(1.702 * first) * (jnp.clip(up, -7.0, 7.0) + 1.0)
+    activated = _ACTIVATIONS[name](first)
+    return activated if gate_up.shape[-1] == 1 else activated * up
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def rope_angles(dims: int, theta: float, positions: jax.Array, factors: tuple[float, ...] = (),
+                scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """positions i32[B, T] → cos, sin f32[B, T, dims/2] (RoFormer, arXiv:2104.09864, section 3.4.2).
+
+    `factors` divide the dims/2 frequencies, `scale` multiplies the results (see rope.py).
+    """
+    frequencies = theta ** -(np.arange(0, dims, 2) / dims)  # [dims/2]
+    frequencies = np.asarray(frequencies / np.asarray(factors) if factors else frequencies, np.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, dims/2]
+    if scale == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x f32[B, T, heads, hd] turned by its position; dimension i pairs with i + hd/2 (the published llama layout)."""
-    a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]  # [B, T, 1, hd/2]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    """x f32[B, T, heads, hd]: its first dims dimensions turned by position, i with i + dims/2 (the llama layout)."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    cos, sin = cos[:, :, None], sin[:, :, None]  # [B, T, 1, dims/2]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

@@ -25,7 +25,7 @@ import numpy as np
 from blitzjax.engine.params import LayerStore, align, fill, unit_arrays, unit_name
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family
-from blitzjax.types import ModelSpec
+from blitzjax.types import ModelSpec, frozen
 
 FORMAT_VERSION = 2
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
@@ -193,8 +193,7 @@ def _read_manifest(path: Path) -> dict[str, object]:
 
 def _parse_manifest(path: Path, manifest: Mapping[str, object]) -> tuple[ModelSpec, tuple[tuple[Entry, ...], ...]]:
     try:
-        values = dict(manifest["spec"])
-        spec = ModelSpec(**values | {"eos_token_ids": tuple(values["eos_token_ids"])})
+        spec = ModelSpec(**{name: frozen(value) for name, value in dict(manifest["spec"]).items()})
         entries = tuple(
             tuple(Entry(**{f.name: array[f.name] for f in fields(Entry)} | {"shape": tuple(array["shape"])})
                   for array in unit["arrays"])

@@ -93,19 +93,21 @@ class UnitLayout:
 
 
 def unit_kind(spec: ModelSpec, unit: int) -> str:
+    """Units of one kind have the same arrays and run the same code: "embed", "head", the kind of a layer."""
     assert 0 <= unit < spec.units, unit
-    return "embed" if unit == spec.embed_unit else "head" if unit == spec.head_unit else "layer"
+    if unit >= spec.layers:
+        return "embed" if unit == spec.embed_unit else "head"
+    return spec.layer_kinds[unit] if spec.layer_kinds else "layer"
 
 
 def unit_name(spec: ModelSpec, unit: int) -> str:
     """As error messages say it: "embed", "layer 7" (counted from 0), "head"."""
-    kind = unit_kind(spec, unit)
-    return f"layer {unit}" if kind == "layer" else kind
+    return f"layer {unit}" if unit < spec.layers else unit_kind(spec, unit)
 
 
 def unit_arrays(spec: ModelSpec, unit: int) -> tuple[ArrayInfo, ...]:
-    """The arrays of a unit in slab order; derived from the model code without allocating anything."""
-    return _kind_arrays(spec, unit_kind(spec, unit))
+    """The arrays of a unit in slab order."""
+    return kind_arrays(spec, unit_kind(spec, unit))
 
 
 def unit_bytes(spec: ModelSpec, unit: int) -> int:
@@ -123,7 +125,7 @@ def layout(spec: ModelSpec, unit: int, tp: int) -> UnitLayout:
 
 @functools.lru_cache(maxsize=64)
 def bind(spec: ModelSpec, kind: str) -> Callable[[Mapping[str, jax.Array]], nnx.Module]:
-    """A function that rebuilds the module of `kind` ("embed" | "layer" | "head") from its arrays, inside a jit."""
+    """A function that rebuilds the module of `kind` (see `unit_kind`) from its arrays, inside a jit."""
     graph, state = _abstract(spec, kind)
 
     def rebuild(arrays: Mapping[str, jax.Array]) -> nnx.Module:
@@ -137,13 +139,13 @@ def bind(spec: ModelSpec, kind: str) -> Callable[[Mapping[str, jax.Array]], nnx.
 def _abstract(spec: ModelSpec, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
     model = family(spec.family)
     build = {"embed": lambda: model.embed(spec, nnx.Rngs(0)),
-             "layer": lambda: model.layer(spec, 0, nnx.Rngs(0)),
-             "head": lambda: model.head(spec, nnx.Rngs(0))}[kind]
+             "head": lambda: model.head(spec, nnx.Rngs(0))}.get(kind, lambda: model.layer(spec, kind, nnx.Rngs(0)))
     return nnx.split(nnx.eval_shape(build))
 
 
 @functools.lru_cache(maxsize=64)
-def _kind_arrays(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
+def kind_arrays(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
+    """The arrays of every unit of `kind`; derived from the model code without allocating anything."""
     _, state = _abstract(spec, kind)
     return tuple(
         ArrayInfo(_name(path), tuple(variable.get_value().shape), np.dtype(variable.get_value().dtype),
@@ -157,7 +159,7 @@ def _name(path: tuple[str | int, ...]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _kind_layout(spec: ModelSpec, kind: str, tp: int) -> UnitLayout:
-    rules, arrays = ShardingRules(tp), _kind_arrays(spec, kind)
+    rules, arrays = ShardingRules(tp), kind_arrays(spec, kind)
     shapes = tuple(rules.local_shape(info) for info in arrays)
     offsets, end = [], 0
     for info, shape in zip(arrays, shapes, strict=True):

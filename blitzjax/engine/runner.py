@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from blitzjax.engine.kvcache import SlotCache
-from blitzjax.engine.params import LayerStore
+from blitzjax.engine.params import LayerStore, unit_kind
 from blitzjax.engine.sampling import Draws, greedy_draws
 from blitzjax.engine.shapes import Chunk
 from blitzjax.engine.stages import Stages
@@ -91,20 +91,20 @@ class Runner:
         """One step for every row: tokens i32[B] enter at positions lengths i32[B]. → next tokens i32[B]."""
         x, aux = self.stages.embed(self._embedding, tokens[:, None], lengths[:, None])
         for layer in range(self.spec.layers):
-            k, v = cache.layers[layer]
-            x, k, v = self.stages.decode(self.store.params(layer), x, aux, k, v, lengths)
-            cache.layers[layer] = (k, v)
+            kind = unit_kind(self.spec, layer)
+            x, *kv = self.stages.decode(kind, self.store.params(layer), x, aux, cache.layers[layer], lengths)
+            cache.layers[layer] = tuple(kv)
         return np.asarray(self._head(x, draws))
 
     def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:
-        chunk, weights = prefill.chunks[index], self.store.params(layer)
+        chunk, kind, weights = prefill.chunks[index], unit_kind(self.spec, layer), self.store.params(layer)
         if prefill.aux[index] is None:
             self._embed(prefill, index)
         x, aux = prefill.x[index], prefill.aux[index]
         if index == 0:
-            x, k, v = self.stages.first(weights, x, aux, prefill.context)
+            x, k, v = self.stages.first(kind, weights, x, aux, prefill.context)
         else:
-            x, k, v = self.stages.next(weights, x, aux, *prefill.kv[layer], chunk.start)
+            x, k, v = self.stages.next(kind, weights, x, aux, prefill.kv[layer], chunk.start)
         prefill.x[index], prefill.kv[layer] = x, (k, v)
 
     def _embed(self, prefill: Prefill, index: int) -> None:

@@ -1,14 +1,14 @@
 """The compiled pieces that every pass through the model is made of: embed, one layer, head, and KV placement.
 
-Invariant: one executable per (kind, shape) serves all layers, with parameters as arguments, so any range of layers is a
-slice and a pass cut anywhere computes bit for bit what the whole computes.
+Invariant: one executable per (kind, shape) serves all layers of a kind, with parameters as arguments, so any range of
+layers is a slice and a pass cut anywhere computes bit for bit what the whole computes.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from blitzjax.models import blocks, family
 from blitzjax.types import ModelSpec
 
 Params = dict[str, Array]
+KV = tuple[Array, Array]
 _HEAD_ROWS = 2  # a prompt's last row, padded: see shapes._MIN_BATCH
 
 
@@ -35,6 +36,7 @@ class Stages:
     def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh):
         self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
+        self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
         heads = params.ArrayInfo("kv", (spec.kv_heads,), np.dtype(np.float32), ("kv_heads",))
         self.kv_sharding = NamedSharding(mesh, P(None, *self.rules.partition(heads)))  # [rows, KV, ...]
         self.replicated = NamedSharding(mesh, P())
@@ -51,17 +53,17 @@ class Stages:
         """i32[B, T] → the per-step constants alone, for a residual that came from elsewhere."""
         return self._stage("aux", *positions.shape)(positions)
 
-    def first(self, weights: Params, x: Array, aux, context: int) -> tuple[Array, Array, Array]:
-        """One layer over the first chunk of a prompt. → x, k [1, KV, hd, context], v [1, KV, context, hd]."""
-        return self._stage("first", x.shape[1], context)(weights, x, aux)
+    def first(self, kind: str, weights: Params, x: Array, aux, context: int) -> tuple[Array, Array, Array]:
+        """A layer of `kind` over the first chunk of a prompt. → x, k [1, KV, hd, context], v [1, KV, context, hd]."""
+        return self._stage("first", kind, x.shape[1], context)(weights, x, aux)
 
-    def next(self, weights: Params, x: Array, aux, k: Array, v: Array, start: int) -> tuple[Array, Array, Array]:
-        """One layer over a later chunk at `start`; k and v are donated and returned with the chunk's rows written."""
-        return self._stage("next", x.shape[1], k.shape[3])(weights, x, aux, k, v, np.int32(start))
+    def next(self, kind: str, weights: Params, x: Array, aux, kv: KV, start: int) -> tuple[Array, Array, Array]:
+        """A layer of `kind` over a later chunk at `start`; kv is donated and returned with the chunk's rows written."""
+        return self._stage("next", kind, x.shape[1], kv[0].shape[3])(weights, x, aux, *kv, np.int32(start))
 
-    def decode(self, weights: Params, x: Array, aux, k: Array, v: Array, lengths) -> tuple[Array, Array, Array]:
-        """One layer, one token per row at position `lengths` i32[B]; k and v are donated and returned."""
-        return self._stage("decode", x.shape[0], k.shape[3])(weights, x, aux, k, v, lengths)
+    def decode(self, kind: str, weights: Params, x: Array, aux, kv: KV, lengths) -> tuple[Array, Array, Array]:
+        """A layer of `kind`, one token per row at position `lengths` i32[B]; kv is donated and returned."""
+        return self._stage("decode", kind, x.shape[0], kv[0].shape[3])(weights, x, aux, *kv, lengths)
 
     def last_row(self, x: Array, row: int) -> Array:
         """f32[1, T, D] → f32[2, D]: row `row`, padded to the batch that the head is compiled for."""
@@ -93,16 +95,18 @@ class Stages:
             self._stage("embed", 1, width)
             self._stage("aux", 1, width)
             self._stage("last_row", width)
-        for width, context in s.first_chunks():
-            self._stage("first", width, context)
-        for width, context in s.next_chunks():
-            self._stage("next", width, context)
+        for kind in self.kinds:
+            for width, context in s.first_chunks():
+                self._stage("first", kind, width, context)
+            for width, context in s.next_chunks():
+                self._stage("next", kind, width, context)
         for rows in s.batches:
             self._stage("embed", rows, 1)
             self._stage("head_greedy", rows)
             self._stage("head_sample", rows)
             for context in s.contexts:
-                self._stage("decode", rows, context)
+                for kind in self.kinds:
+                    self._stage("decode", kind, rows, context)
                 self._stage("blank", rows, context)
                 for staged in s.contexts:
                     if staged <= context:
@@ -115,7 +119,7 @@ class Stages:
             for rows in s.batches:
                 self._stage("resize", rows, a, rows, b)
 
-    def _stage(self, kind: str, *sizes: int):
+    def _stage(self, kind: str, *sizes: int | str):
         found = self._found.get((kind, *sizes))
         if found is None:
             fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
@@ -127,9 +131,9 @@ class Stages:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.replicated)
 
     @functools.cache
-    def _weights(self, unit: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def _weights(self, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
         return {a.name: self._abstract(a.shape, a.dtype, NamedSharding(self.mesh, self.rules.partition(a)))
-                for a in params.unit_arrays(self.spec, unit)}
+                for a in params.kind_arrays(self.spec, kind)}
 
     def kv_specs(self, rows: int, context: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         kv, hd = self.spec.kv_heads, self.spec.head_dim
@@ -148,69 +152,67 @@ class Stages:
         aux = family(spec.family).aux
 
         def embed(weights, tokens, positions):
-            return module(weights)(tokens), aux(spec, positions)
+            return module(weights)(tokens, positions), aux(spec, positions)
 
         ids = self._abstract((rows, width), jnp.int32)
-        return embed, (self._weights(self.spec.embed_unit), ids, ids), (), self.replicated
+        return embed, (self._weights("embed"), ids, ids), (), self.replicated
 
     def _build_aux(self, rows: int, width: int):
         aux = functools.partial(family(self.spec.family).aux, self.spec)
         return aux, (self._abstract((rows, width), jnp.int32),), (), self.replicated
 
-    def _build_first(self, width: int, context: int):
-        module = params.bind(self.spec, "layer")
+    def _build_first(self, kind: str, width: int, context: int):
+        module = params.bind(self.spec, kind)
 
         def first(weights, x, aux):
-            rows = jnp.arange(width)
             kept = []
 
-            def attend(q, k, v):
+            def attend(q, k, v, scoring=blocks.PLAIN):
                 k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3))
                 kept.extend((k, v))
-                return attention(q, k, v, rows[:, None] >= rows[None, :])
+                return attention(q, k, v, jnp.arange(width), scoring)
 
             x = module(weights)(x, aux, attend)
             room = (0, context - width)
             return x, jnp.pad(kept[0], ((0, 0),) * 3 + (room,)), jnp.pad(kept[1], ((0, 0),) * 2 + (room, (0, 0)))
 
         out = (self.replicated, self.kv_sharding, self.kv_sharding)
-        return first, (self._weights(0), *self._activations(1, width)), (), out
+        return first, (self._weights(kind), *self._activations(1, width)), (), out
 
-    def _build_next(self, width: int, context: int):
-        module = params.bind(self.spec, "layer")
+    def _build_next(self, kind: str, width: int, context: int):
+        module = params.bind(self.spec, kind)
 
         def next_chunk(weights, x, aux, k, v, start):
-            seen = start + jnp.arange(width)[:, None] >= jnp.arange(context)[None, :]  # [width, context]
             cache = {}
 
-            def attend(q, k_new, v_new):
+            def attend(q, k_new, v_new, scoring=blocks.PLAIN):
                 cache["k"] = lax.dynamic_update_slice(k, jnp.transpose(k_new, (0, 2, 3, 1)), (0, 0, 0, start))
                 cache["v"] = lax.dynamic_update_slice(v, jnp.transpose(v_new, (0, 2, 1, 3)), (0, 0, start, 0))
-                return attention(q, cache["k"], cache["v"], seen)
+                return attention(q, cache["k"], cache["v"], start + jnp.arange(width), scoring)
 
             x = module(weights)(x, aux, attend)
             return x, cache["k"], cache["v"]
 
-        args = (self._weights(0), *self._activations(1, width), *self.kv_specs(1, context), self._abstract((), jnp.int32))
+        args = (self._weights(kind), *self._activations(1, width), *self.kv_specs(1, context),
+                self._abstract((), jnp.int32))
         return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
-    def _build_decode(self, rows: int, context: int):
-        module = params.bind(self.spec, "layer")
+    def _build_decode(self, kind: str, rows: int, context: int):
+        module = params.bind(self.spec, kind)
 
         def decode(weights, x, aux, k, v, lengths):
             row = jnp.arange(rows)
-            seen = jnp.arange(context)[None, :] <= lengths[:, None]  # [rows, context]
             cache = {}
 
-            def attend(q, k_new, v_new):
+            def attend(q, k_new, v_new, scoring=blocks.PLAIN):
                 cache["k"] = k.at[row, :, :, lengths].set(k_new[:, 0])
                 cache["v"] = v.at[row, :, lengths, :].set(v_new[:, 0])
-                return attention(q, cache["k"], cache["v"], seen[:, None, None, None, :])
+                return attention(q, cache["k"], cache["v"], lengths[:, None, None, None], scoring)
 
             x = module(weights)(x, aux, attend)
             return x, cache["k"], cache["v"]
 
-        args = (self._weights(0), *self._activations(rows, 1), *self.kv_specs(rows, context),
+        args = (self._weights(kind), *self._activations(rows, 1), *self.kv_specs(rows, context),
                 self._abstract((rows,), jnp.int32))
         return decode, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
@@ -238,9 +240,9 @@ class Stages:
         return head_sample, self._head_args(rows), (), self.replicated
 
     def _head_args(self, rows: int):
-        table = self._weights(self.spec.embed_unit)["table"] if self.spec.tied_embeddings else None
+        table = self._weights("embed")["table"] if self.spec.tied_embeddings else None
         draws = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), sampling.greedy_draws(rows))
-        return self._weights(self.spec.head_unit), table, self._abstract((rows, self.spec.dim)), draws
+        return self._weights("head"), table, self._abstract((rows, self.spec.dim)), draws
 
     def _build_insert(self, rows: int, context: int, staged: int):
         def insert(k, v, k_new, v_new, slot):
@@ -271,19 +273,18 @@ class Stages:
         return resize, args, (), (self.kv_sharding, self.kv_sharding)
 
 
-def attention(q: Array, k: Array, v: Array, seen: Array) -> Array:
+def attention(q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
     """Grouped-query attention as two batched matrix products on layouts that XLA:CPU takes without a copy.
 
-    q [B, T, H, hd] with H = KV * G, k [B, KV, hd, S], v [B, KV, S, hd]; `seen` broadcasts to [B, KV, G, T, S].
-    → [B, T, H * hd], float32 throughout.
+    q [B, T, H, hd] with H = KV * G, k [B, KV, hd, S], v [B, KV, S, hd]; `at`, the positions of the queries, broadcasts
+    to [B, KV, G, T]. → [B, T, H * hd], float32 throughout.
     """
     b, t, h, hd = q.shape
     kv, length = k.shape[1], k.shape[3]
     g = h // kv
     q = q.reshape(b, t, kv, g, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, hd)
-    scores = _batched_dot(q, k) / math.sqrt(hd)  # [B, KV, G * T, S]
-    scores = jnp.where(seen, scores.reshape(b, kv, g, t, length), -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(b, kv, g * t, length)
+    products = _batched_dot(q, k).reshape(b, kv, g, t, length)
+    weights = scoring.weights(products, hd, at).reshape(b, kv, g * t, length)
     out = _batched_dot(weights, v).reshape(b, kv, g, t, hd)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * hd)
 
@@ -295,5 +296,7 @@ def _batched_dot(a: Array, b: Array) -> Array:
 
 def _fingerprint(spec: ModelSpec) -> str:
     """The spec and the source of everything that a stage traces through."""
-    modules = (inspect.getmodule(Stages), sampling, params, blocks, inspect.getmodule(family(spec.family).layer))
+    found = family(spec.family)
+    models = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{blocks.__package__}.")]
+    modules = (inspect.getmodule(Stages), sampling, params, inspect.getmodule(found.layer), *models)
     return "\n".join([repr(spec), *map(inspect.getsource, modules)])

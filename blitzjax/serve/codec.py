@@ -68,7 +68,7 @@ def model_spec(manifest_json: str) -> types.ModelSpec:
     """The ModelSpec in a checkpoint's manifest. Raises KeyError, TypeError or ValueError when it is not one."""
     values = json.loads(manifest_json)["spec"]
     known = {f.name for f in dataclasses.fields(types.ModelSpec)}
-    return types.ModelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+    return types.ModelSpec(**{k: types.frozen(v) for k, v in values.items() if k in known})
 
 
 def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:

@@ -10,13 +10,15 @@ import numpy as np
 
 from blitzjax.engine.params import LayerStore, bind
 from blitzjax.models import family
+from blitzjax.models.blocks import PLAIN, Scoring
 from blitzjax.types import ModelSpec
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """q [B, T, H, hd], k and v [B, S, KV, hd], visible bool[B, T, S] → f32[B, T, H * hd]."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scoring: Scoring) -> jax.Array:
+    """q [B, T, H, hd], k and v [B, S, KV, hd], visible bool[B, T, S] → f32[B, T, H * hd]; llama's scores only."""
+    assert scoring == PLAIN
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=HIGHEST) * size ** -0.5
@@ -24,9 +26,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> j
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=HIGHEST).reshape(batch, length, heads * size)
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
     visible = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
-    return attention(q, k, v, jnp.broadcast_to(visible, (q.shape[0], *visible.shape)))
+    return attention(q, k, v, jnp.broadcast_to(visible, (q.shape[0], *visible.shape)), scoring)
 
 
 def positions(batch: int, length: int) -> jax.Array:
@@ -34,7 +36,8 @@ def positions(batch: int, length: int) -> jax.Array:
 
 
 def embed(store: LayerStore, tokens: jax.Array) -> jax.Array:
-    return jax.jit(lambda p, t: bind(store.spec, "embed")(p)(t))(store.params(store.spec.embed_unit), tokens)
+    return jax.jit(lambda p, t: bind(store.spec, "embed")(p)(t, positions(*t.shape)))(store.params(store.spec.embed_unit),
+                                                                                      tokens)
 
 
 def layers(store: LayerStore, x: jax.Array, stop: int) -> jax.Array:
@@ -91,13 +94,13 @@ def _stages(spec: ModelSpec) -> tuple[Callable[..., object], ...]:
     def layer(params, x, at, cache):
         rows = jnp.arange(x.shape[0])[:, None]
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
             nonlocal cache
             cache = cache.at[0, rows, at].set(k).at[1, rows, at].set(v)
-            return attention(q, cache[0], cache[1], jnp.arange(cache.shape[2]) <= at[..., None])
+            return attention(q, cache[0], cache[1], jnp.arange(cache.shape[2]) <= at[..., None], scoring)
 
         x = bind(spec, "layer")(params)(x, family(spec.family).aux(spec, at), attend)
         return x, cache
 
-    return (lambda params, tokens: bind(spec, "embed")(params)(tokens), layer,
+    return (lambda params, tokens: bind(spec, "embed")(params)(tokens, positions(*tokens.shape)), layer,
             lambda params, x, table: bind(spec, "head")(params)(x, table))

@@ -1,0 +1,57 @@
+"""What a family of models is to the engine: the functions that build it and read its published checkpoints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from blitzjax.models import config, decoder, names
+from blitzjax.models.names import Names
+from blitzjax.types import ModelSpec
+
+_LLAMA = Names()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The free functions of one architecture. B sequences, T tokens each, N = rows that need logits.
+
+    A kind is "embed", "head" or, of a layer, "layer" or what `ModelSpec.layer_kinds` calls it. Modules hold nothing but
+    nnx.Param and run the same whatever B and T are, padding included.
+
+    embed   (spec, rngs)        → module(tokens, positions i32[B, T]) → f32[B, T, D]; its `table` Param is [V, D]
+    layer   (spec, kind, rngs)  → module(x f32[B, T, D], aux, attend) → f32[B, T, D]
+    head    (spec, rngs)        → module(x f32[N, D], table [V, D] or None) → f32[N, V]
+    aux     (spec, positions i32[B, T]) → pytree shared by all layers of a step; holds no parameters
+    tensors (spec, kind)        → published tensor name → shape; names of a layer are behind its prefix
+    fuse    (spec, kind, published tensors) → the arrays of our modules
+    spec    (config.json's values, name, dtype) → ModelSpec
+
+    `tensors`, `fuse` and `spec` are None where nobody publishes checkpoints.
+    """
+
+    embed: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
+    layer: Callable[[ModelSpec, str, nnx.Rngs], nnx.Module]
+    head: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
+    aux: Callable[[ModelSpec, jax.Array], tuple[object, ...]] = lambda spec, positions: ()
+    tensors: Callable[[ModelSpec, str], dict[str, tuple[int, ...]]] | None = None
+    fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
+    spec: Callable[[Mapping[str, object], str, str], ModelSpec] | None = None
+    layer_prefix: str = "model.layers.{}."
+
+
+def decoder_family(name: str, options: config.Options, *, layer_kinds: config.LayerKinds = config.plain,
+                   defaults: Mapping[str, object] | None = None, names_table: Names = _LLAMA) -> Family:
+    """A family of the shared decoder.
+
+    `options`: config → what its Design has other than llama's; `defaults`: settings that its configs may leave out.
+    """
+    return Family(
+        decoder.Embed, decoder.Layer, decoder.Head, decoder.ropes, functools.partial(names.tensors, names_table),
+        functools.partial(names.fuse, names_table),
+        functools.partial(config.read_spec, options, layer_kinds, defaults or {}, name), names_table.layer_prefix)

@@ -1,0 +1,20 @@
+"""Phi-3 and Phi-4-mini (arXiv:2404.14219): merged projections, partial or LongRoPE rotation.
+
+Sequences end at the original context, up to which LongRoPE's short factors hold."""
+
+from __future__ import annotations
+
+from blitzjax.models.config import Config, windowed
+from blitzjax.models.family import decoder_family
+from blitzjax.models.names import Names
+from blitzjax.types import Option
+
+NAMES = Names({"qkv": "self_attn.qkv_proj.weight", "gate_up": "mlp.gate_up_proj.weight"})
+
+
+def options(config: Config) -> dict[str, Option]:
+    config.only("attention_bias", False)
+    return {"activation": config.activation(), "window": config.get("sliding_window", 0)}
+
+
+FAMILY = decoder_family("phi3", options, layer_kinds=windowed, names_table=NAMES)

@@ -1,0 +1,162 @@
+"""Every family computes what transformers computes: whole, in parts, in chunks, sharded (tests/reference/README.md)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny_families
+
+from blitzjax.config import EngineConfig
+from blitzjax.engine import params
+from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.params import LayerStore, fill, unit_kind
+from blitzjax.engine.runner import Prefill, Runner
+from blitzjax.engine.sampling import greedy_draws
+from blitzjax.engine.stages import Stages
+from blitzjax.errors import CheckpointError
+from blitzjax.models import FAMILIES, family, read_config
+from blitzjax.types import Sampling, Span
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+CHECKPOINTS = json.loads((REFERENCE / "families.json").read_text())
+CHUNK = 16  # tokens, so that the prompt of 27 takes two
+
+
+@dataclass(frozen=True)
+class Model:
+    """One family's checkpoint on `tp` devices, and what transformers made of it."""
+
+    runner: Runner
+    expected: dict[str, np.ndarray]
+
+    def prefill(self, tokens: np.ndarray) -> Prefill:
+        return self.runner.begin(tokens.tolist())
+
+    def logits(self, x: jax.Array) -> np.ndarray:
+        """f32[N, D] → f32[N, V]"""
+        store = self.runner.store
+        table = store.params(store.spec.embed_unit)["table"] if store.spec.tied_embeddings else None
+        return np.asarray(_head(store)(store.params(store.spec.head_unit), x, table))
+
+
+@functools.cache
+def _head(store: LayerStore):
+    return jax.jit(lambda weights, x, table: params.bind(store.spec, "head")(weights)(x, table))
+
+
+@functools.cache
+def _load(case: str, tp: int, chunk: int, cache: str) -> Model:
+    spec = read_config(CHECKPOINTS[case]["config"], case, "float32")
+    found, shapes = family(spec.family), dict(CHECKPOINTS[case]["tensors"])
+    store = LayerStore(spec, jax.devices()[:tp])
+    for unit in range(spec.units):
+        prefix = found.layer_prefix.format(unit) if unit < spec.layers else ""
+        published = {}
+        for name, shape in found.tensors(spec, unit_kind(spec, unit)).items():
+            assert tuple(shapes.pop(prefix + name)) == shape
+            published[name] = tiny_families.values(case, prefix + name, shape)
+        fill(store, unit, found.fuse(spec, unit_kind(spec, unit), published))
+        store.commit(unit)
+    assert not shapes, "tensors that nobody reads"
+    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=chunk,
+                          executable_cache=cache)
+    with np.load(REFERENCE / "families.npz") as file:
+        expected = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{case}.")}
+    return Model(Runner(Stages(spec, config, store.mesh), store), expected)
+
+
+@pytest.fixture
+def load(tmp_path_factory: pytest.TempPathFactory):
+    cache = str(tmp_path_factory.getbasetemp() / "executables")
+    return lambda case, tp=1, chunk=CHUNK: _load(case, tp, chunk, cache)
+
+
+def assert_close(actual: np.ndarray, wanted: np.ndarray) -> None:
+    assert actual.shape == wanted.shape
+    assert np.linalg.norm(actual - wanted) < 2e-4 * np.linalg.norm(wanted)
+
+
+def residual(prefill: Prefill) -> np.ndarray:
+    """f32[prompt, D] of all chunks."""
+    return np.concatenate([np.asarray(x)[0, :c.stop - c.start] for c, x in zip(prefill.chunks, prefill.x, strict=True)])
+
+
+def test_there_is_a_checkpoint_of_every_family() -> None:
+    assert {read_config(c["config"], "", "float32").family for c in CHECKPOINTS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_parts_and_whole_match_reference(case: str, load) -> None:
+    model = load(case)
+    runner, expected, layers = model.runner, model.expected, model.runner.spec.layers
+    prefill = model.prefill(expected["tokens"])
+    assert len(prefill.chunks) == 2
+    assert_close(runner.embedded(expected["tokens"].tolist()), expected["embed"])
+    runner.run_span(prefill, Span(0, 1))
+    assert_close(residual(prefill), expected["layer_0"])
+    runner.run_span(prefill, Span(1, layers))
+    assert_close(residual(prefill), expected["layers"])
+    assert_close(model.logits(jnp.asarray(expected["layers"])), expected["logits"])
+    assert_close(model.logits(jnp.asarray(residual(prefill))), expected["logits"])
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_every_split_equals_the_whole_bit_for_bit(case: str, load) -> None:
+    model = load(case)
+    layers, tokens = model.runner.spec.layers, model.expected["tokens"]
+    whole = model.prefill(tokens)
+    for index in range(len(whole.chunks)):  # chunk by chunk, the parts layer by layer
+        assert list(model.runner.layers_of_chunk(whole, index)) == list(range(layers))
+    for cut in range(layers + 1):
+        parts = model.prefill(tokens)
+        model.runner.run_span(parts, Span(0, cut))
+        model.runner.run_span(parts, Span(cut, layers))
+        np.testing.assert_array_equal(residual(parts), residual(whole))
+        for a, b in zip(jax.tree.leaves(parts.kv), jax.tree.leaves(whole.kv), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_decode_matches_reference(case: str, load) -> None:
+    model = load(case)
+    runner, expected = model.runner, model.expected
+    prefill = model.prefill(expected["tokens"])
+    runner.run_span(prefill, Span(0, runner.spec.layers))
+    answer, logits = [runner.first_token(prefill, Sampling(), 0)], []
+    cache = SlotCache(runner.stages)
+    slot = cache.place("a", prefill.kv)
+    cache.reserve(64)
+    take, stages = runner._head, runner.stages
+
+    def head(x: jax.Array, draws: object) -> jax.Array:
+        logits.append(model.logits(x[:, 0])[slot])
+        return take(x, draws)
+
+    runner._head = head
+    for step in range(len(expected["steps"])):
+        tokens, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
+        tokens[slot], lengths[slot] = answer[-1], len(expected["tokens"]) + step
+        answer.append(int(runner.decode(cache, tokens, lengths, greedy_draws(cache.batch))[slot]))
+    assert answer[:-1] == expected["greedy"].tolist()
+    assert_close(np.stack(logits), expected["steps"])
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_sharded_matches_reference(case: str, tp: int, load) -> None:
+    model = load(case, tp, 64)
+    prefill = model.prefill(np.append(model.expected["tokens"], model.expected["greedy"]))
+    assert len(prefill.chunks) == 1
+    model.runner.run_span(prefill, Span(0, model.runner.spec.layers))
+    logits = model.logits(jnp.asarray(residual(prefill)))
+    assert_close(logits, np.concatenate([model.expected["logits"], model.expected["steps"]]))
+    at = len(model.expected["tokens"]) - 1
+    assert logits[at:-1].argmax(-1).tolist() == model.expected["greedy"].tolist()
