@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from blitzjax.engine import checkpoint, gguf_tokenizer
+from blitzjax.engine import checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, orbax_reader
 from blitzjax.engine.gguf_reader import GGUF
+from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import unit_arrays
+from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
 from blitzjax.types import ModelSpec
 
@@ -33,21 +35,20 @@ TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_head
 
 
 def resolve(model: str, dtype: str, cache_dir: Path | None = None) -> Path:
-    """MODEL is a checkpoint directory of ours, a .gguf file, or a built-in name. Returns a checkpoint directory.
+    """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, or a built-in name. Returns one of ours.
 
-    GGUF models are converted to `dtype` under CACHE/models; `cache_dir` None means $BLITZJAX_CACHE or
-    ~/.cache/blitzjax. Raises CheckpointError saying what MODEL may be, or what is wrong with it.
+    Others are converted to `dtype` under CACHE/models; `cache_dir` None means $BLITZJAX_CACHE or ~/.cache/blitzjax.
+    Raises CheckpointError saying what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if (path / checkpoint.MANIFEST).is_file():
         return path
     models = (cache_dir or default_cache()) / "models"
     if model in BUILT_IN:
         return _convert_once(_packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
-    if path.suffix == ".gguf" and path.is_file():
-        stat = path.stat()
-        stamp = zlib.crc32(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-        return _convert_once(path, path.stem, dtype, models / f"{path.stem}-{stamp:08x}-{dtype}")
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        name = path.resolve().name.removesuffix(".gguf")
+        return _convert_once(path, name, dtype, models / f"{name}-{_stamp(path.resolve()):08x}-{dtype}")
     raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, or one of "
                           f"{', '.join(BUILT_IN)}")
 
@@ -56,10 +57,31 @@ def default_cache() -> Path:
     return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
 
 
-def convert_gguf(source: Path, name: str, dtype: str, target: Path) -> None:
-    """Writes the checkpoint `target` from a GGUF file, one unit in memory at a time."""
-    opened = GGUF.open(source, name, dtype)
-    checkpoint.write(target, opened.spec, opened.units(), gguf_tokenizer.from_gguf(source, opened.reader))
+def convert(source: Path, name: str, dtype: str, target: Path) -> None:
+    """Writes the checkpoint `target` from a file or directory in another format, one unit in memory at a time."""
+    if source.is_file():
+        opened = GGUF.open(source, name, dtype)
+        tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)
+    else:
+        opened = _open_directory(source, name, dtype, target.parent)
+        tokenizer = hf_tokenizer.read(source)
+    checkpoint.write(target, opened.spec, opened.units(), tokenizer)
+
+
+def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> HuggingFace | Orbax:
+    if HuggingFace.present(source):
+        return HuggingFace.open(source, name, dtype)
+    if orbax_reader.find(source) is not None:
+        return Orbax.open(source, hf_config.read_spec(source, name, dtype), scratch)
+    raise CheckpointError(f"{source} has neither {checkpoint.MANIFEST} (ours) nor .safetensors files (Hugging Face) nor an "
+                          "Orbax checkpoint; a PyTorch .bin must be saved as safetensors first")
+
+
+def _stamp(path: Path) -> int:
+    """Changes when a file of the model does."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = ((str(file), file.stat()) for file in files)
+    return zlib.crc32("\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats).encode())
 
 
 def write_random(path: Path, spec: ModelSpec, seed: int) -> None:
@@ -102,7 +124,7 @@ def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
         if target.exists() and not checkpoint.is_current(target):
             shutil.rmtree(target)  # written by another version of this program
         if not target.exists():
-            convert_gguf(source, name, dtype, target)
+            convert(source, name, dtype, target)
     return target
 
 

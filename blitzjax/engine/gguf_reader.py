@@ -14,16 +14,16 @@ from typing import TypeAlias
 import gguf
 import numpy as np
 
-from blitzjax.engine.params import unit_kind, unit_name
+from blitzjax.engine import published
+from blitzjax.engine.params import unit_kind
 from blitzjax.errors import CheckpointError
-from blitzjax.models import family
 from blitzjax.types import ModelSpec
 
 Scalar: TypeAlias = str | int | float | bool
 
 ARCHITECTURES = {"llama": "llama"}  # general.architecture → our family
 
-_NAMES = {  # published tensor name → GGUF name, without `model.layers.N.` and `blk.N.`
+_NAMES = {  # published tensor name within its unit → GGUF name, without `blk.N.`
     "model.embed_tokens.weight": "token_embd.weight",
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
@@ -37,6 +37,8 @@ _NAMES = {  # published tensor name → GGUF name, without `model.layers.N.` and
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+_TYPES = tuple(gguf.GGMLQuantizationType[name] for name in (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))
 _PERMUTED = ("attn_q.weight", "attn_k.weight")  # llama.cpp interleaves their rows for its own rope
 
 
@@ -61,40 +63,25 @@ class GGUF:
 
     def units(self) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of each unit, in order, as float32."""
-        fuse, tensors = family(self.spec.family).fuse, {t.name: t for t in self.reader.tensors}
-        for unit in range(self.spec.units):
-            published = {name: self._dequantize(tensors[stored]) for name, stored in self._names(unit).items()}
-            yield fuse(self.spec, unit_kind(self.spec, unit), published)
+        tensors = {t.name: t for t in self.reader.tensors}
+        return published.units(self.spec, self._names, lambda name: self._dequantize(tensors[name]))
 
     def _names(self, unit: int) -> dict[str, str]:
         """Published name → name in this file, for one unit."""
-        kind = unit_kind(self.spec, unit)
-        prefix = f"blk.{unit}." if kind == "layer" else ""
-        return {name: prefix + _NAMES[name] for name in family(self.spec.family).tensors(self.spec, kind)}
+        prefix = f"blk.{unit}." if unit_kind(self.spec, unit) == "layer" else ""
+        return {name: prefix + _NAMES[name] for name in published.names(self.spec, unit)}
 
     def _dequantize(self, tensor: gguf.ReaderTensor) -> np.ndarray:
-        try:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
-        except NotImplementedError as e:
-            raise CheckpointError(f"{self.path}: {tensor.name} has unsupported type {tensor.tensor_type.name}") from e
+        """Through a mapping of its own: pages of the file leave memory with it."""
+        stored = np.memmap(self.path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
+        array = gguf.quants.dequantize(stored, tensor.tensor_type).reshape(_shape(tensor))
         return _unpermute(array, self.spec.head_dim) if tensor.name.endswith(_PERMUTED) else array
 
     def _check_tensors(self) -> None:
-        found = {t.name: _shape(t) for t in self.reader.tensors}
-        wanted, problems = {}, []
-        for unit in range(self.spec.units):
-            shapes = family(self.spec.family).tensors(self.spec, unit_kind(self.spec, unit))
-            wanted |= {stored: (unit_name(self.spec, unit), shapes[name])
-                       for name, stored in self._names(unit).items()}
-        for name, (unit, shape) in wanted.items():
-            if name not in found:
-                problems.append(f"{name} is missing ({unit})")
-            elif found[name] != shape:
-                problems.append(f"{name} has shape {found[name]}, should be {shape} ({unit})")
-        problems += [f"{name} is unexpected" for name in sorted(found.keys() - wanted.keys())]
-        if problems:
-            raise CheckpointError(f"{self.path}: {len(problems)} tensors do not fit a {self.spec.family} model: "
-                                  + "; ".join(problems))
+        problems = [f"{t.name} has type {t.tensor_type.name}, supported are {', '.join(k.name for k in _TYPES)}"
+                    for t in self.reader.tensors if t.tensor_type not in _TYPES]
+        published.check(self.path, self.spec, published.wanted(self.spec, self._names),
+                        {t.name: _shape(t) for t in self.reader.tensors}, problems)
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:

@@ -200,7 +200,7 @@ def test_gguf_file_is_converted_once_and_cached(tmp_path: Path, monkeypatch: pyt
     assert (spec.eos_token_ids, spec.bos_token_id) == ((257,), None)
     tokenizer = tokenizers.Tokenizer.from_file(str(first / "tokenizer.json"))
     assert tokenizer.encode("abba<|im_end|>").ids == [258, 98, 97, 257]
-    monkeypatch.delattr(convert, "convert_gguf")
+    monkeypatch.delattr(convert, "convert")
     assert resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache") == first
     assert resolve(str(first), "float32", tmp_path / "cache") == first
 
