@@ -15,7 +15,6 @@ import gguf
 import numpy as np
 
 from blitzjax.engine import published
-from blitzjax.engine.params import unit_kind
 from blitzjax.errors import CheckpointError
 from blitzjax.types import ModelSpec
 
@@ -38,7 +37,7 @@ _NAMES = {  # published tensor name within its unit → GGUF name, without `blk.
     "lm_head.weight": "output.weight",
 }
 _TYPES = tuple(gguf.GGMLQuantizationType[name] for name in (
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))
 _PERMUTED = ("attn_q.weight", "attn_k.weight")  # llama.cpp interleaves their rows for its own rope
 
 
@@ -68,7 +67,7 @@ class GGUF:
 
     def _names(self, unit: int) -> dict[str, str]:
         """Published name → name in this file, for one unit."""
-        prefix = f"blk.{unit}." if unit_kind(self.spec, unit) == "layer" else ""
+        prefix = f"blk.{unit}." if unit < self.spec.layers else ""
         return {name: prefix + _NAMES[name] for name in published.names(self.spec, unit)}
 
     def _dequantize(self, tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -24,6 +24,7 @@ def read_spec(path: Path, name: str, dtype: str) -> ModelSpec:
     model_type = config.get("model_type")
     if model_type not in _SPECS:
         raise CheckpointError(f"{path}: model_type {model_type!r} is not supported; supported: {', '.join(_SPECS)}")
+    config = {key: value for key, value in config.items() if value is not None}
     generation = read_json(path / GENERATION) or {}
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     try:

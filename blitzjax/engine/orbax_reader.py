@@ -72,8 +72,7 @@ class Orbax:
 
     def _own(self, unit: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored name → name in our module, shape."""
-        kind = unit_kind(self.spec, unit)
-        prefix = f"layers.{unit}." if kind == "layer" else f"{kind}."
+        prefix = f"layers.{unit}." if unit < self.spec.layers else f"{unit_kind(self.spec, unit)}."
         return {prefix + info.name: (info.name, info.shape) for info in unit_arrays(self.spec, unit)}
 
     def _read(self, name: str) -> np.ndarray:

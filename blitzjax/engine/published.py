@@ -25,9 +25,8 @@ _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 def names(spec: ModelSpec, unit: int) -> dict[str, str]:
     """Name within the unit, as `Family.tensors` has it → name in the whole checkpoint."""
-    kind = unit_kind(spec, unit)
-    prefix = f"model.layers.{unit}." if kind == "layer" else ""
-    return {name: prefix + name for name in family(spec.family).tensors(spec, kind)}
+    prefix = f"model.layers.{unit}." if unit < spec.layers else ""
+    return {name: prefix + name for name in family(spec.family).tensors(spec, unit_kind(spec, unit))}
 
 
 def wanted(spec: ModelSpec, stored: Callable[[int], Mapping[str, str]]) -> list[dict[str, Shape]]:
