@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -131,7 +131,7 @@ def is_current(path: Path) -> bool:
         return False
 
 
-def write(path: Path, spec: ModelSpec, units: Iterable[Mapping[str, np.ndarray]],
+def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]],
           tokenizer: Tokenizer | None) -> None:
     """Writes a checkpoint; `units` yields each unit's unsharded arrays in order and is consumed one at a time.
 
@@ -141,8 +141,8 @@ def write(path: Path, spec: ModelSpec, units: Iterable[Mapping[str, np.ndarray]]
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with (temporary / WEIGHTS).open("wb") as file:
-            entries = [_write_unit(file, spec, unit, arrays) for unit, arrays in enumerate(units)]
-        assert len(entries) == spec.units, f"{len(entries)} units written, the model has {spec.units}"
+            entries = [_write_unit(file, spec, unit, next(units)) for unit in range(spec.units)]
+        assert next(units, None) is None, f"the model has only {spec.units} units"
         manifest = {"version": FORMAT_VERSION, "tokenizer": tokenizer is not None, "spec": asdict(spec), "units": [
             {"offset": unit[0].offset, "bytes": unit[-1].offset + unit[-1].nbytes - unit[0].offset,
              "arrays": [asdict(entry) for entry in unit]} for unit in entries]}

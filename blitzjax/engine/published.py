@@ -37,10 +37,10 @@ def wanted(spec: ModelSpec, stored: Callable[[int], Mapping[str, str]]) -> list[
 
 def units(spec: ModelSpec, stored: Callable[[int], Mapping[str, str]],
           read: Callable[[str], np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of each unit, in order; only the tensors of one unit are read at a time."""
+    """The arrays of each unit, in order; no reference to a unit is kept while the next one is read."""
     for unit in range(spec.units):
-        tensors = {name: read(stored_name) for name, stored_name in stored(unit).items()}
-        yield family(spec.family).fuse(spec, unit_kind(spec, unit), tensors)
+        yield family(spec.family).fuse(spec, unit_kind(spec, unit),
+                                       {name: read(stored_name) for name, stored_name in stored(unit).items()})
 
 
 def check(path: Path, spec: ModelSpec, wanted: Sequence[Mapping[str, Shape]], found: Mapping[str, Shape],
