@@ -47,9 +47,9 @@ def _checked(path: Path) -> str:
 def _from_sentencepiece(path: Path, config: Mapping[str, object]) -> tuple[str, dict[str, str]]:
     """The text of tokenizer.json, and the names of BOS and EOS. A BOS is put first unless the configuration says no."""
     vocabulary, bos, eos = sentencepiece_tokenizer.read(path / SENTENCEPIECE)
-    built = sentencepiece_tokenizer.build(
-        vocabulary, bos if config.get("add_bos_token", True) else None,
-        eos if config.get("add_eos_token", False) else None, _added(path, config, len(vocabulary.pieces)))
+    built = sentencepiece_tokenizer.build(vocabulary, _added(path, config, len(vocabulary.pieces)))
+    sentencepiece_tokenizer.surround(built, bos if config.get("add_bos_token", True) else None,
+                                     eos if config.get("add_eos_token", False) else None)
     return built.to_str(), {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token}
 
 

@@ -57,9 +57,10 @@ def read(path: Path) -> tuple[Vocabulary, str | None, str | None]:
     return vocabulary, vocabulary.token(trainer.bos_id), vocabulary.token(trainer.eos_id)
 
 
-def build(vocabulary: Vocabulary, before: str | None, after: str | None, added: Sequence[AddedToken] = ()
-          ) -> tokenizers.Tokenizer:
-    """`before` and `after` are the tokens (BOS, EOS) that are put around a plain text; `added` follow the pieces."""
+def build(vocabulary: Vocabulary, added: Sequence[AddedToken] = ()) -> tokenizers.Tokenizer:
+    """`added` are tokens that follow the pieces. Ids of plain text are SentencePiece's, but where two segmentations of a
+    unigram model score the same.
+    """
     built = tokenizers.Tokenizer(_unigram(vocabulary) if vocabulary.unigram else _bpe(vocabulary))
     built.normalizer = normalizers.Sequence(_normalizers(vocabulary))
     strip = [decoders.Strip(" ", 1, 0)] if vocabulary.prefix_space else []
@@ -68,12 +69,16 @@ def build(vocabulary: Vocabulary, before: str | None, after: str | None, added: 
     built.add_tokens([AddedToken(p.text, special=p.kind != USER_DEFINED, normalized=False) for p in vocabulary.pieces
                       if p.kind in (UNKNOWN, CONTROL) or (p.kind == USER_DEFINED and _SPACE not in p.text)])
     built.add_tokens(list(added))
+    return built
+
+
+def surround(built: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
+    """Plain texts get these tokens (BOS, EOS) around them from now on."""
     around = [token for token in (before, after) if token]
     if around:
-        template = f"{before or ''} $A {after or ''}".split()
         built.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(token, built.token_to_id(token)) for token in around])
-    return built
+            single=[before, "$A", after][0 if before else 1:3 if after else 2],
+            special_tokens=[(token, built.token_to_id(token)) for token in around])
 
 
 def _unigram(vocabulary: Vocabulary) -> models.Unigram:

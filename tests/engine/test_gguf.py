@@ -98,7 +98,7 @@ def test_gguf_mismatches_are_all_named(tmp_path: Path) -> None:
 
 def test_gguf_with_broken_merges_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", merge="x y")
-    with pytest.raises(CheckpointError, match="tokens and merges do not make a tokenizer"):
+    with pytest.raises(CheckpointError, match="tokens in it do not make a tokenizer"):
         resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
 
 
