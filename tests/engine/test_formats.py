@@ -130,8 +130,9 @@ def test_damaged_safetensors_are_reported(tmp_path: Path, keep: int, says: str) 
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: .*llama"),
-    ({"rope_scaling": {"rope_type": "novel"}}, "rope type 'novel'"), ({"vocab_size": None}, "vocab_size")])
+    ({"model_type": "mamba"}, "'mamba' is not supported; supported: .*llama"),
+    ({"model_type": "os:abort"}, "'os:abort' is not supported"),
+    ({"rope_scaling": {"rope_type": "novel"}}, "novel.*not supported"), ({"vocab_size": None}, "vocab_size")])
 def test_unknown_configuration_is_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
     path = directory(tmp_path / "hf", **changes)
     write_shards(path, tensors(), 1)
@@ -155,9 +156,9 @@ class Stack(nnx.Module):
         kind = family("llama")
         self.embed, self.head = kind.embed(SPEC, nnx.Rngs(0)), kind.head(SPEC, nnx.Rngs(0))
         if scanned:
-            self.layers = nnx.vmap(lambda key: kind.layer(SPEC, 0, nnx.Rngs(key)))(jax.random.split(jax.random.key(1), 3))
+            self.layers = nnx.vmap(lambda key: kind.layer(SPEC, "layer", nnx.Rngs(key)))(jax.random.split(jax.random.key(1), 3))
         else:
-            self.layers = nnx.List([kind.layer(SPEC, i, nnx.Rngs(i)) for i in range(SPEC.layers)])
+            self.layers = nnx.List([kind.layer(SPEC, "layer", nnx.Rngs(i)) for i in range(SPEC.layers)])
 
 
 @pytest.mark.parametrize("scanned", [False, True])
