@@ -1,8 +1,8 @@
 """Linen modules as units of a decoder: `Family(linen.embed(MyEmbed), linen.layer(MyLayer), linen.head(MyHead))`.
 
 Each argument makes a Linen module from what the NNX one would get (spec; spec and kind); it is called with the same
-arguments as an NNX module and gives the same result. Parameters keep their Linen names, so that a checkpoint is the tree
-{"params": {"embed": ..., "layers_0": ..., "head": ...}} that these modules were trained with.
+arguments as an NNX module and gives the same result. Parameters keep their Linen names, so that a checkpoint is the
+tree {"params": {"embed": ..., "layers_0": ..., "head": ...}} that these modules were trained with.
 """
 
 from __future__ import annotations

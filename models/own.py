@@ -1,9 +1,9 @@
 """Your own decoder: what `blitzjax serve my_package.my_model:build --checkpoint DIR` imports, in every process.
 
-`build()` returns a ModelSpec and a Family: `embed`, `layer` and `head` make NNX modules (models/examples/alternating.py;
-models/linen.py adapts Linen ones), `aux` is needed by rotary models only. Parameters come from an Orbax checkpoint whose
-tree is {"embed": ..., "layers": [...], "head": ...} with each module's own names (see engine/orbax_reader.py). A Param
-may say which logical axis each dimension is, `nnx.Param(values, axes=("ffn", None))` or nnx.Linear's `kernel_metadata`:
+`build()` returns a ModelSpec and a Family: `embed`, `layer` and `head` make NNX modules, as in examples/alternating.py
+(linen.py adapts Linen ones); `aux` is needed by rotary models only. Parameters come from an Orbax checkpoint whose tree
+is {"embed": ..., "layers": [...], "head": ...} with each module's own names (see engine/orbax_reader.py). A Param may
+say which logical axis each dimension is, `nnx.Param(values, axes=("ffn", None))` or nnx.Linear's `kernel_metadata`:
 "vocab", "kv_heads" and "ffn" are divided over an instance's devices, everything else is on all of them.
 """
 
@@ -29,7 +29,7 @@ def is_reference(model: str) -> bool:
 
 @functools.cache
 def load(reference: str) -> tuple[ModelSpec, Family]:
-    """Calls what `reference` names; the spec's family is `reference`. Raises CheckpointError when that does not work."""
+    """Calls what `reference` names; the spec's family is `reference`. Raises CheckpointError if that does not work."""
     module, _, function = reference.partition(":")
     try:
         spec, family = getattr(importlib.import_module(module), function)()

@@ -5,8 +5,8 @@
     DIR/tokenizer.json          as the `tokenizers` package reads it
     DIR/tokenizer_config.json   chat_template, bos_token, eos_token
 
-A model without a tokenizer has neither of the last two, and its manifest says so. Invariant: a directory of this name is
-complete; writers rename a finished temporary directory into place.
+A model without a tokenizer has neither of the last two, and its manifest says so. Invariant: a directory of this name
+is complete; writers rename a finished temporary directory into place.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path 
     """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, a built-in name, or code of yours.
 
     Returns a directory of ours. Others are converted to `dtype` under CACHE/models; `cache_dir` None means
-    $BLITZJAX_CACHE or ~/.cache/blitzjax. `source` is where the parameters of your code are. Raises CheckpointError saying
-    what MODEL may be, or what is wrong with it.
+    $BLITZJAX_CACHE or ~/.cache/blitzjax. `source` is where the parameters of your code are. Raises CheckpointError
+    saying what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
     if (path / checkpoint.MANIFEST).is_file():
@@ -55,8 +55,8 @@ def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path 
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         name = path.resolve().name.removesuffix(".gguf")
         return _convert_once(path, name, dtype, models / f"{name}-{_stamp(path.resolve()):08x}-{dtype}")
-    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or one "
-                          f"of {', '.join(BUILT_IN)}")
+    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or "
+                          f"one of {', '.join(BUILT_IN)}")
 
 
 def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> Path:
@@ -95,8 +95,8 @@ def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> Huggi
         return HuggingFace.open(source, name, dtype)
     if orbax_reader.find(source) is not None:
         return Orbax.open(source, hf_config.read_spec(source, name, dtype), scratch)
-    raise CheckpointError(f"{source} has neither {checkpoint.MANIFEST} (ours) nor .safetensors files (Hugging Face) nor an "
-                          "Orbax checkpoint; a PyTorch .bin must be saved as safetensors first")
+    raise CheckpointError(f"{source} has neither {checkpoint.MANIFEST} (ours) nor .safetensors files (Hugging Face) "
+                          "nor an Orbax checkpoint; a PyTorch .bin must be saved as safetensors first")
 
 
 def _stamp(path: Path) -> int:
@@ -158,7 +158,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """`python -m blitzjax.engine.convert MODEL --dtype DTYPE [--checkpoint DIR]`: the checkpoint directory is the last line printed."""
+    """`python -m blitzjax.engine.convert MODEL [--checkpoint DIR]`: a directory of ours is the last line printed."""
     parser = argparse.ArgumentParser(prog="python -m blitzjax.engine.convert", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

@@ -1,7 +1,7 @@
 """Builds tokenizer.json and tokenizer_config.json: from what is in a GGUF file, or byte-level for tiny models.
 
-`tokenizer.ggml.model` is "gpt2" (byte-level BPE; `tokenizer.ggml.pre` names how text is cut before merging, written down
-in `_PRE_TOKENIZERS`) or "llama" (SentencePiece's BPE, as scores).
+`tokenizer.ggml.model` is "gpt2" (byte-level BPE; `tokenizer.ggml.pre` names how text is cut before merging, written
+down in `_PRE_TOKENIZERS`) or "llama" (SentencePiece's BPE, as scores).
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _from_merges(path: Path, reader: gguf.GGUFReader, tokens: list[str]) -> toke
 def _from_scores(path: Path, reader: gguf.GGUFReader, tokens: list[str]) -> tokenizers.Tokenizer:
     del path
     pieces = tuple(map(sentencepiece.Piece, tokens, field(reader, "tokenizer.ggml.scores"), _types(reader, tokens)))
-    spaced = field(reader, "tokenizer.ggml.add_space_prefix", True)
-    return sentencepiece.build(sentencepiece.Vocabulary(pieces, unigram=False, prefix_space=spaced, squeeze_spaces=False))
+    prefix_space = field(reader, "tokenizer.ggml.add_space_prefix", True)
+    return sentencepiece.build(sentencepiece.Vocabulary(pieces, False, prefix_space, squeeze_spaces=False))
 
 
 def _types(reader: gguf.GGUFReader, tokens: list[str]) -> list[int]:

@@ -1,8 +1,8 @@
 """Reads what Orbax wrote - an NNX state or a Linen params tree - as a ModelSpec and units of arrays.
 
-A tree may use the names of our modules (`embed`, `layers`, `head` at its top; leaves as in the module) or the published
-names with Flax's leaves (`kernel` is [in, out]). Layers are `layers/7/...`, `layers_7/...`, or scanned: `layers/...` with
-a leading layer axis. Invariant: every leaf is used exactly once, or opening fails.
+A tree may use the names of our modules (`embed`, `layers`, `head` at its top; leaves as in the module) or the
+published names with Flax's leaves (`kernel` is [in, out]). Layers are `layers/7/...`, `layers_7/...`, or scanned:
+`layers/...` with a leading layer axis. Invariant: every leaf is used exactly once, or opening fails.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Orbax:
         return array.T if leaf.transposed else array
 
     def _scanned(self, number: int) -> np.ndarray:
-        """The stack, in a file: Orbax stores it as one compressed piece, which is unpacked once and not kept in memory."""
+        """The stack, in a file: Orbax has it as one compressed piece, which is unpacked once and not kept in memory."""
         if number not in self._unpacked:
             stack = _restore(self.path, number)
             with tempfile.TemporaryFile(dir=self.scratch) as file:
@@ -125,8 +125,8 @@ def _flatten(path: Path):
 
 
 def _read_names(path: Path, own_names: bool) -> tuple[dict[str, Leaf], bool]:
-    """Every array by its full name, scanned ones once per layer; and whether the names are those of our modules, as they
-    must be if `own_names`.
+    """Every array by its full name, scanned ones once per layer; and whether the names are those of our modules, as
+    they must be if `own_names`.
     """
     flat = [(_path(keys), number, tuple(leaf.shape)) for number, (keys, leaf) in enumerate(_flatten(path)[0])]
     if any(names[0] == "params" for names, *_ in flat):  # beside an optimizer's state, say

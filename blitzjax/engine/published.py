@@ -1,7 +1,7 @@
 """Which tensors a published checkpoint must have, whatever file format it is in, and how they become our arrays.
 
-Readers of a format list what they found and read one tensor at a time; names and shapes are compared here, in one place,
-so that everything wrong with a checkpoint is said in one error.
+Readers of a format list what they found and read one tensor at a time; names and shapes are compared here, in one
+place, so that everything wrong with a checkpoint is said in one error.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def read(path: Path) -> tuple[Vocabulary, str | None, str | None]:
 
 
 def build(vocabulary: Vocabulary, added: Sequence[AddedToken] = ()) -> tokenizers.Tokenizer:
-    """`added` are tokens that follow the pieces. Ids of plain text are SentencePiece's, but where two segmentations of a
-    unigram model score the same.
+    """`added` are tokens that follow the pieces. Ids of plain text are SentencePiece's, but where two segmentations of
+    a unigram model score the same.
     """
     built = tokenizers.Tokenizer(_unigram(vocabulary) if vocabulary.unigram else _bpe(vocabulary))
     built.normalizer = normalizers.Sequence(_normalizers(vocabulary))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What `blitzjax serve my_package.my_model:build --checkpoint DIR` converts and serves."""
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "my_model.py").write_text(Path(alternating.__file__).read_text())
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path / "cache"))
     own_models.save(own_models.filled(seed=1), tmp_path / "trained")
     return checkpoint("my_package.my_model:build", "float32", tmp_path / "trained")

@@ -1,8 +1,9 @@
-"""Run as a process: what converting a Hugging Face directory, or loading our checkpoint, adds to peak memory. Prints bytes.
+"""Run as a process: how many bytes a conversion, or a load without the parameters themselves, adds to peak memory.
 
-    python memory_probe.py convert SOURCE TARGET | load CHECKPOINT
+    python memory_probe.py convert SOURCE TARGET SMALL_SOURCE
+    python memory_probe.py load CHECKPOINT SMALL_CHECKPOINT
 
-Parameters themselves are not counted: they stay in memory after a load.
+The small model goes first and is not counted: it warms the allocator up.
 """
 
 from __future__ import annotations

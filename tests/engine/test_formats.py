@@ -114,7 +114,8 @@ def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
     (path / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         resolve(str(path), "float32", tmp_path / "cache")
-    for text in ("model.norm.weight has shape (7,), should be (64,) (head)", "lm_head.weight has dtype I8", "4 problems"):
+    for text in ("model.norm.weight has shape (7,), should be (64,) (head)", "lm_head.weight has dtype I8",
+                 "4 problems"):
         assert text in str(caught.value)
 
 
@@ -156,7 +157,8 @@ class Stack(nnx.Module):
         kind = family("llama")
         self.embed, self.head = kind.embed(SPEC, nnx.Rngs(0)), kind.head(SPEC, nnx.Rngs(0))
         if scanned:
-            self.layers = nnx.vmap(lambda key: kind.layer(SPEC, "layer", nnx.Rngs(key)))(jax.random.split(jax.random.key(1), 3))
+            keys = jax.random.split(jax.random.key(1), SPEC.layers)
+            self.layers = nnx.vmap(lambda key: kind.layer(SPEC, "layer", nnx.Rngs(key)))(keys)
         else:
             self.layers = nnx.List([kind.layer(SPEC, "layer", nnx.Rngs(i)) for i in range(SPEC.layers)])
 
@@ -164,7 +166,8 @@ class Stack(nnx.Module):
 @pytest.mark.parametrize("scanned", [False, True])
 def test_orbax_nnx_state(tmp_path: Path, scanned: bool) -> None:
     path, rng = directory(tmp_path / "nnx"), np.random.default_rng(1)
-    state = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), nnx.state(nnx.eval_shape(lambda: Stack(scanned))))
+    state = nnx.state(nnx.eval_shape(lambda: Stack(scanned)))
+    state = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), state)
     with ocp.CheckpointManager(path) as manager:
         for step in (9, 10):
             manager.save(step, args=ocp.args.StandardSave(jax.tree.map(lambda a: a * (step - 9), state)))
@@ -208,7 +211,8 @@ class Trunk(nn.Module):
     def __call__(self, tokens):
         x = nn.Embed(SPEC.vocab, SPEC.dim, name="embed_tokens")(tokens)
         if self.scanned:
-            x, _ = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=SPEC.layers)(name="layers")(x, None)
+            scan = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=SPEC.layers)
+            x, _ = scan(name="layers")(x, None)
         else:
             for i in range(SPEC.layers):
                 x, _ = Block(name=f"layers_{i}")(x, None)

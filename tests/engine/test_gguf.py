@@ -62,7 +62,8 @@ def gguf_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
 _GGUF_SHAPES = {
     "token_embd.weight": (272, DIM), "output.weight": (272, DIM), "output_norm.weight": (DIM,),
     "blk.0.attn_norm.weight": (DIM,), "blk.0.ffn_norm.weight": (DIM,), "blk.0.attn_q.weight": (DIM, DIM),
-    "blk.0.attn_k.weight": (DIM // 2, DIM), "blk.0.attn_v.weight": (DIM // 2, DIM), "blk.0.attn_output.weight": (DIM, DIM),
+    "blk.0.attn_k.weight": (DIM // 2, DIM), "blk.0.attn_v.weight": (DIM // 2, DIM),
+    "blk.0.attn_output.weight": (DIM, DIM),
     "blk.0.ffn_gate.weight": (256, DIM), "blk.0.ffn_up.weight": (256, DIM), "blk.0.ffn_down.weight": (DIM, 256)}
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers that we build have the ids of the library that made the model; their text streams whole characters only."""
+"""Tokenizers that we build have the ids of the library that made the model; text streams in whole characters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from blitzjax.engine.gguf_reader import field
 from blitzjax.errors import CheckpointError
 from blitzjax.serve.tokenizer import IncrementalDecoder, Tokenizer
 
-_TEXT = [line for line in Path(sentencepiece_tokenizer.__file__).read_text().splitlines() if line] + ["Zürich é  x 😀"] * 9
+_CODE = Path(sentencepiece_tokenizer.__file__).read_text()
+_TEXT = [line for line in _CODE.splitlines() if line] + ["Zürich é  x 😀"] * 9
 _WORDS = st.lists(st.sampled_from([*" abest.(_)\n<>Züé😀🏳️‍🌈日", "  ", "return", "token", "0", "0Å", "\t"]), max_size=25)
 
 
@@ -52,7 +53,8 @@ _LLAMA = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name":
 
 @pytest.fixture(scope="module", params=[
     _LLAMA, _LLAMA | {"add_dummy_prefix": False, "user_defined_symbols": ["<turn>", "▁▁", "▁▁▁▁"]},
-    {"model_type": "unigram", "vocab_size": 200}, {"model_type": "bpe", "vocab_size": 200, "character_coverage": 0.985}],
+    {"model_type": "unigram", "vocab_size": 200},
+    {"model_type": "bpe", "vocab_size": 200, "character_coverage": 0.985}],
     ids=["llama", "gemma", "unigram", "unknowns"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     directory = tmp_path_factory.mktemp("spm")
@@ -67,8 +69,8 @@ def test_sentencepiece_ids_and_text(case: Case) -> None:
         ids = case.theirs.encode(text)
         found = list(case.ours.encode_rendered(text))
         if found != ids:  # only where unigram segmentations tie
-            score = [sum(map(case.theirs.get_score, i)) for i in (found, ids)]
-            assert case.theirs.decode(found) == case.theirs.decode(ids) and score[0] == pytest.approx(score[1], abs=1e-4)
+            ours, best = (sum(map(case.theirs.get_score, i)) for i in (found, ids))
+            assert case.theirs.decode(found) == case.theirs.decode(ids) and ours == pytest.approx(best, abs=1e-4)
         assert case.ours.encode(text) == (case.theirs.bos_id(), *found)
         if case.theirs.unk_id() not in ids:
             assert case.ours.decode(ids) == case.theirs.decode(ids)

@@ -61,7 +61,8 @@ def save_scanned(path: Path) -> None:
         checkpointer.save(path, {"params": state | {"layers": jax.tree.map(lambda *a: np.stack(a), *layers)}})
 
 
-@pytest.mark.parametrize(("reference", "save", "tp"), [(NNX, save_nnx, 1), (NNX, save_scanned, 2), (LINEN, save_linen, 1)],
+@pytest.mark.parametrize(("reference", "save", "tp"),
+                         [(NNX, save_nnx, 1), (NNX, save_scanned, 2), (LINEN, save_linen, 1)],
                          ids=["nnx", "nnx-scanned-tp2", "linen"])
 def test_engine_gives_the_tokens_of_the_plain_modules(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
                                                       answer: list[int], reference: str, save: Callable[[Path], None],
