@@ -26,14 +26,13 @@ class Family:
 
     embed   (spec, rngs)        → module(tokens, positions i32[B, T]) → f32[B, T, D]; its `table` Param is [V, D]
     layer   (spec, kind, rngs)  → module(x f32[B, T, D], aux, attend) → f32[B, T, D]
-    head    (spec, rngs)        → module(x f32[N, D], table [V, D] or None if not tied) → f32[N, V]
+    head    (spec, rngs)        → module(x f32[N, D], table [V, D] or None) → f32[N, V]
     aux     (spec, positions i32[B, T]) → pytree shared by all layers of a step; holds no parameters
     tensors (spec, kind)        → published tensor name → shape; names of a layer are behind its prefix
     fuse    (spec, kind, published tensors) → the arrays of our modules
     spec    (config.json's values, name, dtype) → ModelSpec
 
-    `tensors`, `fuse` and `spec` are None where nobody publishes checkpoints. Modules hold nothing but nnx.Param and run the
-    same whatever B and T are, padding included.
+    `tensors`, `fuse` and `spec` are None where nobody publishes checkpoints.
     """
 
     embed: Callable[[ModelSpec, nnx.Rngs], nnx.Module]

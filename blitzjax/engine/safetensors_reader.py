@@ -50,6 +50,7 @@ class HuggingFace:
         """Raises CheckpointError listing every missing, unexpected or misshapen tensor and every missing file."""
         spec = read_spec(path, name, dtype)
         tensors, problems = _read_headers(path)
+        tensors = _with_prefix(spec, tensors)
         problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
                      for name, t in tensors.items() if t.dtype not in _DTYPES]
         wanted = published.wanted(spec, partial(published.names, spec))
@@ -91,6 +92,15 @@ def read_header(file: Path) -> dict[str, Stored]:
         if stored.dtype in _DTYPES and end - stored.offset != _nbytes(stored):
             raise CheckpointError(f"{file}: {name} has {end - stored.offset} bytes for shape {stored.shape}; {_AGAIN}")
     return tensors
+
+
+def _with_prefix(spec: ModelSpec, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
+    """The names of the whole model where those of its trunk were published alone: `h.0...` for `transformer.h.0...`."""
+    embedding = next(iter(published.names(spec, 0).values()))
+    prefix, _, bare = embedding.partition(".")
+    if embedding in tensors or bare not in tensors:
+        return tensors
+    return {f"{prefix}.{name}": stored for name, stored in tensors.items()}
 
 
 def _nbytes(stored: Stored) -> int:

@@ -20,6 +20,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import tiny_families
 from blitzjax.engine import gguf_tokenizer, published
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import TINY, resolve
@@ -29,6 +30,7 @@ from blitzjax.models import family
 from blitzjax.types import ModelSpec
 
 SPEC = replace(TINY, layers=3, tied_embeddings=False, vocab=256)
+FAMILIES = json.loads((Path(__file__).parents[1] / "reference" / "families.json").read_text())
 HIDDEN = "model.layers.1.mlp.down_proj.weight"
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": SPEC.layers, "hidden_size": SPEC.dim, "vocab_size": SPEC.vocab,
@@ -84,6 +86,21 @@ def test_hugging_face_directory(tmp_path: Path, dtype: type, shards: int) -> Non
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     write_shards(path, {n: a.astype(dtype) for n, a in (tensors() | buffer).items()}, shards)
     assert_converted(path, tmp_path / "cache", tensors())
+
+
+@pytest.mark.parametrize(("case", "bare"), [*((case, False) for case in FAMILIES), ("gpt2", True)])
+def test_every_family_is_read_whole(tmp_path: Path, case: str, bare: bool) -> None:
+    """Their checkpoints as transformers names them; `bare`: the trunk alone, as GPT-2 was published."""
+    path, named = tmp_path / case, {n: tiny_families.values(case, n, s) for n, s in FAMILIES[case]["tensors"].items()}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(FAMILIES[case]["config"]))
+    write_shards(path, {n.partition(".")[2] if bare else n: a for n, a in named.items()}, 2)
+    opened = Checkpoint.open(resolve(str(path), "float32", tmp_path / "cache"))
+    for unit in range(opened.spec.units):
+        tensors = {short: named[full] for short, full in published.names(opened.spec, unit).items()}
+        fused = family(opened.spec.family).fuse(opened.spec, unit_kind(opened.spec, unit), tensors)
+        for name, array in opened.read_unit(unit).items():
+            np.testing.assert_array_equal(array, fused[name])
 
 
 def test_changed_directory_is_converted_again(tmp_path: Path) -> None:
