@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 import tokenizers
 
-from blitzjax.engine import convert, gguf_tokenizer
+import tiny_families
+
+from blitzjax.engine import convert, gguf_tokenizer, published
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import resolve
 from blitzjax.engine.gguf_reader import GGUF
+from blitzjax.engine.params import unit_kind
 from blitzjax.errors import CheckpointError
+from blitzjax.models import family, read_config
 
 
 DIM = 256
+FAMILIES = json.loads((Path(__file__).parents[1] / "reference" / "families.json").read_text())
 
 
 def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str = "llama", merge: str = "a b",
@@ -45,10 +50,10 @@ def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str =
     writer.add_token_types([1] * 256 + [3, 3, 1] + [3] * 13)
     writer.add_token_merges([merge])
     writer.add_eos_token_id(257)
-    for name, shape in _GGUF_SHAPES.items():
+    for name, array in ({name: gguf_array(name, shape) for name, shape in _GGUF_SHAPES.items()} | dict(raw)).items():
         if name != drop:
             dtype = gguf.GGMLQuantizationType[kind] if name in raw else None
-            writer.add_tensor(name + ".x" * (name == rename), raw.get(name, gguf_array(name, shape)), raw_dtype=dtype)
+            writer.add_tensor(name + ".x" * (name == rename), array, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -206,3 +211,61 @@ def test_unknown_block_type_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", raw={"blk.0.ffn_down.weight": blocks}, kind="IQ2_XXS")
     with pytest.raises(CheckpointError, match="blk.0.ffn_down.weight has type IQ2_XXS, supported are F32, .*Q6_K"):
         GGUF.open(tmp_path / "model.gguf", "m", "float32")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Architectures: the families' tiny checkpoints, as llama.cpp's converter writes them
+
+
+def write_family(path: Path, case: str, config: dict[str, object], named: Mapping[str, np.ndarray]) -> None:
+    arch = {"gemma3": gguf.MODEL_ARCH.GEMMA3, "gemma2": gguf.MODEL_ARCH.GEMMA2, "qwen2": gguf.MODEL_ARCH.QWEN2,
+            "gemma": gguf.MODEL_ARCH.GEMMA, "qwen3": gguf.MODEL_ARCH.QWEN3, "llama": gguf.MODEL_ARCH.LLAMA}[case]
+    writer, table = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch]), gguf.get_tensor_name_map(arch, 3)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if case.startswith("gemma") and case != "gemma":
+        writer.add_sliding_window(config["sliding_window"])
+    if config.get("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if case == "gemma3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
+    for name, array in named.items():
+        plus = np.float32(case.startswith("gemma") and name.endswith("norm.weight"))
+        writer.add_tensor(table.get_name(name, try_suffixes=(".weight", ".bias")), array + plus)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
+def test_other_architectures(tmp_path: Path, case: str) -> None:
+    """Windows are not in the metadata layer by layer: they are the architecture's own."""
+    config = dict(FAMILIES[case]["config"]) | {"use_sliding_window": False, "eos_token_id": []}
+    config = {key: value for key, value in config.items() if key != "layer_types"}
+    config["query_pre_attn_scalar"] = config["head_dim"]
+    named = {n: tiny_families.values(case, n, s) for n, s in FAMILIES[case]["tensors"].items()}
+    write_family(tmp_path / "m.gguf", case, config, named)
+    opened, spec = GGUF.open(tmp_path / "m.gguf", "m", "float32"), read_config(config, "m", "float32")
+    assert opened.spec == spec
+    for unit, arrays in enumerate(opened.units()):
+        tensors = {short: named[full] for short, full in published.names(spec, unit).items()}
+        for name, array in family(spec.family).fuse(spec, unit_kind(spec, unit), tensors).items():
+            np.testing.assert_allclose(arrays[name], array, rtol=1e-6, atol=1e-6)
+
+
+def test_llama_3_rope_factors_are_read(tmp_path: Path) -> None:
+    factors = np.linspace(1, 8, 32, dtype=np.float32)
+    write_gguf(tmp_path / "model.gguf", raw={"rope_freqs.weight": factors})
+    assert dict(GGUF.open(tmp_path / "model.gguf", "m", "float32").spec.options)["rope_factors"] == tuple(factors)
