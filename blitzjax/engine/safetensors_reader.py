@@ -23,6 +23,7 @@ from blitzjax.types import ModelSpec
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_PACKED = ("_blocks", "_scales")  # tensors of MXFP4, in U8; what reads them is models/mxfp4.py
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library bounds it
 _AGAIN = "download it again"
 
@@ -52,7 +53,8 @@ class HuggingFace:
         tensors, problems = _read_headers(path)
         tensors = _with_prefix(spec, tensors)
         problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
-                     for name, t in tensors.items() if t.dtype not in _DTYPES]
+                     for name, t in tensors.items()
+                     if t.dtype not in _DTYPES and not (t.dtype == "U8" and name.endswith(_PACKED))]
         wanted = published.wanted(spec, partial(published.names, spec))
         published.check(path, spec, wanted, {name: t.shape for name, t in tensors.items()}, problems)
         return cls(path, spec, tensors)
@@ -67,7 +69,7 @@ class HuggingFace:
 
     def _map(self, name: str) -> np.ndarray:
         stored = self.tensors[name]
-        return np.memmap(stored.file, _DTYPES[stored.dtype], "r", stored.offset, stored.shape)
+        return np.memmap(stored.file, _DTYPES.get(stored.dtype, np.uint8), "r", stored.offset, stored.shape)
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -96,7 +98,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 def _with_prefix(spec: ModelSpec, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
     """The names of the whole model where those of its trunk were published alone: `h.0...` for `transformer.h.0...`."""
-    embedding = next(iter(published.names(spec, 0).values()))
+    embedding = next(iter(published.names(spec, spec.embed_unit).values()))
     prefix, _, bare = embedding.partition(".")
     if embedding in tensors or bare not in tensors:
         return tensors

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
-import gguf
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,12 +19,13 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import tiny_families
-from blitzjax.engine import gguf_tokenizer, published
+from blitzjax.engine import published
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import TINY, resolve
-from blitzjax.engine.params import unit_arrays, unit_kind
+from blitzjax.engine.params import unit_kind
+from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
-from blitzjax.models import family
+from blitzjax.models import family, read_config
 from blitzjax.types import ModelSpec
 
 SPEC = replace(TINY, layers=3, tied_embeddings=False, vocab=256)
@@ -101,6 +100,23 @@ def test_every_family_is_read_whole(tmp_path: Path, case: str, bare: bool) -> No
         fused = family(opened.spec.family).fuse(opened.spec, unit_kind(opened.spec, unit), tensors)
         for name, array in opened.read_unit(unit).items():
             np.testing.assert_array_equal(array, fused[name])
+
+
+def test_packed_experts_are_read(tmp_path: Path) -> None:
+    """gpt-oss publishes its experts as bytes."""
+    config = dict(FAMILIES["gpt_oss"]["config"]) | {"hidden_size": 64, "intermediate_size": 32,
+                                                    "quantization_config": {"quant_method": "mxfp4"}}
+    spec, rng = read_config(config, "m", "float32"), np.random.default_rng(2)
+    shapes = {n: s for unit in published.wanted(spec, partial(published.names, spec)) for n, s in unit.items()}
+    named = {n: rng.integers(100, 140, s, np.uint8) if n.endswith(("_blocks", "_scales"))
+             else rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    path = tmp_path / "hf"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    write_shards(path, named, 1)
+    layer = next(HuggingFace.open(path, "m", "float32").units())
+    wanted = family("gpt_oss").fuse(spec, unit_kind(spec, 0), {s: named[f] for s, f in published.names(spec, 0).items()})
+    np.testing.assert_array_equal(layer["experts.down"], wanted["experts.down"])
 
 
 def test_changed_directory_is_converted_again(tmp_path: Path) -> None:
@@ -194,9 +210,9 @@ def test_orbax_nnx_state(tmp_path: Path, scanned: bool) -> None:
             kind = unit_kind(SPEC, unit)
             stored = state[kind if kind != "layer" else "layers"]
             if kind == "layer" and not scanned:
-                stored = stored[unit - 1]
+                stored = stored[unit]
             stored = np.asarray(stored[name].get_value())
-            np.testing.assert_array_equal(array, stored[unit - 1] if kind == "layer" and scanned else stored)
+            np.testing.assert_array_equal(array, stored[unit] if kind == "layer" and scanned else stored)
 
 
 class Attention(nn.Module):

@@ -100,7 +100,7 @@ def test_windows_and_positions_matter(answer: list[int], monkeypatch: pytest.Mon
 
 def test_marked_axes_are_sharded_and_others_are_not() -> None:
     spec, _ = own.load(NNX)
-    axes = {info.name: info.axes for info in unit_arrays(spec, 1)}
+    axes = {info.name: info.axes for info in unit_arrays(spec, 0)}
     assert axes["up.kernel"] == (None, "ffn") and axes["qkv.kernel"] == (None, None)
 
 
@@ -142,4 +142,4 @@ def test_state_besides_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     spec, _ = own.load(NNX)
     monkeypatch.setattr(own, "load", lambda reference: (spec, Family(alternating.Embed, Noisy, alternating.Head)))
     with pytest.raises(CheckpointError, match="global holds more than nnx.Param: dropout"):
-        unit_arrays(replace(spec, name="noisy"), 1)
+        unit_arrays(replace(spec, name="noisy"), 0)
