@@ -30,7 +30,7 @@ def serve(args: argparse.Namespace) -> int:
     from blitzjax.serve.local import Launch, LocalCluster
 
     config = configure(args)
-    cluster = LocalCluster(config, checkpoint(args.model, config.engine.dtype), Launch(console=True))
+    cluster = LocalCluster(config, checkpoint(args.model, config.engine.dtype, args.checkpoint), Launch(console=True))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
@@ -44,7 +44,7 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    print(checkpoint(args.model, args.dtype or Config().engine.dtype))
+    print(checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint))
     return 0
 
 
@@ -77,14 +77,15 @@ def _given(path: Path | None) -> set[str]:
     return {f"{table}.{key}" for table, values in tables.items() if isinstance(values, dict) for key in values}
 
 
-def checkpoint(model: str, dtype: str) -> Path:
+def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
     """The checkpoint directory of MODEL, converting it when needed: in a process of its own, for that imports jax.
 
-    Raises CheckpointError.
+    `source` is where the parameters of MODEL are if it is code. Raises CheckpointError.
     """
     if (Path(model) / "manifest.json").is_file():
         return Path(model)
-    done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype],
+    where = () if source is None else ("--checkpoint", str(source))
+    done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype, *where],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = done.stdout.split("\n")
     path = next((line.strip() for line in reversed(lines) if line.strip()), "")

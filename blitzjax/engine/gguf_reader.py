@@ -1,42 +1,41 @@
 """Reads a GGUF file as a ModelSpec and units of float32 arrays, dequantised one unit at a time.
 
-Names and row orders follow llama.cpp's converter (gguf-py/gguf/tensor_mapping.py, convert_hf_to_gguf.py); only the
+Names, row orders and norms follow llama.cpp's converter (its tensor_mapping.py, convert_hf_to_gguf.py); only the
 architectures in `ARCHITECTURES` are read. Invariant: every tensor of the file is used exactly once, or opening fails.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import gguf
 import numpy as np
 
-from blitzjax.engine.params import unit_kind, unit_name
+from blitzjax.engine import published
 from blitzjax.errors import CheckpointError
-from blitzjax.models import family
+from blitzjax.models import read_config
+from blitzjax.models.design import design
 from blitzjax.types import ModelSpec
 
 Scalar: TypeAlias = str | int | float | bool
 
-ARCHITECTURES = {"llama": "llama"}  # general.architecture → our family
+ARCHITECTURES = {  # general.architecture → model_type of config.json
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+_SETTINGS = {  # metadata key behind the architecture's name → setting of config.json
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window", "context_length": "max_position_embeddings",
+    "rope.freq_base": "rope_theta", "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping"}
+_LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have a scale of their own
+_ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's, one for each pair of dimensions; not a parameter
 
-_NAMES = {  # published tensor name → GGUF name, without `model.layers.N.` and `blk.N.`
-    "model.embed_tokens.weight": "token_embd.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+_TYPES = tuple(gguf.GGMLQuantizationType[name] for name in (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"))
 _PERMUTED = ("attn_q.weight", "attn_k.weight")  # llama.cpp interleaves their rows for its own rope
 
 
@@ -61,40 +60,29 @@ class GGUF:
 
     def units(self) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of each unit, in order, as float32."""
-        fuse, tensors = family(self.spec.family).fuse, {t.name: t for t in self.reader.tensors}
-        for unit in range(self.spec.units):
-            published = {name: self._dequantize(tensors[stored]) for name, stored in self._names(unit).items()}
-            yield fuse(self.spec, unit_kind(self.spec, unit), published)
+        tensors = {t.name: t for t in self.reader.tensors}
+        return published.units(self.spec, self._names, lambda name: self._dequantize(tensors[name]))
 
     def _names(self, unit: int) -> dict[str, str]:
         """Published name → name in this file, for one unit."""
-        kind = unit_kind(self.spec, unit)
-        prefix = f"blk.{unit}." if kind == "layer" else ""
-        return {name: prefix + _NAMES[name] for name in family(self.spec.family).tensors(self.spec, kind)}
+        table = gguf.get_tensor_name_map(_architecture(self.reader), self.spec.layers)
+        return {name: table.get_name(full, try_suffixes=(".weight", ".bias"))
+                for name, full in published.names(self.spec, unit).items()}
 
     def _dequantize(self, tensor: gguf.ReaderTensor) -> np.ndarray:
-        try:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(_shape(tensor))
-        except NotImplementedError as e:
-            raise CheckpointError(f"{self.path}: {tensor.name} has unsupported type {tensor.tensor_type.name}") from e
-        return _unpermute(array, self.spec.head_dim) if tensor.name.endswith(_PERMUTED) else array
+        """Through a mapping of its own: pages of the file leave memory with it."""
+        stored = np.memmap(self.path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
+        array = gguf.quants.dequantize(stored, tensor.tensor_type).reshape(_shape(tensor))
+        if tensor.name.endswith("norm.weight"):
+            return array - np.float32(design(self.spec).norm_offset)  # llama.cpp stores the sum
+        permuted = _architecture(self.reader) == gguf.MODEL_ARCH.LLAMA and tensor.name.endswith(_PERMUTED)
+        return _unpermute(array, self.spec.head_dim) if permuted else array
 
     def _check_tensors(self) -> None:
-        found = {t.name: _shape(t) for t in self.reader.tensors}
-        wanted, problems = {}, []
-        for unit in range(self.spec.units):
-            shapes = family(self.spec.family).tensors(self.spec, unit_kind(self.spec, unit))
-            wanted |= {stored: (unit_name(self.spec, unit), shapes[name])
-                       for name, stored in self._names(unit).items()}
-        for name, (unit, shape) in wanted.items():
-            if name not in found:
-                problems.append(f"{name} is missing ({unit})")
-            elif found[name] != shape:
-                problems.append(f"{name} has shape {found[name]}, should be {shape} ({unit})")
-        problems += [f"{name} is unexpected" for name in sorted(found.keys() - wanted.keys())]
-        if problems:
-            raise CheckpointError(f"{self.path}: {len(problems)} tensors do not fit a {self.spec.family} model: "
-                                  + "; ".join(problems))
+        problems = [f"{t.name} has type {t.tensor_type.name}, supported are {', '.join(k.name for k in _TYPES)}"
+                    for t in self.reader.tensors if t.tensor_type not in _TYPES]
+        found = {t.name: _shape(t) for t in self.reader.tensors if t.name != _ROPE_FACTORS}
+        published.check(self.path, self.spec, published.wanted(self.spec, self._names), found, problems)
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
@@ -107,37 +95,47 @@ def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
+def _architecture(reader: gguf.GGUFReader) -> gguf.MODEL_ARCH:
+    name = field(reader, "general.architecture")
+    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+
+
 def _read_spec(path: Path, reader: gguf.GGUFReader, name: str, dtype: str) -> ModelSpec:
     architecture = field(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{path}: architecture {architecture!r} is not supported; "
                               f"supported: {', '.join(ARCHITECTURES)}")
     try:
-        return _llama_spec(path, reader, name, dtype)
-    except KeyError as e:
-        raise CheckpointError(f"{path}: metadata {e} is missing") from e
-
-
-def _llama_spec(path: Path, reader: gguf.GGUFReader, name: str, dtype: str) -> ModelSpec:
-    def get(key: str) -> int | float:
-        return reader.fields[f"llama.{key}"].contents()
-
-    heads, dim = get("attention.head_count"), get("embedding_length")
-    head_dim = field(reader, "llama.attention.key_length", dim // heads)
-    scaling = field(reader, "llama.rope.scaling.type", "none")
-    if scaling != "none" or field(reader, "llama.rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(f"{path}: scaled or partial rope is not supported")
+        spec = read_config(_settings(reader, architecture), name, dtype)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: as {e}") from e
     ends = (field(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
-    begins = field(reader, "tokenizer.ggml.add_bos_token", False)
-    return ModelSpec(
-        name=name, family=ARCHITECTURES["llama"], layers=get("block_count"), dim=dim, heads=heads,
-        kv_heads=field(reader, "llama.attention.head_count_kv", heads), head_dim=head_dim,
-        ffn_dim=get("feed_forward_length"), vocab=len(reader.fields["tokenizer.ggml.tokens"].data),
-        max_len=get("context_length"), rope_theta=field(reader, "llama.rope.freq_base", 10000.0),
-        norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),  # stored as float32: 1e-5 reads 9.99999975e-6
-        tied_embeddings=all(t.name != "output.weight" for t in reader.tensors), dtype=dtype,
-        eos_token_ids=tuple(sorted({end for end in ends if end is not None})),
-        bos_token_id=field(reader, "tokenizer.ggml.bos_token_id") if begins else None)
+    spec = replace(spec, eos_token_ids=tuple(sorted({end for end in ends if end is not None})))
+    factors = next((t.data for t in reader.tensors if t.name == _ROPE_FACTORS), None)
+    if factors is None:
+        return spec
+    return replace(spec, options=tuple(sorted((*spec.options, ("rope_factors", tuple(factors.tolist()))))))
+
+
+def _settings(reader: gguf.GGUFReader, architecture: str) -> dict[str, object]:
+    """The metadata in the words of config.json."""
+    found = {setting: field(reader, f"{architecture}.{key}") for key, setting in _SETTINGS.items()}
+    # Stored as float32: 1e-5 reads 9.99999975e-6.
+    config = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
+    heads, dim = config["num_attention_heads"] or 1, config["hidden_size"] or 0
+    head_dim = config["head_dim"] = config["head_dim"] or dim // heads
+    if architecture in _LARGEST:
+        largest = config["num_hidden_layers"] == _LARGEST[architecture]
+        config["query_pre_attn_scalar"] = dim // heads if largest else head_dim
+    scaling = field(reader, f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none":
+        config["rope_scaling"] = {"rope_type": scaling, "factor": field(reader, f"{architecture}.rope.scaling.factor")}
+        if scaling != "linear":
+            raise CheckpointError(f"rope.scaling.type {scaling!r} is not supported; supported: none, linear")
+    config["partial_rotary_factor"] = field(reader, f"{architecture}.rope.dimension_count", head_dim) / (head_dim or 1)
+    return config | {
+        "model_type": ARCHITECTURES[architecture], "vocab_size": len(field(reader, "tokenizer.ggml.tokens", [])) or None,
+        "tie_word_embeddings": all(t.name != "output.weight" for t in reader.tensors)}
 
 
 def field(reader: gguf.GGUFReader, key: str, default: Scalar | list[Scalar] | None = None):

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from blitzjax.errors import CheckpointError
 from blitzjax.models import family
 from blitzjax.transfer.pieces import digest
 from blitzjax.types import ModelSpec
@@ -140,7 +141,11 @@ def _abstract(spec: ModelSpec, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
     model = family(spec.family)
     build = {"embed": lambda: model.embed(spec, nnx.Rngs(0)),
              "head": lambda: model.head(spec, nnx.Rngs(0))}.get(kind, lambda: model.layer(spec, kind, nnx.Rngs(0)))
-    return nnx.split(nnx.eval_shape(build))
+    graph, state = nnx.split(nnx.eval_shape(build))
+    others = [_name(path) for path, variable in nnx.to_flat_state(state) if not isinstance(variable, nnx.Param)]
+    if others:
+        raise CheckpointError(f"{spec.family}: {kind} holds more than nnx.Param: {', '.join(others)}")
+    return graph, state
 
 
 @functools.lru_cache(maxsize=64)
@@ -149,7 +154,7 @@ def kind_arrays(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
     _, state = _abstract(spec, kind)
     return tuple(
         ArrayInfo(_name(path), tuple(variable.get_value().shape), np.dtype(variable.get_value().dtype),
-                  tuple(variable.get_metadata("axes")))
+                  tuple(variable.get_metadata().get("axes") or (None,) * variable.get_value().ndim))
         for path, variable in nnx.to_flat_state(state))
 
 

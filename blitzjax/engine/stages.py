@@ -7,7 +7,6 @@ layers is a slice and a pass cut anywhere computes bit for bit what the whole co
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +21,7 @@ from blitzjax.config import EngineConfig
 from blitzjax.engine import params, sampling
 from blitzjax.engine.executables import ExecutableCache
 from blitzjax.engine.shapes import Shapes, shapes_for
-from blitzjax.models import blocks, family
+from blitzjax.models import blocks, family, own
 from blitzjax.types import ModelSpec
 
 Params = dict[str, Array]
@@ -296,7 +295,9 @@ def _batched_dot(a: Array, b: Array) -> Array:
 
 def _fingerprint(spec: ModelSpec) -> str:
     """The spec and the source of everything that a stage traces through."""
-    found = family(spec.family)
-    models = [module for name, module in sorted(sys.modules.items()) if name.startswith(f"{blocks.__package__}.")]
-    modules = (inspect.getmodule(Stages), sampling, params, inspect.getmodule(found.layer), *models)
-    return "\n".join([repr(spec), *map(inspect.getsource, modules)])
+    family(spec.family)  # imports it
+    packages = [blocks.__package__, *([own.package(spec.family)] if own.is_reference(spec.family) else [])]
+    files = [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
+             if any(name == package or name.startswith(f"{package}.") for package in packages)]
+    files += [module.__file__ for module in (sys.modules[__name__], sampling, params)]
+    return "\n".join([repr(spec), *(Path(file).read_text() for file in files if file and file.endswith(".py"))])

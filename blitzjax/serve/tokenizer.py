@@ -20,6 +20,8 @@ from blitzjax.errors import CheckpointError, InvalidRequest
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
 _MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so a longer run of undecodable tokens is never completed
+_MAX_WINDOW_TOKENS = 64  # of which all but the last few have no text
+_CHARACTER_BYTES = 4  # at most, in UTF-8
 _CONTEXT_TOKENS = 6  # prompt tokens decoded along with the answer, so that its first space survives
 
 
@@ -76,10 +78,10 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT_TOKENS:])
-        self._window, self._read = 0, len(self._ids)
-        # A prompt may end inside a character (a continued answer, say); then the answer shows all of it.
-        self._sent = len(tokenizer.decode(self._ids).rstrip(_REPLACEMENT))
+        start, stop = _context(tokenizer, prompt)
+        self._ids = list(prompt[start:])
+        self._window, self._read = 0, stop - start
+        self._sent = len(tokenizer.decode(prompt[start:stop]).rstrip(_REPLACEMENT))
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that became final with these tokens, possibly empty."""
@@ -99,9 +101,24 @@ class IncrementalDecoder:
         fresh = whole[self._sent:]
         self._sent = max(self._sent, len(whole))
         if whole == text:  # nothing is pending: slide the window
-            self._window, self._read = self._read, len(self._ids)
+            if self._tokenizer.decode(self._ids[self._read:]) or len(self._ids) - self._window > _MAX_WINDOW_TOKENS:
+                self._window = self._read  # tokens without text are no context: the next one's space would go as first
+            self._read = len(self._ids)
             self._sent = len(self._tokenizer.decode(self._ids[self._window:]))
         return fresh
+
+
+def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, int]:
+    """[start, stop) of the prompt's last tokens that are whole characters.
+
+    A prompt may end inside a character (a continued answer, say); then the answer shows all of it.
+    """
+    size = len(prompt)
+    for stop in range(size, max(0, size - _CHARACTER_BYTES), -1):
+        for start in range(stop - _CONTEXT_TOKENS, stop - _CONTEXT_TOKENS - _CHARACTER_BYTES, -1):
+            if _REPLACEMENT not in tokenizer.decode(prompt[max(0, start):stop]):
+                return max(0, start), stop
+    return max(0, size - _CONTEXT_TOKENS), size
 
 
 class StopStrings:

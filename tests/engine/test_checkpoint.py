@@ -6,16 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import jax
 import numpy as np
 import pytest
 import tokenizers
 
-from blitzjax.engine import checkpoint, convert, gguf_tokenizer
+from blitzjax.engine import checkpoint, convert
 from blitzjax.engine.checkpoint import Checkpoint, with_dtype
 from blitzjax.engine.convert import TINY, random_unit, resolve, write_random
-from blitzjax.engine.gguf_reader import GGUF
 from blitzjax.engine.params import LayerStore, unit_arrays
 from blitzjax.errors import CheckpointError
 
@@ -146,109 +144,6 @@ def test_byte_tokenizer_round_trips(path: Path) -> None:
     assert ids == [256, *"user\nZürich 12 😀".encode(), 257]
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert tokenizer.get_vocab_size() == TINY.vocab
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# GGUF
-
-
-def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str = "llama", merge: str = "a b") -> None:
-    """A one-layer GGUF file whose q and k rows are interleaved as llama.cpp stores them; `rename` gets a suffix."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(5000.0)
-    vocab = json.loads(gguf_tokenizer.bytes_only(272).tokenizer)["model"]["vocab"]
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    tokens[258] = "ab"
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 3, 1] + [3] * 13)
-    writer.add_token_merges([merge])
-    writer.add_eos_token_id(257)
-    for name, shape in _GGUF_SHAPES.items():
-        if name != drop:
-            writer.add_tensor(name + ".x" * (name == rename), gguf_array(name, shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def gguf_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(sum(name.encode())).standard_normal(shape, np.float32)
-
-
-_GGUF_SHAPES = {
-    "token_embd.weight": (272, 64), "output.weight": (272, 64), "output_norm.weight": (64,),
-    "blk.0.attn_norm.weight": (64,), "blk.0.ffn_norm.weight": (64,), "blk.0.attn_q.weight": (64, 64),
-    "blk.0.attn_k.weight": (32, 64), "blk.0.attn_v.weight": (32, 64), "blk.0.attn_output.weight": (64, 64),
-    "blk.0.ffn_gate.weight": (128, 64), "blk.0.ffn_up.weight": (128, 64), "blk.0.ffn_down.weight": (64, 128)}
-
-
-def test_gguf_file_is_converted_once_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_gguf(tmp_path / "model.gguf")
-    first = resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
-    spec = Checkpoint.open(first).spec
-    assert (spec.layers, spec.tied_embeddings, spec.rope_theta, spec.norm_eps) == (1, False, 5000.0, 1e-5)
-    assert (spec.eos_token_ids, spec.bos_token_id) == ((257,), None)
-    tokenizer = tokenizers.Tokenizer.from_file(str(first / "tokenizer.json"))
-    assert tokenizer.encode("abba<|im_end|>").ids == [258, 98, 97, 257]
-    monkeypatch.delattr(convert, "convert_gguf")
-    assert resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache") == first
-    assert resolve(str(first), "float32", tmp_path / "cache") == first
-
-
-def test_gguf_rows_of_q_and_k_are_put_back(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf")
-    qkv = list(GGUF.open(tmp_path / "model.gguf", "m", "float32").units())[0]["qkv"]  # [KV, G+2, hd, D]
-    stored_q = gguf_array("blk.0.attn_q.weight", (64, 64)).reshape(4, 16, 64)
-    np.testing.assert_array_equal(qkv[1, 0, :8], stored_q[2, 0::2])  # first half of a head: its even stored rows
-    np.testing.assert_array_equal(qkv[1, 0, 8:], stored_q[2, 1::2])
-
-
-def test_gguf_mismatches_are_all_named(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", drop="blk.0.ffn_down.weight", rename="blk.0.attn_q.weight")
-    with pytest.raises(CheckpointError) as caught:
-        GGUF.open(tmp_path / "model.gguf", "m", "float32")
-    for text in ("blk.0.ffn_down.weight is missing (layer 0)", "blk.0.attn_q.weight is missing (layer 0)",
-                 "blk.0.attn_q.weight.x is unexpected"):
-        assert text in str(caught.value)
-
-
-def test_gguf_with_broken_merges_is_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", merge="x y")
-    with pytest.raises(CheckpointError, match="tokens and merges do not make a tokenizer"):
-        resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
-
-
-def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf", architecture="mamba")
-    with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported; supported: llama"):
-        resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock"]
-
-
-@pytest.mark.parametrize("keep_bytes", [0, 10, 3000, -100])
-def test_broken_gguf_is_reported(tmp_path: Path, keep_bytes: int) -> None:
-    write_gguf(tmp_path / "model.gguf")
-    data = (tmp_path / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(data[:keep_bytes])
-    with pytest.raises(CheckpointError, match="model.gguf"):
-        GGUF.open(tmp_path / "model.gguf", "m", "float32")
-
-
-def test_cache_of_another_format_version_is_converted_again(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf")
-    first = resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
-    edit_manifest(first, version=0)
-    assert Checkpoint.open(resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache"))
 
 
 def test_unknown_model_says_what_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

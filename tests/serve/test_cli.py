@@ -50,6 +50,8 @@ def test_version():
     (("status", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("chat", "hi", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("scale", "--to", "2", "--watch", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("convert", "no_such_package:build"), "--checkpoint DIR"),
+    (("convert", "no_such_package:build", "--checkpoint", "."), "ModuleNotFoundError"),
     (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
     (("controller", "--workers", "i0=h:1", "--model-dir", "/nonexistent"), "not a blitzjax checkpoint"),
     (("controller", "--workers", "i0=h:1", "--model-dir", ".", "--config-json", "{"), "not JSON"),

@@ -1,0 +1,73 @@
+"""The tokenizer files of a Hugging Face directory → tokenizer.json and tokenizer_config.json as we store them.
+
+tokenizer.json is taken as it is; without it, tokenizer.model (SentencePiece) is turned into one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken
+
+from blitzjax.engine import sentencepiece_tokenizer
+from blitzjax.engine.checkpoint import Tokenizer
+from blitzjax.engine.hf_config import read_json
+from blitzjax.errors import CheckpointError
+
+TOKENIZER, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read(path: Path) -> Tokenizer | None:
+    """None for a directory without a tokenizer: it is served with token ids only. Raises CheckpointError."""
+    config = (read_json(path / "special_tokens_map.json") or {}) | (read_json(path / CONFIG) or {})
+    kept = {name: config[name] for name in _NAMES if config.get(name) is not None}
+    if (path / TOKENIZER).is_file():
+        text = _checked(path / TOKENIZER)
+    elif (path / SENTENCEPIECE).is_file():
+        text, names = _from_sentencepiece(path, config)
+        kept = names | kept
+    else:
+        return None
+    return Tokenizer(text, json.dumps(kept | {"chat_template": _chat_template(path, config)}))
+
+
+def _checked(path: Path) -> str:
+    try:
+        text = path.read_text()
+        tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the Rust library raises bare Exception
+        raise CheckpointError(f"cannot read {path}: {e}") from e
+    return text
+
+
+def _from_sentencepiece(path: Path, config: Mapping[str, object]) -> tuple[str, dict[str, str]]:
+    """The text of tokenizer.json, and the names of BOS and EOS. A BOS is put first unless the configuration says no."""
+    vocabulary, bos, eos = sentencepiece_tokenizer.read(path / SENTENCEPIECE)
+    built = sentencepiece_tokenizer.build(vocabulary, _added(path, config, len(vocabulary.pieces)))
+    sentencepiece_tokenizer.surround(built, bos if config.get("add_bos_token", True) else None,
+                                     eos if config.get("add_eos_token", False) else None)
+    return built.to_str(), {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token}
+
+
+def _added(path: Path, config: Mapping[str, object], pieces: int) -> list[AddedToken]:
+    """Tokens beyond the SentencePiece vocabulary, in the order of their ids."""
+    listed = config.get("added_tokens_decoder") or {}
+    tokens = {int(index): AddedToken(token["content"], special=token.get("special", True), normalized=False)
+              for index, token in listed.items()}
+    for text, index in (read_json(path / "added_tokens.json") or {}).items():
+        tokens.setdefault(index, AddedToken(text, special=True, normalized=False))
+    beyond = sorted(index for index in tokens if index >= pieces)
+    if beyond != list(range(pieces, pieces + len(beyond))):
+        raise CheckpointError(f"{path}: added tokens have ids {beyond}, they should follow the {pieces} pieces")
+    return [tokens[index] for index in beyond]
+
+
+def _chat_template(path: Path, config: Mapping[str, object]) -> object:
+    """A file of its own wins over the configuration, as in transformers."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text()
+    return (read_json(path / "chat_template.json") or {}).get("chat_template", config.get("chat_template"))

@@ -1,0 +1,127 @@
+"""Reads a Hugging Face directory as a ModelSpec and units of arrays: config.json and one or more .safetensors files.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data
+(https://github.com/huggingface/safetensors#format). Invariant: tensors are mapped one at a time, never read ahead.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from blitzjax.engine import published
+from blitzjax.engine.hf_config import read_spec
+from blitzjax.errors import CheckpointError
+from blitzjax.types import ModelSpec
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_PACKED = ("_blocks", "_scales")  # tensors of MXFP4, in U8; what reads them is models/mxfp4.py
+_MAX_HEADER_BYTES = 100_000_000  # as the safetensors library bounds it
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies; `offset` counts from the start of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    """An opened directory whose tensors are known to fit `spec`."""
+
+    path: Path
+    spec: ModelSpec
+    tensors: Mapping[str, Stored]
+
+    @classmethod
+    def open(cls, path: Path, name: str, dtype: str) -> HuggingFace:
+        """Raises CheckpointError listing every missing, unexpected or misshapen tensor and every missing file."""
+        spec = read_spec(path, name, dtype)
+        tensors, problems = _read_headers(path)
+        tensors = _with_prefix(spec, tensors)
+        problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
+                     for name, t in tensors.items()
+                     if t.dtype not in _DTYPES and not (t.dtype == "U8" and name.endswith(_PACKED))]
+        wanted = published.wanted(spec, partial(published.names, spec))
+        published.check(path, spec, wanted, {name: t.shape for name, t in tensors.items()}, problems)
+        return cls(path, spec, tensors)
+
+    @staticmethod
+    def present(path: Path) -> bool:
+        return any(path.glob("*.safetensors")) or (path / INDEX).is_file()
+
+    def units(self) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of each unit, in order, as stored: bfloat16, float16 or float32."""
+        return published.units(self.spec, partial(published.names, self.spec), self._map)
+
+    def _map(self, name: str) -> np.ndarray:
+        stored = self.tensors[name]
+        return np.memmap(stored.file, _DTYPES.get(stored.dtype, np.uint8), "r", stored.offset, stored.shape)
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file. Raises CheckpointError when it is not one, or is cut off."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length, = struct.unpack("<Q", opened.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+                   for name, entry in header.items()}
+        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
+        raise CheckpointError(f"{file} is not a readable safetensors file ({e}); {_AGAIN}") from e
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        stored = tensors[name]
+        if end > size:
+            raise CheckpointError(f"{file} is truncated at {size} bytes: {name} is incomplete; {_AGAIN}")
+        if stored.dtype in _DTYPES and end - stored.offset != _nbytes(stored):
+            raise CheckpointError(f"{file}: {name} has {end - stored.offset} bytes for shape {stored.shape}; {_AGAIN}")
+    return tensors
+
+
+def _with_prefix(spec: ModelSpec, tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
+    """The names of the whole model where those of its trunk were published alone: `h.0...` for `transformer.h.0...`."""
+    embedding = next(iter(published.names(spec, spec.embed_unit).values()))
+    prefix, _, bare = embedding.partition(".")
+    if embedding in tensors or bare not in tensors:
+        return tensors
+    return {f"{prefix}.{name}": stored for name, stored in tensors.items()}
+
+
+def _nbytes(stored: Stored) -> int:
+    return int(np.prod(stored.shape, dtype=np.int64)) * _DTYPES[stored.dtype].itemsize
+
+
+def _read_headers(path: Path) -> tuple[dict[str, Stored], list[str]]:
+    """Tensors of all shards, and what is wrong with the set of shards."""
+    if not (path / INDEX).is_file():
+        files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
+        return {name: t for file in files for name, t in read_header(file).items()}, []
+    try:
+        placed = dict(json.loads((path / INDEX).read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path / INDEX} is not readable ({e!r}); {_AGAIN}") from e
+    tensors, problems = {}, []
+    for shard in sorted(set(placed.values())):
+        if (path / shard).is_file():
+            tensors |= read_header(path / shard)
+        else:
+            problems.append(f"the file {shard} is missing")
+    return tensors, problems

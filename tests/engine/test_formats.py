@@ -1,0 +1,303 @@
+"""Other formats: what their own writers wrote is what we convert, and everything wrong is said at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+import tiny_families
+from blitzjax.engine import published
+from blitzjax.engine.checkpoint import Checkpoint
+from blitzjax.engine.convert import TINY, resolve
+from blitzjax.engine.params import unit_kind
+from blitzjax.engine.safetensors_reader import HuggingFace
+from blitzjax.errors import CheckpointError
+from blitzjax.models import family, read_config
+from blitzjax.types import ModelSpec
+
+SPEC = replace(TINY, layers=3, tied_embeddings=False, vocab=256)
+FAMILIES = json.loads((Path(__file__).parents[1] / "reference" / "families.json").read_text())
+HIDDEN = "model.layers.1.mlp.down_proj.weight"
+
+CONFIG = {"model_type": "llama", "num_hidden_layers": SPEC.layers, "hidden_size": SPEC.dim, "vocab_size": SPEC.vocab,
+          "num_attention_heads": SPEC.heads, "num_key_value_heads": SPEC.kv_heads, "intermediate_size": SPEC.ffn_dim,
+          "max_position_embeddings": SPEC.max_len, "rope_theta": SPEC.rope_theta, "rms_norm_eps": SPEC.norm_eps,
+          "tie_word_embeddings": False, "eos_token_id": 257, "bos_token_id": None}
+
+
+def tensors(spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:
+    """Published tensors, exact in float16 and bfloat16 alike."""
+    rng = np.random.default_rng(0)
+    shapes = {name: shape for unit in published.wanted(spec, partial(published.names, spec))
+              for name, shape in unit.items()}
+    return {name: rng.integers(-128, 128, shape).astype(np.float32) / 64 for name, shape in shapes.items()}
+
+
+def directory(path: Path, **changes: object) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | changes))
+    return path
+
+
+def assert_converted(path: Path, cache: Path, wanted: Mapping[str, np.ndarray]) -> None:
+    """MODEL `path` becomes a checkpoint of SPEC with these published tensors."""
+    opened = Checkpoint.open(resolve(str(path), "float32", cache))
+    assert opened.spec == replace(SPEC, name=path.name)
+    for unit in range(SPEC.units):
+        named = {short: wanted[full] for short, full in published.names(SPEC, unit).items()}
+        fused, found = family("llama").fuse(SPEC, unit_kind(SPEC, unit), named), opened.read_unit(unit)
+        assert fused.keys() == found.keys()
+        for name, array in fused.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+def write_shards(path: Path, named: Mapping[str, np.ndarray], shards: int) -> None:
+    if shards == 1:
+        return save_file(dict(named), path / "model.safetensors")
+    names = [sorted(named)[n::shards] for n in range(shards)]
+    files = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
+    for file, part in zip(files, names, strict=True):
+        save_file({name: named[name] for name in part}, path / file)
+    placed = {name: file for file, part in zip(files, names, strict=True) for name in part}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+@pytest.mark.parametrize(("dtype", "shards"), [(np.float32, 1), (np.float16, 3), (ml_dtypes.bfloat16, 3)])
+def test_hugging_face_directory(tmp_path: Path, dtype: type, shards: int) -> None:
+    path = directory(tmp_path / "hf")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    write_shards(path, {n: a.astype(dtype) for n, a in (tensors() | buffer).items()}, shards)
+    assert_converted(path, tmp_path / "cache", tensors())
+
+
+@pytest.mark.parametrize(("case", "bare"), [*((case, False) for case in FAMILIES), ("gpt2", True)])
+def test_every_family_is_read_whole(tmp_path: Path, case: str, bare: bool) -> None:
+    """Their checkpoints as transformers names them; `bare`: the trunk alone, as GPT-2 was published."""
+    path, named = tmp_path / case, {n: tiny_families.values(case, n, s) for n, s in FAMILIES[case]["tensors"].items()}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(FAMILIES[case]["config"]))
+    write_shards(path, {n.partition(".")[2] if bare else n: a for n, a in named.items()}, 2)
+    opened = Checkpoint.open(resolve(str(path), "float32", tmp_path / "cache"))
+    for unit in range(opened.spec.units):
+        tensors = {short: named[full] for short, full in published.names(opened.spec, unit).items()}
+        fused = family(opened.spec.family).fuse(opened.spec, unit_kind(opened.spec, unit), tensors)
+        for name, array in opened.read_unit(unit).items():
+            np.testing.assert_array_equal(array, fused[name])
+
+
+def test_packed_experts_are_read(tmp_path: Path) -> None:
+    """gpt-oss publishes its experts as bytes."""
+    config = dict(FAMILIES["gpt_oss"]["config"]) | {"hidden_size": 64, "intermediate_size": 32,
+                                                    "quantization_config": {"quant_method": "mxfp4"}}
+    spec, rng = read_config(config, "m", "float32"), np.random.default_rng(2)
+    shapes = {n: s for unit in published.wanted(spec, partial(published.names, spec)) for n, s in unit.items()}
+    named = {n: rng.integers(100, 140, s, np.uint8) if n.endswith(("_blocks", "_scales"))
+             else rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    path = tmp_path / "hf"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    write_shards(path, named, 1)
+    layer = next(HuggingFace.open(path, "m", "float32").units())
+    wanted = family("gpt_oss").fuse(spec, unit_kind(spec, 0), {s: named[f] for s, f in published.names(spec, 0).items()})
+    np.testing.assert_array_equal(layer["experts.down"], wanted["experts.down"])
+
+
+def test_changed_directory_is_converted_again(tmp_path: Path) -> None:
+    path, cache = directory(tmp_path / "hf"), tmp_path / "cache"
+    write_shards(path, tensors(), 1)
+    first = resolve(str(path), "float32", cache)
+    assert resolve(str(path), "float32", cache) == first
+    changed = tensors() | {HIDDEN: np.ones((SPEC.dim, SPEC.ffn_dim), np.float32)}
+    write_shards(path, changed, 2)
+    assert_converted(path, cache, changed)
+
+
+def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
+    path, named = directory(tmp_path / "hf"), tensors()
+    del named[HIDDEN]
+    named |= {"model.norm.weight": np.zeros(7, np.float32), "extra.bias": np.zeros(1, np.float32),
+              "lm_head.weight": np.zeros((SPEC.vocab, SPEC.dim), np.int8)}
+    write_shards(path, named, 2)
+    (gone,) = path.glob("*-00002-of-*")
+    lost = next(name for name in sorted(named)[1::2] if name != HIDDEN)
+    gone.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        resolve(str(path), "float32", tmp_path / "cache")
+    for text in (f"{HIDDEN} is missing (layer 1)", f"{lost} is missing", f"the file {gone.name} is missing",
+                 "extra.bias is unexpected"):
+        assert text in str(caught.value)
+    write_shards(path, named, 1)
+    (path / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        resolve(str(path), "float32", tmp_path / "cache")
+    for text in ("model.norm.weight has shape (7,), should be (64,) (head)", "lm_head.weight has dtype I8",
+                 "4 problems"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("keep", "says"), [(0, "not a readable safetensors"), (5, "not a readable"),
+                                            (40, "not a readable"), (-1, "is incomplete")])
+def test_damaged_safetensors_are_reported(tmp_path: Path, keep: int, says: str) -> None:
+    path = directory(tmp_path / "hf")
+    write_shards(path, tensors(), 1)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"model.safetensors .*{says}"):
+        resolve(str(path), "float32", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"model_type": "mamba"}, "'mamba' is not supported; supported: .*llama"),
+    ({"model_type": "os:abort"}, "'os:abort' is not supported"),
+    ({"rope_scaling": {"rope_type": "novel"}}, "novel.*not supported"), ({"vocab_size": None}, "vocab_size")])
+def test_unknown_configuration_is_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    path = directory(tmp_path / "hf", **changes)
+    write_shards(path, tensors(), 1)
+    with pytest.raises(CheckpointError, match=says):
+        resolve(str(path), "float32", tmp_path / "cache")
+
+
+def test_directory_of_nothing_says_what_it_may_hold(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="manifest.json.*safetensors.*Orbax"):
+        resolve(str(directory(tmp_path / "hf")), "float32", tmp_path / "cache")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Orbax
+
+
+class Stack(nnx.Module):
+    """The modules of SPEC as a user's program holds them: a list of layers, or one module with a leading layer axis."""
+
+    def __init__(self, scanned: bool):
+        kind = family("llama")
+        self.embed, self.head = kind.embed(SPEC, nnx.Rngs(0)), kind.head(SPEC, nnx.Rngs(0))
+        if scanned:
+            keys = jax.random.split(jax.random.key(1), SPEC.layers)
+            self.layers = nnx.vmap(lambda key: kind.layer(SPEC, "layer", nnx.Rngs(key)))(keys)
+        else:
+            self.layers = nnx.List([kind.layer(SPEC, "layer", nnx.Rngs(i)) for i in range(SPEC.layers)])
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_orbax_nnx_state(tmp_path: Path, scanned: bool) -> None:
+    path, rng = directory(tmp_path / "nnx"), np.random.default_rng(1)
+    state = nnx.state(nnx.eval_shape(lambda: Stack(scanned)))
+    state = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), state)
+    with ocp.CheckpointManager(path) as manager:
+        for step in (9, 10):
+            manager.save(step, args=ocp.args.StandardSave(jax.tree.map(lambda a: a * (step - 9), state)))
+    opened = Checkpoint.open(resolve(str(path), "float32", tmp_path / "cache"))
+    for unit in range(SPEC.units):
+        for name, array in opened.read_unit(unit).items():
+            kind = unit_kind(SPEC, unit)
+            stored = state[kind if kind != "layer" else "layers"]
+            if kind == "layer" and not scanned:
+                stored = stored[unit]
+            stored = np.asarray(stored[name].get_value())
+            np.testing.assert_array_equal(array, stored[unit] if kind == "layer" and scanned else stored)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(size, use_bias=False, name=name)(x)
+                   for name, size in (("q_proj", 64), ("k_proj", 32), ("v_proj", 32)))
+        return nn.Dense(SPEC.dim, use_bias=False, name="o_proj")(q + (k * v).sum())
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        gate, up = (nn.Dense(SPEC.ffn_dim, use_bias=False, name=name)(x) for name in ("gate_proj", "up_proj"))
+        return nn.Dense(SPEC.dim, use_bias=False, name="down_proj")(gate * up)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = Attention(name="self_attn")(nn.RMSNorm(name="input_layernorm")(x))
+        return MLP(name="mlp")(nn.RMSNorm(name="post_attention_layernorm")(x)), None
+
+
+class Trunk(nn.Module):
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(SPEC.vocab, SPEC.dim, name="embed_tokens")(tokens)
+        if self.scanned:
+            scan = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=SPEC.layers)
+            x, _ = scan(name="layers")(x, None)
+        else:
+            for i in range(SPEC.layers):
+                x, _ = Block(name=f"layers_{i}")(x, None)
+        return nn.RMSNorm(name="norm")(x)
+
+
+class Linen(nn.Module):
+    """Llama's parameters under their published names, as a Linen user would have them."""
+
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(SPEC.vocab, use_bias=False, name="lm_head")(Trunk(self.scanned, name="model")(tokens))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unscanned", "scanned"])
+def linen(request: pytest.FixtureRequest) -> dict[str, object]:
+    init = jax.eval_shape(Linen(request.param).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return jax.tree.map(lambda a: np.ones(a.shape, np.float32), init)
+
+
+def test_orbax_linen_params(tmp_path: Path, linen: dict[str, object]) -> None:
+    path, named = directory(tmp_path / "linen"), tensors()
+
+    def filled(keys, leaf: np.ndarray) -> np.ndarray:
+        words = [key.key for key in keys[1:]]
+        layers = range(SPEC.layers) if "layers" in words else [None]
+
+        def one(layer: int | None) -> np.ndarray:
+            name = ".".join(words[:-1]).replace("layers_", "layers.")
+            array = named[(name if layer is None else name.replace("layers", f"layers.{layer}")) + ".weight"]
+            return array.T if words[-1] == "kernel" else array
+
+        return np.stack([one(layer) for layer in layers]) if len(layers) > 1 else one(None)
+
+    params = jax.tree_util.tree_map_with_path(filled, linen)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, params, linen))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "0", params | {"opt_state": {"count": np.zeros((), np.int32)}})
+    assert_converted(path, tmp_path / "cache", named)
+
+
+def test_orbax_mismatches_are_all_named(tmp_path: Path, linen: dict[str, object]) -> None:
+    path, params = directory(tmp_path / "linen"), jax.tree.map(np.copy, linen)
+    params["params"]["model"]["extra"] = np.zeros(3, np.float32)
+    params["params"]["model"]["norm"]["scale"] = np.zeros(5, np.float32)
+    del params["params"]["lm_head"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "params", params)
+    with pytest.raises(CheckpointError) as caught:
+        resolve(str(path), "float32", tmp_path / "cache")
+    for text in ("lm_head.weight is missing (head)", "model.extra is unexpected", "model.norm.weight has shape (5,)",
+                 "3 problems"):
+        assert text in str(caught.value)
