@@ -28,7 +28,7 @@ from blitzjax.errors import CheckpointError
 from blitzjax.models import family
 from blitzjax.types import ModelSpec, frozen
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: caches are shared between versions
 MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _REPAIR = "restore the file, or delete the directory and convert the model again"
@@ -121,14 +121,6 @@ class Checkpoint:
 
 def with_dtype(spec: ModelSpec, dtype: str) -> ModelSpec:
     return replace(spec, dtype=dtype)
-
-
-def is_current(path: Path) -> bool:
-    """Whether `path` holds a manifest of the version that this program writes; says nothing about the weights."""
-    try:
-        return bool(_read_manifest(path))
-    except CheckpointError:
-        return False
 
 
 def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]],

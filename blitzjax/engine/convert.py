@@ -9,7 +9,6 @@ import argparse
 import fcntl
 import importlib.util
 import os
-import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -38,14 +37,14 @@ TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_head
 def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path | None = None) -> Path:
     """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, a built-in name, or code of yours.
 
-    Returns a directory of ours. Others are converted to `dtype` under CACHE/models; `cache_dir` None means
+    Returns a directory of ours. Others are converted to `dtype` under CACHE/models/vFORMAT; `cache_dir` None means
     $BLITZJAX_CACHE or ~/.cache/blitzjax. `source` is where the parameters of your code are. Raises CheckpointError
     saying what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
     if (path / checkpoint.MANIFEST).is_file():
         return path
-    models = (cache_dir or default_cache()) / "models"
+    models = (cache_dir or default_cache()) / "models" / f"v{checkpoint.FORMAT_VERSION}"
     if own.is_reference(model):
         return _resolve_own(model, dtype, models, source)
     if source is not None:
@@ -143,8 +142,6 @@ def _packaged_gguf(model: str) -> Path:
 def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent / f".{target.name}.lock"):
-        if target.exists() and not checkpoint.is_current(target):
-            shutil.rmtree(target)  # written by another version of this program
         if not target.exists():
             convert(source, name, dtype, target)
     return target

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import zlib
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from blitzjax.engine.checkpoint import Checkpoint, with_dtype
 from blitzjax.engine.convert import TINY, random_unit, resolve, write_random
 from blitzjax.engine.params import LayerStore, unit_arrays
 from blitzjax.errors import CheckpointError
+from blitzjax.types import ModelSpec
 
 
 @pytest.fixture
@@ -100,6 +102,12 @@ def test_other_format_version_is_refused(path: Path) -> None:
         Checkpoint.open(path)
 
 
+def test_format_version_stands_for_these_fields() -> None:
+    """Versions of this program share one cache: when this fails, raise FORMAT_VERSION, then write the new value here."""
+    names = [f.name for kind in (ModelSpec, checkpoint.Entry) for f in fields(kind)]
+    assert (checkpoint.FORMAT_VERSION, zlib.crc32(" ".join(names).encode())) == (3, 1507812568)
+
+
 def test_unknown_family_is_refused(path: Path) -> None:
     spec = json.loads((path / "manifest.json").read_text())["spec"]
     edit_manifest(path, spec=spec | {"family": "mamba"})
@@ -114,7 +122,7 @@ def test_arrays_of_another_model_are_all_listed(path: Path) -> None:
         Checkpoint.open(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"version": 2, "spec": {"eos_token_ids": []}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"version": 3, "spec": {"eos_token_ids": []}}'])
 def test_malformed_manifest_is_reported(path: Path, text: str) -> None:
     (path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError):

@@ -112,7 +112,7 @@ def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", architecture="mamba")
     with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported; supported: llama"):
         resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.suffix != ".lock"]
+    assert not [p for p in (tmp_path / "cache" / "models").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10, 3000, -100])
