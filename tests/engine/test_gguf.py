@@ -124,13 +124,6 @@ def test_broken_gguf_is_reported(tmp_path: Path, keep_bytes: int) -> None:
         GGUF.open(tmp_path / "model.gguf", "m", "float32")
 
 
-def test_cache_of_another_format_version_is_converted_again(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "model.gguf")
-    first = resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
-    manifest = json.loads((first / "manifest.json").read_text())
-    (first / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    assert Checkpoint.open(resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache"))
-
 # --------------------------------------------------------------------------------------------------------------------
 # Block formats, written down again from ggml-quants.c (dequantize_row_*). Each takes uint8[blocks, bytes of a block].
 

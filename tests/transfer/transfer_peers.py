@@ -98,7 +98,7 @@ class Cluster:
         with (tmp / "coordinator.log").open("wb") as log:
             self.coordinator = subprocess.Popen(
                 [sys.executable, "-m", "blitzjax.transfer.coordinator", "--address", address, "--size", str(size),
-                 "--heartbeat-s", "3"], env=env, stderr=log)
+                 "--heartbeat-s", "10"], env=env, stderr=log)
         self.peers = [Peer(tmp / f"peer{rank}.log", "--coordinator", address, "--rank", str(rank), "--size", str(size),
                            "--lanes", str(lanes)) for rank in range(size)]
 
