@@ -17,6 +17,8 @@ from blitzjax.serve.client import Client, Options, Prompt
 from blitzjax.v1 import inference_pb2 as pb
 
 _BAR = 24  # a table of 80 columns
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty", "seed", "stop")
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
 
 
@@ -52,7 +54,7 @@ def _messages() -> Iterator[str]:
 def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
     """Prints text as it comes; returns all of it."""
     options = Options()
-    for name in ("max_tokens", "temperature", "seed"):
+    for name in _SAMPLING:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     text = ""

@@ -19,6 +19,10 @@ Source: TypeAlias = Literal["multicast", "disk"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_TOKENS = 64
+
 
 class Role(enum.Enum):
     PREFILL = "prefill"
@@ -92,16 +96,42 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitBias:
+    """`bias` is added to the logit of `token_id`."""
+
+    token_id: int
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 do not filter."""
+    """How tokens are drawn; the defaults are greedy and change nothing. Meanings and order are vLLM's."""
 
     max_tokens: int = 16
-    temperature: float = 0.0
-    top_k: int = 0
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
     top_p: float = 1.0
+    min_p: float = 0.0  # least probability, relative to the likeliest token's
+    repetition_penalty: float = 1.0  # over prompt and answer
+    presence_penalty: float = 0.0  # over the answer
+    frequency_penalty: float = 0.0  # over the answer
+    logit_bias: tuple[LogitBias, ...] = ()  # at most MAX_LOGIT_BIAS
     seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # nothing stops the answer before it has this many
+    stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKENS
     ignore_eos: bool = False
+    logprobs: int = -1  # -1: none; N <= MAX_LOGPROBS: of each token of the answer, and of the N likeliest
+    prompt_logprobs: int = -1  # the same for the tokens of the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a token, whatever the sampling; `top_ids` are the likeliest, best first."""
+
+    logprob: float
+    rank: int  # 1: no token was likelier
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from blitzjax.engine import live, messages as m
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.runner import Runner
-from blitzjax.engine.sampling import greedy_draws
+from blitzjax.engine.sampling import Drawn, end_tokens
 from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import (
     Abort, Drained, EndLive, Event, InstanceId, LiveDrained, LivePair, PrefillDone, Release, RequestFailed,
-    RequestFinished, RequestHanded, RequestId, RequestReturned, Span, StartLive, Work,
+    RequestFinished, RequestHanded, RequestId, RequestReturned, Span, StartLive, TokenLogprob, Work,
 )
 
 Output: TypeAlias = Event | m.Tokens
@@ -381,14 +381,22 @@ class Instance:
             if index == len(sequence.prefill.chunks) - 1:
                 self._maybe_pull(self.spec.layers - layer - 1)
         self._batcher.chunk_done(chunk)
+        if self._scored(sequence):
+            self.runner.score_chunk(sequence.prefill)
         if index == len(sequence.prefill.chunks) - 1:
             self._first_token(sequence)
 
     def _first_token(self, sequence: Sequence) -> None:
-        token = self.runner.first_token(sequence.prefill, sequence.work.sampling, sequence.answered)
+        sampling, prefill = sequence.work.sampling, sequence.prefill
+        drawn = self.runner.first_token(prefill, sampling, sequence.answered)
+        prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if self._scored(sequence) else ()
         self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
-        if self._answer(sequence, token) and not sequence.kv_missing:
+        if self._answer(sequence, drawn, 0, prompt) and not sequence.kv_missing:
             self._join_batch(sequence)
+
+    def _scored(self, sequence: Sequence) -> bool:
+        """The prompt's logprobs are wanted and were not sent; they travel with the answer's first token."""
+        return sequence.work.sampling.prompt_logprobs >= 0 and not sequence.answered
 
     def _join_batch(self, sequence: Sequence) -> None:
         self._cache.place(sequence.id, sequence.prefill.kv)
@@ -402,21 +410,25 @@ class Instance:
         cache.reserve(longest)
         rows = [(cache.slots.index(sequence.id), sequence) for _, sequence in rows]
         tokens, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
-        draws = greedy_draws(cache.batch)
+        draws = self._stages.draws(cache.batch, any(s.answered < s.edits_until for _, s in rows))
         for i, sequence in rows:
+            sampling, step = sequence.work.sampling, sequence.answered
             tokens[i], lengths[i] = sequence.tokens[-1], len(sequence.tokens) - 1
-            draws.set(i, sequence.work.sampling, sequence.answered)
+            draws.set(i, sampling, step)
+            if draws.edits is not None:
+                draws.edits.set(i, sampling, step, sequence.history, end_tokens(sampling, self.spec))
         drawn = self.runner.decode(cache, tokens, lengths, draws)
         for i, sequence in rows:
-            self._answer(sequence, int(drawn[i]))
+            self._answer(sequence, drawn, i)
         cache.shrink(longest + 1)
 
-    def _answer(self, sequence: Sequence, token: int) -> bool:
+    def _answer(self, sequence: Sequence, drawn: Drawn, row: int, prompt: tuple[TokenLogprob, ...] = ()) -> bool:
         """Appends and emits a token. → whether the sequence goes on; otherwise it has left."""
-        start = sequence.answered
-        sequence.tokens.append(token)
+        start, token = sequence.answered, int(drawn.tokens[row])
+        sequence.append(token)
         reason = sequence.finish_reason(self.spec)
-        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped))
+        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
+                            drawn.logprobs(row, sequence.work.sampling.logprobs), prompt))
         if reason:
             self._leave(sequence)
             self._emit(RequestFinished(self._now(), self.name, sequence.id, sequence.work.attempt, reason))

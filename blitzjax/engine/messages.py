@@ -7,7 +7,7 @@ from typing import Protocol
 
 from jax import Array
 
-from blitzjax.types import InstanceId, RequestId, Work
+from blitzjax.types import InstanceId, RequestId, TokenLogprob, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class Tokens:
     token_ids: tuple[int, ...]
     finish_reason: str
     layers_helped: int
+    logprobs: tuple[TokenLogprob, ...] = ()  # of each token, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with token 0, of the prompt but its first token, if asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from jax import Array
 
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, unit_kind
-from blitzjax.engine.sampling import Draws, greedy_draws
+from blitzjax.engine.sampling import Drawn, Draws, edits_until, end_tokens, token_logprob
 from blitzjax.engine.shapes import Chunk
-from blitzjax.engine.stages import Stages
-from blitzjax.types import Sampling, Span
+from blitzjax.engine.stages import Params, Stages
+from blitzjax.types import Sampling, Span, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -32,6 +32,7 @@ class Prefill:
     next_layer: int = 0
     x: list[Array | None] = field(default_factory=list)
     aux: list[object] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)  # of the first chunks, see `Runner.score_chunk`
 
 
 class Runner:
@@ -78,23 +79,41 @@ class Runner:
             x[0, : chunk.stop - chunk.start] = rows[chunk.start : chunk.stop]
             prefill.x[index] = jax.device_put(x, self.stages.replicated)
 
-    def first_token(self, prefill: Prefill, sampling: Sampling, step: int) -> int:
-        """Head over the prompt's last row."""
+    def first_token(self, prefill: Prefill, sampling: Sampling, step: int) -> Drawn:
+        """Head over the prompt's last row; the token is in row 0. `step` tokens of the answer are in the prompt."""
         assert prefill.next_layer == self.spec.layers
         last = prefill.chunks[-1]
         row = self.stages.last_row(prefill.x[-1], last.stop - last.start - 1)
-        draws = greedy_draws(row.shape[0])
+        draws = self.stages.draws(row.shape[0], step < edits_until(sampling))
         draws.set(0, sampling, step)
-        return int(np.asarray(self._head(row, draws))[0])
+        if draws.edits is not None:
+            draws.edits.set(0, sampling, step, prefill.tokens, end_tokens(sampling, self.spec))
+        return self._head(row, draws)
 
-    def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> np.ndarray:
-        """One step for every row: tokens i32[B] enter at positions lengths i32[B]. → next tokens i32[B]."""
+    def score_chunk(self, prefill: Prefill) -> None:
+        """Head over every row of the first chunk that has no scores yet; all its layers must have been run."""
+        index = len(prefill.scores)
+        chunk = prefill.chunks[index]
+        following = prefill.tokens[chunk.start + 1 : chunk.stop + 1]
+        tokens = np.zeros(chunk.width, np.int32)
+        tokens[: len(following)] = following
+        described = self.stages.score(*self._head_weights(), prefill.x[index], tokens)
+        prefill.scores.append(np.asarray(described)[: len(following)])
+
+    def prompt_logprobs(self, prefill: Prefill, top: int) -> tuple[TokenLogprob, ...]:
+        """Of every token of the prompt but the first, with the `top` likeliest in its place."""
+        while len(prefill.scores) < len(prefill.chunks):
+            self.score_chunk(prefill)
+        return tuple(token_logprob(row, top) for rows in prefill.scores for row in rows)
+
+    def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> Drawn:
+        """One step for every row: tokens i32[B] enter at positions lengths i32[B]."""
         x, aux = self.stages.embed(self._embedding, tokens[:, None], lengths[:, None])
         for layer in range(self.spec.layers):
             kind = unit_kind(self.spec, layer)
             x, *kv = self.stages.decode(kind, self.store.params(layer), x, aux, cache.layers[layer], lengths)
             cache.layers[layer] = tuple(kv)
-        return np.asarray(self._head(x, draws))
+        return self._head(x, draws)
 
     def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:
         chunk, kind, weights = prefill.chunks[index], unit_kind(self.spec, layer), self.store.params(layer)
@@ -122,6 +141,10 @@ class Runner:
     def _embedding(self) -> dict[str, Array]:
         return self.store.params(self.spec.embed_unit)
 
-    def _head(self, x: Array, draws: Draws) -> Array:
+    def _head(self, x: Array, draws: Draws) -> Drawn:
+        out = np.asarray(self.stages.head(*self._head_weights(), x, draws))
+        return Drawn(out, None) if draws.edits is None else Drawn(out[:, 0], out)
+
+    def _head_weights(self) -> tuple[Params, Array | None]:
         table = self._embedding["table"] if self.spec.tied_embeddings else None
-        return self.stages.head(self.store.params(self.spec.head_unit), table, x, draws)
+        return self.store.params(self.spec.head_unit), table

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from jax import Array
 
 from blitzjax.engine.runner import Prefill
+from blitzjax.engine.sampling import edits_until, end_tokens, penalised
 from blitzjax.types import ModelSpec, RequestId, Work
 
 
@@ -16,6 +18,8 @@ class Sequence:
 
     work: Work
     tokens: list[int]
+    _array: np.ndarray  # i32[prompt + max_tokens], `tokens` again, when penalties read them at every step; else empty
+    edits_until: float  # see sampling.edits_until
     prefill: Prefill | None = None  # until the sequence joined the decode batch
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
     awaited: bool = False  # its residuals are on their way from a partner
@@ -31,13 +35,26 @@ class Sequence:
         """Tokens of the answer so far, those of earlier attempts included."""
         return len(self.tokens) - len(self.work.prompt)
 
+    @property
+    def history(self) -> np.ndarray:
+        """i32[tokens], if penalties read it; else empty."""
+        return self._array[: len(self.tokens)]
+
+    def append(self, token: int) -> None:
+        if len(self._array):
+            self._array[len(self.tokens)] = token
+        self.tokens.append(token)
+
     def finish_reason(self, spec: ModelSpec) -> str:
         """ "stop", "length", or "" to go on; looks at the last token."""
-        sampling, token = self.work.sampling, self.tokens[-1]
-        if token in sampling.stop_token_ids or (token in spec.eos_token_ids and not sampling.ignore_eos):
+        sampling = self.work.sampling
+        if self.answered > sampling.min_tokens and self.tokens[-1] in end_tokens(sampling, spec):
             return "stop"
         return "length" if self.answered >= sampling.max_tokens else ""
 
 
 def sequence_of(work: Work) -> Sequence:
-    return Sequence(work, [*work.prompt, *work.generated])
+    tokens = [*work.prompt, *work.generated]
+    array = np.zeros(work.request.total_tokens if penalised(work.sampling) else 0, np.int32)
+    array[: len(tokens)] = tokens[: len(array)]
+    return Sequence(work, tokens, array, edits_until(work.sampling))

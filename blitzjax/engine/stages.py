@@ -22,7 +22,7 @@ from blitzjax.engine import params, sampling
 from blitzjax.engine.executables import ExecutableCache
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.models import blocks, family, own
-from blitzjax.types import ModelSpec
+from blitzjax.types import MAX_LOGPROBS, ModelSpec
 
 Params = dict[str, Array]
 KV = tuple[Array, Array]
@@ -68,10 +68,23 @@ class Stages:
         """f32[1, T, D] → f32[2, D]: row `row`, padded to the batch that the head is compiled for."""
         return self._stage("last_row", x.shape[1])(x, np.int32(row))
 
+    def draws(self, rows: int, edited: bool) -> sampling.Draws:
+        """Greedy draws for `head`; with room for edits when some row asks for them."""
+        draws = sampling.greedy_draws(rows)
+        return draws._replace(edits=sampling.no_edits(rows, self.spec, self.shapes.contexts[-1])) if edited else draws
+
     def head(self, weights: Params, table: Array | None, x: Array, draws: sampling.Draws) -> Array:
-        """f32[B, D] or f32[B, 1, D] → i32[B] next tokens."""
-        kind = "head_greedy" if draws.greedy else "head_sample"
-        return self._stage(kind, x.shape[0])(weights, table, x.reshape(x.shape[0], -1), draws)
+        """f32[B, D] or f32[B, 1, D] → i32[B] next tokens; with edits i32[B, ...] as `sampling.describe` packs them."""
+        x = x.reshape(x.shape[0], -1)
+        if draws.edits is not None:
+            return self._stage("head_edit", x.shape[0])(weights, table, x, draws)
+        if draws.greedy:
+            return self._stage("head_greedy", x.shape[0])(weights, table, x)
+        return self._stage("head_sample", x.shape[0])(weights, table, x, draws)
+
+    def score(self, weights: Params, table: Array | None, x: Array, tokens: np.ndarray) -> Array:
+        """f32[1, T, D], i32[T] → i32[T, ...]: what the head says of tokens[t] after row t, see `sampling.describe`."""
+        return self._stage("score", x.shape[1])(weights, table, x, tokens)
 
     def insert(self, k: Array, v: Array, k_new: Array, v_new: Array, slot: int) -> tuple[Array, Array]:
         """Writes a prompt's KV [1, ...] into row `slot` of a decode cache; k and v are donated."""
@@ -94,6 +107,7 @@ class Stages:
             self._stage("embed", 1, width)
             self._stage("aux", 1, width)
             self._stage("last_row", width)
+            self._stage("score", width)
         for kind in self.kinds:
             for width, context in s.first_chunks():
                 self._stage("first", kind, width, context)
@@ -103,6 +117,7 @@ class Stages:
             self._stage("embed", rows, 1)
             self._stage("head_greedy", rows)
             self._stage("head_sample", rows)
+            self._stage("head_edit", rows)
             for context in s.contexts:
                 for kind in self.kinds:
                     self._stage("decode", kind, rows, context)
@@ -224,24 +239,48 @@ class Stages:
     def _build_head_greedy(self, rows: int):
         module = params.bind(self.spec, "head")
 
-        def head_greedy(weights, table, x, draws):
-            del draws
+        def head_greedy(weights, table, x):
             return sampling.greedy(module(weights)(x, table))
 
         return head_greedy, self._head_args(rows), (), self.replicated
 
     def _build_head_sample(self, rows: int):
-        module = params.bind(self.spec, "head")
-
         def head_sample(weights, table, x, draws):
-            return sampling.sample(module(weights)(x, table), draws)
+            return sampling.sample(self._logits(weights, table, x), draws)
 
-        return head_sample, self._head_args(rows), (), self.replicated
+        return head_sample, (*self._head_args(rows), self._abstract_draws(rows, edited=False)), (), self.replicated
+
+    def _build_head_edit(self, rows: int):
+        def head_edit(weights, table, x, draws):
+            return sampling.sample_edited(self._logits(weights, table, x), draws)
+
+        return head_edit, (*self._head_args(rows), self._abstract_draws(rows, edited=True)), (), self.replicated
+
+    def _build_score(self, width: int):
+        """A narrow chunk's rows at a time, so that the logits of a wide one are never in memory together."""
+        narrow = self.shapes.widths[0]
+
+        def score(weights, table, x, tokens):
+            parts = lax.map(lambda part: sampling.describe(self._logits(weights, table, part[0]), part[1]),
+                            (x.reshape(-1, narrow, x.shape[2]), tokens.reshape(-1, narrow)))
+            return parts.reshape(width, -1)
+
+        weights, table, _ = self._head_args(narrow)
+        args = (weights, table, self._abstract((1, width, self.spec.dim)), self._abstract((width,), jnp.int32))
+        return score, args, (), self.replicated
+
+    def _logits(self, weights: Params, table: Array | None, x: Array) -> Array:
+        """f32[rows, D] → f32[rows, vocab], whole on every device: one gather, where each step of a bisection and each
+        branch of sampling would need collectives of its own.
+        """
+        return lax.with_sharding_constraint(params.bind(self.spec, "head")(weights)(x, table), self.replicated)
 
     def _head_args(self, rows: int):
         table = self._weights("embed")["table"] if self.spec.tied_embeddings else None
-        draws = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), sampling.greedy_draws(rows))
-        return self._weights("head"), table, self._abstract((rows, self.spec.dim)), draws
+        return self._weights("head"), table, self._abstract((rows, self.spec.dim))
+
+    def _abstract_draws(self, rows: int, edited: bool):
+        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), self.draws(rows, edited))
 
     def _build_insert(self, rows: int, context: int, staged: int):
         def insert(k, v, k_new, v_new, slot):
@@ -300,4 +339,5 @@ def _fingerprint(spec: ModelSpec) -> str:
     files = [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
              if any(name == package or name.startswith(f"{package}.") for package in packages)]
     files += [module.__file__ for module in (sys.modules[__name__], sampling, params)]
-    return "\n".join([repr(spec), *(Path(file).read_text() for file in files if file and file.endswith(".py"))])
+    sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
+    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", *sources])

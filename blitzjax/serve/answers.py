@@ -6,16 +6,18 @@ Invariant: `generated` is what the client was or will be told, in order, whateve
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from blitzjax.serve.model import ServedModel
 from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings
-from blitzjax.types import FinishReason, Request, Sampling, Work
+from blitzjax.types import FinishReason, Request, Sampling, TokenLogprob, Work
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A validated request, before it has an arrival time."""
+    """A validated request for `n` answers, before it has an arrival time."""
 
     request_id: str
     model: str
@@ -23,6 +25,8 @@ class Order:
     sampling: Sampling
     stop: tuple[str, ...]
     priority: int
+    n: int
+    echo: str | None  # the prompt's text, which answers shall begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,21 @@ class Piece:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one for each token, if asked for
+    prompt_token_ids: tuple[int, ...] = ()  # with the first token, if asked for
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # the same; none for the prompt's first token
 
 
 class Answer:
-    """State of one request in the shell. The controller mutates it; the request's stream takes pieces from it."""
+    """One of an order's answers in the shell. The controller mutates it; the order's stream takes pieces from it."""
 
-    def __init__(self, request_id: str, order: Order, model: ServedModel, arrival_s: float):
-        """`request_id` is the shell's own: unlike the client's it never comes back while a worker has the old one."""
-        self.order = order
+    def __init__(self, request_id: str, order: Order, index: int, model: ServedModel, arrival_s: float,
+                 changed: asyncio.Event):
+        """`request_id` is the shell's own: unlike the client's it never comes back while a worker has the old one.
+        `changed` is set whenever there is something to take; the order's answers share it.
+        """
+        self.order, self.index, self.changed = order, index, changed
+        self.sampling = replace(order.sampling, seed=seed_of(order.sampling.seed, index))
         self.request = Request(id=request_id, model=order.model, prompt_tokens=len(order.prompt),
                                max_tokens=order.sampling.max_tokens, arrival_s=arrival_s, priority=order.priority)
         self.generated: list[int] = []
@@ -55,7 +66,6 @@ class Answer:
         self.first_token_s: float | None = None
         self.finish_reason: FinishReason | None = None
         self.failure: Failure | None = None
-        self.changed = asyncio.Event()
         self._piece = Piece()
         eos = () if order.sampling.ignore_eos else model.spec.eos_token_ids
         self._silent = frozenset(order.sampling.stop_token_ids) | frozenset(eos)
@@ -70,18 +80,21 @@ class Answer:
         """Starts an attempt: it continues after the tokens that earlier ones emitted."""
         self.attempt, self.attempts = attempt, self.attempts + 1
         self.assigned_s = now if self.assigned_s is None else self.assigned_s
-        return Work(self.request, attempt, self.order.prompt, tuple(self.generated), self.order.sampling)
+        return Work(self.request, attempt, self.order.prompt, tuple(self.generated), self.sampling)
 
-    def push(self, start: int, token_ids: list[int], reason: FinishReason | None, now: float) -> None:
+    def push(self, start: int, token_ids: list[int], reason: FinishReason | None, now: float,
+             logprobs: Sequence[TokenLogprob] = (), prompt_logprobs: Sequence[TokenLogprob] = ()) -> None:
         """Appends tokens [start, start + len) of the answer; those it already has are ignored. Ends the answer when
         `reason` is given or a stop string is complete. Raises IndexError when tokens are missing before `start`.
         """
         if start > len(self.generated):
             raise IndexError(f"tokens {len(self.generated)}..{start - 1} of {self.request.id} never came")
-        fresh = token_ids[len(self.generated) - start:]
-        if fresh and self.first_token_s is None:
-            self.first_token_s = now
+        known = len(self.generated) - start
+        fresh, logprobs = token_ids[known:], logprobs[known:]
+        if fresh and not self.generated:
+            self._begin(now, prompt_logprobs)
         for i, token in enumerate(fresh):
+            self._piece.logprobs.extend(logprobs[i : i + 1])
             last = reason is not None and i == len(fresh) - 1
             self._append(token, silent=last and reason == "stop" and token in self._silent)
             if self._stops.hit:
@@ -95,7 +108,7 @@ class Answer:
         if self.ended:
             return
         if self._decoder is not None and not self._stops.hit:
-            self._piece.text += self._stops.push(self._decoder.flush())
+            self._piece.text += self._searched(self._decoder.flush())
             reason = "stop" if self._stops.hit else reason
             self._piece.text += self._stops.flush()
         self.finish_reason = reason
@@ -109,11 +122,28 @@ class Answer:
     def take(self) -> Piece:
         """What came since the last call; the stream sends it."""
         piece, self._piece = self._piece, Piece()
-        self.changed.clear()
         return piece
+
+    def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:
+        """The first token is here; what is said of the prompt goes with it."""
+        self.first_token_s = now
+        self._piece.prompt_logprobs = prompt_logprobs
+        if self.order.echo is not None:
+            self._piece.text, self._piece.prompt_token_ids = self.order.echo, self.order.prompt
 
     def _append(self, token: int, silent: bool) -> None:
         self.generated.append(token)
         self._piece.token_ids.append(token)
         if self._decoder is not None and not silent:
-            self._piece.text += self._stops.push(self._decoder.push((token,)))
+            self._piece.text += self._searched(self._decoder.push((token,)))
+
+    def _searched(self, text: str) -> str:
+        """What of the newest text may be shown: stop strings count in what comes after the least number of tokens."""
+        return text if len(self.generated) <= self.sampling.min_tokens else self._stops.push(text)
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of answer `index` of an order, in [0, 2^63); answer 0 is the one that n = 1 gives."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()) >> 1

@@ -29,16 +29,26 @@ _POLL_S = 0.05
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of `generate` and `stream`; what is absent is the server's default."""
+    """Keyword arguments of `generate` and `stream`; what is absent is the server's default. See inference.proto."""
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    n: int
+    logprobs: int
+    prompt_logprobs: int
+    echo: bool
     model: str
     request_id: str
     priority: int
@@ -47,13 +57,17 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One message of an answer. The last one has `finish_reason` and `usage`."""
+    """One message of an answer. The last one has `finish_reason` and `usage`, the first one what is of the prompt."""
 
     request_id: str
+    index: int  # which of n answers
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[pb.ScoredToken, ...]  # of token_ids, if asked for
     finish_reason: str
     usage: pb.Usage | None
+    prompt_token_ids: tuple[int, ...]  # with echo
+    prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
     at_s: float  # since the call began, on this side
 
 
@@ -62,10 +76,14 @@ class Result:
     """A whole answer. `ttft_s` and `token_times_s` count from the call, on this side."""
 
     request_id: str
+    index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[pb.ScoredToken, ...]
     finish_reason: str
     usage: pb.Usage
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[pb.ScoredToken, ...]
     ttft_s: float
     token_times_s: tuple[float, ...]
     total_s: float
@@ -92,6 +110,10 @@ class Client:
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         """Waits for the whole answer."""
         return collect(list(self.stream(prompt, **options)))
+
+    def generate_all(self, prompt: Prompt, **options: Unpack[Options]) -> list[Result]:
+        """Waits for all n answers, in order."""
+        return collect_all(list(self.stream(prompt, **options)))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
         """Chunks as they come; closing the iterator ends the generation."""
@@ -172,6 +194,10 @@ class AsyncClient:
         """Waits for the whole answer."""
         return collect([chunk async for chunk in self.stream(prompt, **options)])
 
+    async def generate_all(self, prompt: Prompt, **options: Unpack[Options]) -> list[Result]:
+        """Waits for all n answers, in order."""
+        return collect_all([chunk async for chunk in self.stream(prompt, **options)])
+
     async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
         """Chunks as they come; closing the iterator ends the generation."""
         started = time.monotonic()
@@ -250,13 +276,22 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
 
 
 def collect(chunks: Sequence[Chunk]) -> Result:
-    """Joins the chunks of one complete answer."""
-    last = chunks[-1]
+    """Joins the chunks of one complete answer. Raises ValueError when they are of several."""
+    first, last = chunks[0], chunks[-1]
+    if any(chunk.index != last.index for chunk in chunks):
+        raise ValueError("these are several answers (n > 1); use generate_all")
     times = tuple(chunk.at_s for chunk in chunks for _ in chunk.token_ids)
     return Result(
-        request_id=last.request_id, text="".join(c.text for c in chunks),
-        token_ids=tuple(t for c in chunks for t in c.token_ids), finish_reason=last.finish_reason, usage=last.usage,
-        ttft_s=times[0] if times else last.at_s, token_times_s=times, total_s=last.at_s)
+        request_id=last.request_id, index=last.index, text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids), logprobs=tuple(t for c in chunks for t in c.logprobs),
+        finish_reason=last.finish_reason, usage=last.usage, prompt_token_ids=first.prompt_token_ids,
+        prompt_logprobs=first.prompt_logprobs, ttft_s=times[0] if times else last.at_s, token_times_s=times,
+        total_s=last.at_s)
+
+
+def collect_all(chunks: Sequence[Chunk]) -> list[Result]:
+    """Joins the chunks of all answers to one request, by index."""
+    return [collect([c for c in chunks if c.index == index]) for index in sorted({c.index for c in chunks})]
 
 
 def error_of(error: grpc.RpcError) -> BlitzError:
@@ -271,5 +306,8 @@ def error_of(error: grpc.RpcError) -> BlitzError:
 
 
 def _chunk(message: pb.GenerateResponse, started: float) -> Chunk:
-    return Chunk(message.request_id, message.text, tuple(message.token_ids), message.finish_reason,
-                 message.usage if message.HasField("usage") else None, time.monotonic() - started)
+    return Chunk(
+        request_id=message.request_id, index=message.index, text=message.text, token_ids=tuple(message.token_ids),
+        logprobs=tuple(message.logprobs), finish_reason=message.finish_reason,
+        usage=message.usage if message.HasField("usage") else None, prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_logprobs=tuple(message.prompt_logprobs), at_s=time.monotonic() - started)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import typing
+from collections.abc import Iterable
 
 from google.protobuf.message import Message
 
@@ -64,6 +65,10 @@ def decode_work(message: pb.Work) -> types.Work:
     return decode(types.Work, message)
 
 
+def decode_logprobs(messages: Iterable[pb.TokenLogprob]) -> list[types.TokenLogprob]:
+    return [types.TokenLogprob(m.logprob, m.rank, tuple(m.top_ids), tuple(m.top_logprobs)) for m in messages]
+
+
 def model_spec(manifest_json: str) -> types.ModelSpec:
     """The ModelSpec in a checkpoint's manifest. Raises KeyError, TypeError or ValueError when it is not one."""
     values = json.loads(manifest_json)["spec"]
@@ -81,8 +86,10 @@ def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:
             getattr(message, f.name).SetInParent()
             fill(getattr(message, f.name), item)
         elif isinstance(item, tuple):
+            if not item:
+                continue
             target = getattr(message, f.name)
-            if item and dataclasses.is_dataclass(item[0]):
+            if dataclasses.is_dataclass(item[0]):
                 for part in item:
                     fill(target.add(), part)
             else:

@@ -61,7 +61,7 @@ class Controller:
         self._started = time.monotonic()
         self._numbers = itertools.count()
         self._answers: dict[types.RequestId, Answer] = {}
-        self._active: dict[str, Answer] = {}  # by the client's request id
+        self._active: dict[str, tuple[Answer, ...]] = {}  # by the client's request id, until all of them are forgotten
         # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
         self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
         self._watchers: set[asyncio.Event] = set()
@@ -113,31 +113,39 @@ class Controller:
 
     # ---- what clients want
 
-    def submit(self, order: Order) -> Answer:
-        """Starts a request. Raises InvalidRequest when its id is in use."""
+    def submit(self, order: Order) -> tuple[Answer, ...]:
+        """Starts the order's answers. Raises InvalidRequest when its id is in use."""
         if order.request_id in self._active:
             raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
-        answer = Answer(f"{order.request_id}#{next(self._numbers)}", order, self.model, self.now())
-        self._answers[answer.request.id] = self._active[order.request_id] = answer
-        self.on_event(types.RequestArrived(self.now(), answer.request))
-        return answer
+        changed, now = asyncio.Event(), self.now()
+        answers = tuple(Answer(f"{order.request_id}#{next(self._numbers)}", order, index, self.model, now, changed)
+                        for index in range(order.n))
+        self._active[order.request_id] = answers
+        self._answers |= {answer.request.id: answer for answer in answers}
+        for answer in answers:
+            self.on_event(types.RequestArrived(self.now(), answer.request))
+        return answers
 
     def leave(self, answer: Answer) -> None:
-        """The stream of `answer` is over, for whatever reason; ends its generation if it still runs."""
+        """Nobody waits for `answer` any more; ends its generation if it still runs."""
         if self._forget(answer):
             answer.end("abort")
             self.on_event(types.RequestCancelled(self.now(), answer.request.id))
 
     def abort(self, request_id: str) -> None:
-        if request_id in self._active:
-            self.leave(self._active[request_id])
+        for answer in self._active.get(request_id, ()):
+            self.leave(answer)
 
     def scale(self, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
         self.on_event(types.ScaleRequested(self.now(), target, live, source))
 
     def _forget(self, answer: Answer) -> bool:
-        self._active.pop(answer.order.request_id, None)
-        return self._answers.pop(answer.request.id, None) is not None
+        """Whether it was known; its order's id is free again when no answer of it is left."""
+        if self._answers.pop(answer.request.id, None) is None:
+            return False
+        if all(a.request.id not in self._answers for a in self._active[answer.order.request_id]):
+            del self._active[answer.order.request_id]
+        return True
 
     # ---- what workers say
 
@@ -171,7 +179,8 @@ class Controller:
             return  # the client left, or a later attempt runs elsewhere
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
         try:
-            answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, self.now())
+            answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, self.now(),
+                        codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
         except IndexError as e:
             _log.error("%s: %s", instance, e)
             answer.fail("INTERNAL", str(e))

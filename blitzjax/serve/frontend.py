@@ -1,38 +1,29 @@
-"""The service that clients call: checks requests at the edge, streams answers, shows and scales the cluster.
+"""The service that clients call: streams answers, shows and scales the cluster.
 
-Invariant: every Generate ends with a final message or a gRPC status that says what to change, and whatever ends its
-stream (abort, deadline, a client that left) also ends its generation.
+Invariant: every Generate ends with a final message for each of its answers or a gRPC status that says what to change,
+and whatever ends its stream (abort, deadline, a client that left) also ends its generation.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import secrets
 import typing
-import uuid
+from collections.abc import Iterable, Sequence
 
 import grpc
 
-from blitzjax.errors import BlitzError, InvalidRequest, Unavailable, UnknownModel
-from blitzjax.serve.answers import Answer, Order
-from blitzjax.types import LiveMode, Sampling, Source
+from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.serve.answers import Answer, Piece
+from blitzjax.serve.orders import order_of
+from blitzjax.types import LiveMode, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 if typing.TYPE_CHECKING:
     from blitzjax.serve.controller import Controller
-    from blitzjax.serve.model import ServedModel
+    from blitzjax.serve.tokenizer import Tokenizer
 
 SERVICE = "blitzjax.v1.Inference"
-DEFAULT_MAX_TOKENS = 128  # shrinks to what fits behind the prompt
-MAX_TEMPERATURE = 100.0
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 1024
-MAX_STOP_TOKENS = 64
-MAX_ID_CHARS = 256
-ROLES = ("system", "user", "assistant")
-_LONG_TEXT_CHARS = 4096  # longer texts are tokenized outside the event loop
 _WATCH_GAP_S = 0.05  # between two pictures
 _WATCH_PERIOD_S = 1.0  # a picture at least this often
 
@@ -44,16 +35,17 @@ class Frontend(rpc.InferenceServicer):
         self._controller = controller
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        answer = None
+        answers: tuple[Answer, ...] = ()
         try:
             if self._controller.draining:
                 raise Unavailable("the server is shutting down; try another one")
-            answer = self._controller.submit(await _order(request, self._controller))
-            await _stream(answer, self._controller, context)
+            order = await order_of(request, self._controller.model, self._controller.context_tokens)
+            answers = self._controller.submit(order)
+            await _stream(answers, self._controller, context)
         except BlitzError as e:
             await _abort(context, e)
         finally:
-            if answer is not None:
+            for answer in answers:
                 self._controller.leave(answer)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
@@ -109,20 +101,46 @@ class Superseded(BlitzError):
     code = "ABORTED"
 
 
-async def _stream(answer: Answer, controller: Controller, context: grpc.aio.ServicerContext) -> None:
-    """Sends pieces as they come, joined when the client is slower than the tokens, until the answer ends."""
-    while True:
-        await answer.changed.wait()
-        piece = answer.take()
-        if answer.failure is not None:
-            await context.abort(grpc.StatusCode[answer.failure.code], answer.failure.message)
-        last = answer.ended
-        if last or piece.text or piece.token_ids:
-            await context.write(pb.GenerateResponse(
-                request_id=answer.order.request_id, text=piece.text, token_ids=piece.token_ids,
-                finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None))
-        if last:
-            return
+async def _stream(answers: tuple[Answer, ...], controller: Controller, context: grpc.aio.ServicerContext) -> None:
+    """Sends pieces as they come, joined when the client is slower than the tokens, until all answers of one order
+    have ended. The first that fails ends the others.
+    """
+    changed, left = answers[0].changed, list(answers)
+    while left:
+        await changed.wait()
+        changed.clear()
+        for answer in list(left):
+            piece, last = answer.take(), answer.ended
+            if answer.failure is not None:
+                which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
+                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message)
+            if last or piece.token_ids:
+                await context.write(_response(answer, piece, last, controller))
+            if last:
+                left.remove(answer)
+
+
+def _response(answer: Answer, piece: Piece, last: bool, controller: Controller) -> pb.GenerateResponse:
+    tokenizer = controller.model.tokenizer
+    return pb.GenerateResponse(
+        request_id=answer.order.request_id, index=answer.index, text=piece.text, token_ids=piece.token_ids,
+        finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None,
+        logprobs=_scored(piece.token_ids, piece.logprobs, tokenizer), prompt_token_ids=piece.prompt_token_ids,
+        prompt_logprobs=_scored(answer.order.prompt[1:], piece.prompt_logprobs, tokenizer))
+
+
+def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer | None) -> list[pb.ScoredToken]:
+    """Nothing when there are no logprobs; then one for each of `ids`."""
+    if not logprobs:
+        return []
+    scored = list(zip(ids, logprobs, strict=True))
+    seen = {token for token, _ in scored}.union(*(known.top_ids for known in logprobs))
+    text = {token: tokenizer.decode((token,)) if tokenizer is not None else "" for token in seen}
+    return [pb.ScoredToken(
+        token_id=token, logprob=known.logprob, rank=known.rank, text=text[token],
+        top=[pb.ScoredToken(token_id=other, logprob=logprob, rank=rank, text=text[other])
+             for rank, (other, logprob) in enumerate(zip(known.top_ids, known.top_logprobs, strict=True), 1)])
+        for token, known in scored]
 
 
 def _usage(answer: Answer, controller: Controller) -> pb.Usage:
@@ -130,97 +148,8 @@ def _usage(answer: Answer, controller: Controller) -> pb.Usage:
     assigned = now if answer.assigned_s is None else answer.assigned_s
     first = 0.0 if answer.first_token_s is None else answer.first_token_s - arrival
     return pb.Usage(prompt_tokens=answer.request.prompt_tokens, completion_tokens=len(answer.generated),
-                    seed=answer.order.sampling.seed, queue_s=assigned - arrival, ttft_s=first,
+                    seed=answer.sampling.seed, queue_s=assigned - arrival, ttft_s=first,
                     layers_helped=answer.layers_helped, attempts=answer.attempts)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checks. Every message names the limit that was passed.
-
-
-async def _order(request: pb.GenerateRequest, controller: Controller) -> Order:
-    """Raises InvalidRequest or UnknownModel."""
-    model = controller.model
-    if request.model not in ("", model.name):
-        raise UnknownModel(f"no model {request.model!r} here; served: {model.name}")
-    if len(request.request_id) > MAX_ID_CHARS:
-        raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")
-    sampling = request.sampling
-    _check_sampling(sampling, model.spec.vocab)
-    if sampling.stop and model.tokenizer is None:
-        raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
-    prompt = await _prompt(request, model)
-    return Order(
-        request_id=request.request_id or uuid.uuid4().hex, model=model.name, prompt=prompt,
-        sampling=_sampling(sampling, len(prompt), controller.context_tokens), stop=tuple(sampling.stop),
-        priority=request.priority)
-
-
-async def _prompt(request: pb.GenerateRequest, model: ServedModel) -> tuple[int, ...]:
-    match request.WhichOneof("input"):
-        case "tokens":
-            ids = tuple(request.tokens.ids)
-            wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
-            if wrong is not None:
-                raise InvalidRequest(f"token id {wrong} is outside the vocabulary [0, {model.spec.vocab})")
-        case "text" | "chat" if model.tokenizer is None:
-            raise InvalidRequest("this model has no tokenizer; send tokens instead of text or chat")
-        case "text":
-            ids = await _encode(model.tokenizer.encode, request.text) if request.text else ()
-        case "chat":
-            ids = await _encode(model.tokenizer.encode_rendered, _render(request.chat, model))
-        case _:
-            raise InvalidRequest("no input: set text, tokens or chat")
-    if not ids:
-        raise InvalidRequest("the prompt is empty; it needs at least 1 token")
-    return ids
-
-
-def _render(chat: pb.Chat, model: ServedModel) -> str:
-    if not chat.messages:
-        raise InvalidRequest("the chat is empty; it needs at least 1 message")
-    for message in chat.messages:
-        if message.role not in ROLES:
-            raise InvalidRequest(f"unknown chat role {message.role!r}; roles are {', '.join(ROLES)}")
-    return model.tokenizer.chat([{"role": m.role, "content": m.content} for m in chat.messages])
-
-
-async def _encode(encode: typing.Callable[[str], tuple[int, ...]], text: str) -> tuple[int, ...]:
-    return encode(text) if len(text) < _LONG_TEXT_CHARS else await asyncio.to_thread(encode, text)
-
-
-def _check_sampling(s: pb.SamplingParams, vocab: int) -> None:
-    def want(ok: bool, message: str) -> None:
-        if not ok:
-            raise InvalidRequest(message)
-
-    want(math.isfinite(s.temperature) and 0 <= s.temperature <= MAX_TEMPERATURE,
-         f"temperature must be in [0, {MAX_TEMPERATURE:g}], got {s.temperature:g}")
-    want(not s.HasField("top_p") or 0 < s.top_p <= 1, f"top_p must be in (0, 1], got {s.top_p:g}")
-    want(s.top_k >= 0, f"top_k must be at least 0 (0: off), got {s.top_k}")
-    want(s.seed >= 0, f"seed must be in [0, 2^63), got {s.seed}")
-    want(not s.HasField("max_tokens") or s.max_tokens >= 1, f"max_tokens must be at least 1, got {s.max_tokens}")
-    want(len(s.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} stop strings, got {len(s.stop)}")
-    want(all(s.stop), "a stop string is empty; each needs at least 1 character")
-    longest = max(map(len, s.stop), default=0)
-    want(longest <= MAX_STOP_CHARS, f"a stop string may have {MAX_STOP_CHARS} characters, got {longest}")
-    want(len(s.stop_token_ids) <= MAX_STOP_TOKENS,
-         f"at most {MAX_STOP_TOKENS} stop_token_ids, got {len(s.stop_token_ids)}")
-    for token in s.stop_token_ids:
-        want(0 <= token < vocab, f"stop token id {token} is outside the vocabulary [0, {vocab})")
-
-
-def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int) -> Sampling:
-    """Fills defaults; draws a seed when there is none. Raises InvalidRequest when the answer does not fit."""
-    room = context_tokens - prompt_tokens
-    wanted = s.max_tokens if s.HasField("max_tokens") else max(1, min(DEFAULT_MAX_TOKENS, room))
-    if wanted > room:
-        raise InvalidRequest(f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} "
-                             f"exceeds the context of {context_tokens} tokens")
-    return Sampling(max_tokens=wanted, temperature=s.temperature, top_k=s.top_k,
-                    top_p=s.top_p if s.HasField("top_p") else 1.0,
-                    seed=s.seed if s.HasField("seed") else secrets.randbits(31),
-                    stop_token_ids=tuple(s.stop_token_ids), ignore_eos=s.ignore_eos)
 
 
 def _choice(name: str, value: str, kind: object) -> typing.Any:

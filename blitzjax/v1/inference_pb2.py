@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62litzjax/v1/inference.proto\x12\x0b\x62litzjax.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.blitzjax.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xda\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.blitzjax.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.blitzjax.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.blitzjax.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x07\n\x05input\"\x88\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x05\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\x81\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.blitzjax.v1.Usage\"\x91\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x15\n\rlayers_helped\x18\x06 \x01(\x05\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\x05\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x0f\n\rStatusRequest\"\x13\n\x11WatchScaleRequest\"\x8a\x02\n\rClusterStatus\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12(\n\x06models\x18\x02 \x03(\x0b\x32\x18.blitzjax.v1.ModelStatus\x12.\n\tinstances\x18\x03 \x03(\x0b\x32\x1b.blitzjax.v1.InstanceStatus\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\x05\x12\x18\n\x10running_requests\x18\x05 \x01(\x05\x12\x18\n\x10target_instances\x18\x06 \x01(\x05\x12\x0c\n\x04live\x18\x07 \x01(\t\x12\x0e\n\x06source\x18\x08 \x01(\t\x12(\n\x06\x63hains\x18\t \x03(\x0b\x32\x18.blitzjax.v1.ChainStatus\"Q\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\"\xc6\x01\n\x0eInstanceStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x15\n\rlayers_loaded\x18\x03 \x01(\x05\x12\x14\n\x0cunits_loaded\x18\x04 \x01(\x05\x12\x0f\n\x07partner\x18\x05 \x01(\t\x12\x0f\n\x07waiting\x18\x06 \x01(\x05\x12\x0f\n\x07running\x18\x07 \x01(\x05\x12\x12\n\npages_used\x18\x08 \x01(\x05\x12\x13\n\x0bpages_total\x18\t \x01(\x05\x12\x10\n\x08in_world\x18\n \x01(\x08\"0\n\x0b\x43hainStatus\x12\x0e\n\x06ticket\x18\x01 \x01(\x05\x12\x11\n\tinstances\x18\x02 \x03(\t\"h\n\x0cScaleRequest\x12\x0e\n\x06target\x18\x01 \x01(\x05\x12\x11\n\x04live\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06source\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x0c\n\x04wait\x18\x04 \x01(\x08\x42\x07\n\x05_liveB\t\n\x07_source\"A\n\rScaleResponse\x12\x0f\n\x07serving\x18\x01 \x01(\x05\x12\x0e\n\x06target\x18\x02 \x01(\x05\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x32\xe4\x02\n\tInference\x12I\n\x08Generate\x12\x1c.blitzjax.v1.GenerateRequest\x1a\x1d.blitzjax.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.blitzjax.v1.AbortRequest\x1a\x1a.blitzjax.v1.AbortResponse\x12@\n\x06Status\x12\x1a.blitzjax.v1.StatusRequest\x1a\x1a.blitzjax.v1.ClusterStatus\x12>\n\x05Scale\x12\x19.blitzjax.v1.ScaleRequest\x1a\x1a.blitzjax.v1.ScaleResponse\x12J\n\nWatchScale\x12\x1e.blitzjax.v1.WatchScaleRequest\x1a\x1a.blitzjax.v1.ClusterStatus0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62litzjax/v1/inference.proto\x12\x0b\x62litzjax.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.blitzjax.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xda\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\x06tokens\x18\x04 \x01(\x0b\x32\x15.blitzjax.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.blitzjax.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.blitzjax.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x07\n\x05input\"\xea\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12>\n\nlogit_bias\x18\r \x03(\x0b\x32*.blitzjax.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x05H\r\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_echo\"\x89\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.blitzjax.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\x05\x12*\n\x08logprobs\x18\x07 \x03(\x0b\x32\x18.blitzjax.v1.ScoredToken\x12\x18\n\x10prompt_token_ids\x18\x08 \x03(\x05\x12\x31\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x18.blitzjax.v1.ScoredToken\"s\n\x0bScoredToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12%\n\x03top\x18\x05 \x03(\x0b\x32\x18.blitzjax.v1.ScoredToken\"\x91\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x03\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x15\n\rlayers_helped\x18\x06 \x01(\x05\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\x05\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x0f\n\rStatusRequest\"\x13\n\x11WatchScaleRequest\"\x8a\x02\n\rClusterStatus\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12(\n\x06models\x18\x02 \x03(\x0b\x32\x18.blitzjax.v1.ModelStatus\x12.\n\tinstances\x18\x03 \x03(\x0b\x32\x1b.blitzjax.v1.InstanceStatus\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\x05\x12\x18\n\x10running_requests\x18\x05 \x01(\x05\x12\x18\n\x10target_instances\x18\x06 \x01(\x05\x12\x0c\n\x04live\x18\x07 \x01(\t\x12\x0e\n\x06source\x18\x08 \x01(\t\x12(\n\x06\x63hains\x18\t \x03(\x0b\x32\x18.blitzjax.v1.ChainStatus\"Q\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\"\xc6\x01\n\x0eInstanceStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x15\n\rlayers_loaded\x18\x03 \x01(\x05\x12\x14\n\x0cunits_loaded\x18\x04 \x01(\x05\x12\x0f\n\x07partner\x18\x05 \x01(\t\x12\x0f\n\x07waiting\x18\x06 \x01(\x05\x12\x0f\n\x07running\x18\x07 \x01(\x05\x12\x12\n\npages_used\x18\x08 \x01(\x05\x12\x13\n\x0bpages_total\x18\t \x01(\x05\x12\x10\n\x08in_world\x18\n \x01(\x08\"0\n\x0b\x43hainStatus\x12\x0e\n\x06ticket\x18\x01 \x01(\x05\x12\x11\n\tinstances\x18\x02 \x03(\t\"h\n\x0cScaleRequest\x12\x0e\n\x06target\x18\x01 \x01(\x05\x12\x11\n\x04live\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06source\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x0c\n\x04wait\x18\x04 \x01(\x08\x42\x07\n\x05_liveB\t\n\x07_source\"A\n\rScaleResponse\x12\x0f\n\x07serving\x18\x01 \x01(\x05\x12\x0e\n\x06target\x18\x02 \x01(\x05\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x32\xe4\x02\n\tInference\x12I\n\x08Generate\x12\x1c.blitzjax.v1.GenerateRequest\x1a\x1d.blitzjax.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.blitzjax.v1.AbortRequest\x1a\x1a.blitzjax.v1.AbortResponse\x12@\n\x06Status\x12\x1a.blitzjax.v1.StatusRequest\x1a\x1a.blitzjax.v1.ClusterStatus\x12>\n\x05Scale\x12\x19.blitzjax.v1.ScaleRequest\x1a\x1a.blitzjax.v1.ScaleResponse\x12J\n\nWatchScale\x12\x1e.blitzjax.v1.WatchScaleRequest\x1a\x1a.blitzjax.v1.ClusterStatus0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blitzjax.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_CHATMESSAGE']._serialized_start=44
   _globals['_CHATMESSAGE']._serialized_end=88
   _globals['_CHAT']._serialized_start=90
@@ -40,31 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=168
   _globals['_GENERATEREQUEST']._serialized_end=386
   _globals['_SAMPLINGPARAMS']._serialized_start=389
-  _globals['_SAMPLINGPARAMS']._serialized_end=653
-  _globals['_GENERATERESPONSE']._serialized_start=656
-  _globals['_GENERATERESPONSE']._serialized_end=785
-  _globals['_USAGE']._serialized_start=788
-  _globals['_USAGE']._serialized_end=933
-  _globals['_ABORTREQUEST']._serialized_start=935
-  _globals['_ABORTREQUEST']._serialized_end=970
-  _globals['_ABORTRESPONSE']._serialized_start=972
-  _globals['_ABORTRESPONSE']._serialized_end=987
-  _globals['_STATUSREQUEST']._serialized_start=989
-  _globals['_STATUSREQUEST']._serialized_end=1004
-  _globals['_WATCHSCALEREQUEST']._serialized_start=1006
-  _globals['_WATCHSCALEREQUEST']._serialized_end=1025
-  _globals['_CLUSTERSTATUS']._serialized_start=1028
-  _globals['_CLUSTERSTATUS']._serialized_end=1294
-  _globals['_MODELSTATUS']._serialized_start=1296
-  _globals['_MODELSTATUS']._serialized_end=1377
-  _globals['_INSTANCESTATUS']._serialized_start=1380
-  _globals['_INSTANCESTATUS']._serialized_end=1578
-  _globals['_CHAINSTATUS']._serialized_start=1580
-  _globals['_CHAINSTATUS']._serialized_end=1628
-  _globals['_SCALEREQUEST']._serialized_start=1630
-  _globals['_SCALEREQUEST']._serialized_end=1734
-  _globals['_SCALERESPONSE']._serialized_start=1736
-  _globals['_SCALERESPONSE']._serialized_end=1801
-  _globals['_INFERENCE']._serialized_start=1804
-  _globals['_INFERENCE']._serialized_end=2160
+  _globals['_SAMPLINGPARAMS']._serialized_end=1135
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=873
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=921
+  _globals['_GENERATERESPONSE']._serialized_start=1138
+  _globals['_GENERATERESPONSE']._serialized_end=1403
+  _globals['_SCOREDTOKEN']._serialized_start=1405
+  _globals['_SCOREDTOKEN']._serialized_end=1520
+  _globals['_USAGE']._serialized_start=1523
+  _globals['_USAGE']._serialized_end=1668
+  _globals['_ABORTREQUEST']._serialized_start=1670
+  _globals['_ABORTREQUEST']._serialized_end=1705
+  _globals['_ABORTRESPONSE']._serialized_start=1707
+  _globals['_ABORTRESPONSE']._serialized_end=1722
+  _globals['_STATUSREQUEST']._serialized_start=1724
+  _globals['_STATUSREQUEST']._serialized_end=1739
+  _globals['_WATCHSCALEREQUEST']._serialized_start=1741
+  _globals['_WATCHSCALEREQUEST']._serialized_end=1760
+  _globals['_CLUSTERSTATUS']._serialized_start=1763
+  _globals['_CLUSTERSTATUS']._serialized_end=2029
+  _globals['_MODELSTATUS']._serialized_start=2031
+  _globals['_MODELSTATUS']._serialized_end=2112
+  _globals['_INSTANCESTATUS']._serialized_start=2115
+  _globals['_INSTANCESTATUS']._serialized_end=2313
+  _globals['_CHAINSTATUS']._serialized_start=2315
+  _globals['_CHAINSTATUS']._serialized_end=2363
+  _globals['_SCALEREQUEST']._serialized_start=2365
+  _globals['_SCALEREQUEST']._serialized_end=2469
+  _globals['_SCALERESPONSE']._serialized_start=2471
+  _globals['_SCALERESPONSE']._serialized_end=2536
+  _globals['_INFERENCE']._serialized_start=2539
+  _globals['_INFERENCE']._serialized_end=2895
 # @@protoc_insertion_point(module_scope)

@@ -22,8 +22,8 @@ from blitzjax.engine.runner import Runner
 from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import (
-    Abort, Drained, EndLive, LiveDrained, LivePair, ModelSpec, PrefillDone, Release, Request, RequestFinished,
-    RequestHanded, RequestReturned, Sampling, Span, StartLive, Work,
+    Abort, Drained, EndLive, LiveDrained, LivePair, LogitBias, ModelSpec, PrefillDone, Release, Request,
+    RequestFinished, RequestHanded, RequestReturned, Sampling, Span, StartLive, Work,
 )
 
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32", eos_token_ids=(7,))
@@ -118,7 +118,9 @@ def work(number: int, tokens: int, **sampling) -> Work:
     return Work(Request(f"r{number}", "tiny", tokens, sampling.max_tokens, 0.0), 1, prompt, (), sampling)
 
 
-WORKS = [work(n, tokens) for n, tokens in enumerate([5, 40, 64, 100, 150, 9, 33])]
+PENALISED = {"temperature": 0.9, "seed": 11, "repetition_penalty": 1.4, "presence_penalty": 0.5,
+             "frequency_penalty": 0.7}
+WORKS = [work(n, tokens, **(PENALISED if n % 3 == 1 else {})) for n, tokens in enumerate([5, 40, 64, 100, 150, 9, 33])]
 
 
 def answers(rig: Rig) -> dict[str, list[int]]:
@@ -157,7 +159,7 @@ def test_one_instance_answers_and_stops_where_it_should(rigs) -> None:
 
 
 def test_a_later_attempt_continues_where_the_first_was_lost(rigs) -> None:
-    for sampling in ({}, {"temperature": 0.9, "seed": 11, "top_p": 0.9}):
+    for sampling in ({}, {"temperature": 0.9, "seed": 11, "top_p": 0.9}, PENALISED | {"min_tokens": 7}):
         rig = rigs["old"]
         item = work(5, 30, max_tokens=10, ignore_eos=True, **sampling)
         expected = reference(rig, [item])["r5"]
@@ -165,6 +167,54 @@ def test_a_later_attempt_continues_where_the_first_was_lost(rigs) -> None:
         rig.wait(lambda events: "r5" in finished(events), "second attempt")
         assert [t for e in rig.events if isinstance(e, m.Tokens) for t in e.token_ids] == expected[4:]
         rig.events.clear()
+
+
+def test_a_seed_gives_the_same_answer_whatever_else_is_in_the_batch(rigs) -> None:
+    rig = rigs["old"]
+    mixed = [work(n, 20 + n, max_tokens=12, ignore_eos=True, **sampling) for n, sampling in enumerate([
+        {}, {"temperature": 0.8, "seed": 5, "top_k": 40}, PENALISED, {"temperature": 1.2, "seed": 1 << 40, "min_p": 0.05},
+        {"logprobs": 3}, {"logit_bias": (LogitBias(33, 5.0),)}])]
+    alone = {}
+    for item in mixed:
+        alone |= reference(rig, [item])
+    assert reference(rig, mixed) == alone == reference(rig, mixed[::-1])
+    assert reference(rig, [replace(mixed[1], sampling=replace(mixed[1].sampling, seed=6))])["r1"] != alone["r1"]
+
+
+def test_nothing_stops_an_answer_before_its_min_tokens(rigs) -> None:
+    wants_end = {"max_tokens": 12, "logit_bias": (LogitBias(7, 100.0), LogitBias(9, 90.0)), "stop_token_ids": (9,)}
+    got = reference(rigs["old"], [work(1, 20, **wants_end), work(2, 20, min_tokens=5, **wants_end),
+                                  work(3, 20, min_tokens=5, ignore_eos=True, **wants_end)])
+    assert got["r1"] == [7]
+    assert len(got["r2"]) == 6 and got["r2"][5] == 7 and not {7, 9} & set(got["r2"][:5])
+    assert got["r3"] == [7] * 12, "an ignored end-of-sequence token is a token like others"
+
+
+def test_logprobs_of_an_answer_are_those_of_the_same_tokens_as_a_prompt(rigs) -> None:
+    rig, first = rigs["old"], work(1, 60, max_tokens=20, ignore_eos=True, logprobs=4, **PENALISED)
+    answer = tuple(reference(rig, [first])["r1"])
+    said = messages(rig, first)
+    assert [len(t.logprobs) for t in said] == [1] * 20 and not any(t.prompt_logprobs for t in said)
+    whole = work(2, 80, max_tokens=2, ignore_eos=True, prompt_logprobs=4)  # longer than a chunk
+    said_of_prompt = messages(rig, replace(whole, prompt=first.prompt + answer))
+    scores = said_of_prompt[0].prompt_logprobs
+    assert len(scores) == 79 and not said_of_prompt[1].prompt_logprobs and not said_of_prompt[0].logprobs
+    for t, score in zip(said, scores[59:], strict=True):
+        np.testing.assert_allclose(t.logprobs[0].logprob, score.logprob, atol=2e-4)
+        assert (t.logprobs[0].rank, t.logprobs[0].top_ids) == (score.rank, score.top_ids)
+        np.testing.assert_allclose(t.logprobs[0].top_logprobs, score.top_logprobs, atol=2e-4)
+    later = replace(whole, prompt=first.prompt + answer, attempt=2, generated=said_of_prompt[0].token_ids)
+    again = messages(rig, later)
+    assert len(again) == 1 and not again[0].prompt_logprobs, "they were sent with the first token"
+
+
+def messages(rig: Rig, item: Work) -> list[m.Tokens]:
+    rig.instance.post(item)
+    rig.wait(lambda events: item.request.id in finished(events), "answer")
+    with rig.changed:
+        said = [e for e in rig.events if isinstance(e, m.Tokens)]
+        rig.events.clear()
+    return said
 
 
 def test_abort_frees_everything(rigs) -> None:

@@ -6,7 +6,7 @@ import pytest
 from blitzjax.config import EngineConfig
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
-from blitzjax.engine.runner import Runner
+from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.shapes import shapes_for
 from blitzjax.engine.stages import Stages
@@ -67,18 +67,22 @@ def test_chunk_by_chunk_equals_layer_by_layer(runner: Runner) -> None:
     assert all(same(a, b) for a, b in zip(chunked.kv, whole.kv, strict=True))
 
 
+def first_token(runner: Runner, prefill: Prefill) -> int:
+    return int(runner.first_token(prefill, Sampling(), 0).tokens[0])
+
+
 def decode_tokens(runner: Runner, tokens: list[int], count: int) -> list[int]:
     """Greedy answer of one sequence by prefill and `count - 1` decode steps."""
     prefill = runner.begin(tokens)
     runner.run_span(prefill, Span(0, SPEC.layers))
-    answer = [runner.first_token(prefill, Sampling(), 0)]
+    answer = [first_token(runner, prefill)]
     cache = SlotCache(runner.stages)
     slot = cache.place("a", prefill.kv)
     for _ in range(count - 1):
         cache.reserve(len(tokens) + len(answer))
         step, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
         step[slot], lengths[slot] = answer[-1], len(tokens) + len(answer) - 1
-        answer.append(int(runner.decode(cache, step, lengths, greedy_draws(cache.batch))[slot]))
+        answer.append(int(runner.decode(cache, step, lengths, greedy_draws(cache.batch)).tokens[slot]))
     return answer
 
 
@@ -88,7 +92,7 @@ def test_decode_continues_as_prefill_would(runner: Runner, tokens: int) -> None:
     for length in range(1, 12):
         again = runner.begin(prompt(tokens) + answer[:length])
         runner.run_span(again, Span(0, SPEC.layers))
-        assert runner.first_token(again, Sampling(), 0) == answer[length]
+        assert first_token(runner, again) == answer[length]
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -97,6 +101,13 @@ def test_sharded_instances_give_the_same_tokens(tmp_path_factory, runner: Runner
     assert decode_tokens(sharded, prompt(70), 10) == decode_tokens(runner, prompt(70), 10)
     whole, parts = sharded.begin(prompt(40)), sharded.begin(prompt(40))
     sharded.run_span(whole, Span(0, SPEC.layers))
+    single = runner.begin(prompt(40))
+    runner.run_span(single, Span(0, SPEC.layers))
+    everything = Sampling(temperature=0.8, seed=4, top_p=0.9, min_p=0.01, repetition_penalty=1.3, logprobs=5)
+    drawn = [r.first_token(p, everything, 0).logprobs(0, 5) for r, p in ((sharded, whole), (runner, single))]
+    for got, expected in (drawn, (sharded.prompt_logprobs(whole, 3), runner.prompt_logprobs(single, 3))):
+        assert [(t.rank, t.top_ids) for t in got] == [(t.rank, t.top_ids) for t in expected]
+        np.testing.assert_allclose([t.logprob for t in got], [t.logprob for t in expected], atol=2e-4)
     sharded.run_span(parts, Span(0, 2))
     sharded.run_span(parts, Span(2, SPEC.layers))
     assert same(parts.x, whole.x)
@@ -110,7 +121,7 @@ def test_rows_of_a_batch_do_not_disturb_each_other(runner: Runner) -> None:
     for turn, (name, tokens) in enumerate(prompts.items()):
         prefill = runner.begin(tokens)
         runner.run_span(prefill, Span(0, SPEC.layers))
-        answers[name] = [runner.first_token(prefill, Sampling(), 0)]
+        answers[name] = [first_token(runner, prefill)]
         cache.place(name, prefill.kv)
         if turn == 2:
             cache.free("s4")
@@ -122,7 +133,7 @@ def test_rows_of_a_batch_do_not_disturb_each_other(runner: Runner) -> None:
         drawn = runner.decode(cache, step, lengths, greedy_draws(cache.batch))
         for slot, name in enumerate(cache.slots):
             if name is not None:
-                answers[name].append(int(drawn[slot]))
+                answers[name].append(int(drawn.tokens[slot]))
     assert all(answers[name] == expected[name] for name in prompts if name != "s4")
 
 

@@ -1,13 +1,20 @@
 """Tokens drawn on the device follow their parameters, and nobody else's."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
-from blitzjax.engine.sampling import greedy_draws, sample
-from blitzjax.types import Sampling
+from blitzjax.engine.sampling import (
+    describe, edit, edits_until, end_tokens, greedy_draws, keep, likeliest, no_edits, sample, sample_edited,
+    token_logprob,
+)
+from blitzjax.types import MAX_LOGPROBS, LogitBias, ModelSpec, Sampling
 
 VOCAB = 1000
+SPEC = ModelSpec("m", "llama", 1, 8, 1, 1, 8, 8, VOCAB, 64, 1e4, 1e-5, True, "float32", eos_token_ids=(7, 9))
+HISTORY = np.array([5, 5, 6, 990, 6, 5, 3, 3, 3, 11], np.int32)
 
 
 def draw(logits: np.ndarray, rows: list[tuple[Sampling, int]]) -> np.ndarray:
@@ -65,3 +72,117 @@ def test_frequencies_follow_the_softmax() -> None:
     rows = [(Sampling(temperature=1.0, seed=s), 0) for s in range(4000)]
     counts = np.bincount(draw(np.repeat(logits, 4000, 0), rows), minlength=4)[:4] / 4000
     assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 0.03
+
+
+# ---- each transform against NumPy -----------------------------------------------------------------------------------
+
+
+def edited_logits(logits: np.ndarray, rows: list[Sampling], step: int) -> np.ndarray:
+    """Every row has HISTORY, its last `step` tokens being the answer."""
+    edits = no_edits(len(rows), SPEC, 16)
+    for i, sampling in enumerate(rows):
+        edits.set(i, sampling, step, HISTORY, end_tokens(sampling, SPEC))
+    return np.asarray(jax.jit(edit)(logits, edits))
+
+
+def reference_edit(logits: np.ndarray, s: Sampling, step: int) -> np.ndarray:
+    out = logits.astype(np.float64)
+    if step < s.min_tokens:
+        out[[*s.stop_token_ids, *([] if s.ignore_eos else SPEC.eos_token_ids)]] = -np.inf
+    for b in s.logit_bias:
+        out[b.token_id] += b.bias
+    for token in set(HISTORY.tolist()):
+        out[token] *= 1 / s.repetition_penalty if out[token] > 0 else s.repetition_penalty
+    for token in HISTORY[len(HISTORY) - step:]:
+        out[token] -= s.frequency_penalty
+    for token in set(HISTORY[len(HISTORY) - step:].tolist()):
+        out[token] -= s.presence_penalty
+    return out
+
+
+EDITS = [
+    Sampling(repetition_penalty=1.3), Sampling(repetition_penalty=0.5), Sampling(presence_penalty=0.7),
+    Sampling(frequency_penalty=-0.4), Sampling(repetition_penalty=2.0, presence_penalty=-1.0, frequency_penalty=1.5),
+    Sampling(logit_bias=(LogitBias(5, -100.0), LogitBias(999, 4.5), LogitBias(0, 1.0))),
+    Sampling(logit_bias=(LogitBias(5, 2.0),), repetition_penalty=1.5, frequency_penalty=0.25),
+    Sampling(min_tokens=9, stop_token_ids=(1, 5)), Sampling(min_tokens=9, stop_token_ids=(1,), ignore_eos=True),
+    Sampling(min_tokens=4), Sampling(),
+]
+
+
+@pytest.mark.parametrize("step", [0, 4, len(HISTORY)])
+def test_edited_logits_are_the_definition(step: int) -> None:
+    logits = logits_of(len(EDITS), seed=step)
+    got = edited_logits(logits, EDITS, step)
+    for row, sampling in enumerate(EDITS):
+        expected = reference_edit(logits[row], sampling, step)
+        np.testing.assert_allclose(got[row], expected, rtol=1e-5, err_msg=str(sampling))
+        assert step < edits_until(sampling) or np.array_equal(got[row], logits[row]), sampling
+
+
+def reference_keep(x: np.ndarray, s: Sampling) -> set[int]:
+    """Ids that stay, by sorting."""
+    ids = [i for i in np.argsort(-x, kind="stable") if np.exp(x[i] - x.max()) >= s.min_p]
+    ids = ids[: s.top_k or None]
+    p = np.exp(x[ids].astype(np.float64) - x.max())
+    before = np.cumsum(p) - p
+    return {int(i) for i, mass in zip(ids, before / p.sum(), strict=True) if mass < s.top_p}
+
+
+FILTERS = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m)
+           for t in (0.7, 2.0) for k in (0, 1, 30) for p in (1.0, 0.6) for m in (0.0, 0.05, 1.0)]
+
+
+def test_kept_tokens_are_the_definition() -> None:
+    scaled = logits_of(len(FILTERS)) / np.array([[s.temperature] for s in FILTERS], np.float32)
+    draws = greedy_draws(len(FILTERS))
+    for row, sampling in enumerate(FILTERS):
+        draws.set(row, sampling, 0)
+    got = np.asarray(jax.jit(keep)(scaled, draws))
+    ids, near, whole = map(np.asarray, jax.jit(likeliest)(scaled, draws))
+    for row, sampling in enumerate(FILTERS):
+        kept, expected = np.flatnonzero(got[row] > -np.inf), reference_keep(scaled[row], sampling)
+        assert set(kept.tolist()) == expected, sampling
+        assert (got[row][kept] == scaled[row][kept]).all()
+        assert whole[row] == (len(expected) < ids.shape[1])
+        if whole[row]:
+            assert set(ids[row][near[row] > -np.inf].tolist()) == expected, sampling
+    assert whole.any() and not whole.all()
+
+
+def test_a_filter_changes_no_draw_that_it_keeps() -> None:
+    logits = logits_of(1).repeat(200, 0)
+    plain = draw(logits, [(Sampling(temperature=1.5, seed=s), s % 5) for s in range(200)])
+    for filters in ({"top_p": 0.8}, {"top_k": 60}, {"min_p": 0.05}, {"top_p": 0.99}):
+        sampling = Sampling(temperature=1.5, **filters)
+        kept = reference_keep(logits[0] / np.float32(1.5), sampling)
+        same = draw(logits, [(replace(sampling, seed=s), s % 5) for s in range(200)]) == plain
+        assert same.tolist() == [int(token) in kept for token in plain] and 20 < same.sum() < 200
+
+
+def test_logprobs_are_those_of_the_logits_as_they_came() -> None:
+    logits, tokens = logits_of(3), np.array([0, 500, 999], np.int32)
+    logits[2, 999] = 50.0
+    expected = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    for row, packed in enumerate(np.asarray(jax.jit(describe)(logits, tokens))):
+        got = token_logprob(packed, 5)
+        order = np.argsort(-logits[row], kind="stable")
+        assert packed[0] == tokens[row] and got.rank == 1 + order.tolist().index(tokens[row])
+        np.testing.assert_allclose(got.logprob, expected[row, tokens[row]], rtol=1e-5, atol=1e-6)
+        assert got.top_ids == tuple(order[:5])
+        np.testing.assert_allclose(got.top_logprobs, expected[row, order[:5]], rtol=1e-5, atol=1e-6)
+        assert [len(token_logprob(packed, n).top_ids) for n in (0, MAX_LOGPROBS)] == [0, MAX_LOGPROBS]
+
+
+def test_edits_of_one_row_change_no_other_and_reach_greedy_rows() -> None:
+    logits = logits_of(4)
+    best, drawn = logits.argmax(-1), Sampling(temperature=0.9, seed=3)
+    draws = greedy_draws(4)._replace(edits=no_edits(4, SPEC, 16))
+    rows = [Sampling(logit_bias=(LogitBias(int(best[0]), -100.0),)), Sampling(), drawn, Sampling(logprobs=2)]
+    for i, sampling in enumerate(rows):
+        draws.set(i, sampling, 2)
+        draws.edits.set(i, sampling, 2, HISTORY, ())
+    packed = np.asarray(jax.jit(sample_edited)(logits, draws))
+    alone = [draw(logits[i:i + 1], [(rows[i], 2)])[0] for i in range(4)]
+    assert packed[0, 0] == np.argsort(-logits[0])[1] and packed[1:, 0].tolist() == alone[1:]
+    assert token_logprob(packed[3], 2).top_ids[0] == best[3]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 from toy import EOS, toy_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blitzjax.serve.answers import Answer, Order
+from blitzjax.serve.answers import Answer, Order, seed_of
 from blitzjax.serve.controller import Controller
 from blitzjax.serve.model import load_model
-from blitzjax.types import Sampling
+from blitzjax.types import Sampling, TokenLogprob
 from blitzjax.v1 import worker_pb2 as pb
 
 _MODEL = []
@@ -23,11 +26,11 @@ def model(model_dir):
 
 
 def order(*stop: str, **sampling) -> Order:
-    return Order("mine", "toy", (ord("a"),), Sampling(**sampling), stop, 0)
+    return Order("mine", "toy", (ord("a"),), Sampling(**sampling), stop, 0, n=1, echo=None)
 
 
 def answer(*stop: str, **sampling) -> Answer:
-    return Answer("mine#0", order(*stop, **sampling), _MODEL[0], arrival_s=1.0)
+    return Answer("mine#0", order(*stop, **sampling), 0, _MODEL[0], 1.0, asyncio.Event())
 
 
 @given(st.integers(0, 3), st.lists(st.integers(0, 6), max_size=6))
@@ -70,6 +73,34 @@ def test_stop_string_that_only_the_last_flush_completes():
     assert (a.take().text, a.finish_reason) == ("b", "stop")
 
 
+def test_stop_strings_count_only_after_the_least_number_of_tokens():
+    a = answer("cd", "gh", min_tokens=4)
+    a.push(0, list(b"bcdefghi"), "length", 2.0)
+    assert (a.take().text, a.generated, a.finish_reason) == ("bcdef", list(b"bcdefgh"), "stop")
+    a = answer("cd", min_tokens=3)
+    a.push(0, list(b"bcd"), "length", 2.0)
+    assert (a.take().text, a.finish_reason) == ("bcd", "length")
+
+
+def test_what_is_said_of_the_prompt_goes_with_the_first_token_once():
+    a = Answer("mine#0", replace(order(), echo="the prompt "), 0, _MODEL[0], 1.0, asyncio.Event())
+    assert (a.take().text, a.take().prompt_token_ids) == ("", ())
+    known = [TokenLogprob(-float(i), 1, (), ()) for i in range(3)]
+    a.push(0, [98], None, 2.0, known[:1], known[2:])
+    a.push(0, [98, 99], None, 2.0, known[:2], known[2:])  # a later attempt says it again
+    piece = a.take()
+    assert (piece.text, piece.prompt_token_ids, piece.prompt_logprobs) == ("the prompt bc", (97,), known[2:])
+    assert (piece.token_ids, piece.logprobs) == ([98, 99], known[:2])
+    a.push(2, [100], "length", 2.0, known[:1])
+    assert (a.take().text, a.generated) == ("d", [98, 99, 100])
+
+
+def test_answers_of_one_order_have_seeds_of_their_own():
+    seeds = [seed_of(seed, index) for seed in (0, 1, 2**63 - 1) for index in range(64)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
+    assert [seed_of(s, 0) for s in (0, 1, 2**63 - 1)] == [0, 1, 2**63 - 1]
+
+
 def test_stop_token_has_no_text_but_the_same_token_inside_has():
     a = answer(stop_token_ids=(99,))
     a.push(0, [98, 99], "stop", 2.0)
@@ -89,7 +120,7 @@ def test_nothing_is_added_after_the_end():
 
 def test_tokens_of_a_stale_attempt_are_dropped(model):
     controller = Controller(toy_config(), model, {"i0": "127.0.0.1:1", "i1": "127.0.0.1:2"})
-    a = controller.submit(order())
+    [a] = controller.submit(order())
     assert a.attempt == -1  # no instance yet
     a.work(3, 0.0)
     for attempt in (2, 3, 4):
@@ -102,7 +133,7 @@ def test_tokens_of_a_stale_attempt_are_dropped(model):
 
 def test_a_hole_in_the_tokens_fails_the_request_instead_of_hiding_it(model):
     controller = Controller(toy_config(), model, {"i0": "127.0.0.1:1"})
-    a = controller.submit(order())
+    [a] = controller.submit(order())
     a.work(1, 0.0)
     controller.on_tokens("i0", pb.Tokens(request_id=a.request.id, attempt=1, start=2, token_ids=[5]))
     assert a.failure.code == "INTERNAL" and "never came" in a.failure.message

@@ -154,6 +154,11 @@ def test_full_queue_is_refused(start):
             for _ in range(3):  # an instance may hold some of the waiting ones itself
                 waiting.append(Background(cluster, [1], max_tokens=400, temperature=SLOW))
                 client.generate([1], timeout_s=0.5)
+        before = client.status()
+        with pytest.raises(QueueFull, match=r"answer \d of n=4: "):
+            client.generate_all([1], n=4, temperature=SLOW)
+        eventually(lambda: client.status().queued_requests == before.queued_requests)
+        assert client.status().running_requests == before.running_requests
     cluster.stop(0)
 
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
-from blitzjax.serve.client import AsyncClient, Client
+from blitzjax.serve.answers import seed_of
+from blitzjax.serve.client import AsyncClient, Client, collect, collect_all
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
@@ -79,6 +80,58 @@ def test_seed_is_drawn_and_reported(client):
     assert client.generate("a", max_tokens=1).usage.seed != client.generate("a", max_tokens=1).usage.seed
 
 
+def test_n_answers_come_in_one_stream_each_with_its_end(client):
+    chunks = list(client.stream("a", n=3, temperature=0.01, max_tokens=5, seed=8))
+    results = collect_all(chunks)
+    assert [(r.index, r.text, r.finish_reason, r.usage.completion_tokens) for r in results] == [
+        (i, "bcdef", "length", 5) for i in range(3)]
+    assert sum(bool(c.finish_reason) for c in chunks) == 3 and {c.request_id for c in chunks} == {results[0].request_id}
+    assert [r.usage.seed for r in results] == [seed_of(8, i) for i in range(3)] and results[0].usage.seed == 8
+    with pytest.raises(ValueError, match="generate_all"):
+        collect(chunks)
+
+
+def test_abort_ends_all_n_answers_and_frees_their_id(client):
+    stream = client.stream([1], n=3, max_tokens=400, temperature=SLOW, request_id="all")
+    chunks = [next(stream)]
+    with pytest.raises(InvalidRequest, match="'all' is still running"):
+        client.generate([1], request_id="all")
+    client.abort("all")
+    chunks += stream
+    assert [r.finish_reason for r in collect_all(chunks)] == ["abort"] * 3
+    eventually(lambda: quiet(client), 2.0)
+    assert client.generate([1], request_id="all", max_tokens=1).token_ids == (2,)
+
+
+def test_client_that_leaves_ends_all_n_generations(client):
+    stream = client.stream([1], n=4, max_tokens=400, temperature=SLOW)
+    next(stream)
+    assert client.status().running_requests == 4
+    stream.close()
+    eventually(lambda: quiet(client), 2.0)
+
+
+def test_echo_begins_the_answer_with_the_prompt(client):
+    result = client.generate("xa", max_tokens=3, echo=True)
+    assert (result.text, result.token_ids, result.prompt_token_ids) == ("xabcd", toy(97, 3), (120, 97))
+    assert client.generate(list(b"ya"), max_tokens=3, echo=True).text == "yabcd"
+    chat = client.generate([{"role": "user", "content": "x"}], max_tokens=1, echo=True)
+    assert (chat.text, chat.usage.completion_tokens) == ("u:x;ab", 1)
+    assert client.generate("xa", max_tokens=3, echo=True, stop=["xa", "c"]).text == "xab"
+    assert client.generate([97, 0xE2, 0x82], max_tokens=1, echo=True).text == "a\u2083"  # E2 82 83
+
+
+def test_logprobs_name_their_tokens(client):
+    result = client.generate("xa", max_tokens=2, logprobs=2, prompt_logprobs=0)
+    assert [(t.token_id, t.text, t.logprob, t.rank) for t in result.logprobs] == [(98, "b", -98, 1), (99, "c", -99, 1)]
+    assert [(t.token_id, t.text, t.logprob, t.rank) for t in result.logprobs[0].top] == [
+        (98, "b", -98, 1), (99, "c", -99, 2)]
+    assert [(t.token_id, t.text, t.logprob, len(t.top)) for t in result.prompt_logprobs] == [(97, "a", -97, 0)]
+    assert not client.generate("xa", max_tokens=2).logprobs
+    cut = client.generate("a", max_tokens=9, logprobs=0, stop=["cd"])
+    assert [t.token_id for t in cut.logprobs] == list(cut.token_ids) == [98, 99, 100]
+
+
 def test_default_max_tokens_shrinks_to_what_fits(client):
     assert client.generate([1], ignore_eos=True).usage.completion_tokens == 128
     assert client.generate([1] * 500, ignore_eos=True).usage.completion_tokens == 12
@@ -98,6 +151,20 @@ def test_default_max_tokens_shrinks_to_what_fits(client):
     ("a", {"top_p": 1.1}, "top_p"),
     ("a", {"top_p": float("nan")}, "top_p"),
     ("a", {"top_k": -1}, "top_k must be at least 0"),
+    ("a", {"min_p": 1.1}, r"min_p must be in \[0, 1\], got 1.1"),
+    ("a", {"repetition_penalty": 0.0}, r"repetition_penalty must be in \(0, 100\], got 0"),
+    ("a", {"presence_penalty": 2.5}, r"presence_penalty must be in \[-2, 2\], got 2.5"),
+    ("a", {"frequency_penalty": float("nan")}, r"frequency_penalty must be in \[-2, 2\], got nan"),
+    ("a", {"logit_bias": {VOCAB: 1.0}}, f"logit_bias: token id {VOCAB} is outside the vocabulary"),
+    ("a", {"logit_bias": {5: 101.0}}, r"logit_bias of token id 5 must be in \[-100, 100\], got 101"),
+    ([1], {"logit_bias": {i - 100: 1.0 for i in range(301)}}, "logit_bias may have 300 tokens, got 301"),
+    ("a", {"min_tokens": -1}, "min_tokens must be at least 0"),
+    ("a", {"min_tokens": 9, "max_tokens": 8}, r"min_tokens must be at most max_tokens \(8\), got 9"),
+    ("a", {"n": 0}, r"n must be in \[1, 64\], got 0"),
+    ("a", {"n": 65, "temperature": 1.0}, r"n must be in \[1, 64\], got 65"),
+    ("a", {"n": 2}, "n=2 greedy answers would be the same; set a temperature"),
+    ("a", {"logprobs": 21}, r"logprobs must be in \[0, 20\], got 21"),
+    ("a", {"prompt_logprobs": -1}, r"prompt_logprobs must be in \[0, 20\], got -1"),
     ("a", {"max_tokens": 0}, "max_tokens must be at least 1"),
     ("a", {"seed": -1}, "seed must be in"),
     ("a", {"stop": ["x"] * 17}, "at most 16 stop strings, got 17"),

@@ -2,8 +2,8 @@
 
 `python toy_worker.py --listen HOST:PORT ...` speaks the Worker protocol over a real socket and imports no jax.
 With the byte tokenizer of toy.py, "a" continues "bcde...". Sampling is misused as a remote control:
-temperature is the pause before each token in seconds. TOY_REFUSE makes it refuse with that message; TOY_DIE_AFTER kills
-it when an answer ends with that token, before it reports RequestFinished.
+temperature is the pause before each token in seconds. A token's logprob is minus its id. TOY_REFUSE makes it refuse with
+that message; TOY_DIE_AFTER kills it when an answer ends with that token, before it reports RequestFinished.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Session:
             last = (last + 1) % self.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
             await self.write(pb.WorkerEvent(tokens=pb.Tokens(
-                request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason)))
+                request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason,
+                logprobs=logprobs([last], sampling.logprobs),
+                prompt_logprobs=logprobs(work.prompt[1:], sampling.prompt_logprobs) if index == 0 else ())))
             if index == len(work.generated):
                 await self.emit(types.PrefillDone(*at))
             if reason:
@@ -123,6 +125,12 @@ class Session:
                 break
         self.tasks.pop(work.request.id, None)
         await self.emit(types.RequestFinished(*at, reason))
+
+
+def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:
+    """Each token, then those that follow it, as the likeliest."""
+    return [] if top < 0 else [pb.TokenLogprob(logprob=-t, rank=1, top_ids=range(t, t + top),
+                                               top_logprobs=range(-t, -t - top, -1)) for t in tokens]
 
 
 async def serve(address: str) -> None:

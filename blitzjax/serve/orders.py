@@ -1,0 +1,153 @@
+"""What may be asked: turns a GenerateRequest into an Order, or says which limit it passes.
+
+Invariant: an Order can be served as it is by any instance; workers check nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import uuid
+from collections.abc import Callable
+
+from blitzjax.errors import InvalidRequest, UnknownModel
+from blitzjax.serve.answers import Order
+from blitzjax.serve.model import ServedModel
+from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling
+from blitzjax.v1 import inference_pb2 as pb
+
+DEFAULT_MAX_TOKENS = 128  # shrinks to what fits behind the prompt
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 100.0
+MAX_PENALTY = 2.0  # presence and frequency; OpenAI's limit
+MAX_BIAS = 100.0  # OpenAI's limit
+MAX_N = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_ID_CHARS = 256
+ROLES = ("system", "user", "assistant")
+_LONG_TEXT_CHARS = 4096  # longer texts are tokenized outside the event loop
+_WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its defaults
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+    "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs")
+
+
+async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int) -> Order:
+    """Raises InvalidRequest or UnknownModel. `context_tokens` bounds prompt and answer together."""
+    if request.model not in ("", model.name):
+        raise UnknownModel(f"no model {request.model!r} here; served: {model.name}")
+    if len(request.request_id) > MAX_ID_CHARS:
+        raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")
+    sampling = request.sampling
+    _check_sampling(sampling, model.spec.vocab)
+    if sampling.stop and model.tokenizer is None:
+        raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+    prompt, text = await _prompt(request, model)
+    return Order(
+        request_id=request.request_id or uuid.uuid4().hex, model=model.name, prompt=prompt,
+        sampling=_sampling(sampling, len(prompt), context_tokens), stop=tuple(sampling.stop),
+        priority=request.priority, n=sampling.n if sampling.HasField("n") else 1, echo=text if sampling.echo else None)
+
+
+async def _prompt(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:
+    """Token ids, and what to echo: the text as it was sent or rendered, else decoded."""
+    match request.WhichOneof("input"):
+        case "tokens":
+            ids = tuple(request.tokens.ids)
+            wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
+            if wrong is not None:
+                raise InvalidRequest(f"token id {wrong} is outside the vocabulary [0, {model.spec.vocab})")
+            echoed = request.sampling.echo and model.tokenizer is not None
+            text = model.tokenizer.decode(ids).rstrip("\ufffd") if echoed else ""  # the answer completes a character
+        case "text" | "chat" if model.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer; send tokens instead of text or chat")
+        case "text":
+            text = request.text
+            ids = await _encode(model.tokenizer.encode, text) if text else ()
+        case "chat":
+            text = _render(request.chat, model)
+            ids = await _encode(model.tokenizer.encode_rendered, text)
+        case _:
+            raise InvalidRequest("no input: set text, tokens or chat")
+    if not ids:
+        raise InvalidRequest("the prompt is empty; it needs at least 1 token")
+    return ids, text
+
+
+def _render(chat: pb.Chat, model: ServedModel) -> str:
+    if not chat.messages:
+        raise InvalidRequest("the chat is empty; it needs at least 1 message")
+    for message in chat.messages:
+        if message.role not in ROLES:
+            raise InvalidRequest(f"unknown chat role {message.role!r}; roles are {', '.join(ROLES)}")
+    return model.tokenizer.chat([{"role": m.role, "content": m.content} for m in chat.messages])
+
+
+async def _encode(encode: Callable[[str], tuple[int, ...]], text: str) -> tuple[int, ...]:
+    return encode(text) if len(text) < _LONG_TEXT_CHARS else await asyncio.to_thread(encode, text)
+
+
+def _check_sampling(s: pb.SamplingParams, vocab: int) -> None:
+    _check_draw(s)
+    _check_penalties(s, vocab)
+    _check_end(s, vocab)
+    for name in ("logprobs", "prompt_logprobs"):
+        _want(0 <= getattr(s, name) <= MAX_LOGPROBS, f"{name} must be in [0, {MAX_LOGPROBS}], got {getattr(s, name)}")
+
+
+def _check_draw(s: pb.SamplingParams) -> None:
+    _want(math.isfinite(s.temperature) and 0 <= s.temperature <= MAX_TEMPERATURE,
+          f"temperature must be in [0, {MAX_TEMPERATURE:g}], got {s.temperature:g}")
+    _want(not s.HasField("top_p") or 0 < s.top_p <= 1, f"top_p must be in (0, 1], got {s.top_p:g}")
+    _want(s.top_k >= 0, f"top_k must be at least 0 (0: off), got {s.top_k}")
+    _want(0 <= s.min_p <= 1, f"min_p must be in [0, 1], got {s.min_p:g}")
+    _want(s.seed >= 0, f"seed must be in [0, 2^63), got {s.seed}")
+    _want(not s.HasField("n") or 1 <= s.n <= MAX_N, f"n must be in [1, {MAX_N}], got {s.n}")
+    _want(s.n <= 1 or s.temperature > 0, f"n={s.n} greedy answers would be the same; set a temperature above 0")
+
+
+def _check_penalties(s: pb.SamplingParams, vocab: int) -> None:
+    _want(not s.HasField("repetition_penalty") or 0 < s.repetition_penalty <= MAX_REPETITION_PENALTY,
+          f"repetition_penalty must be in (0, {MAX_REPETITION_PENALTY:g}], got {s.repetition_penalty:g}")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(s, name)
+        _want(-MAX_PENALTY <= value <= MAX_PENALTY,
+              f"{name} must be in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], got {value:g}")
+    _want(len(s.logit_bias) <= MAX_LOGIT_BIAS,
+          f"logit_bias may have {MAX_LOGIT_BIAS} tokens, got {len(s.logit_bias)}")
+    for token, bias in s.logit_bias.items():
+        _want(0 <= token < vocab, f"logit_bias: token id {token} is outside the vocabulary [0, {vocab})")
+        _want(-MAX_BIAS <= bias <= MAX_BIAS,
+              f"logit_bias of token id {token} must be in [-{MAX_BIAS:g}, {MAX_BIAS:g}], got {bias:g}")
+
+
+def _check_end(s: pb.SamplingParams, vocab: int) -> None:
+    _want(not s.HasField("max_tokens") or s.max_tokens >= 1, f"max_tokens must be at least 1, got {s.max_tokens}")
+    _want(s.min_tokens >= 0, f"min_tokens must be at least 0, got {s.min_tokens}")
+    _want(len(s.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS} stop strings, got {len(s.stop)}")
+    _want(all(s.stop), "a stop string is empty; each needs at least 1 character")
+    longest = max(map(len, s.stop), default=0)
+    _want(longest <= MAX_STOP_CHARS, f"a stop string may have {MAX_STOP_CHARS} characters, got {longest}")
+    _want(len(s.stop_token_ids) <= MAX_STOP_TOKENS,
+          f"at most {MAX_STOP_TOKENS} stop_token_ids, got {len(s.stop_token_ids)}")
+    for token in s.stop_token_ids:
+        _want(0 <= token < vocab, f"stop token id {token} is outside the vocabulary [0, {vocab})")
+
+
+def _want(ok: bool, message: str) -> None:
+    if not ok:
+        raise InvalidRequest(message)
+
+
+def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int) -> Sampling:
+    """Fills defaults; draws a seed when there is none. Raises InvalidRequest when the answer does not fit."""
+    room = context_tokens - prompt_tokens
+    wanted = s.max_tokens if s.HasField("max_tokens") else max(1, min(DEFAULT_MAX_TOKENS, room))
+    _want(wanted <= room, f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} "
+                          f"exceeds the context of {context_tokens} tokens")
+    _want(s.min_tokens <= wanted, f"min_tokens must be at most max_tokens ({wanted}), got {s.min_tokens}")
+    given = {name: getattr(s, name) for name in _WITH_DEFAULTS if s.HasField(name)}
+    bias = tuple(LogitBias(token, value) for token, value in sorted(s.logit_bias.items()))
+    return Sampling(**{"seed": secrets.randbits(31), **given, "max_tokens": wanted, "logit_bias": bias,
+                       "stop_token_ids": tuple(s.stop_token_ids)})
