@@ -15,7 +15,7 @@ RequestId: TypeAlias = str
 InstanceId: TypeAlias = str
 
 LiveMode: TypeAlias = Literal["zigzag", "best_effort", "off"]
-Source: TypeAlias = Literal["multicast", "disk"]
+Source: TypeAlias = Literal["multicast", "unicast", "disk"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 

@@ -1,0 +1,394 @@
+"""One instance in virtual time: the Batcher and the LiveQueue decide what is computed, the cost table how long it takes.
+
+Mirrors engine/instance.py, whose steps it names. Decode steps of an unchanged batch are one event however many they
+are; layers are events only on the NEW side of a live pair. Invariant: what is running has exactly one valid end.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+from blitzjax.config import Config
+from blitzjax.control.batching import Batcher, Step
+from blitzjax.control.blocks import PageLedger
+from blitzjax.control.zigzag import Handed, LiveQueue
+from blitzjax.sim.clock import Clock
+from blitzjax.sim.costs import ModelCosts
+from blitzjax.types import (
+    Abort, Drained, EndLive, Event, FinishReason, InstanceId, LiveDrained, LivePair, PrefillDone, Release, Request,
+    RequestFailed, RequestFinished, RequestHanded, RequestId, StartLive,
+)
+
+
+@dataclass(slots=True)
+class Sequence:
+    request: Request
+    attempt: int
+    next_layer: int = 0  # layers [0, next_layer) were run by the live partner
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Decode steps of one batch from `start`: step i takes first_s + i x growth_s."""
+
+    start: float
+    first_s: float
+    growth_s: float
+    steps: int
+
+    def lasts(self, steps: int) -> float:
+        return steps * self.first_s + self.growth_s * steps * (steps - 1) / 2
+
+    def steps_by(self, at: float) -> int:
+        """The fewest whole steps that end at or after `at`, at least one."""
+        elapsed = max(at - self.start, 0.0)
+        b = self.first_s - self.growth_s / 2
+        steps = ceil(2 * elapsed / (b + sqrt(b * b + 2 * self.growth_s * elapsed)) - 1e-9)  # root of lasts(n) = elapsed
+        return min(max(steps, 1), self.steps)
+
+
+class NewSide:
+    """The loading side of a pair, as engine/live.py has it."""
+
+    def __init__(self, pair: LivePair, layers: int) -> None:
+        self.pair = pair
+        self.queue: LiveQueue[RequestId] = LiveQueue(layers, pair.mode)
+        self.open = True  # OLD may pull
+        self.puller: SimInstance | None = None  # OLD waits for an answer
+
+
+class OldSide:
+    def __init__(self, pair: LivePair, partner: SimInstance) -> None:
+        self.pair, self.partner = pair, partner
+        self.waiting = False  # a pull is on its way
+        self.drained = False
+
+
+class SimInstance:
+    """`emit` gives events to the brain, `find` finds partners, `hand_over(new, old, tokens, layers)` moves residuals and
+    KV to OLD and says how many seconds OLD waits for the residuals."""
+
+    def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
+                 emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
+                 hand_over: Callable[[InstanceId, InstanceId, int, int], float], rpc_s: float) -> None:
+        self.name, self.units = name, 0
+        self._config, self._costs, self._clock = config, costs, clock
+        self._emit, self._find, self._hand_over, self._rpc_s = emit, find, hand_over, rpc_s
+        self._version = 0  # of what is running
+        self._reset()
+
+    def _reset(self) -> None:
+        engine = self._config.engine
+        self._batcher = Batcher(engine.max_num_seqs, engine.max_num_batched_tokens,
+                                PageLedger(engine.kv_pages, engine.page_size))
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._ready: list[Sequence] = []  # handed over, residuals here
+        self._new: NewSide | None = None
+        self._old: OldSide | None = None
+        self._busy = False
+        self._version += 1
+        self._stretch: Stretch | None = None  # set while only decode steps run
+        self._steps = 0  # decode steps run so far
+        self._ends: list[tuple[int, RequestId]] = []  # heap: after which step each decoding sequence ends
+        self._kv_tokens = 0  # of decoding sequences
+        self._decode_due = 0.0
+        self._regular_turn = False  # NEW, complete: the batch is next, then a prompt of the pair
+
+    @property
+    def complete(self) -> bool:
+        return self.units == self._costs.spec.units
+
+    def check(self) -> None:
+        """Asserts the invariants of the parts."""
+        self._batcher.check()
+        assert len(self._ends) <= len(self._sequences) and self._kv_tokens >= 0
+        assert self._busy or not self._runnable(), f"{self.name} sleeps over work"
+
+    def _runnable(self) -> bool:
+        return self.complete and (bool(self._ready) or bool(self._ends) or self._batcher.waiting_tokens > 0)
+
+    # ---- commands
+
+    def assign(self, request: Request, attempt: int) -> None:
+        self._sequences[request.id] = Sequence(request, attempt)
+        if self._new is not None and not self.complete and self._batcher.hold(request):
+            self._new.queue.add(request.id)
+            self._answer()
+        else:
+            self._batcher.add(request)
+        self._wake()
+
+    def obey(self, command: Abort | StartLive | EndLive | Release) -> None:
+        match command:
+            case Abort(request_id=request_id):
+                if request_id in self._sequences:
+                    self._abort(request_id)
+            case StartLive(pair=pair):
+                self._start_live(pair)
+            case EndLive(pair=pair):
+                self._end_live(pair)
+            case Release():
+                self._reset()
+                self.units = 0
+                self._emit(Drained(self._clock.now, self.name))
+
+    def arrived(self, units: int) -> None:
+        """Units [0, units) are here."""
+        self.units = units
+        if self._new is not None:
+            self._note_layers(self._new)
+            self._answer()
+        self._wake()
+
+    def _note_layers(self, new: NewSide) -> None:
+        """The last layer counts once the head is here too, as in engine/live.py."""
+        spec = self._costs.spec
+        new.queue.loaded(spec.layers if self.complete else min(spec.layers_loaded(self.units), spec.layers - 1))
+
+    def _abort(self, request_id: RequestId) -> None:
+        sequence = self._sequences[request_id]
+        if any(i == request_id for _, i in self._ends):
+            self._cut_stretch()
+        if self._new is not None:
+            self._new.queue.remove(request_id)
+        self._ready = [s for s in self._ready if s is not sequence]
+        self._forget(sequence)
+        self._say_finished(sequence, "abort")
+
+    # ---- live pairs
+
+    def _start_live(self, pair: LivePair) -> None:
+        if pair.new == self.name:
+            self._new = NewSide(pair, self._costs.spec.layers)
+            self._note_layers(self._new)
+        else:
+            self._old = OldSide(pair, self._find(pair.new))
+            self._wake()
+
+    def _end_live(self, pair: LivePair) -> None:
+        if self._old is not None and self._old.pair == pair:
+            self._old = None
+        if self._new is not None and self._new.pair == pair:
+            self._new.open = False
+            self._new.queue.close()
+            self._answer()
+            self._wake()
+
+    def _maybe_pull(self) -> None:
+        """OLD asks for its next prompt when it is idle, or about to be."""
+        old = self._old
+        if old is None or old.waiting or old.drained or self._ready or self._batcher.waiting or not self._batcher.room:
+            return
+        old.waiting = True
+        self._clock.after(self._rpc_s, old.partner.pulled, self)
+
+    def pulled(self, old: SimInstance) -> None:
+        if self._new is None:  # the pair is over, or its StartLive is still on the way
+            self._clock.after(self._rpc_s, old.handed, self.name, None)
+            return
+        self._new.puller = old
+        self._answer()
+
+    def _answer(self) -> None:
+        """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
+        new = self._new
+        if new is None or new.puller is None:
+            return
+        given = new.queue.pull() if new.open else None
+        old = new.puller
+        if isinstance(given, Handed):
+            sequence = self._sequences.pop(given.item)
+            self._batcher.finish(given.item)
+            new.puller = None
+            self._emit(RequestHanded(self._clock.now, self.name, given.item, sequence.attempt, old.name))
+            sequence.next_layer = given.next_layer
+            wait_s = self._hand_over(self.name, old.name, sequence.request.prompt_tokens, given.next_layer)
+            self._clock.after(self._rpc_s + wait_s, old.handed, self.name, sequence)
+        elif not new.open or new.queue.drained:
+            new.puller = None
+            self._clock.after(self._rpc_s, old.handed, self.name, None)
+
+    def handed(self, partner: InstanceId, sequence: Sequence | None) -> None:
+        """The answer to a pull: a prompt and its residuals, or None when there is nothing any more."""
+        old = self._old
+        if old is not None and old.pair.new == partner:
+            old.waiting = False
+            if sequence is None:
+                if not old.drained:
+                    old.drained = True
+                    self._emit(LiveDrained(self._clock.now, self.name))
+                return
+        if sequence is None:
+            return
+        request = sequence.request
+        self._emit(RequestHanded(self._clock.now, self.name, request.id, sequence.attempt, self.name))
+        if not self._batcher.hold(request):
+            why = f"{self.name} has no room for a request handed over by {partner}"
+            self._emit(RequestFailed(self._clock.now, self.name, request.id, sequence.attempt, why))
+            return
+        self._sequences[request.id] = sequence
+        self._ready.append(sequence)
+        self._wake()
+
+    # ---- what runs
+
+    def _wake(self) -> None:
+        """Something new is here: decode steps that were foreseen end with the running one."""
+        if not self._busy:
+            self._begin()
+        elif self._stretch is not None and (self._ready or self._batcher.waiting):
+            self._shorten()
+
+    def _shorten(self) -> None:
+        stretch = self._stretch
+        assert stretch is not None
+        steps = stretch.steps_by(self._clock.now)
+        if steps < stretch.steps:
+            self._stretch = Stretch(stretch.start, stretch.first_s, stretch.growth_s, steps)
+            self._run(stretch.start + stretch.lasts(steps) - self._clock.now, self._decoded, steps)
+
+    def _cut_stretch(self) -> None:
+        """A sequence leaves between two steps: the running step is its last."""
+        if self._stretch is not None:
+            stretch = self._stretch
+            done = min(stretch.steps_by(self._clock.now), stretch.steps)
+            self._version += 1
+            self._busy, self._stretch = False, None
+            self._count_steps(done)
+            self._clock.at(self._clock.now, self._wake)
+
+    def _run(self, seconds: float, then: Callable[..., None], *args: object) -> None:
+        self._busy = True
+        self._version += 1
+        self._clock.after(seconds, self._ended, self._version, then, args)
+
+    def _ended(self, version: int, then: Callable[..., None], args: tuple[object, ...]) -> None:
+        if version != self._version:
+            return
+        self._busy, self._stretch = False, None
+        then(*args)
+        if not self._busy:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Starts the next piece of work, if there is any: `_step` of engine/instance.py."""
+        if self._new is not None and self._begin_layer():
+            return
+        if not self.complete:
+            return
+        self._maybe_pull()
+        step = self._batcher.next_step()
+        if self._ready:
+            self._run_ready(self._ready.pop(0))
+        elif step is not None and step.prefill:
+            tokens = sum(chunk.stop - chunk.start for chunk in step.prefill)
+            decode_s = self._decode_s() if step.decode else 0.0
+            self._run(decode_s + self._costs.prefill_s(tokens), self._stepped, step)
+        elif step is not None:
+            self._run_decode()
+        elif self._regular_turn:
+            self._regular_turn = False
+            self._begin()
+
+    def _begin_layer(self) -> bool:
+        """NEW's next layer. Once it is complete, its batch has a turn after every prompt."""
+        new = self._new
+        assert new is not None
+        if self._regular_turn and (self._ends or self._ready or self._batcher.waiting_tokens):
+            self._regular_turn = False
+            return False
+        chosen = new.queue.next()
+        if chosen is None:
+            if not new.open and self.complete and not new.queue.items:
+                self._new = None
+            return False
+        tokens = self._sequences[chosen[0]].request.prompt_tokens
+        self._run(self._costs.prefill_s(tokens) / self._costs.spec.layers, self._layer_ran, new, chosen[0])
+        return True
+
+    def _layer_ran(self, new: NewSide, request_id: RequestId) -> None:
+        if new.queue.ran(request_id):
+            self._first_token(self._sequences[request_id])
+            self._regular_turn = self.complete
+        self._answer()
+
+    def _run_ready(self, sequence: Sequence) -> None:
+        """The rest of a handed-over prompt, after a decode step when one is due."""
+        spec, engine = self._costs.spec, self._config.engine
+        rest = (spec.layers - sequence.next_layer) / spec.layers
+        decode = bool(self._ends) and self._decode_due <= 0
+        seconds = rest * self._costs.prefill_s(sequence.request.prompt_tokens) + (self._decode_s() if decode else 0.0)
+        self._decode_due = (1.0 if decode else self._decode_due) - (
+            rest * sequence.request.prompt_tokens / engine.max_num_batched_tokens)
+        ahead_s = self._config.transfer.pull_ahead_layers / spec.layers * seconds
+        self._clock.after(seconds - ahead_s, self._maybe_pull)
+        self._run(seconds, self._ran_ready, sequence, decode)
+
+    def _ran_ready(self, sequence: Sequence, decode: bool) -> None:
+        self._count_steps(int(decode))
+        if self._sequences.get(sequence.request.id) is sequence:
+            self._first_token(sequence)
+
+    def _stepped(self, step: Step) -> None:
+        if step.decode:
+            self._count_steps(1)
+        for chunk in step.prefill:
+            self._batcher.chunk_done(chunk)
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence is not None and chunk.stop == sequence.request.prompt_tokens:
+                self._first_token(sequence)
+
+    def _run_decode(self) -> None:
+        prompts_wait = self._new is not None and len(self._new.queue) > 0
+        steps = 1 if prompts_wait else self._ends[0][0] - self._steps
+        growth_s = len(self._ends) * self._costs.kv_token_s
+        self._stretch = Stretch(self._clock.now, self._decode_s(), growth_s, steps)
+        self._run(self._stretch.lasts(steps), self._decoded, steps)
+
+    def _decoded(self, steps: int) -> None:
+        self._decode_due = 1.0
+        self._count_steps(steps)
+
+    def _decode_s(self) -> float:
+        return self._costs.decode_s(len(self._ends), self._kv_tokens)
+
+    def _count_steps(self, steps: int) -> None:
+        """`steps` tokens for every decoding sequence; those that have all of theirs finish."""
+        self._steps += steps
+        self._kv_tokens += steps * len(self._ends)
+        while self._ends and self._ends[0][0] <= self._steps:
+            sequence = self._sequences[self._ends[0][1]]
+            self._forget(sequence)
+            self._say_finished(sequence, "length")
+
+    def _first_token(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._emit(PrefillDone(self._clock.now, self.name, request.id, sequence.attempt))
+        if request.max_tokens == 1:
+            self._forget(sequence)
+            self._say_finished(sequence, "length")
+            return
+        self._batcher.prefilled(request.id)
+        self._kv_tokens += request.prompt_tokens
+        heapq.heappush(self._ends, (self._steps + request.max_tokens - 1, request.id))
+
+    def _say_finished(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._emit(RequestFinished(self._clock.now, self.name, sequence.request.id, sequence.attempt, reason))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Frees everything that the sequence holds here."""
+        request = sequence.request
+        del self._sequences[request.id]
+        self._batcher.finish(request.id)
+        if self._ends and self._ends[0][1] == request.id:
+            end, _ = heapq.heappop(self._ends)
+        else:
+            end = next((e for e, i in self._ends if i == request.id), None)
+            if end is not None:
+                self._ends.remove((end, request.id))
+                heapq.heapify(self._ends)
+        if end is not None:
+            self._kv_tokens -= request.total_tokens - 1 - (end - self._steps)
