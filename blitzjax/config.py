@@ -46,7 +46,7 @@ class ScaleConfig:
     min_instances: int = 1
     max_instances: int = 4
     live: LiveMode = "zigzag"
-    source: Source = "multicast"
+    source: Source = "multicast"  # "unicast": one target a source, and only what served before sends
     prefill_lower: float = 0.5  # seconds of one instance's prefill rate that the backlog may hold, per instance
     prefill_upper: float = 0.7
     kv_lower: float = 0.75  # share of an instance's pages

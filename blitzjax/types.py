@@ -135,13 +135,16 @@ class Work:
 class Chain:
     """One multicast chain: `instances[0]` sends units [start_unit, stop_unit), each next one receives and forwards.
 
-    `generation` picks a fresh clique when the same members failed before.
+    `generation` picks a fresh clique when the same members failed before. With `lanes` > 1 it moves the `lane`-th of
+    that many equal parts of every unit: the plan's lanes meet in every domain, which gathers what they bring.
     """
 
     instances: tuple[InstanceId, ...]
     start_unit: int
     stop_unit: int
     generation: int
+    lane: int = 0
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ comes late, twice or never.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import assert_never
 
 from blitzjax import types
@@ -17,14 +19,19 @@ from blitzjax.control.requests import Entry, RequestBook
 from blitzjax.control.routing import Seat
 from blitzjax.control.scaling import Scaler
 from blitzjax.control.status import ClusterStatus, InstanceStatus
+from blitzjax.control.topology import Port
 from blitzjax.types import Abort, Assign, Command, Event, InstanceId, ModelSpec, Phase, Reject, Request, RequestId
 
 
 class Cluster:
-    """All instances and requests of one model. One caller: each command is carried out before the next event."""
+    """All instances and requests of one model. One caller: each command is carried out before the next event.
 
-    def __init__(self, config: Config, spec: ModelSpec) -> None:
+    `ports` says where instances sit in the network; one that it does not name has 100 Gbps and a domain per host.
+    """
+
+    def __init__(self, config: Config, spec: ModelSpec, ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
         self._config = config
+        self._ports = ports
         self._spec = spec
         self._fleet = Fleet(spec.units)
         self._book = RequestBook(config.serve.max_attempts)
@@ -213,7 +220,8 @@ class Cluster:
                 return []
             commands = self._lost(known, "it came back as another process")
         self._fleet.join(event)
-        self._provisioner.topology.add(event.instance, event.host)
+        here = Port(event.host, event.host)
+        self._provisioner.topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
 
     def _lost(self, member: Member, reason: str) -> list[Command]:

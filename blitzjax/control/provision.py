@@ -38,6 +38,7 @@ class Provisioner:
         self.transfers = Transfers(self.topology, config.cluster.max_world)
         self.pairs = LivePairs()
         self._waiting_since: dict[InstanceId, float] = {}  # for the world
+        self._roots: frozenset[InstanceId] = frozenset()  # served when this scale-up began
 
     # ---- views
 
@@ -58,7 +59,7 @@ class Provisioner:
         self._waiting_since = {i: since for i, since in self._waiting_since.items() if i in needy_ids}
         if not needy or means.source == "disk":
             return [c for m in needy for c in self._load(m, means)]
-        sources = self._fleet.in_phase(Phase.SERVING)
+        sources = self._sources(means)
         if sources:
             return self._multicast(at, needy, sources, means)
         if any(m.loading and self.transfers.busy(m.id) for m in self._fleet.all_alive()):
@@ -76,6 +77,8 @@ class Provisioner:
             elif at - self._waiting_since.setdefault(member.id, at) >= WORLD_WAIT_S:
                 commands += self._load(member, means)
         free = [m for m in sources if not self.transfers.busy(m.id)]
+        if means.source == "unicast":
+            targets = targets[: len(free)]
         if not free or not targets:
             return commands
         prepare, spent = self.transfers.plan(
@@ -87,6 +90,14 @@ class Provisioner:
             elif member.phase is Phase.IDLE:
                 member.move(Phase.LOADING)
         return commands + prepare
+
+    def _sources(self, means: Means) -> list[Member]:
+        """SERVING instances; for unicast those that served when the scale-up began, so that receivers do not send."""
+        serving = self._fleet.in_phase(Phase.SERVING)
+        if not any(m.loading for m in self._fleet.all_alive()):
+            self._roots = frozenset(m.id for m in serving)
+        roots = [m for m in serving if m.id in self._roots]
+        return roots if roots and means.source == "unicast" else serving
 
     def _load(self, member: Member, means: Means) -> list[Command]:
         if member.phase is Phase.IDLE:

@@ -128,13 +128,16 @@ class Transfers:
             del self._flights[run.ticket]
 
     def break_off(self, run: Run) -> list[Command]:
-        """The chain cannot go on: cancels those still in it, and the same members form another clique next time."""
-        if run.broken:
-            return []
-        run.broken = True
-        if not run.disk:
-            self._generations[run.chain.instances] += 1
-        return [CancelTransfer(i, run.ticket) for i in run.chain.instances if i in run.active]
+        """The chain cannot go on, nor can its fellow lanes: cancels those still in them, and the same members form
+        another clique next time."""
+        commands: list[Command] = []
+        for other in self._gang(run):
+            if not other.broken:
+                other.broken = True
+                if not other.disk:
+                    self._generations[other.chain.instances] += 1
+                commands += [CancelTransfer(i, other.ticket) for i in other.chain.instances if i in other.active]
+        return commands
 
     def lose(self, instance: InstanceId) -> tuple[list[int], list[Command]]:
         """`instance` died: breaks its chains, even those that it has left (others may still wait for its bytes).
@@ -164,6 +167,13 @@ class Transfers:
                 assert not (flight.started and run.unready and not run.broken)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _gang(self, run: Run) -> list[Run]:
+        """The run, and those that its targets need parts of every unit from."""
+        flight = self._flights.get(run.ticket)
+        if run.chain.lanes == 1 or flight is None:
+            return [run]
+        return [other for other in flight.runs if other.chain.lanes > 1]
 
     def _run(self, chain: Chain, disk: bool, live: LiveMode) -> Run:
         members = set(chain.instances)

@@ -167,16 +167,20 @@ class LoadFromDisk(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., start_unit: _Optional[int] = ...) -> None: ...
 
 class Chain(_message.Message):
-    __slots__ = ("instances", "start_unit", "stop_unit", "generation")
+    __slots__ = ("instances", "start_unit", "stop_unit", "generation", "lane", "lanes")
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     START_UNIT_FIELD_NUMBER: _ClassVar[int]
     STOP_UNIT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     instances: _containers.RepeatedScalarFieldContainer[str]
     start_unit: int
     stop_unit: int
     generation: int
-    def __init__(self, instances: _Optional[_Iterable[str]] = ..., start_unit: _Optional[int] = ..., stop_unit: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    lane: int
+    lanes: int
+    def __init__(self, instances: _Optional[_Iterable[str]] = ..., start_unit: _Optional[int] = ..., stop_unit: _Optional[int] = ..., generation: _Optional[int] = ..., lane: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
 
 class MulticastPlan(_message.Message):
     __slots__ = ("ticket", "model", "chains")
