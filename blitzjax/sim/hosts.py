@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 
+from blitzjax.control.topology import Port
 from blitzjax.sim.costs import MachineCosts, bytes_per_s
 from blitzjax.sim.links import Link
 from blitzjax.types import InstanceId
@@ -58,6 +59,11 @@ class Fleetports:
             link("fast_out", m.fast_gbps), link("fast_in", m.fast_gbps), link("pcie", m.host_gbps),
             link("ssd", m.ssd_gbps))
         return ports
+
+    def port(self, name: InstanceId) -> Port:
+        """As the planner knows it."""
+        ports, m = self.of[name], self._machine
+        return Port(ports.host, ports.domain, ports.leaf, self._tp * m.nic_gbps, self._tp * m.fast_gbps)
 
     def route(self, a: InstanceId, b: InstanceId) -> list[Link]:
         """What a byte from `a` to `b` crosses."""

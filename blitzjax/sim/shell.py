@@ -75,8 +75,11 @@ class _Run:
         self._arrivals, self._progress = iter(arrivals), progress
         self._config = config_of(setup)
         self._clock = Clock()
-        self._brain = Cluster(self._config, setup.model.spec)
         self._ports = Fleetports(setup.machine, setup.model.tensor_parallel)
+        self._names = [f"i{k:04}" for k in range(setup.instances)]
+        for number, name in enumerate(self._names):
+            self._ports.add(name, number)
+        self._brain = Cluster(self._config, setup.model.spec, {name: self._ports.port(name) for name in self._names})
         self._copies = HostCopies(setup.system.host_ttl_s)
         self._instances: dict[InstanceId, SimInstance] = {}
         self._loading = Loading(self._clock, setup.machine, setup.model, self._ports, self._copies, self._instances,
@@ -86,8 +89,8 @@ class _Run:
         self.outcome = Outcome(setup)
 
     def run(self) -> Outcome:
-        for k in range(self.setup.instances):
-            self._join(f"i{k:04}", k)
+        for number, name in enumerate(self._names):
+            self._join(name, number)
         self._arrive_next(0)
         self._tick()
         self._clock.run()
@@ -101,7 +104,7 @@ class _Run:
     # ---- what happens
 
     def _join(self, name: InstanceId, number: int) -> None:
-        setup, ports = self.setup, self._ports.add(name, number)
+        setup, ports = self.setup, self._ports.of[name]
         instance = SimInstance(name, self._config, setup.model, self._clock, self._report, self._instances.__getitem__,
                                self._hand_over, setup.machine.rpc_s)
         self._instances[name] = instance
