@@ -12,11 +12,11 @@ from typing import assert_never
 
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.control import routing
+from blitzjax.control.blocks import pages_for
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.provision import Provisioner
 from blitzjax.control.requests import Entry, RequestBook
-from blitzjax.control.routing import Seat
+from blitzjax.control.routing import Router, Seat
 from blitzjax.control.scaling import Scaler
 from blitzjax.control.status import ClusterStatus, InstanceStatus
 from blitzjax.control.topology import Port
@@ -37,6 +37,7 @@ class Cluster:
         self._book = RequestBook(config.serve.max_attempts)
         self._provisioner = Provisioner(config, spec, self._fleet, self._book)
         self._scaler = Scaler(config, self._fleet, self._book, self._provisioner)
+        self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens)
 
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
@@ -62,7 +63,8 @@ class Cluster:
             assert not (entries and m.releasing), f"{m.id} forgets its requests"
             # What a live partner hands over waits inside the instance if need be; what we assigned must fit.
             assert sum(not e.handed for e in entries) <= m.slots, f"{m.id} has more requests than slots"
-            assert self._book.pages(m.id, m.page_size, with_handed=False) <= m.pages, f"{m.id} is short of pages"
+            assigned = sum(pages_for(e.request.total_tokens, m.page_size) for e in entries if not e.handed)
+            assert assigned <= m.pages, f"{m.id} is short of pages"
 
     # ---- events
 
@@ -170,7 +172,8 @@ class Cluster:
         if entry is None:
             return self._disown(member.id, request_id)
         commands = self._take_over(entry, member)
-        entry.answered = entry.owner is not None
+        if entry.owner is not None:
+            self._book.answer(entry)
         return commands
 
     def _finished(self, member: Member, request_id: RequestId, attempt: int,
@@ -220,6 +223,7 @@ class Cluster:
                 return []
             commands = self._lost(known, "it came back as another process")
         self._fleet.join(event)
+        self._book.open(event.instance, event.page_size)
         here = Port(event.host, event.host)
         self._provisioner.topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
@@ -242,26 +246,34 @@ class Cluster:
     def _dispatch(self) -> list[Command]:
         """Gives queued requests to instances, strictly in order: nothing overtakes the head."""
         commands: list[Command] = []
-        serving_tokens = 2 * self._config.engine.max_num_batched_tokens
         while (entry := self._book.head()) is not None:
             if self._too_large(entry.request):
                 commands.append(self._reject_too_large(entry.request))
                 self._book.forget(entry)
                 continue
-            seats = [self._seat(m) for m in self._fleet.all_alive() if not m.releasing]
-            instance = routing.choose(entry.request, seats, serving_tokens, self._config.scale.live_queue_tokens)
+            self._refresh_seats()
+            instance = self._router.choose(entry.request)
             if instance is None:
                 break
             self._book.assign(entry, instance)
             commands.append(Assign(instance, entry.request.id, entry.attempt))
         return commands
 
+    def _refresh_seats(self) -> None:
+        """The router hears of the instances whose requests, phase or pair changed."""
+        changed = self._book.changed | self._fleet.changed | self._provisioner.pairs.changed
+        for instance in sorted(changed | {p for p in map(self._provisioner.pairs.partner, changed) if p is not None}):
+            self._router.update(self._seat(self._fleet.members[instance]))
+        for source in (self._book.changed, self._fleet.changed, self._provisioner.pairs.changed):
+            source.clear()
+
     def _seat(self, m: Member) -> Seat:
-        return Seat(m.id, m.phase, m.slots - len(self._book.owned(m.id)), m.pages - self._book.pages(m.id, m.page_size),
-                    m.page_size, self._book.backlog_tokens(m.id), self._provisioner.redirected(m.id))
+        """LIVE and SERVING members are never being released."""
+        return Seat(m.id, m.phase, m.slots - self._book.owns(m.id), m.pages - self._book.pages(m.id), m.page_size,
+                    self._book.backlog_tokens(m.id), self._provisioner.redirected(m.id))
 
     def _picture(self, m: Member) -> InstanceStatus:
         entries = self._book.owned(m.id)
         running = sum(e.answered for e in entries)
         return InstanceStatus(m.id, m.phase, m.units, self._provisioner.pairs.partner(m.id), len(entries) - running,
-                              running, self._book.pages(m.id, m.page_size), m.pages, m.in_world)
+                              running, self._book.pages(m.id), m.pages, m.in_world)

@@ -5,7 +5,8 @@ Invariant: phases move only along the lifecycle table, and SERVING or DRAINING i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, field
 
 from blitzjax.control import lifecycle
 from blitzjax.types import InstanceId, InstanceJoined, Phase
@@ -27,18 +28,41 @@ class Member:
     releasing: bool = False  # Release was sent, Drained has not come yet
     failures: int = 0  # transfers to it that failed in this scale-up
     barred_until: float = float("-inf")  # not recruited before this time, after it was given up
-
-    @property
-    def counted(self) -> bool:
-        """Part of the capacity that the policy asked for."""
-        return self.phase in lifecycle.COUNTED and not self.releasing
+    index: Index = field(kw_only=True, repr=False)
 
     @property
     def loading(self) -> bool:
         return self.phase in (Phase.LOADING, Phase.LIVE) and not self.releasing
 
     def move(self, to: Phase) -> None:
-        self.phase = lifecycle.move(self.phase, to)
+        to = lifecycle.move(self.phase, to)
+        self.index.remove(self)
+        self.phase = to
+        self.index.add(self)
+
+
+class Index:
+    """Members by phase, each list in order of id. `changed` collects those that moved, for who keeps a picture."""
+
+    def __init__(self) -> None:
+        self._of: dict[Phase, list[tuple[InstanceId, Member]]] = {phase: [] for phase in Phase}
+        self.changed: set[InstanceId] = set()
+
+    def add(self, member: Member) -> None:
+        bisect.insort(self._of[member.phase], (member.id, member), key=lambda pair: pair[0])
+        self.changed.add(member.id)
+
+    def remove(self, member: Member) -> None:
+        members = self._of[member.phase]
+        place = bisect.bisect_left(members, member.id, key=lambda pair: pair[0])
+        assert members[place][1] is member
+        del members[place]
+
+    def members(self, phase: Phase) -> list[Member]:
+        return [member for _, member in self._of[phase]]
+
+    def count(self, phase: Phase) -> int:
+        return len(self._of[phase])
 
 
 class Fleet:
@@ -47,6 +71,14 @@ class Fleet:
     def __init__(self, units: int) -> None:
         self.units = units
         self.members: dict[InstanceId, Member] = {}
+        self.pages = 0  # of the instance that has most
+        self._index = Index()
+        self._capacity_tokens: int | None = None
+
+    @property
+    def changed(self) -> set[InstanceId]:
+        """Members that changed their phase; the reader empties it."""
+        return self._index.changed
 
     def alive(self, instance: InstanceId) -> Member | None:
         """The instance, unless it is unknown or FAILED."""
@@ -58,15 +90,25 @@ class Fleet:
         return [m for _, m in sorted(self.members.items()) if m.phase is not Phase.FAILED]
 
     def in_phase(self, phase: Phase) -> list[Member]:
-        return [m for _, m in sorted(self.members.items()) if m.phase is phase]
+        return self._index.members(phase)
+
+    def count(self, phase: Phase) -> int:
+        return self._index.count(phase)
+
+    def loading(self) -> list[Member]:
+        """LOADING and LIVE instances that are not being released."""
+        if not self._index.count(Phase.LOADING) + self._index.count(Phase.LIVE):
+            return []
+        found = self._index.members(Phase.LOADING) + self._index.members(Phase.LIVE)
+        return sorted((m for m in found if not m.releasing), key=lambda m: m.id)
 
     def counted(self) -> int:
         """LOADING, LIVE and SERVING instances."""
-        return sum(m.counted for m in self.members.values())
+        return self._index.count(Phase.SERVING) + len(self.loading())
 
     def capacity_tokens(self) -> int | None:
         """KV tokens of the largest instance; None before the first one joined."""
-        return max((m.pages * m.page_size for m in self.members.values()), default=None)
+        return self._capacity_tokens
 
     def join(self, event: InstanceJoined) -> None:
         """A new or returned instance: SERVING with every unit, else IDLE with what it holds."""
@@ -75,8 +117,13 @@ class Fleet:
         known = self.members.get(event.instance)
         if known is not None:
             lifecycle.move(known.phase, phase)
-        self.members[event.instance] = Member(
-            event.instance, event.incarnation, event.host, event.pages, event.page_size, event.slots, units, phase)
+            self._index.remove(known)
+        member = self.members[event.instance] = Member(
+            event.instance, event.incarnation, event.host, event.pages, event.page_size, event.slots, units, phase,
+            index=self._index)
+        self._index.add(member)
+        self.pages = max(m.pages for m in self.members.values())
+        self._capacity_tokens = max(m.pages * m.page_size for m in self.members.values())
 
     def lose(self, member: Member) -> None:
         member.move(Phase.FAILED)
@@ -84,6 +131,8 @@ class Fleet:
 
     def check(self) -> None:
         """Asserts that watermarks are in range and agree with the phases."""
+        indexed = [m for phase in Phase for m in self._index.members(phase) if m.phase is phase]
+        assert sorted(m.id for m in indexed) == sorted(self.members)
         for m in self.members.values():
             assert 0 <= m.units <= self.units, m
             assert m.phase not in lifecycle.LOADED or m.units == self.units, f"{m.id} serves without all units"

@@ -44,7 +44,7 @@ class Provisioner:
 
     def stranded(self) -> list[Member]:
         """LOADING and LIVE instances that nothing is moving to: their transfer broke and everybody has left it."""
-        return [m for m in self._fleet.all_alive() if m.loading and not self.transfers.settling(m.id)]
+        return [m for m in self._fleet.loading() if not self.transfers.settling(m.id)]
 
     def redirected(self, instance: InstanceId) -> bool:
         """OLD side of a pair whose NEW side still loads: requests go to NEW."""
@@ -62,7 +62,7 @@ class Provisioner:
         sources = self._sources(means)
         if sources:
             return self._multicast(at, needy, sources, means)
-        if any(m.loading and self.transfers.busy(m.id) for m in self._fleet.all_alive()):
+        if any(self.transfers.busy(m.id) for m in self._fleet.loading()):
             return []  # the others follow it by multicast
         return self._load(max(needy, key=lambda m: m.units), means)
 
@@ -94,7 +94,7 @@ class Provisioner:
     def _sources(self, means: Means) -> list[Member]:
         """SERVING instances; for unicast those that served when the scale-up began, so that receivers do not send."""
         serving = self._fleet.in_phase(Phase.SERVING)
-        if not any(m.loading for m in self._fleet.all_alive()):
+        if not self._fleet.loading():
             self._roots = frozenset(m.id for m in serving)
         roots = [m for m in serving if m.id in self._roots]
         return roots if roots and means.source == "unicast" else serving
@@ -118,7 +118,7 @@ class Provisioner:
         """
         new = self._fleet.members[run.targets[-1]]
         olds = [m for m in self._fleet.in_phase(Phase.SERVING) if self.pairs.of(m.id) is None]
-        if run.live == "off" or new.phase is not Phase.LOADING or self._book.owned(new.id) or not olds:
+        if run.live == "off" or new.phase is not Phase.LOADING or self._book.owns(new.id) or not olds:
             return []
         source = run.chain.instances[0]
         old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))

@@ -59,10 +59,8 @@ class Scaler:
             self.goal = Goal(target, self._means)
 
     def load(self, at: float) -> Load:
-        members = self._fleet.all_alive()
-        return Load(at, self._fleet.counted(), self._book.total_backlog_tokens(),
-                    sum(self._book.pages(m.id, m.page_size) for m in members),
-                    max((m.pages for m in members), default=0))
+        return Load(at, self._fleet.counted(), self._book.total_backlog_tokens, self._book.total_pages,
+                    self._fleet.pages)
 
     # ---- getting there
 
@@ -76,7 +74,7 @@ class Scaler:
         stranded = self._provisioner.stranded()
         needy = stranded + self._recruits(at)
         commands += self._provisioner.provide(at, needy, self.goal.means)
-        if not needy and not any(m.loading for m in self._fleet.members.values()):
+        if not needy and not self._fleet.loading():
             self.goal = Goal(self.goal.target, self._means, self.goal.held_until)
         return commands
 
@@ -100,7 +98,7 @@ class Scaler:
     def _revive(self) -> None:
         """Instances that still drain hold every unit: nothing is faster than keeping them."""
         for member in self._fleet.in_phase(Phase.DRAINING):
-            missing = self._fleet.counted() < self.goal.target or not self._fleet.in_phase(Phase.SERVING)
+            missing = self._fleet.counted() < self.goal.target or not self._fleet.count(Phase.SERVING)
             if missing and not member.releasing:
                 member.move(Phase.SERVING)
 
@@ -111,8 +109,8 @@ class Scaler:
         """Instances whose transfer broke and that nobody needs any more do not get another one."""
         commands: list[Command] = []
         for member in self._provisioner.stranded():
-            idle = member.phase is Phase.LOADING and not self._book.owned(member.id)
-            if idle and self._excess() > 0 and self._fleet.in_phase(Phase.SERVING):
+            idle = member.phase is Phase.LOADING and not self._book.owns(member.id)
+            if idle and self._excess() > 0 and self._fleet.count(Phase.SERVING):
                 commands += self._abandon(member, "scaled down")
         return commands
 
@@ -124,11 +122,11 @@ class Scaler:
                     if self._provisioner.pairs.of(m.id) is None and not self._provisioner.transfers.busy(m.id)]
             if len(serving) <= 1 or not able:
                 return
-            min(able, key=lambda m: len(self._book.owned(m.id))).move(Phase.DRAINING)
+            min(able, key=lambda m: self._book.owns(m.id)).move(Phase.DRAINING)
 
     def _release_drained(self) -> list[Command]:
         return [self._release(m) for m in self._fleet.in_phase(Phase.DRAINING)
-                if not m.releasing and not self._book.owned(m.id)]
+                if not m.releasing and not self._book.owns(m.id)]
 
     def _release(self, member: Member) -> Command:
         member.releasing = True
@@ -136,6 +134,8 @@ class Scaler:
 
     def _recruits(self, at: float) -> list[Member]:
         """As many IDLE instances as are missing: in the world first, then those that hold most."""
+        if self._excess() >= 0:
+            return []
         idle = [m for m in self._fleet.in_phase(Phase.IDLE) if at >= m.barred_until]
         idle.sort(key=lambda m: (not m.in_world, -m.units, m.id))
-        return idle[: max(0, -self._excess())]
+        return idle[: -self._excess()]
