@@ -23,6 +23,8 @@ class Arrival:
     answer_tokens: int
 
 
+_SPREAD_S = 0.1  # bursts and silences are patterns of seconds; copies at one instant would be bursts of their own
+
 # Column names of (time, prompt, answer), and how many of its time units a second has.
 _COLUMNS = (
     (("arrival_s", "input_tokens", "output_tokens"), 1.0),
@@ -63,18 +65,21 @@ def truncate(arrivals: Iterable[Arrival], prompt_tokens: int, answer_tokens: int
 def scale(arrivals: list[Arrival], factor: float, seed: int) -> Iterator[Arrival]:
     """`factor` times as many requests with the temporal pattern kept, as TraceUpscaler does.
 
-    Every arrival time is repeated floor(factor) times, or once more with probability frac(factor); sizes are drawn
-    consecutively from the trace, so that their distribution and their order stay. Below 1 it thins the trace out.
+    Every arrival is repeated floor(factor) times, or once more with probability frac(factor), evenly over the time to
+    the next one but at most over _SPREAD_S; sizes are drawn consecutively from the trace, so that their distribution
+    and their order stay. Below 1 it thins the trace out.
     """
     assert arrivals and factor > 0
     chance = random.Random(seed)
     whole, rest = int(factor), factor % 1
     drawn = 0
-    for arrival in arrivals:
-        for _ in range(whole + (chance.random() < rest)):
+    for arrival, following in zip(arrivals, [*arrivals[1:], arrivals[-1]]):
+        copies = whole + (chance.random() < rest)
+        gap_s = min(following.at - arrival.at, _SPREAD_S)
+        for k in range(copies):
             sizes = arrivals[drawn % len(arrivals)]
             drawn += 1
-            yield Arrival(arrival.at, sizes.prompt_tokens, sizes.answer_tokens)
+            yield Arrival(arrival.at + gap_s * k / copies, sizes.prompt_tokens, sizes.answer_tokens)
 
 
 def _arrivals(rows: list[Mapping[str, object]]) -> Iterator[Arrival]:

@@ -23,6 +23,10 @@ from blitzjax.control.topology import Port
 from blitzjax.types import Abort, Assign, Command, Event, InstanceId, ModelSpec, Phase, Reject, Request, RequestId
 
 
+# Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
+_ONLY_REQUESTS = (types.RequestArrived, types.PrefillDone, types.LayerLoaded)
+
+
 class Cluster:
     """All instances and requests of one model. One caller: each command is carried out before the next event.
 
@@ -42,7 +46,8 @@ class Cluster:
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
-        commands += self._scaler.reconcile(event.at)
+        if not isinstance(event, _ONLY_REQUESTS):
+            commands += self._scaler.reconcile(event.at)
         commands += self._dispatch()
         return commands
 

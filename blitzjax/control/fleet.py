@@ -40,6 +40,11 @@ class Member:
         self.phase = to
         self.index.add(self)
 
+    def release(self) -> None:
+        """Release was sent."""
+        self.releasing = True
+        self.index.version += 1
+
 
 class Index:
     """Members by phase, each list in order of id. `changed` collects those that moved, for who keeps a picture."""
@@ -47,8 +52,10 @@ class Index:
     def __init__(self) -> None:
         self._of: dict[Phase, list[tuple[InstanceId, Member]]] = {phase: [] for phase in Phase}
         self.changed: set[InstanceId] = set()
+        self.version = 0  # counts every change
 
     def add(self, member: Member) -> None:
+        self.version += 1
         bisect.insort(self._of[member.phase], (member.id, member), key=lambda pair: pair[0])
         self.changed.add(member.id)
 
@@ -74,6 +81,12 @@ class Fleet:
         self.pages = 0  # of the instance that has most
         self._index = Index()
         self._capacity_tokens: int | None = None
+        self._loading: tuple[int, list[Member]] = (-1, [])  # as of this version
+
+    @property
+    def version(self) -> int:
+        """Counts every change of a phase."""
+        return self._index.version
 
     @property
     def changed(self) -> set[InstanceId]:
@@ -97,10 +110,10 @@ class Fleet:
 
     def loading(self) -> list[Member]:
         """LOADING and LIVE instances that are not being released."""
-        if not self._index.count(Phase.LOADING) + self._index.count(Phase.LIVE):
-            return []
-        found = self._index.members(Phase.LOADING) + self._index.members(Phase.LIVE)
-        return sorted((m for m in found if not m.releasing), key=lambda m: m.id)
+        if self._loading[0] != self._index.version:
+            found = self._index.members(Phase.LOADING) + self._index.members(Phase.LIVE)
+            self._loading = (self._index.version, sorted((m for m in found if not m.releasing), key=lambda m: m.id))
+        return self._loading[1]
 
     def counted(self) -> int:
         """LOADING, LIVE and SERVING instances."""

@@ -38,13 +38,17 @@ class Provisioner:
         self.transfers = Transfers(self.topology, config.cluster.max_world)
         self.pairs = LivePairs()
         self._waiting_since: dict[InstanceId, float] = {}  # for the world
+        self._stranded: tuple[tuple[int, int], list[Member]] = ((-1, -1), [])  # as of these versions
         self._roots: frozenset[InstanceId] = frozenset()  # served when this scale-up began
 
     # ---- views
 
     def stranded(self) -> list[Member]:
         """LOADING and LIVE instances that nothing is moving to: their transfer broke and everybody has left it."""
-        return [m for m in self._fleet.loading() if not self.transfers.settling(m.id)]
+        version = (self._fleet.version, self.transfers.version)
+        if self._stranded[0] != version:
+            self._stranded = (version, [m for m in self._fleet.loading() if not self.transfers.settling(m.id)])
+        return self._stranded[1]
 
     def redirected(self, instance: InstanceId) -> bool:
         """OLD side of a pair whose NEW side still loads: requests go to NEW."""

@@ -129,7 +129,7 @@ class Scaler:
                 if not m.releasing and not self._book.owns(m.id)]
 
     def _release(self, member: Member) -> Command:
-        member.releasing = True
+        member.release()
         return Release(member.id)
 
     def _recruits(self, at: float) -> list[Member]:

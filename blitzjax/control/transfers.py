@@ -6,6 +6,7 @@ an instance takes part in at most one run at a time, as source or as target.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -52,6 +53,9 @@ class Transfers:
     _flights: dict[int, _Flight] = field(default_factory=dict)
     _generations: dict[tuple[InstanceId, ...], int] = field(default_factory=dict)  # every set ever planned
     _last_ticket: int = 0
+    _in: dict[InstanceId, Run] = field(default_factory=dict)  # the run that the instance has not left
+    _settling: Counter[InstanceId] = field(default_factory=Counter)  # runs with the instance that somebody is still in
+    version: int = 0  # counts every change of who is in what
 
     # ---- views
 
@@ -60,14 +64,14 @@ class Transfers:
 
     def run_of(self, instance: InstanceId) -> Run | None:
         """The run that `instance` has not left."""
-        return next((run for run in self.runs() if instance in run.active), None)
+        return self._in.get(instance)
 
     def busy(self, instance: InstanceId) -> bool:
-        return self.run_of(instance) is not None
+        return instance in self._in
 
     def settling(self, instance: InstanceId) -> bool:
         """`instance` is in a run, or has left one that others are still in."""
-        return any(instance in run.chain.instances and run.active for run in self.runs())
+        return self._settling[instance] > 0
 
     # ---- beginning
 
@@ -121,8 +125,14 @@ class Transfers:
 
     def leave(self, run: Run, instance: InstanceId) -> None:
         """`instance` takes part no longer; the last one closes the run."""
+        if instance not in run.active:
+            return
+        self.version += 1
         run.active.discard(instance)
         run.unready.discard(instance)
+        del self._in[instance]
+        if not run.active:
+            self._settling.subtract(run.chain.instances)
         self.topology.end(run.ticket, instance)
         if not any(other.active for other in self._flights[run.ticket].runs):
             del self._flights[run.ticket]
@@ -157,8 +167,10 @@ class Transfers:
 
     def check(self) -> None:
         """Asserts the invariant."""
-        active = [i for run in self.runs() for i in run.active]
-        assert len(active) == len(set(active)), "an instance is in two runs"
+        active = {i: run for run in self.runs() for i in run.active}
+        assert active == self._in and sum(len(run.active) for run in self.runs()) == len(active), (
+            "an instance is in two runs")
+        assert +self._settling == Counter(i for run in self.runs() if run.active for i in run.chain.instances)
         for ticket, flight in self._flights.items():
             assert 0 < ticket <= self._last_ticket and any(run.active for run in flight.runs)
             for run in flight.runs:
@@ -183,3 +195,6 @@ class Transfers:
         self._flights[self._last_ticket] = _Flight(runs)
         for run in runs:
             self.topology.begin(run.ticket, run.chain.instances)
+            self._in.update(dict.fromkeys(run.active, run))
+            self._settling.update(run.chain.instances)
+        self.version += 1
