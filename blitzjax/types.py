@@ -16,11 +16,14 @@ InstanceId: TypeAlias = str
 
 LiveMode: TypeAlias = Literal["zigzag", "best_effort", "off"]
 Source: TypeAlias = Literal["multicast", "unicast", "disk"]
+Roles: TypeAlias = Literal["mixed", "split"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 
 
 class Role(enum.Enum):
+    """What the brain uses an instance for. Instances do not know: each decodes what it holds until a Migrate comes."""
+
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
@@ -205,6 +208,16 @@ class RequestHanded:
 
 
 @dataclass(frozen=True, slots=True)
+class KVMigrated:
+    """`instance` has the whole KV of a request after Migrate, and decodes it from now on."""
+
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFinished:
     at: float
     instance: InstanceId
@@ -324,7 +337,7 @@ class Ticked:
 
 
 Event: TypeAlias = (
-    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | RequestFinished | RequestFailed
+    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | KVMigrated | RequestFinished | RequestFailed
     | RequestReturned | LayerLoaded
     | TransferReady | TransferEnded | LiveDrained | Drained | InstanceJoined | WorldJoined | InstanceLost
     | ScaleRequested | Ticked
@@ -349,6 +362,19 @@ class Abort:
 
     instance: InstanceId
     request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Stop decoding this request and send its KV to `target`, which answers KVMigrated. Only with split roles.
+
+    A request that is not here any more is ignored; a later Migrate of it replaces this one (its target was lost).
+    """
+
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+    target: InstanceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +439,6 @@ class Release:
 
 
 Command: TypeAlias = (
-    Assign | Abort | Reject | LoadFromDisk | PrepareTransfer | StartTransfer | CancelTransfer | StartLive | EndLive
+    Assign | Abort | Migrate | Reject | LoadFromDisk | PrepareTransfer | StartTransfer | CancelTransfer | StartLive | EndLive
     | Release
 )

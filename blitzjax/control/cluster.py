@@ -14,13 +14,14 @@ from blitzjax import types
 from blitzjax.config import Config
 from blitzjax.control.blocks import pages_for
 from blitzjax.control.fleet import Fleet, Member
+from blitzjax.control.migrations import Migrations
 from blitzjax.control.provision import Provisioner
 from blitzjax.control.requests import Entry, RequestBook
 from blitzjax.control.routing import Router, Seat
 from blitzjax.control.scaling import Scaler
 from blitzjax.control.status import ClusterStatus, InstanceStatus
 from blitzjax.control.topology import Port
-from blitzjax.types import Abort, Assign, Command, Event, InstanceId, ModelSpec, Phase, Reject, Request, RequestId
+from blitzjax.types import Abort, Assign, Command, Event, InstanceId, ModelSpec, Phase, Reject, Request, RequestId, Role
 
 
 # Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
@@ -40,7 +41,8 @@ class Cluster:
         self._fleet = Fleet(spec.units)
         self._book = RequestBook(config.serve.max_attempts)
         self._provisioner = Provisioner(config, spec, self._fleet, self._book)
-        self._scaler = Scaler(config, self._fleet, self._book, self._provisioner)
+        self._migrations = Migrations(self._fleet, self._book)
+        self._scaler = Scaler(config, self._fleet, self._book, self._provisioner, self._migrations.inbound)
         self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens)
 
     def handle(self, event: Event) -> list[Command]:
@@ -49,6 +51,7 @@ class Cluster:
         if not isinstance(event, _ONLY_REQUESTS):
             commands += self._scaler.reconcile(event.at)
         commands += self._dispatch()
+        commands += self._migrations.start()
         return commands
 
     def status(self) -> ClusterStatus:
@@ -62,6 +65,7 @@ class Cluster:
         self._book.check()
         self._fleet.check()
         self._provisioner.check()
+        self._migrations.check()
         for m in self._fleet.members.values():
             entries = self._book.owned(m.id)
             assert not entries or m.phase not in (Phase.IDLE, Phase.FAILED), f"{m.id} is {m.phase} and owns requests"
@@ -97,6 +101,9 @@ class Cluster:
                 return self._prefilled(member, request_id, attempt)
             case types.RequestHanded():
                 return self._handed(event)
+            case types.KVMigrated(request_id=request_id, attempt=attempt):
+                entry = self._book.current(request_id, attempt)
+                return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
             case types.RequestFinished(request_id=request_id, attempt=attempt, reason=reason):
                 return self._finished(member, request_id, attempt, reason)
             case types.RequestFailed(request_id=request_id, attempt=attempt, message=message):
@@ -179,6 +186,8 @@ class Cluster:
         commands = self._take_over(entry, member)
         if entry.owner is not None:
             self._book.answer(entry)
+            if self._fleet.members[entry.owner].role is Role.PREFILL and entry.request.max_tokens > 1:
+                self._migrations.wait(entry)
         return commands
 
     def _finished(self, member: Member, request_id: RequestId, attempt: int,
@@ -229,6 +238,7 @@ class Cluster:
             commands = self._lost(known, "it came back as another process")
         self._fleet.join(event)
         self._book.open(event.instance, event.page_size)
+        self._scaler.place(self._fleet.members[event.instance])
         here = Port(event.host, event.host)
         self._provisioner.topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
@@ -236,6 +246,7 @@ class Cluster:
     def _lost(self, member: Member, reason: str) -> list[Command]:
         commands = self._provisioner.lost(member.id)
         self._fleet.lose(member)
+        self._migrations.lost(member.id)
         for entry in [*self._book.owned(member.id), *self._book.given(member.id)]:
             commands += self._book.lose(entry, f"{member.id} was lost: {reason}")
         return commands
@@ -275,7 +286,7 @@ class Cluster:
     def _seat(self, m: Member) -> Seat:
         """LIVE and SERVING members are never being released."""
         return Seat(m.id, m.phase, m.slots - self._book.owns(m.id), m.pages - self._book.pages(m.id), m.page_size,
-                    self._book.backlog_tokens(m.id), self._provisioner.redirected(m.id))
+                    self._book.backlog_tokens(m.id), m.role is Role.DECODE or self._provisioner.redirected(m.id))
 
     def _picture(self, m: Member) -> InstanceStatus:
         entries = self._book.owned(m.id)

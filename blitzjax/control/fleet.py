@@ -6,10 +6,11 @@ Invariant: phases move only along the lifecycle table, and SERVING or DRAINING i
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from dataclasses import dataclass, field
 
 from blitzjax.control import lifecycle
-from blitzjax.types import InstanceId, InstanceJoined, Phase
+from blitzjax.types import InstanceId, InstanceJoined, Phase, Role
 
 
 @dataclass(slots=True)
@@ -25,6 +26,7 @@ class Member:
     units: int  # it holds units [0, units)
     phase: Phase
     in_world: bool = False
+    role: Role = Role.MIXED
     releasing: bool = False  # Release was sent, Drained has not come yet
     failures: int = 0  # transfers to it that failed in this scale-up
     barred_until: float = float("-inf")  # not recruited before this time, after it was given up
@@ -39,6 +41,12 @@ class Member:
         self.index.remove(self)
         self.phase = to
         self.index.add(self)
+
+    def assume(self, role: Role) -> None:
+        """The brain uses it for something else from now on; what it holds stays."""
+        self.role = role
+        self.index.version += 1
+        self.index.changed.add(self.id)
 
     def release(self) -> None:
         """Release was sent."""
@@ -81,6 +89,7 @@ class Fleet:
         self.pages = 0  # of the instance that has most
         self._index = Index()
         self._capacity_tokens: int | None = None
+        self._counts: tuple[int, Counter[Role]] = (-1, Counter())  # as of this version
         self._loading: tuple[int, list[Member]] = (-1, [])  # as of this version
 
     @property
@@ -115,9 +124,15 @@ class Fleet:
             self._loading = (self._index.version, sorted((m for m in found if not m.releasing), key=lambda m: m.id))
         return self._loading[1]
 
-    def counted(self) -> int:
-        """LOADING, LIVE and SERVING instances."""
-        return self._index.count(Phase.SERVING) + len(self.loading())
+    def counted(self, role: Role) -> int:
+        """LOADING, LIVE and SERVING instances of this role."""
+        if self._counts[0] != self._index.version:
+            self._counts = (self._index.version,
+                            Counter(m.role for m in [*self._index.members(Phase.SERVING), *self.loading()]))
+        return self._counts[1][role]
+
+    def serving(self, role: Role) -> list[Member]:
+        return [m for m in self._index.members(Phase.SERVING) if m.role is role]
 
     def capacity_tokens(self) -> int | None:
         """KV tokens of the largest instance; None before the first one joined."""

@@ -14,7 +14,9 @@ from blitzjax.control.pairs import LivePairs
 from blitzjax.control.requests import RequestBook
 from blitzjax.control.topology import Topology
 from blitzjax.control.transfers import Run, Transfers
-from blitzjax.types import Command, InstanceId, LiveMode, ModelSpec, Phase, Source, TransferEnded
+from blitzjax.types import (
+    Command, InstanceId, LiveMode, ModelSpec, Phase, PrepareTransfer, Role, Source, TransferEnded,
+)
 
 WORLD_WAIT_S = 5.0  # how long an instance waits for WorldJoined before it reads its own disk
 
@@ -88,6 +90,7 @@ class Provisioner:
         prepare, spent = self.transfers.plan(
             self._spec.name, [(m.id, m.units) for m in free], [(m.id, m.units) for m in targets],
             self._spec.units, means.live)
+        self._prefer_prefill_tails(prepare)
         for member in targets:
             if member.id in spent:
                 commands += self._load(member, means)
@@ -95,13 +98,26 @@ class Provisioner:
                 member.move(Phase.LOADING)
         return commands + prepare
 
+    def _prefer_prefill_tails(self, prepare: list[Command]) -> None:
+        """Only a chain's tail goes live, and only prefill does: within each chain decode roles move to the front."""
+        plan = next((c.plan for c in prepare if isinstance(c, PrepareTransfer)), None)
+        for chain in plan.chains if plan is not None else ():
+            members = [self._fleet.members[i] for i in chain.instances[1:]]
+            decode = sum(m.role is Role.DECODE for m in members)
+            if 0 < decode < len(members):
+                for k, member in enumerate(members):
+                    member.assume(Role.DECODE if k < decode else Role.PREFILL)
+
     def _sources(self, means: Means) -> list[Member]:
         """SERVING instances; for unicast those that served when the scale-up began, so that receivers do not send."""
         serving = self._fleet.in_phase(Phase.SERVING)
         if not self._fleet.loading():
             self._roots = frozenset(m.id for m in serving)
         roots = [m for m in serving if m.id in self._roots]
-        return roots if roots and means.source == "unicast" else serving
+        if roots and means.source == "unicast":
+            return roots
+        # A prefill instance sends KV out of the same port (section 3.3); without any other source it serves all the same.
+        return [m for m in serving if m.role is not Role.PREFILL] or serving
 
     def _load(self, member: Member, means: Means) -> list[Command]:
         if member.phase is Phase.IDLE:
@@ -121,8 +137,8 @@ class Provisioner:
         An instance that still owns requests of an earlier pair finishes them alone.
         """
         new = self._fleet.members[run.targets[-1]]
-        olds = [m for m in self._fleet.in_phase(Phase.SERVING) if self.pairs.of(m.id) is None]
-        if run.live == "off" or new.phase is not Phase.LOADING or self._book.owns(new.id) or not olds:
+        olds = [m for m in self._fleet.serving(new.role) if self.pairs.of(m.id) is None]
+        if run.live == "off" or new.role is Role.DECODE or new.phase is not Phase.LOADING or self._book.owns(new.id) or not olds:
             return []
         source = run.chain.instances[0]
         old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))

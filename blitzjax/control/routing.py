@@ -23,7 +23,7 @@ class Seat:
     free_pages: int
     page_size: int
     backlog_tokens: int  # prompt tokens assigned and without a first token
-    redirected: bool = False  # OLD of a pair that is still loading
+    redirected: bool = False  # takes nothing from the queue: it decodes only, or its live partner takes for both
 
 
 _Place = tuple[int, bool, InstanceId, int, Seat]  # backlog, is it LIVE, who, when
