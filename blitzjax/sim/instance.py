@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, sqrt
 
 from blitzjax.config import Config
@@ -18,8 +19,8 @@ from blitzjax.control.zigzag import Handed, LiveQueue
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.types import (
-    Abort, Drained, EndLive, Event, FinishReason, InstanceId, LiveDrained, LivePair, PrefillDone, Release, Request,
-    RequestFailed, RequestFinished, RequestHanded, RequestId, StartLive,
+    Abort, Drained, EndLive, Event, FinishReason, InstanceId, KVMigrated, LiveDrained, LivePair, Migrate, PrefillDone,
+    Release, Request, RequestFailed, RequestFinished, RequestHanded, RequestId, StartLive,
 )
 
 
@@ -69,14 +70,16 @@ class OldSide:
 
 class SimInstance:
     """`emit` gives events to the brain, `find` finds partners, `hand_over(new, old, tokens, layers)` moves residuals and
-    KV to OLD and says how many seconds OLD waits for the residuals."""
+    KV to OLD and says how many seconds OLD waits for the residuals; `send_kv(source, target, tokens, then)` moves KV.
+    """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
                  emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
-                 hand_over: Callable[[InstanceId, InstanceId, int, int], float], rpc_s: float) -> None:
+                 hand_over: Callable[[InstanceId, InstanceId, int, int], float],
+                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float) -> None:
         self.name, self.units = name, 0
         self._config, self._costs, self._clock = config, costs, clock
-        self._emit, self._find, self._hand_over, self._rpc_s = emit, find, hand_over, rpc_s
+        self._emit, self._find, self._hand_over, self._send_kv, self._rpc_s = emit, find, hand_over, send_kv, rpc_s
         self._version = 0  # of what is running
         self._reset()
 
@@ -95,6 +98,7 @@ class SimInstance:
         self._ends: list[tuple[int, RequestId]] = []  # heap: after which step each decoding sequence ends
         self._kv_tokens = 0  # of decoding sequences
         self._decode_due = 0.0
+        self._due: list[Callable[[], None]] = []  # waits for the end of the running step
         self._regular_turn = False  # NEW, complete: the batch is next, then a prompt of the pair
 
     @property
@@ -121,11 +125,13 @@ class SimInstance:
             self._batcher.add(request)
         self._wake()
 
-    def obey(self, command: Abort | StartLive | EndLive | Release) -> None:
+    def obey(self, command: Abort | Migrate | StartLive | EndLive | Release) -> None:
         match command:
             case Abort(request_id=request_id):
                 if request_id in self._sequences:
-                    self._abort(request_id)
+                    self._between_steps(partial(self._abort, self._sequences[request_id]))
+            case Migrate():
+                self._between_steps(partial(self._begin_migration, command))
             case StartLive(pair=pair):
                 self._start_live(pair)
             case EndLive(pair=pair):
@@ -148,15 +154,50 @@ class SimInstance:
         spec = self._costs.spec
         new.queue.loaded(spec.layers if self.complete else min(spec.layers_loaded(self.units), spec.layers - 1))
 
-    def _abort(self, request_id: RequestId) -> None:
-        sequence = self._sequences[request_id]
-        if any(i == request_id for _, i in self._ends):
-            self._cut_stretch()
+    def _abort(self, sequence: Sequence) -> None:
+        request_id = sequence.request.id
+        if self._sequences.get(request_id) is not sequence:
+            return
         if self._new is not None:
             self._new.queue.remove(request_id)
         self._ready = [s for s in self._ready if s is not sequence]
         self._forget(sequence)
         self._say_finished(sequence, "abort")
+
+    # ---- migration
+
+    def _begin_migration(self, command: Migrate) -> None:
+        """Stops decoding the request; its seat and pages stay until the KV has left."""
+        sequence = self._sequences.get(command.request_id)
+        if sequence is None or sequence.attempt != command.attempt:
+            return
+        end = self._leave_batch(command.request_id)
+        if end is not None:
+            left = end - self._steps
+            tokens = sequence.request.total_tokens - 1 - left
+            self._send_kv(self.name, command.target, tokens, partial(self._migrated, sequence, left, command.target))
+
+    def _migrated(self, sequence: Sequence, left: int, target: InstanceId) -> None:
+        self._forget(sequence)
+        self._find(target).adopt(sequence, left)
+        self._wake()
+
+    def adopt(self, sequence: Sequence, left: int) -> None:
+        """The whole KV of a request is here; `left` tokens are still to be decoded."""
+        request = sequence.request
+        self._sequences[request.id] = sequence
+        self._emit(KVMigrated(self._clock.now, self.name, request.id, sequence.attempt))
+        held = self._batcher.hold(request)
+        assert held, f"{self.name} has no room for {request.id}"
+        self._between_steps(partial(self._join_batch, sequence, left))
+        self._wake()
+
+    def _join_batch(self, sequence: Sequence, left: int) -> None:
+        request = sequence.request
+        if self._sequences.get(request.id) is sequence:
+            self._batcher.prefilled(request.id)
+            self._kv_tokens += request.total_tokens - 1 - left
+            heapq.heappush(self._ends, (self._steps + left, request.id))
 
     # ---- live pairs
 
@@ -250,15 +291,18 @@ class SimInstance:
             self._stretch = Stretch(stretch.start, stretch.first_s, stretch.growth_s, steps)
             self._run(stretch.start + stretch.lasts(steps) - self._clock.now, self._decoded, steps)
 
-    def _cut_stretch(self) -> None:
-        """A sequence leaves between two steps: the running step is its last."""
-        if self._stretch is not None:
-            stretch = self._stretch
-            done = min(stretch.steps_by(self._clock.now), stretch.steps)
-            self._version += 1
-            self._busy, self._stretch = False, None
-            self._count_steps(done)
-            self._clock.at(self._clock.now, self._wake)
+    def _between_steps(self, action: Callable[[], None]) -> None:
+        """Runs `action` once the running step, or prompt, is over."""
+        self._due.append(action)
+        if not self._busy:
+            self._settle_due()
+        elif self._stretch is not None:
+            self._shorten()
+
+    def _settle_due(self) -> None:
+        due, self._due = self._due, []
+        for action in due:
+            action()
 
     def _run(self, seconds: float, then: Callable[..., None], *args: object) -> None:
         self._busy = True
@@ -270,6 +314,7 @@ class SimInstance:
             return
         self._busy, self._stretch = False, None
         then(*args)
+        self._settle_due()
         if not self._busy:
             self._begin()
 
@@ -285,9 +330,9 @@ class SimInstance:
             self._run_ready(self._ready.pop(0))
         elif step is not None and step.prefill:
             tokens = sum(chunk.stop - chunk.start for chunk in step.prefill)
-            decode_s = self._decode_s() if step.decode else 0.0
+            decode_s = self._decode_s() if self._ends else 0.0
             self._run(decode_s + self._costs.prefill_s(tokens), self._stepped, step)
-        elif step is not None:
+        elif self._ends:
             self._run_decode()
         elif self._regular_turn:
             self._regular_turn = False
@@ -333,8 +378,7 @@ class SimInstance:
             self._first_token(sequence)
 
     def _stepped(self, step: Step) -> None:
-        if step.decode:
-            self._count_steps(1)
+        self._count_steps(1)
         for chunk in step.prefill:
             self._batcher.chunk_done(chunk)
             sequence = self._sequences.get(chunk.request_id)
@@ -366,14 +410,12 @@ class SimInstance:
 
     def _first_token(self, sequence: Sequence) -> None:
         request = sequence.request
+        if request.max_tokens > 1:
+            self._join_batch(sequence, request.max_tokens - 1)
         self._emit(PrefillDone(self._clock.now, self.name, request.id, sequence.attempt))
         if request.max_tokens == 1:
             self._forget(sequence)
             self._say_finished(sequence, "length")
-            return
-        self._batcher.prefilled(request.id)
-        self._kv_tokens += request.prompt_tokens
-        heapq.heappush(self._ends, (self._steps + request.max_tokens - 1, request.id))
 
     def _say_finished(self, sequence: Sequence, reason: FinishReason) -> None:
         self._emit(RequestFinished(self._clock.now, self.name, sequence.request.id, sequence.attempt, reason))
@@ -381,14 +423,19 @@ class SimInstance:
     def _forget(self, sequence: Sequence) -> None:
         """Frees everything that the sequence holds here."""
         request = sequence.request
-        del self._sequences[request.id]
         self._batcher.finish(request.id)
-        if self._ends and self._ends[0][1] == request.id:
+        self._leave_batch(request.id)
+        del self._sequences[request.id]
+
+    def _leave_batch(self, request_id: RequestId) -> int | None:
+        """Decodes it no longer. → the step after which it would have ended; None when it is not decoding."""
+        if self._ends and self._ends[0][1] == request_id:
             end, _ = heapq.heappop(self._ends)
         else:
-            end = next((e for e, i in self._ends if i == request.id), None)
-            if end is not None:
-                self._ends.remove((end, request.id))
-                heapq.heapify(self._ends)
-        if end is not None:
-            self._kv_tokens -= request.total_tokens - 1 - (end - self._steps)
+            end = next((e for e, i in self._ends if i == request_id), None)
+            if end is None:
+                return None
+            self._ends.remove((end, request_id))
+            heapq.heapify(self._ends)
+        self._kv_tokens -= self._sequences[request_id].request.total_tokens - 1 - (end - self._steps)
+        return end

@@ -24,11 +24,11 @@ from blitzjax.types import (
 class Loading:
     """All parameter transfers under way. `emit` gives events to the brain."""
 
-    def __init__(self, clock: Clock, machine: MachineCosts, costs: ModelCosts, ports: Fleetports, copies: HostCopies,
+    def __init__(self, clock: Clock, fabric: Fabric, machine: MachineCosts, costs: ModelCosts, ports: Fleetports, copies: HostCopies,
                  instances: dict[InstanceId, SimInstance], emit: Callable[[Event], None]) -> None:
         self._clock, self._machine, self._costs = clock, machine, costs
         self._ports, self._copies, self._instances, self._emit = ports, copies, instances, emit
-        self._fabric = Fabric(clock)
+        self._fabric = fabric
         self._plans: dict[int, MulticastPlan] = {}  # prepared and not started
         self._units = costs.spec.units
         self._prefix = [0.0, *accumulate(costs.unit_bytes)]  # bytes of units [0, u)

@@ -13,15 +13,16 @@ from blitzjax.arrivals import Arrival
 from blitzjax.config import ClusterConfig, Config, EngineConfig, ScaleConfig, ServeConfig
 from blitzjax.control.cluster import Cluster
 from blitzjax.sim.clock import Clock
-from blitzjax.sim.costs import MachineCosts, ModelCosts
+from blitzjax.sim.costs import MachineCosts, ModelCosts, bytes_per_s
 from blitzjax.sim.hosts import Fleetports, HostCopies
 from blitzjax.sim.instance import SimInstance
+from blitzjax.sim.links import Fabric
 from blitzjax.sim.loading import Loading
 from blitzjax.sim.outcome import Outcome
 from blitzjax.sim.systems import System
 from blitzjax.types import (
-    Abort, Assign, CancelTransfer, Command, Drained, EndLive, Event, InstanceId, InstanceJoined, LoadFromDisk,
-    PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished, StartLive, StartTransfer,
+    Abort, Assign, CancelTransfer, Command, Drained, EndLive, Event, InstanceId, InstanceJoined, LoadFromDisk, Migrate,
+    PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished, Roles, StartLive, StartTransfer,
     Ticked, TransferEnded, WorldJoined,
 )
 
@@ -41,12 +42,21 @@ class Setup:
     start: int = 1
     down_after_s: float = 0.333  # the authors' scale-down window for the 8B and 24B models
     tick_s: float = 0.05
+    roles: Roles = "mixed"
+    decode_share: float = 0.375  # split roles: of a fixed provision; the authors' 3 of 8, 6 of 16
 
     @property
     def serving(self) -> int:
-        """Instances that hold the model when the run begins."""
-        share = self.system.share
-        return self.start if share is None else max(1, round(self.instances * share))
+        """Instances that hold the model when the run begins. With split roles `start` of each kind."""
+        share, split = self.system.share, self.roles == "split"
+        return self.start * (1 + split) if share is None else max(1 + split, round(self.instances * share))
+
+    @property
+    def decoding(self) -> int:
+        """How many of them decode."""
+        if self.roles == "mixed":
+            return 0
+        return self.start if self.system.share is None else max(1, round(self.serving * self.decode_share))
 
 
 def config_of(setup: Setup) -> Config:
@@ -58,8 +68,11 @@ def config_of(setup: Setup) -> Config:
         engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=SLOTS, max_num_batched_tokens=STEP_TOKENS,
                             page_size=PAGE_SIZE, kv_pages=model.kv_tokens // PAGE_SIZE,
                             tensor_parallel=model.tensor_parallel),
-        scale=ScaleConfig(policy="auto", min_instances=n, max_instances=most, live=system.live, source=system.source,
-                          prefill_tokens_per_s=model.prefill_tokens_per_s, down_after_s=setup.down_after_s),
+        scale=ScaleConfig(policy="auto", min_instances=n - setup.decoding, max_instances=most, live=system.live, source=system.source,
+                          prefill_tokens_per_s=model.prefill_tokens_per_s, down_after_s=setup.down_after_s,
+                          roles=setup.roles, min_decode=max(1, setup.decoding),
+                          migrate_tokens_per_s=setup.model.tensor_parallel * bytes_per_s(setup.machine.nic_gbps)
+                          / model.kv_token_bytes),
         cluster=ClusterConfig(pool=setup.instances, max_world=1 << 30))
 
 
@@ -82,7 +95,8 @@ class _Run:
         self._brain = Cluster(self._config, setup.model.spec, {name: self._ports.port(name) for name in self._names})
         self._copies = HostCopies(setup.system.host_ttl_s)
         self._instances: dict[InstanceId, SimInstance] = {}
-        self._loading = Loading(self._clock, setup.machine, setup.model, self._ports, self._copies, self._instances,
+        self._fabric = Fabric(self._clock)
+        self._loading = Loading(self._clock, self._fabric, setup.machine, setup.model, self._ports, self._copies, self._instances,
                                 self._report)
         self._requests: dict[str, Request] = {}  # arrived and not ended
         self._exhausted = False  # no further arrivals
@@ -106,7 +120,7 @@ class _Run:
     def _join(self, name: InstanceId, number: int) -> None:
         setup, ports = self.setup, self._ports.of[name]
         instance = SimInstance(name, self._config, setup.model, self._clock, self._report, self._instances.__getitem__,
-                               self._hand_over, setup.machine.rpc_s)
+                               self._hand_over, self._send_kv, setup.machine.rpc_s)
         self._instances[name] = instance
         if number < setup.serving:
             instance.units = setup.model.spec.units
@@ -168,6 +182,11 @@ class _Run:
             link.carried += residuals + kv
         return residuals / min(link.capacity for link in route)
 
+    def _send_kv(self, source: InstanceId, target: InstanceId, tokens: int, then: Callable[[], None]) -> None:
+        """Migration: shares the ports with whatever else moves."""
+        size = float(tokens) * self.setup.model.kv_token_bytes
+        self._fabric.begin(self._ports.route(source, target), [size], lambda mark: then())
+
     # ---- the brain
 
     def _handle(self, event: Event) -> None:
@@ -183,7 +202,7 @@ class _Run:
             match command:
                 case Assign(instance=name, request_id=request_id, attempt=attempt):
                     self._instances[name].assign(self._requests[request_id], attempt)
-                case Abort() | StartLive() | EndLive() | Release():
+                case Abort() | Migrate() | StartLive() | EndLive() | Release():
                     self._instances[command.instance].obey(command)
                 case PrepareTransfer() | StartTransfer() | LoadFromDisk():
                     self._loading.obey(command)

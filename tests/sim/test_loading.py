@@ -29,11 +29,12 @@ class Bench:
         self.ports = Fleetports(machine, M24.tensor_parallel)
         config = config_of(Setup(machine, M24, SYSTEMS["multicast"], count))
         self.instances = {f"i{k}": SimInstance(f"i{k}", config, M24, self.clock, self.events.append,
-                                               lambda name: self.instances[name], lambda *a: 0.0, 0.0)
+                                               lambda name: self.instances[name], lambda *a: 0.0, lambda *a: None, 0.0)
                           for k in range(count)}
         for k, name in enumerate(self.instances):
             self.ports.add(name, k)
-        self.loading = Loading(self.clock, machine, M24, self.ports, HostCopies(ttl_s), self.instances,
+        self.fabric = Fabric(self.clock)
+        self.loading = Loading(self.clock, self.fabric, machine, M24, self.ports, HostCopies(ttl_s), self.instances,
                                self.events.append)
 
     def multicast(self, *chains: Chain) -> dict[str, float]:
@@ -96,5 +97,5 @@ def test_a_source_that_sends_kv_too_takes_longer() -> None:
     """Criterion (v), figure 8: half of the port is taken for as long as KV flows, here half of the time: x 1.5."""
     bench = Bench(SPREAD, 3)
     kv = M24.param_bytes / 2
-    bench.loading._fabric.begin(bench.ports.route("i0", "i2"), [kv], lambda mark: None)
+    bench.fabric.begin(bench.ports.route("i0", "i2"), [kv], lambda mark: None)
     assert bench.multicast(chain(0, 1))["i1"] == pytest.approx(1.5 * 23.6 * 8 / 100, rel=1e-3)
