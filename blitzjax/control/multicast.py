@@ -8,8 +8,8 @@ chains are lanes: each moves 1/k of every unit and the domain gathers them. Plai
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from blitzjax.control.topology import Topology
 from blitzjax.types import Chain, InstanceId, MulticastPlan
@@ -20,34 +20,56 @@ Held = tuple[InstanceId, int]  # an instance and its watermark in units
 @dataclass(slots=True)
 class _Draft:
     members: list[InstanceId]
-    watermarks: list[int] = field(default_factory=list)  # of the targets
     lane: int = 0
     lanes: int = 1
 
 
 def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Held], topology: Topology,
-         stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int]) -> MulticastPlan:
+         stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int],
+         local: Collection[InstanceId] = ()) -> MulticastPlan:
     """Chains that give every target units [its watermark, stop_unit).
 
-    Sources that lack units or already send are pruned; without a source or target the plan has no chains. The result
-    does not depend on the order of the arguments.
+    Sources that lack units or already send are pruned; without a source or target the plan has no chains. Those in
+    `local` send KV out of their network port: they only send to targets in their own fast domain. The result does not
+    depend on the order of the arguments.
     """
-    usable = sorted(i for i, units in sources if units >= stop_unit and not topology.sending(i))
-    if not usable or not targets:
-        return MulticastPlan(ticket, model, ())
+    complete = sorted(i for i, units in sources if units >= stop_unit and not topology.sending(i))
+    usable = [i for i in complete if i not in local]
     units = dict(targets)
     groups = _groups(usable, units, topology)
+    inner = _deal_inside([i for i in complete if i in local], usable, groups, topology)
+    groups = [group for group in groups if all(group[0] not in draft.members for draft in inner)]
+    if not usable and inner:  # the first targets send on to the others
+        drafts = _deal(inner, [i for group in groups for i in group], topology)
+        return _finish(ticket, model, drafts, units, stop_unit, generation_of)
+    if not usable or not targets:
+        return MulticastPlan(ticket, model, ())
     lanes, sharded = _choose_lanes(len(usable), groups, topology)
     ordered = [i for group in groups if group not in sharded for i in group]
     seeds = _seeds(usable, [i for group in groups for i in group], topology)
-    drafts = _deal_lanes(seeds[:lanes], sharded) + _deal(seeds[lanes:][: len(ordered)], ordered, topology)
-    for draft in drafts:
-        draft.watermarks = [units[i] for i in draft.members[1:]]
-    if lanes:  # lanes are gathered unit by unit, so they begin together
-        start = min(mark for draft in drafts[:lanes] for mark in draft.watermarks)
-        for draft in drafts[:lanes]:
-            draft.watermarks = [start]
-    return MulticastPlan(ticket, model, tuple(_chain(draft, stop_unit, generation_of) for draft in drafts))
+    whole = _deal([_Draft([seed]) for seed in seeds[lanes:][: len(ordered)]], ordered, topology)
+    drafts = _deal_lanes(seeds[:lanes], sharded) + whole + inner
+    return _finish(ticket, model, drafts, units, stop_unit, generation_of)
+
+
+def _finish(ticket: int, model: str, drafts: list[_Draft], units: dict[InstanceId, int], stop_unit: int,
+            generation_of: Callable[[tuple[InstanceId, ...]], int]) -> MulticastPlan:
+    """A chain begins where its least complete target does; lanes, which are gathered unit by unit, begin together."""
+    start = {id(draft): min(units[i] for i in draft.members[1:]) for draft in drafts}
+    together = min((start[id(draft)] for draft in drafts if draft.lanes > 1), default=0)
+    return MulticastPlan(ticket, model, tuple(
+        Chain(tuple(d.members), together if d.lanes > 1 else start[id(d)], stop_unit, generation_of(tuple(d.members)),
+              d.lane, d.lanes) for d in drafts))
+
+
+def _deal_inside(local: list[InstanceId], usable: list[InstanceId], groups: list[list[InstanceId]],
+                 topology: Topology) -> list[_Draft]:
+    """Chains for groups whose fast domain has a source that may send nowhere else, and no other source."""
+    ports = topology.ports
+    served = {ports[i].domain for i in usable}
+    source_of = {ports[i].domain: i for i in reversed(local) if ports[i].fast_gbps and ports[i].domain not in served}
+    return [_Draft([source_of[ports[group[0]].domain], *group]) for group in groups
+            if ports[group[0]].domain in source_of]
 
 
 def _groups(sources: list[InstanceId], targets: dict[InstanceId, int], topology: Topology) -> list[list[InstanceId]]:
@@ -95,16 +117,15 @@ def _seeds(sources: list[InstanceId], targets: list[InstanceId], topology: Topol
     return ranked[: len(targets)]
 
 
-def _deal(seeds: list[InstanceId], targets: list[InstanceId], topology: Topology) -> list[_Draft]:
+def _deal(drafts: list[_Draft], targets: list[InstanceId], topology: Topology) -> list[_Draft]:
     """Appends each target to the chain whose tail is in its domain, else in its leaf, else to the shortest.
 
     Once only as many targets are left as chains are empty, an empty chain gets it: k live tails need k chains.
     """
-    drafts = [_Draft([seed]) for seed in seeds]
     tails = _Tails(drafts, topology)
-    empty, only_empty = len(drafts), False
+    empty, only_empty = sum(len(d.members) == 1 for d in drafts), False
     for left, instance in zip(range(len(targets), 0, -1), targets):
-        if empty >= left and not only_empty:
+        if 0 < empty >= left and not only_empty:
             only_empty = True
             tails = _Tails([d for d in drafts if len(d.members) == 1], topology)
         draft = tails.nearest(instance)
@@ -140,8 +161,3 @@ class _Tails:
             if heap:
                 return heap[0][2]
         raise AssertionError("there are chains")
-
-
-def _chain(draft: _Draft, stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int]) -> Chain:
-    members = tuple(draft.members)
-    return Chain(members, min(draft.watermarks), stop_unit, generation_of(members), draft.lane, draft.lanes)

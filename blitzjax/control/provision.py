@@ -77,36 +77,37 @@ class Provisioner:
         commands: list[Command] = []
         sources = [m for m in sources if m.in_world]
         targets = [m for m in needy if m.in_world] if sources else []
+        here = {m.id for m in targets}
         for member in needy:
-            if member in targets:
+            if member.id in here:
                 self._waiting_since.pop(member.id, None)
             elif at - self._waiting_since.setdefault(member.id, at) >= WORLD_WAIT_S:
                 commands += self._load(member, means)
         free = [m for m in sources if not self.transfers.busy(m.id)]
+        prefill = {m.id for m in sources if m.role is Role.PREFILL}  # they send KV out of their network ports
+        local = prefill if means.source == "multicast" and len(prefill) < len(sources) else set()
         if means.source == "unicast":
             targets = targets[: len(free)]
         if not free or not targets:
             return commands
         prepare, spent = self.transfers.plan(
             self._spec.name, [(m.id, m.units) for m in free], [(m.id, m.units) for m in targets],
-            self._spec.units, means.live)
-        self._prefer_prefill_tails(prepare)
-        for member in targets:
-            if member.id in spent:
-                commands += self._load(member, means)
-            elif member.phase is Phase.IDLE:
-                member.move(Phase.LOADING)
-        return commands + prepare
-
-    def _prefer_prefill_tails(self, prepare: list[Command]) -> None:
-        """Only a chain's tail goes live, and only prefill does: within each chain decode roles move to the front."""
+            self._spec.units, means.live, local)
         plan = next((c.plan for c in prepare if isinstance(c, PrepareTransfer)), None)
         for chain in plan.chains if plan is not None else ():
             members = [self._fleet.members[i] for i in chain.instances[1:]]
-            decode = sum(m.role is Role.DECODE for m in members)
-            if 0 < decode < len(members):
-                for k, member in enumerate(members):
-                    member.assume(Role.DECODE if k < decode else Role.PREFILL)
+            self._prefer_prefill_tail(members)
+            for member in members:
+                if member.phase is Phase.IDLE:
+                    member.move(Phase.LOADING)
+        return commands + [c for i in spent for c in self._load(self._fleet.members[i], means)] + prepare
+
+    def _prefer_prefill_tail(self, targets: list[Member]) -> None:
+        """Only a chain's tail goes live, and only prefill does: decode roles move to the front."""
+        decode = sum(m.role is Role.DECODE for m in targets)
+        if 0 < decode < len(targets):
+            for k, member in enumerate(targets):
+                member.assume(Role.DECODE if k < decode else Role.PREFILL)
 
     def _sources(self, means: Means) -> list[Member]:
         """SERVING instances; for unicast those that served when the scale-up began, so that receivers do not send."""
@@ -114,10 +115,7 @@ class Provisioner:
         if not self._fleet.loading():
             self._roots = frozenset(m.id for m in serving)
         roots = [m for m in serving if m.id in self._roots]
-        if roots and means.source == "unicast":
-            return roots
-        # A prefill instance sends KV out of the same port (section 3.3); without any other source it serves all the same.
-        return [m for m in serving if m.role is not Role.PREFILL] or serving
+        return roots if roots and means.source == "unicast" else serving
 
     def _load(self, member: Member, means: Means) -> list[Command]:
         if member.phase is Phase.IDLE:

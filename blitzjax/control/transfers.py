@@ -7,7 +7,7 @@ an instance takes part in at most one run at a time, as source or as target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from blitzjax.control import multicast
@@ -76,13 +76,13 @@ class Transfers:
     # ---- beginning
 
     def plan(self, model: str, sources: list[multicast.Held], targets: list[multicast.Held], stop_unit: int,
-             live: LiveMode) -> tuple[list[Command], list[InstanceId]]:
-        """Prepares chains from `sources` to `targets`.
+             live: LiveMode, local: Collection[InstanceId] = ()) -> tuple[list[Command], list[InstanceId]]:
+        """Prepares chains from `sources` to `targets`; those in `local` send inside their fast domain only.
 
         Second result: targets whose chain would need one clique more than the world allows; they must use their disks.
         """
         plan = multicast.plan(self._last_ticket + 1, model, sources, targets, self.topology, stop_unit,
-                              lambda members: self._generations.setdefault(members, 0))
+                              lambda members: self._generations.setdefault(members, 0), local)
         spent = [chain for chain in plan.chains if chain.generation >= self.max_generations]
         chains = tuple(chain for chain in plan.chains if chain not in spent)
         if chains:

@@ -60,6 +60,19 @@ def test_what_shares_nvlink_with_a_source_goes_before_the_network() -> None:
     assert chains(top, {"s": 6}, {"a": 0, "b": 0, "c": 0}) == [("s", "c", "a", "b")]
 
 
+def test_a_source_that_sends_kv_serves_its_own_fast_domain_and_nothing_else() -> None:
+    top = topology(p="F0", a="F0", b="F1", c="F1", d="F2", q="h3", e="h3")
+    missing = [(i, 0) for i in "abce"]
+
+    def made(*sources: str) -> list[tuple[str, ...]]:
+        held = [(i, UNITS) for i in sources]
+        return [c.instances for c in multicast.plan(1, "toy", held, missing, top, UNITS, lambda m: 0, "pq").chains]
+
+    assert made("p", "d") == [("d", "b", "c", "e"), ("p", "a")]
+    assert made("p") == [("p", "a", "b", "c", "e")]  # its first target sends on
+    assert made("q") == []  # nothing faster than the network joins q to e
+
+
 def lanes(top: Topology, sources: dict[str, int], targets: dict[str, int]) -> tuple[Chain, ...]:
     return multicast.plan(1, "toy", [*sources.items()], [*targets.items()], top, UNITS, lambda members: 0).chains
 
