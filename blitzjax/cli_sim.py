@@ -22,11 +22,15 @@ _LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones
 def sim(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
+    if args.duration_s <= 0 or args.load <= 0:
+        raise ConfigError("--duration-s and --load must be above 0")
     machine, model = costs.read(args.costs) if args.costs else (
         _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
     systems = [_named(SYSTEMS, name, "system") for name in args.systems.split(",")]
     most = machine.hosts * (machine.gpus // model.tensor_parallel)
     instances = args.instances or most
+    if args.begin < 1 or instances < (1 + (args.roles == "split")) * args.begin:
+        raise ConfigError(f"--begin {args.begin} with {args.roles} roles needs more than {instances} instances")
     if instances > most:  # a larger cluster of the same kind
         machine = replace(machine, hosts=-(-instances // (machine.gpus // model.tensor_parallel)))
     trace = arrivals.truncate(arrivals.window(arrivals.read(_trace(args.trace)), args.start_s, args.duration_s),
@@ -36,13 +40,14 @@ def sim(args: argparse.Namespace) -> int:
     factor = scale_factor(trace, model, instances, args.load)
     outcomes = []
     for system in systems:
-        setup = shell.Setup(machine, model, system, instances, min(args.begin, instances), args.down_after_s)
+        setup = shell.Setup(machine, model, system, instances, args.begin, args.down_after_s,
+                            roles=args.roles)
         outcomes.append(_run(setup, trace, factor, args.seed))
     rows = report.table(outcomes)
     print(report.to_text(rows))
     if args.out is not None:
         said = {"trace": args.trace, "start": f"{args.start_s:g} s", "model": model.spec.name, "machine": machine.name,
-                "instances": instances, "scaled by": f"{factor:.3g}", "seed": args.seed}
+                "instances": instances, "roles": args.roles, "scaled by": f"{factor:.3g}", "seed": args.seed}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "report.html").write_text(report.to_html(outcomes, said))
         (args.out / "report.json").write_text(report.to_json(outcomes, said))

@@ -15,6 +15,7 @@ from blitzjax.sim import costs
 from blitzjax.sim.outcome import Outcome, mean
 from blitzjax.sim.shell import Setup, simulate
 from blitzjax.sim.systems import SYSTEMS
+from blitzjax.types import Roles
 
 TRACES = Path(__file__).parents[2] / "bench" / "traces"
 # trace, model, machine, instances, seconds, mean rate as a share of capacity. At half of capacity AzureCode's bursts
@@ -27,14 +28,14 @@ ROWS = {
 
 
 @cache
-def outcome(row: str, system: str, host_gbps: float | None = None) -> Outcome:
+def outcome(row: str, system: str, host_gbps: float | None = None, roles: Roles = "mixed") -> Outcome:
     trace, model_name, machine_name, instances, seconds, load = ROWS[row]
     model, machine = costs.MODELS[model_name], costs.MACHINES[machine_name]
     if host_gbps is not None:
         machine = replace(machine, host_gbps=host_gbps)
     cut = arrivals.truncate(arrivals.window(arrivals.read(TRACES / f"{trace}_2023.csv.gz"), 0, seconds), 4095, 12000)
     factor = scale_factor(cut, model, instances, load)
-    return simulate(Setup(machine, model, SYSTEMS[system], instances), arrivals.scale(cut, factor, seed=1))
+    return simulate(Setup(machine, model, SYSTEMS[system], instances, roles=roles), arrivals.scale(cut, factor, seed=1))
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -43,6 +44,15 @@ def test_blitz_is_no_slower_than_allcache_which_is_faster_than_serverlessllm(row
     blitz, cached, sllm = (mean(outcome(row, name).ttft_s) for name in ("blitz", "allcache", "sllm"))
     assert blitz <= 1.05 * cached and cached < sllm
     assert blitz < 0.75 * sllm
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_with_split_roles_every_part_of_blitz_helps(row: str) -> None:
+    """(i) and figure 20: peers instead of hosts, one multicast instead of unicasts, work while loading."""
+    blitz, multicast, network, cached, sllm = (
+        mean(outcome(row, name, roles="split").ttft_s) for name in ("blitz", "multicast", "network", "allcache", "sllm"))
+    assert blitz < 0.9 * cached and cached < sllm and blitz < 0.75 * sllm
+    assert blitz < 1.02 * multicast and multicast < network
 
 
 @pytest.mark.parametrize("row", ROWS)
