@@ -63,10 +63,10 @@ class ModelCosts:
 
     @property
     def unit_bytes(self) -> tuple[float, ...]:
-        """Embedding, layers, head: bfloat16 tables, and the layers share the rest."""
+        """Layers, embedding, head: bfloat16 tables, and the layers share the rest."""
         s = self.spec
         table = 2.0 * s.vocab * s.dim
-        return (table, *[(self.param_bytes - 2 * table) / s.layers] * s.layers, table)
+        return (*[(self.param_bytes - 2 * table) / s.layers] * s.layers, table, table)
 
     def prefill_s(self, tokens: int) -> float:
         return max(tokens / self.prefill_tokens_per_s, self.step_s)

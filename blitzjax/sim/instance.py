@@ -8,69 +8,24 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from math import ceil, sqrt
 
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Step
 from blitzjax.control.blocks import PageLedger
-from blitzjax.control.zigzag import Handed, LiveQueue
+from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
+from blitzjax.sim.parts import NewSide, OldSide, Sequence, Stretch
 from blitzjax.types import (
     Abort, Drained, EndLive, Event, FinishReason, InstanceId, KVMigrated, LiveDrained, LivePair, Migrate, PrefillDone,
     Release, Request, RequestFailed, RequestFinished, RequestHanded, RequestId, StartLive,
 )
 
 
-@dataclass(slots=True)
-class Sequence:
-    request: Request
-    attempt: int
-    next_layer: int = 0  # layers [0, next_layer) were run by the live partner
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Decode steps of one batch from `start`: step i takes first_s + i x growth_s."""
-
-    start: float
-    first_s: float
-    growth_s: float
-    steps: int
-
-    def lasts(self, steps: int) -> float:
-        return steps * self.first_s + self.growth_s * steps * (steps - 1) / 2
-
-    def steps_by(self, at: float) -> int:
-        """The fewest whole steps that end at or after `at`, at least one."""
-        elapsed = max(at - self.start, 0.0)
-        b = self.first_s - self.growth_s / 2
-        steps = ceil(2 * elapsed / (b + sqrt(b * b + 2 * self.growth_s * elapsed)) - 1e-9)  # root of lasts(n) = elapsed
-        return min(max(steps, 1), self.steps)
-
-
-class NewSide:
-    """The loading side of a pair, as engine/live.py has it."""
-
-    def __init__(self, pair: LivePair, layers: int) -> None:
-        self.pair = pair
-        self.queue: LiveQueue[RequestId] = LiveQueue(layers, pair.mode)
-        self.open = True  # OLD may pull
-        self.puller: SimInstance | None = None  # OLD waits for an answer
-
-
-class OldSide:
-    def __init__(self, pair: LivePair, partner: SimInstance) -> None:
-        self.pair, self.partner = pair, partner
-        self.waiting = False  # a pull is on its way
-        self.drained = False
-
-
 class SimInstance:
-    """`emit` gives events to the brain, `find` finds partners, `hand_over(new, old, tokens, layers)` moves residuals and
-    KV to OLD and says how many seconds OLD waits for the residuals; `send_kv(source, target, tokens, then)` moves KV.
+    """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
+    and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves KV.
     """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
@@ -114,12 +69,24 @@ class SimInstance:
     def _runnable(self) -> bool:
         return self.complete and (bool(self._ready) or bool(self._ends) or self._batcher.waiting_tokens > 0)
 
+    def _queue_live(self, new: NewSide, request: Request) -> None:
+        """Until the embedding is here, OLD lends the prompt's embedded rows."""
+        has_embedding = self.units > self._costs.spec.embed_unit
+        new.queue.add(request.id, has_embedding)
+        if not has_embedding:
+            rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
+            self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
+
+    def _lent(self, new: NewSide, request_id: RequestId) -> None:
+        new.queue.ready(request_id)
+        self._wake()
+
     # ---- commands
 
     def assign(self, request: Request, attempt: int) -> None:
         self._sequences[request.id] = Sequence(request, attempt)
         if self._new is not None and not self.complete and self._batcher.hold(request):
-            self._new.queue.add(request.id)
+            self._queue_live(self._new, request)
             self._answer()
         else:
             self._batcher.add(request)
@@ -152,6 +119,9 @@ class SimInstance:
     def _note_layers(self, new: NewSide) -> None:
         """The last layer counts once the head is here too, as in engine/live.py."""
         spec = self._costs.spec
+        if self.units > spec.embed_unit:
+            for request_id in new.queue.items:
+                new.queue.ready(request_id)
         new.queue.loaded(spec.layers if self.complete else min(spec.layers_loaded(self.units), spec.layers - 1))
 
     def _abort(self, sequence: Sequence) -> None:
@@ -246,7 +216,8 @@ class SimInstance:
             new.puller = None
             self._emit(RequestHanded(self._clock.now, self.name, given.item, sequence.attempt, old.name))
             sequence.next_layer = given.next_layer
-            wait_s = self._hand_over(self.name, old.name, sequence.request.prompt_tokens, given.next_layer)
+            layers = given.next_layer
+            wait_s = self._hand_over(self.name, old.name, sequence.request.prompt_tokens, layers) if layers else 0.0
             self._clock.after(self._rpc_s + wait_s, old.handed, self.name, sequence)
         elif not new.open or new.queue.drained:
             new.puller = None

@@ -170,14 +170,13 @@ class _Run:
                 self._copies.leave(self._ports.of[name].host, at)
         self._handle(event)
 
-    def _hand_over(self, new: InstanceId, old: InstanceId, tokens: int, layers: int) -> float:
-        """Residuals, and KV of the layers that NEW ran: counted on the links; OLD waits for the residuals only."""
-        if layers == 0:
-            return 0.0
+    def _hand_over(self, source: InstanceId, target: InstanceId, tokens: int, layers: int) -> float:
+        """Rows of a prompt between live partners, and KV of `layers` layers: counted on the links; → seconds until the
+        rows are there. They are few beside parameters, so they do not take part in sharing."""
         model = self.setup.model
         residuals = 2.0 * tokens * model.spec.dim
         kv = float(tokens) * model.kv_token_bytes * layers / model.spec.layers
-        route = self._ports.route(new, old)
+        route = self._ports.route(source, target)
         for link in route:
             link.carried += residuals + kv
         return residuals / min(link.capacity for link in route)

@@ -16,8 +16,8 @@ from blitzjax import cli
 from blitzjax.arrivals import Arrival
 from blitzjax.errors import ConfigError
 from blitzjax.sim import costs
-from blitzjax.sim.instance import Stretch
 from blitzjax.sim.outcome import Outcome, mean, quantiles
+from blitzjax.sim.parts import Stretch
 from blitzjax.sim.shell import Setup, simulate
 from blitzjax.sim.systems import SYSTEMS
 
