@@ -133,7 +133,8 @@ def _add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", default="A", help="costs of this cluster (default A)")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="a measured row instead of --machine and --model")
     parser.add_argument("--instances", type=int, help="in the pool (default: as many as the machine holds)")
-    parser.add_argument("--begin", type=int, default=1, help="instances that serve at the beginning, of each role (default 1)")
+    parser.add_argument("--begin", type=int, default=1,
+                        help="instances that serve at the beginning, of each role (default 1)")
     parser.add_argument("--roles", choices=("mixed", "split"), default="mixed",
                         help="split: prompts run on some instances, which send their KV to others (default mixed)")
     parser.add_argument("--down-after-s", type=float, default=0.333, help="scale.down_after_s (default 0.333)")

@@ -101,5 +101,5 @@ def _list() -> int:
     for model in costs.MODELS.values():
         print(f"model    {model.spec.name:18} {model.param_bytes / 1e9:.1f} GB on {model.tensor_parallel} GPUs")
     for machine in costs.MACHINES.values():
-        print(f"machine  {machine.name:18} {machine.hosts} hosts of {machine.gpus} GPUs, {machine.nic_gbps:g} Gbps each")
+        print(f"machine  {machine.name:18} {machine.hosts} hosts of {machine.gpus} GPUs, {machine.nic_gbps:g} Gbps")
     return 0

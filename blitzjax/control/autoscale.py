@@ -63,7 +63,8 @@ def step_split(load: Load, prefill: Memory, decode: Memory,
     """Instances that should run prompts, and that should decode, together at most max_instances: decode goes first."""
     prefill_band, decode_band = split_bands(load, config)
     most = config.max_instances - config.min_instances
-    decoding, decode = _follow(load.decoding, decode_band, config.min_decode, most, load.at, decode, config.down_after_s)
+    decoding, decode = _follow(load.decoding, decode_band, config.min_decode, most, load.at, decode,
+                               config.down_after_s)
     most = config.max_instances - decoding
     running, prefill = _follow(load.instances, prefill_band, config.min_instances, most, load.at, prefill,
                                config.down_after_s)

@@ -65,5 +65,6 @@ class PageLedger:
 
     def check(self) -> None:
         """Asserts the invariant."""
-        ids = sorted([*range(self._fresh, self.pages), *self._returned, *(page for pages in self._owned.values() for page in pages)])
+        owned = [page for pages in self._owned.values() for page in pages]
+        ids = sorted([*range(self._fresh, self.pages), *self._returned, *owned])
         assert ids == list(range(self.pages)), "a page is lost or owned twice"

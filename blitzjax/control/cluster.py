@@ -34,7 +34,8 @@ class Cluster:
     `ports` says where instances sit in the network; one that it does not name has 100 Gbps and a domain per host.
     """
 
-    def __init__(self, config: Config, spec: ModelSpec, ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
+    def __init__(self, config: Config, spec: ModelSpec,
+                 ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
         self._config = config
         self._ports = ports
         self._spec = spec

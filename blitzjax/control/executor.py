@@ -1,6 +1,7 @@
 """What is done, and in which order, when prefill and decode instances are short (+1), right (0) or too many (-1)?
 
-BlitzScale's executor matrix (section 7.2 of our notes) as a table. Mixed instances use the rows in which decode is right.
+BlitzScale's executor matrix (section 7.2 of our notes) as a table. Mixed instances use the rows in which decode is
+right.
 """
 
 from __future__ import annotations

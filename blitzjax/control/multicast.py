@@ -83,7 +83,8 @@ def _groups(sources: list[InstanceId], targets: dict[InstanceId, int], topology:
     return [groups[d] for d in sorted(groups, key=lambda d: (d not in near, -speed[d], groups[d][0]))]
 
 
-def _choose_lanes(sources: int, groups: list[list[InstanceId]], topology: Topology) -> tuple[int, list[list[InstanceId]]]:
+def _choose_lanes(sources: int, groups: list[list[InstanceId]],
+                  topology: Topology) -> tuple[int, list[list[InstanceId]]]:
     """(k, groups that k lanes serve), or (0, []) when whole chains are as good.
 
     A group can be served by k lanes if it has k members in a fast domain; its bytes take 1/k of the time. The others

@@ -136,7 +136,8 @@ class Provisioner:
         """
         new = self._fleet.members[run.targets[-1]]
         olds = [m for m in self._fleet.serving(new.role) if self.pairs.of(m.id) is None]
-        if run.live == "off" or new.role is Role.DECODE or new.phase is not Phase.LOADING or self._book.owns(new.id) or not olds:
+        fit = new.role is not Role.DECODE and new.phase is Phase.LOADING and not self._book.owns(new.id)
+        if run.live == "off" or not fit or not olds:
             return []
         source = run.chain.instances[0]
         old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))

@@ -49,7 +49,8 @@ class Router:
         self._seats[seat.instance] = seat
         if self._takes(seat):
             self._updates += 1
-            heapq.heappush(self._order, (seat.backlog_tokens, seat.phase is Phase.LIVE, seat.instance, self._updates, seat))
+            place = (seat.backlog_tokens, seat.phase is Phase.LIVE, seat.instance, self._updates, seat)
+            heapq.heappush(self._order, place)
         if len(self._order) > 4 * len(self._seats) + 64:
             self._order = [place for place in self._order if self._seats[place[2]] is place[4]]
             heapq.heapify(self._order)

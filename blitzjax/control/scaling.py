@@ -83,7 +83,7 @@ class Scaler:
             self.goal = Goal(prefill, decode, self._means)
 
     def load(self, at: float) -> Load:
-        held = sum(self._book.pages(m.id) * m.page_size for m in self._fleet.serving(Role.PREFILL)) if self._split else 0
+        held = sum(self._book.pages(m.id) * m.page_size for m in self._fleet.serving(Role.PREFILL))  # mixed: none
         return Load(at, self._fleet.counted(self._prefill), self._book.total_backlog_tokens, self._book.total_pages,
                     self._fleet.pages, self._fleet.counted(Role.DECODE), held)
 

@@ -1,4 +1,4 @@
-"""One instance in virtual time: the Batcher and the LiveQueue decide what is computed, the cost table how long it takes.
+"""One instance in virtual time: the Batcher and the LiveQueue decide what is computed, the cost table how long.
 
 Mirrors engine/instance.py, whose steps it names. Decode steps of an unchanged batch are one event however many they
 are; layers are events only on the NEW side of a live pair. Invariant: what is running has exactly one valid end.
@@ -25,7 +25,8 @@ from blitzjax.types import (
 
 class SimInstance:
     """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
-    and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves KV.
+    and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves
+    the KV of a request.
     """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,

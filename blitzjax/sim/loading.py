@@ -1,7 +1,7 @@
 """How do parameters move in virtual time? Chains, lanes, and loads from SSD or host memory, over shared links.
 
-Mirrors transfer/broadcast.py and engine/loading.py: the same commands in, the same events out. Lanes of one plan meet in
-every domain: a unit is there once each lane has brought its part and the domain has gathered them.
+Mirrors transfer/broadcast.py and engine/loading.py: the same commands in, the same events out. Lanes of one plan
+meet in every domain: a unit is there once each lane has brought its part and the domain has gathered them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from blitzjax.types import (
 class Loading:
     """All parameter transfers under way. `emit` gives events to the brain."""
 
-    def __init__(self, clock: Clock, fabric: Fabric, machine: MachineCosts, costs: ModelCosts, ports: Fleetports, copies: HostCopies,
-                 instances: dict[InstanceId, SimInstance], emit: Callable[[Event], None]) -> None:
+    def __init__(self, clock: Clock, fabric: Fabric, machine: MachineCosts, costs: ModelCosts, ports: Fleetports,
+                 copies: HostCopies, instances: dict[InstanceId, SimInstance], emit: Callable[[Event], None]) -> None:
         self._clock, self._machine, self._costs = clock, machine, costs
         self._ports, self._copies, self._instances, self._emit = ports, copies, instances, emit
         self._fabric = fabric

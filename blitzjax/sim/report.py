@@ -19,7 +19,8 @@ SLO_FACTOR = 5.0  # a request violates its SLO above this many times the average
 
 Row = dict[str, str | int | float]
 
-_STYLE = ("body{font:14px system-ui,sans-serif;max-width:1080px;margin:2em auto;color:#222}table{border-collapse:collapse}"
+_STYLE = ("body{font:14px system-ui,sans-serif;max-width:1080px;margin:2em auto;color:#222}"
+          "table{border-collapse:collapse}"
           "td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child"
           "{text-align:left}.plots{display:flex;flex-wrap:wrap;gap:1em}")
 
@@ -56,7 +57,8 @@ def to_json(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str
     """Arguments, table, and per system: CDFs (percentiles 0..100), one-second samples, scale events."""
     return json.dumps({"arguments": arguments, "table": table(outcomes), "systems": {
         o.setup.system.name: {
-            "ttft_s_percentiles": quantiles(o.ttft_s, range(101)), "tpot_s_percentiles": quantiles(o.tpot_s, range(101)),
+            "ttft_s_percentiles": quantiles(o.ttft_s, range(101)),
+            "tpot_s_percentiles": quantiles(o.tpot_s, range(101)),
             "ttft_s_by_arrival_second": _by_second(o),
             "samples": [[s.at, s.instances, s.host_copies, s.requests] for s in o.samples],
             "scale_ups": [[up.ticket, up.instance, up.start, up.stop] for up in o.scale_ups],
@@ -103,7 +105,7 @@ def to_text(rows: Sequence[Row]) -> str:
 def _table_html(rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{key.removesuffix('_s')}" for key in _SHOWN)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(_short(row[key]))}" for key in _SHOWN) for row in rows)
-    return f"<table><tr>{head}{body}</table><p>Times in seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
+    return f"<table><tr>{head}{body}</table><p>Seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
 
 
 def _short(value: str | int | float) -> str:

@@ -22,8 +22,8 @@ from blitzjax.sim.outcome import Outcome
 from blitzjax.sim.systems import System
 from blitzjax.types import (
     Abort, Assign, CancelTransfer, Command, Drained, EndLive, Event, InstanceId, InstanceJoined, LoadFromDisk, Migrate,
-    PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished, Roles, StartLive, StartTransfer,
-    Ticked, TransferEnded, WorldJoined,
+    PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished, Roles, StartLive,
+    StartTransfer, Ticked, TransferEnded, WorldJoined,
 )
 
 PAGE_SIZE = 64  # tokens, as the authors' engine
@@ -68,7 +68,8 @@ def config_of(setup: Setup) -> Config:
         engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=SLOTS, max_num_batched_tokens=STEP_TOKENS,
                             page_size=PAGE_SIZE, kv_pages=model.kv_tokens // PAGE_SIZE,
                             tensor_parallel=model.tensor_parallel),
-        scale=ScaleConfig(policy="auto", min_instances=n - setup.decoding, max_instances=most, live=system.live, source=system.source,
+        scale=ScaleConfig(policy="auto", min_instances=n - setup.decoding, max_instances=most, live=system.live,
+                          source=system.source,
                           prefill_tokens_per_s=model.prefill_tokens_per_s, down_after_s=setup.down_after_s,
                           roles=setup.roles, min_decode=max(1, setup.decoding),
                           migrate_tokens_per_s=setup.model.tensor_parallel * bytes_per_s(setup.machine.nic_gbps)
@@ -76,8 +77,9 @@ def config_of(setup: Setup) -> Config:
         cluster=ClusterConfig(pool=setup.instances, max_world=1 << 30))
 
 
-def simulate(setup: Setup, arrivals: Iterator[Arrival], progress: Callable[[float, int], None] | None = None) -> Outcome:
-    """Runs until the last request ended. `progress(virtual seconds, requests so far)` is called every virtual minute."""
+def simulate(setup: Setup, arrivals: Iterator[Arrival],
+             progress: Callable[[float, int], None] | None = None) -> Outcome:
+    """Runs until the last request ended. `progress(virtual seconds, requests ended)` is called every virtual minute."""
     return _Run(setup, arrivals, progress).run()
 
 
@@ -96,8 +98,8 @@ class _Run:
         self._copies = HostCopies(setup.system.host_ttl_s)
         self._instances: dict[InstanceId, SimInstance] = {}
         self._fabric = Fabric(self._clock)
-        self._loading = Loading(self._clock, self._fabric, setup.machine, setup.model, self._ports, self._copies, self._instances,
-                                self._report)
+        self._loading = Loading(self._clock, self._fabric, setup.machine, setup.model, self._ports, self._copies,
+                                self._instances, self._report)
         self._requests: dict[str, Request] = {}  # arrived and not ended
         self._exhausted = False  # no further arrivals
         self.outcome = Outcome(setup)

@@ -120,7 +120,7 @@ def test_unicast_serves_one_target_a_source_and_receivers_do_not_send() -> None:
 
 
 def test_a_dead_member_of_one_lane_breaks_the_others_and_all_is_planned_again() -> None:
-    """Two sources, two targets in a fast domain: lanes; what arrived stays, the rest comes whole from the other source."""
+    """Two sources, two targets in a fast domain: lanes; what arrived stays, the rest comes from the other source."""
     ports = {f"i{k}": Port(f"h{k // 2}", f"h{k // 2}", "", 100.0, 1600.0) for k in range(4)}
     world = World(4, config(min_instances=2), cluster=lambda config, spec: Cluster(config, spec, ports))
     for k in range(4):

@@ -55,7 +55,8 @@ def test_complete_instances_go_first_when_equally_busy() -> None:
 
 
 SEATS = st.builds(Seat, st.sampled_from("abcd"), st.sampled_from([Phase.SERVING, Phase.LIVE, Phase.DRAINING]),
-                  st.integers(0, 2), st.integers(0, 8), st.just(16), st.integers(0, 25).map(lambda k: 10 * k), st.booleans())
+                  st.integers(0, 2), st.integers(0, 8), st.just(16), st.integers(0, 25).map(lambda k: 10 * k),
+                  st.booleans())
 ASKS = st.builds(Request, st.sampled_from("xyz"), st.just("toy"), st.integers(1, 120), st.just(8), st.just(0.0))
 
 

@@ -15,7 +15,9 @@ from blitzjax.sim.links import Fabric, Link
 from blitzjax.sim.loading import Loading
 from blitzjax.sim.shell import Setup, config_of
 from blitzjax.sim.systems import SYSTEMS
-from blitzjax.types import Chain, Event, LayerLoaded, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer, TransferEnded
+from blitzjax.types import (
+    Chain, Event, LayerLoaded, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer, TransferEnded,
+)
 
 A, M24 = costs.MACHINES["A"], costs.MODELS["mistral-24b"]
 SPREAD = replace(A, hosts=64, gpus=2)  # one 24B instance a host: every hop crosses the network
@@ -86,7 +88,8 @@ def test_a_member_has_nothing_that_the_one_before_it_lacks() -> None:
     """The first hop is faster, until other traffic slows it down to a tenth of the second."""
     clock, seen = Clock(), list[tuple[int, int]]()
     fabric, fast, slow = Fabric(clock), Link("fast", 100), Link("slow", 50)
-    ChainFlow(fabric, [[fast], [slow]], [0, 100, 200, 300], 0, 1.0, False, lambda m, u: seen.append((m, u)), lambda: None)
+    ChainFlow(fabric, [[fast], [slow]], [0, 100, 200, 300], 0, 1.0, False,
+              lambda m, u: seen.append((m, u)), lambda: None)
     for _ in range(19):
         fabric.begin([fast], [1000.0], lambda mark: None)
     clock.run()
