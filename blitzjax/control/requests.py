@@ -153,21 +153,16 @@ class RequestBook:
             self._drop(entry)
             message = f"gave up after {entry.attempt} attempts, the last one: {why}"
             return [] if entry.cancelled else [Reject(entry.request.id, "UNAVAILABLE", message)]
-        if entry.answered:
-            entry.answered = False
-            self._backlog_tokens += entry.request.prompt_tokens
-        entry.handed = False
-        self._enqueue(entry)
+        self._queue_again(entry)
         return []
 
     def give_back(self, entry: Entry) -> list[Command]:
         """The owner has not begun the attempt: back into the queue at its old rank; nothing is held against it."""
         self._detach(entry)
         if entry.cancelled:
-            del self._entries[entry.request.id]
+            self._drop(entry)
             return []
-        entry.handed = False
-        self._enqueue(entry)
+        self._queue_again(entry)
         return []
 
     def forget(self, entry: Entry) -> None:
@@ -194,6 +189,14 @@ class RequestBook:
         assert all(e.attempt <= self._max_attempts for e in self._entries.values())
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _queue_again(self, entry: Entry) -> None:
+        """Back at its old rank; its prompt has to run again."""
+        if entry.answered:
+            entry.answered = False
+            self._backlog_tokens += entry.request.prompt_tokens
+        entry.handed = False
+        self._enqueue(entry)
 
     def _enqueue(self, entry: Entry) -> None:
         bisect.insort(self._queue, (entry.rank, entry.request.id))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from blitzjax.config import Config
-from blitzjax.control.batching import Batcher, Step
+from blitzjax.control.batching import Batcher, State, Step
 from blitzjax.control.blocks import PageLedger
 from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
@@ -19,7 +19,7 @@ from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.parts import NewSide, OldSide, Sequence, Stretch
 from blitzjax.types import (
     Abort, Drained, EndLive, Event, FinishReason, InstanceId, KVMigrated, LiveDrained, LivePair, Migrate, PrefillDone,
-    Release, Request, RequestFailed, RequestFinished, RequestHanded, RequestId, StartLive,
+    Release, Request, RequestFailed, RequestFinished, RequestHanded, RequestId, RequestReturned, StartLive,
 )
 
 
@@ -73,7 +73,7 @@ class SimInstance:
     def _queue_live(self, new: NewSide, request: Request) -> None:
         """Until the embedding is here, OLD lends the prompt's embedded rows."""
         has_embedding = self.units > self._costs.spec.embed_unit
-        new.queue.add(request.id, has_embedding)
+        new.queue.add(request.id, has_embedding, (-request.priority, request.arrival_s))
         if not has_embedding:
             rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
             self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
@@ -178,7 +178,15 @@ class SimInstance:
             self._note_layers(self._new)
         else:
             self._old = OldSide(pair, self._find(pair.new))
+            self._return_untouched()
             self._wake()
+
+    def _return_untouched(self) -> None:
+        """What this side has not begun goes to the pair's queue, where NEW helps with it."""
+        for sequence in list(self._sequences.values()):
+            if self._batcher.state(sequence.request.id) is State.WAITING:
+                self._forget(sequence)
+                self._emit(RequestReturned(self._clock.now, self.name, sequence.request.id, sequence.attempt))
 
     def _end_live(self, pair: LivePair) -> None:
         if self._old is not None and self._old.pair == pair:
