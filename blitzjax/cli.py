@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert = _command(commands, "convert", "write a layer-ordered checkpoint and print its directory",
                        ("blitzjax.cli_serve", "convert"))
     _add_model(convert)
+    _add_sim(_command(commands, "sim", "a trace through several systems, in virtual time", ("blitzjax.cli_sim", "sim")))
     for name, (_, text) in _PROGRAMS.items():
         commands.add_parser(name, help=f"{text}; see `blitzjax {name} --help`", add_help=False)
     return parser
@@ -126,6 +127,27 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", choices=("multicast", "disk"), help="for this change only")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="give up waiting after this (default 300)")
     _add_address(parser)
+
+
+def _add_sim(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--systems", default="full,blitz,multicast,network,sllm,allcache,half", metavar="A,B,...",
+                        help="rows to compare; see --list")
+    parser.add_argument("--trace", default="azure_conv", help="a file, or a name in bench/traces (default azure_conv)")
+    parser.add_argument("--start-s", type=float, default=0.0, help="of the window (default 0)")
+    parser.add_argument("--duration-s", type=float, default=480.0, help="of the window (default 480)")
+    parser.add_argument("--load", type=float, default=0.5, help="mean rate as a share of the cluster's (default 0.5)")
+    parser.add_argument("--model", default="mistral-24b", help="costs of this model (default mistral-24b)")
+    parser.add_argument("--machine", default="A", help="costs of this cluster (default A)")
+    parser.add_argument("--costs", type=Path, metavar="FILE", help="a measured row instead of --machine and --model")
+    parser.add_argument("--instances", type=int, help="in the pool (default: as many as the machine holds)")
+    parser.add_argument("--begin", type=int, default=1,
+                        help="instances that serve at the beginning, of each role (default 1)")
+    parser.add_argument("--roles", choices=("mixed", "split"), default="mixed",
+                        help="split: prompts run on some instances, which send their KV to others (default mixed)")
+    parser.add_argument("--down-after-s", type=float, default=0.333, help="scale.down_after_s (default 0.333)")
+    parser.add_argument("--seed", type=int, default=0, help="of the trace's scaling (default 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.html, report.json and table.csv there")
+    parser.add_argument("--list", action="store_true", help="systems, models and machines")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from blitzjax.errors import ConfigError
-from blitzjax.types import LiveMode, Source
+from blitzjax.types import LiveMode, Roles, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,19 @@ class ScaleConfig:
     """Token-backlog policy of the BlitzScale paper, section 7.1 of our notes, for mixed instances."""
 
     policy: str = "auto"  # "auto" | "manual"
-    min_instances: int = 1
+    roles: Roles = "mixed"  # "split": prompts run on some instances, which send their KV to others that decode
+    min_instances: int = 1  # with split roles: that run prompts
+    min_decode: int = 1  # with split roles
     max_instances: int = 4
     live: LiveMode = "zigzag"
-    source: Source = "multicast"
+    source: Source = "multicast"  # "unicast": one target a source, and only what served before sends
     prefill_lower: float = 0.5  # seconds of one instance's prefill rate that the backlog may hold, per instance
     prefill_upper: float = 0.7
     kv_lower: float = 0.75  # share of an instance's pages
     kv_upper: float = 0.95
+    migrate_lower: float = 0.4  # seconds of KV, per decode instance, that prefill instances may hold
+    migrate_upper: float = 0.8
+    migrate_tokens_per_s: float = 100_000.0  # KV that one decode instance receives
     prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; measure it on the machine that serves
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
@@ -158,6 +163,9 @@ def _check_ranges(c: Config) -> None:
     want(1 <= c.scale.min_instances <= c.scale.max_instances, "scale.min_instances must be in [1, scale.max_instances]")
     want(0 < c.scale.prefill_lower < c.scale.prefill_upper, "scale.prefill_lower must be in (0, scale.prefill_upper)")
     want(0 < c.scale.kv_lower < c.scale.kv_upper <= 1, "scale.kv_lower must be in (0, scale.kv_upper], kv_upper <= 1")
+    want(0 < c.scale.migrate_lower < c.scale.migrate_upper, "scale.migrate_lower must be in (0, scale.migrate_upper)")
+    want(c.scale.roles == "mixed" or 1 <= c.scale.min_decode <= c.scale.max_instances - c.scale.min_instances,
+         "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")

@@ -15,7 +15,8 @@ RequestId: TypeAlias = str
 InstanceId: TypeAlias = str
 
 LiveMode: TypeAlias = Literal["zigzag", "best_effort", "off"]
-Source: TypeAlias = Literal["multicast", "disk"]
+Source: TypeAlias = Literal["multicast", "unicast", "disk"]
+Roles: TypeAlias = Literal["mixed", "split"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 
@@ -25,6 +26,8 @@ MAX_STOP_TOKENS = 64
 
 
 class Role(enum.Enum):
+    """What the brain uses an instance for. Instances do not know: each decodes what it holds until a Migrate comes."""
+
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
@@ -165,13 +168,16 @@ class Work:
 class Chain:
     """One multicast chain: `instances[0]` sends units [start_unit, stop_unit), each next one receives and forwards.
 
-    `generation` picks a fresh clique when the same members failed before.
+    `generation` picks a fresh clique when the same members failed before. With `lanes` > 1 it moves the `lane`-th of
+    that many equal parts of every unit: the plan's lanes meet in every domain, which gathers what they bring.
     """
 
     instances: tuple[InstanceId, ...]
     start_unit: int
     stop_unit: int
     generation: int
+    lane: int = 0
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +235,16 @@ class RequestHanded:
     request_id: RequestId
     attempt: int
     target: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class KVMigrated:
+    """`instance` has the whole KV of a request after Migrate, and decodes it from now on."""
+
+    at: float
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +367,7 @@ class Ticked:
 
 
 Event: TypeAlias = (
-    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | RequestFinished | RequestFailed
+    RequestArrived | RequestCancelled | PrefillDone | RequestHanded | KVMigrated | RequestFinished | RequestFailed
     | RequestReturned | LayerLoaded
     | TransferReady | TransferEnded | LiveDrained | Drained | InstanceJoined | WorldJoined | InstanceLost
     | ScaleRequested | Ticked
@@ -376,6 +392,19 @@ class Abort:
 
     instance: InstanceId
     request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Stop decoding this request and send its KV to `target`, which answers KVMigrated. Only with split roles.
+
+    A request that is not here any more is ignored; a later Migrate of it replaces this one (its target was lost).
+    """
+
+    instance: InstanceId
+    request_id: RequestId
+    attempt: int
+    target: InstanceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +469,6 @@ class Release:
 
 
 Command: TypeAlias = (
-    Assign | Abort | Reject | LoadFromDisk | PrepareTransfer | StartTransfer | CancelTransfer | StartLive | EndLive
+    Assign | Abort | Migrate | Reject | LoadFromDisk | PrepareTransfer | StartTransfer | CancelTransfer | StartLive | EndLive
     | Release
 )

@@ -22,7 +22,10 @@ RULES: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "blitzjax.control": ((*STDLIB, *NOUNS, "blitzjax.control"), IMPURE),
     "blitzjax.models": ((*STDLIB, "blitzjax.types", "blitzjax.errors", "blitzjax.models", "jax", "flax", "numpy"), ()),
     "blitzjax.transfer": (None, ("blitzjax.control", "blitzjax.engine", "blitzjax.models", "blitzjax.serve")),
-    "blitzjax.engine": (None, ("blitzjax.serve",)),
+    "blitzjax.engine": (None, ("blitzjax.serve", "blitzjax.sim")),
+    "blitzjax.serve": (None, ("blitzjax.sim",)),
+    "blitzjax.arrivals": ((*STDLIB, "blitzjax.errors"), ()),
+    "blitzjax.sim": ((*STDLIB, *NOUNS, "blitzjax.arrivals", "blitzjax.control", "blitzjax.sim"), ()),
 }
 PRIVATE_JAX = ("jax._src", "jaxlib")
 COMPAT = "blitzjax.transfer.compat"

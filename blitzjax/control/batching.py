@@ -60,6 +60,7 @@ class Batcher:
         self._chunk_tokens = max_batched_tokens
         self._ledger = ledger
         self._seats: dict[RequestId, _Seat] = {}
+        self._in: dict[State, dict[RequestId, _Seat]] = {state: {} for state in State}  # in order of entering the state
         self._queue: list[tuple[tuple[int, int], RequestId]] = []  # WAITING, sorted by rank
         self._arrivals = 0
         self._requeued = 0
@@ -77,13 +78,13 @@ class Batcher:
 
     @property
     def held(self) -> int:
-        return sum(seat.state is State.HELD for seat in self._seats.values())
+        return len(self._in[State.HELD])
 
     @property
     def waiting_tokens(self) -> int:
         """Prompt tokens that this batcher has still to schedule."""
-        return sum(seat.prompt_tokens - seat.done for seat in self._seats.values()
-                   if seat.state in (State.WAITING, State.PREFILLING))
+        return sum(seat.prompt_tokens - seat.done for state in (State.WAITING, State.PREFILLING)
+                   for seat in self._in[state].values())
 
     @property
     def room(self) -> bool:
@@ -119,7 +120,7 @@ class Batcher:
             return False
         self._arrivals += 1
         rank = (-request.priority, self._arrivals)
-        self._seats[request.id] = _Seat(request, request.prompt_tokens, rank, State.HELD)
+        self._enter(_Seat(request, request.prompt_tokens, rank, State.HELD))
         return True
 
     def requeue(self, request_id: RequestId) -> None:
@@ -128,7 +129,6 @@ class Batcher:
         self._ledger.release(request_id)
         self._requeued += 1
         seat.rank = (seat.rank[0], -self._requeued)
-        seat.state = State.WAITING
         self._wait(seat)
 
     # ---- steps
@@ -139,7 +139,7 @@ class Batcher:
 
         A prompt joins the step after another one only if its first chunk fits beside the last chunks of those before it.
         """
-        decode = tuple(i for i, seat in self._seats.items() if seat.state is State.DECODING)
+        decode = tuple(self._in[State.DECODING])
         prefill = [self._chunk(seat) for seat in self._unfinished()] or self._begin(self._chunk_tokens)
         room = self._chunk_tokens - sum(chunk.stop - chunk.start for chunk in prefill)
         while prefill and self._ends_prompt(prefill[-1]) and (more := self._begin(room)):
@@ -160,7 +160,7 @@ class Batcher:
         seat = self._expect(request_id, State.PREFILLING, State.HELD)
         assert seat.state is State.HELD or seat.done == seat.prompt_tokens, f"{request_id} has prompt left"
         seat.done = seat.prompt_tokens
-        seat.state = State.DECODING
+        self._enter(seat, State.DECODING)
 
     # ---- leaving
 
@@ -174,6 +174,7 @@ class Batcher:
         seat = self._seats.pop(request_id, None)
         if seat is None:
             return False
+        del self._in[seat.state][request_id]
         if seat.state is State.WAITING:
             self._queue.remove((seat.rank, request_id))
         self._ledger.release(request_id)
@@ -188,6 +189,8 @@ class Batcher:
         assert {i for _, i in self._queue} == waiting and len(self._queue) == len(waiting)
         assert self._queue == sorted(self._queue)
         assert self._ledger.holders() == self._seats.keys() - waiting, "pages without a seat or a seat without pages"
+        assert all(seat.state is state for state, seats in self._in.items() for seat in seats.values())
+        assert sorted(i for seats in self._in.values() for i in seats) == sorted(self._seats)
         assert self._free_slots >= 0, "more sequences than slots"
         begun = sum(chunk.stop - chunk.start for chunk in map(self._chunk, self._unfinished()))
         assert begun <= self._chunk_tokens, "more prompt tokens under way than a step may have"
@@ -200,16 +203,20 @@ class Batcher:
         assert seat is not None and seat.state in states, f"{request_id} is {seat and seat.state}, not {states}"
         return seat
 
-    def _wait(self, seat: _Seat) -> None:
-        self._seats[seat.request.id] = seat
-        bisect.insort(self._queue, (seat.rank, seat.request.id))
+    def _enter(self, seat: _Seat, state: State | None = None) -> None:
+        """The seat is new, or moves on to `state`."""
+        if state is not None:
+            del self._in[seat.state][seat.request.id]
+            seat.state = state
+        self._seats[seat.request.id] = self._in[seat.state][seat.request.id] = seat
 
-    def _has_prompt_left(self, seat: _Seat) -> bool:
-        return seat.state is State.PREFILLING and seat.done < seat.prompt_tokens
+    def _wait(self, seat: _Seat) -> None:
+        self._enter(seat, State.WAITING if seat.request.id in self._seats else None)
+        bisect.insort(self._queue, (seat.rank, seat.request.id))
 
     def _unfinished(self) -> list[_Seat]:
         """Prompts that were begun; no other starts before all of them are at their last chunk."""
-        return [seat for seat in self._seats.values() if self._has_prompt_left(seat)]
+        return [seat for seat in self._in[State.PREFILLING].values() if seat.done < seat.prompt_tokens]
 
     def _begin(self, room: int) -> list[Chunk]:
         """The first chunk of the head of WAITING, if it has at most `room` tokens and the prompt can be admitted."""
@@ -230,7 +237,7 @@ class Batcher:
         if not self._ledger.reserve(request_id, seat.request.total_tokens):
             return None
         del self._queue[0]
-        seat.state = State.PREFILLING
+        self._enter(seat, State.PREFILLING)
         return seat
 
     def _chunk(self, seat: _Seat) -> Chunk:

@@ -20,16 +20,17 @@ class PageLedger:
         assert pages >= 0 and page_size >= 1
         self.pages = pages
         self.page_size = page_size
-        self._free = list(range(pages - 1, -1, -1))  # a stack: low ids first
+        self._fresh = 0  # pages [fresh, pages) were never used
+        self._returned: list[int] = []  # a stack
         self._owned: dict[RequestId, tuple[int, ...]] = {}
 
     @property
     def used(self) -> int:
-        return self.pages - len(self._free)
+        return self._fresh - len(self._returned)
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self.pages - self.used
 
     def fits(self, tokens: int) -> bool:
         """Whether `tokens` more tokens can be reserved now."""
@@ -44,12 +45,16 @@ class PageLedger:
         assert request_id not in self._owned, f"{request_id} reserves twice"
         if not self.fits(tokens):
             return False
-        self._owned[request_id] = tuple(self._free.pop() for _ in range(pages_for(tokens, self.page_size)))
+        count = pages_for(tokens, self.page_size)
+        again = min(count, len(self._returned))
+        pages = [self._returned.pop() for _ in range(again)]
+        self._owned[request_id] = (*pages, *range(self._fresh, self._fresh + count - again))
+        self._fresh += count - again
         return True
 
     def release(self, request_id: RequestId) -> None:
         """Takes the pages back; a request without pages is ignored."""
-        self._free.extend(reversed(self._owned.pop(request_id, ())))
+        self._returned.extend(reversed(self._owned.pop(request_id, ())))
 
     def owned(self, request_id: RequestId) -> tuple[int, ...]:
         """The request's pages, in token order; empty without a reservation."""
@@ -60,5 +65,6 @@ class PageLedger:
 
     def check(self) -> None:
         """Asserts the invariant."""
-        ids = sorted([*self._free, *(page for pages in self._owned.values() for page in pages)])
+        owned = [page for pages in self._owned.values() for page in pages]
+        ids = sorted([*range(self._fresh, self.pages), *self._returned, *owned])
         assert ids == list(range(self.pages)), "a page is lost or owned twice"

@@ -6,36 +6,53 @@ comes late, twice or never.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import assert_never
 
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.control import routing
+from blitzjax.control.blocks import pages_for
 from blitzjax.control.fleet import Fleet, Member
+from blitzjax.control.migrations import Migrations
 from blitzjax.control.provision import Provisioner
 from blitzjax.control.requests import Entry, RequestBook
-from blitzjax.control.routing import Seat
+from blitzjax.control.routing import Router, Seat
 from blitzjax.control.scaling import Scaler
 from blitzjax.control.status import ClusterStatus, InstanceStatus
-from blitzjax.types import Abort, Assign, Command, Event, InstanceId, ModelSpec, Phase, Reject, Request, RequestId
+from blitzjax.control.topology import Port
+from blitzjax.types import Abort, Assign, Command, Event, InstanceId, ModelSpec, Phase, Reject, Request, RequestId, Role
+
+
+# Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
+_ONLY_REQUESTS = (types.RequestArrived, types.PrefillDone, types.LayerLoaded)
 
 
 class Cluster:
-    """All instances and requests of one model. One caller: each command is carried out before the next event."""
+    """All instances and requests of one model. One caller: each command is carried out before the next event.
 
-    def __init__(self, config: Config, spec: ModelSpec) -> None:
+    `ports` says where instances sit in the network; one that it does not name has 100 Gbps and a domain per host.
+    """
+
+    def __init__(self, config: Config, spec: ModelSpec,
+                 ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
         self._config = config
+        self._ports = ports
         self._spec = spec
         self._fleet = Fleet(spec.units)
         self._book = RequestBook(config.serve.max_attempts)
         self._provisioner = Provisioner(config, spec, self._fleet, self._book)
-        self._scaler = Scaler(config, self._fleet, self._book, self._provisioner)
+        self._migrations = Migrations(self._fleet, self._book)
+        self._scaler = Scaler(config, self._fleet, self._book, self._provisioner, self._migrations.inbound)
+        self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens)
 
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
-        commands += self._scaler.reconcile(event.at)
+        if not isinstance(event, _ONLY_REQUESTS):
+            commands += self._scaler.reconcile(event.at)
         commands += self._dispatch()
+        commands += self._migrations.start()
         return commands
 
     def status(self) -> ClusterStatus:
@@ -49,13 +66,15 @@ class Cluster:
         self._book.check()
         self._fleet.check()
         self._provisioner.check()
+        self._migrations.check()
         for m in self._fleet.members.values():
             entries = self._book.owned(m.id)
             assert not entries or m.phase not in (Phase.IDLE, Phase.FAILED), f"{m.id} is {m.phase} and owns requests"
             assert not (entries and m.releasing), f"{m.id} forgets its requests"
             # What a live partner hands over waits inside the instance if need be; what we assigned must fit.
             assert sum(not e.handed for e in entries) <= m.slots, f"{m.id} has more requests than slots"
-            assert self._book.pages(m.id, m.page_size, with_handed=False) <= m.pages, f"{m.id} is short of pages"
+            assigned = sum(pages_for(e.request.total_tokens, m.page_size) for e in entries if not e.handed)
+            assert assigned <= m.pages, f"{m.id} is short of pages"
 
     # ---- events
 
@@ -83,6 +102,9 @@ class Cluster:
                 return self._prefilled(member, request_id, attempt)
             case types.RequestHanded():
                 return self._handed(event)
+            case types.KVMigrated(request_id=request_id, attempt=attempt):
+                entry = self._book.current(request_id, attempt)
+                return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
             case types.RequestFinished(request_id=request_id, attempt=attempt, reason=reason):
                 return self._finished(member, request_id, attempt, reason)
             case types.RequestFailed(request_id=request_id, attempt=attempt, message=message):
@@ -163,7 +185,10 @@ class Cluster:
         if entry is None:
             return self._disown(member.id, request_id)
         commands = self._take_over(entry, member)
-        entry.answered = entry.owner is not None
+        if entry.owner is not None:
+            self._book.answer(entry)
+            if self._fleet.members[entry.owner].role is Role.PREFILL and entry.request.max_tokens > 1:
+                self._migrations.wait(entry)
         return commands
 
     def _finished(self, member: Member, request_id: RequestId, attempt: int,
@@ -213,12 +238,16 @@ class Cluster:
                 return []
             commands = self._lost(known, "it came back as another process")
         self._fleet.join(event)
-        self._provisioner.topology.add(event.instance, event.host)
+        self._book.open(event.instance, event.page_size)
+        self._scaler.place(self._fleet.members[event.instance])
+        here = Port(event.host, event.host)
+        self._provisioner.topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
 
     def _lost(self, member: Member, reason: str) -> list[Command]:
         commands = self._provisioner.lost(member.id)
         self._fleet.lose(member)
+        self._migrations.lost(member.id)
         for entry in [*self._book.owned(member.id), *self._book.given(member.id)]:
             commands += self._book.lose(entry, f"{member.id} was lost: {reason}")
         return commands
@@ -234,26 +263,34 @@ class Cluster:
     def _dispatch(self) -> list[Command]:
         """Gives queued requests to instances, strictly in order: nothing overtakes the head."""
         commands: list[Command] = []
-        serving_tokens = 2 * self._config.engine.max_num_batched_tokens
         while (entry := self._book.head()) is not None:
             if self._too_large(entry.request):
                 commands.append(self._reject_too_large(entry.request))
                 self._book.forget(entry)
                 continue
-            seats = [self._seat(m) for m in self._fleet.all_alive() if not m.releasing]
-            instance = routing.choose(entry.request, seats, serving_tokens, self._config.scale.live_queue_tokens)
+            self._refresh_seats()
+            instance = self._router.choose(entry.request)
             if instance is None:
                 break
             self._book.assign(entry, instance)
             commands.append(Assign(instance, entry.request.id, entry.attempt))
         return commands
 
+    def _refresh_seats(self) -> None:
+        """The router hears of the instances whose requests, phase or pair changed."""
+        changed = self._book.changed | self._fleet.changed | self._provisioner.pairs.changed
+        for instance in sorted(changed | {p for p in map(self._provisioner.pairs.partner, changed) if p is not None}):
+            self._router.update(self._seat(self._fleet.members[instance]))
+        for source in (self._book.changed, self._fleet.changed, self._provisioner.pairs.changed):
+            source.clear()
+
     def _seat(self, m: Member) -> Seat:
-        return Seat(m.id, m.phase, m.slots - len(self._book.owned(m.id)), m.pages - self._book.pages(m.id, m.page_size),
-                    m.page_size, self._book.backlog_tokens(m.id), self._provisioner.redirected(m.id))
+        """LIVE and SERVING members are never being released."""
+        return Seat(m.id, m.phase, m.slots - self._book.owns(m.id), m.pages - self._book.pages(m.id), m.page_size,
+                    self._book.backlog_tokens(m.id), m.role is Role.DECODE or self._provisioner.redirected(m.id))
 
     def _picture(self, m: Member) -> InstanceStatus:
         entries = self._book.owned(m.id)
         running = sum(e.answered for e in entries)
         return InstanceStatus(m.id, m.phase, m.units, self._provisioner.pairs.partner(m.id), len(entries) - running,
-                              running, self._book.pages(m.id, m.page_size), m.pages, m.in_world)
+                              running, self._book.pages(m.id), m.pages, m.in_world)

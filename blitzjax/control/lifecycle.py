@@ -24,7 +24,6 @@ MOVES: Mapping[Phase, frozenset[Phase]] = MappingProxyType({
 })
 
 LOADED = frozenset({Phase.SERVING, Phase.DRAINING})  # phases that imply every unit
-COUNTED = frozenset({Phase.LOADING, Phase.LIVE, Phase.SERVING})  # capacity that is there or on its way
 
 
 def move(phase: Phase, to: Phase) -> Phase:

@@ -1,13 +1,15 @@
-"""Down which chains do a model's parameters travel? The greedy planner of BlitzScale, section 5.1 and figure 11.
+"""Down which chains do a model's parameters travel? The greedy planner of BlitzScale, section 5.1 and figures 11 to 14.
 
 A serial chain takes size / bandwidth whatever its length, so targets are appended rather than served in turn; several
-sources give several chains, hence several tails, and only tails can go live. Plain data in, plain data out.
+sources give several chains, hence several tails, and only tails can go live. Where targets share a fast domain, the
+chains are lanes: each moves 1/k of every unit and the domain gathers them. Plain data in, plain data out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from blitzjax.control.topology import Topology
 from blitzjax.types import Chain, InstanceId, MulticastPlan
@@ -18,45 +20,145 @@ Held = tuple[InstanceId, int]  # an instance and its watermark in units
 @dataclass(slots=True)
 class _Draft:
     members: list[InstanceId]
-    watermarks: list[int] = field(default_factory=list)  # of the targets
+    lane: int = 0
+    lanes: int = 1
 
 
 def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Held], topology: Topology,
-         stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int]) -> MulticastPlan:
-    """Chains that give every target units [its watermark, stop_unit), min(#sources, #targets) of them.
+         stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int],
+         local: Collection[InstanceId] = ()) -> MulticastPlan:
+    """Chains that give every target units [its watermark, stop_unit).
 
-    Sources that lack units or already send are pruned; without a source or target the plan has no chains. The result
-    does not depend on the order of the arguments.
+    Sources that lack units or already send are pruned; without a source or target the plan has no chains. Those in
+    `local` send KV out of their network port: they only send to targets in their own fast domain. The result does not
+    depend on the order of the arguments.
     """
-    usable = [i for i, units in sources if units >= stop_unit and not topology.sending(i)]
-    ordered = sorted(targets, key=lambda held: (-topology.links[held[0]].gbps, held[0]))
-    drafts = [_Draft([source]) for source in _seeds(usable, [i for i, _ in ordered], topology)]
-    if not drafts:
+    complete = sorted(i for i, units in sources if units >= stop_unit and not topology.sending(i))
+    usable = [i for i in complete if i not in local]
+    units = dict(targets)
+    groups = _groups(usable, units, topology)
+    inner = _deal_inside([i for i in complete if i in local], usable, groups, topology)
+    groups = [group for group in groups if all(group[0] not in draft.members for draft in inner)]
+    if not usable and inner:  # the first targets send on to the others
+        drafts = _deal(inner, [i for group in groups for i in group], topology)
+        return _finish(ticket, model, drafts, units, stop_unit, generation_of)
+    if not usable or not targets:
         return MulticastPlan(ticket, model, ())
-    for left, (instance, units) in zip(range(len(ordered), 0, -1), ordered):
-        draft = _choose(drafts, instance, left, topology)
-        draft.members.append(instance)
-        draft.watermarks.append(units)
-    return MulticastPlan(ticket, model, tuple(_chain(draft, stop_unit, generation_of) for draft in drafts))
+    lanes, sharded = _choose_lanes(len(usable), groups, topology)
+    ordered = [i for group in groups if group not in sharded for i in group]
+    seeds = _seeds(usable, [i for group in groups for i in group], topology)
+    whole = _deal([_Draft([seed]) for seed in seeds[lanes:][: len(ordered)]], ordered, topology)
+    drafts = _deal_lanes(seeds[:lanes], sharded) + whole + inner
+    return _finish(ticket, model, drafts, units, stop_unit, generation_of)
+
+
+def _finish(ticket: int, model: str, drafts: list[_Draft], units: dict[InstanceId, int], stop_unit: int,
+            generation_of: Callable[[tuple[InstanceId, ...]], int]) -> MulticastPlan:
+    """A chain begins where its least complete target does; lanes, which are gathered unit by unit, begin together."""
+    start = {id(draft): min(units[i] for i in draft.members[1:]) for draft in drafts}
+    together = min((start[id(draft)] for draft in drafts if draft.lanes > 1), default=0)
+    return MulticastPlan(ticket, model, tuple(
+        Chain(tuple(d.members), together if d.lanes > 1 else start[id(d)], stop_unit, generation_of(tuple(d.members)),
+              d.lane, d.lanes) for d in drafts))
+
+
+def _deal_inside(local: list[InstanceId], usable: list[InstanceId], groups: list[list[InstanceId]],
+                 topology: Topology) -> list[_Draft]:
+    """Chains for groups whose fast domain has a source that may send nowhere else, and no other source."""
+    ports = topology.ports
+    served = {ports[i].domain for i in usable}
+    source_of = {ports[i].domain: i for i in reversed(local) if ports[i].fast_gbps and ports[i].domain not in served}
+    return [_Draft([source_of[ports[group[0]].domain], *group]) for group in groups
+            if ports[group[0]].domain in source_of]
+
+
+def _groups(sources: list[InstanceId], targets: dict[InstanceId, int], topology: Topology) -> list[list[InstanceId]]:
+    """Targets by domain: those that share a fast one with a source first, then the largest summed bandwidth."""
+    ports = topology.ports
+    near = {ports[i].domain for i in sources if ports[i].fast_gbps}
+    groups: dict[str, list[InstanceId]] = {}
+    for i in sorted(targets, key=lambda i: (-ports[i].gbps, i)):
+        groups.setdefault(ports[i].domain, []).append(i)
+    speed = {domain: sum(ports[i].gbps for i in members) for domain, members in groups.items()}
+    return [groups[d] for d in sorted(groups, key=lambda d: (d not in near, -speed[d], groups[d][0]))]
+
+
+def _choose_lanes(sources: int, groups: list[list[InstanceId]],
+                  topology: Topology) -> tuple[int, list[list[InstanceId]]]:
+    """(k, groups that k lanes serve), or (0, []) when whole chains are as good.
+
+    A group can be served by k lanes if it has k members in a fast domain; its bytes take 1/k of the time. The others
+    need a source of their own. Chooses the k with the least mean time over all targets.
+    """
+    best: tuple[float, int, list[list[InstanceId]]] = (sum(map(len, groups)), 0, [])
+    for k in range(2, sources + 1):
+        sharded = [g for g in groups if len(g) >= k and topology.ports[g[0]].fast_gbps]
+        rest = sum(map(len, groups)) - sum(map(len, sharded))
+        cost = sum(map(len, sharded)) / k + rest
+        if sharded and (not rest or sources > k) and cost < best[0]:
+            best = (cost, k, sharded)
+    return best[1], best[2]
+
+
+def _deal_lanes(seeds: list[InstanceId], groups: list[list[InstanceId]]) -> list[_Draft]:
+    """Every group has a member, or more, in every lane."""
+    drafts = [_Draft([seed], lane=lane, lanes=len(seeds)) for lane, seed in enumerate(seeds)]
+    for group in groups:
+        for k, instance in enumerate(group):
+            drafts[k % len(drafts)].members.append(instance)
+    return drafts
 
 
 def _seeds(sources: list[InstanceId], targets: list[InstanceId], topology: Topology) -> list[InstanceId]:
-    """As many sources as chains; those that share a host with a target first, then the fastest."""
-    hosts = {topology.links[i].host for i in targets}
-    ranked = sorted(sources, key=lambda i: (topology.links[i].host not in hosts, -topology.links[i].gbps, i))
+    """As many sources as targets at most; those in a target's domain first, then in its leaf, then the fastest."""
+    ports = topology.ports
+    domains, leaves = {ports[i].domain for i in targets}, {ports[i].leaf for i in targets}
+    ranked = sorted(sources, key=lambda i: (ports[i].domain not in domains, ports[i].leaf not in leaves,
+                                            -ports[i].gbps, i))
     return ranked[: len(targets)]
 
 
-def _choose(drafts: list[_Draft], target: InstanceId, left: int, topology: Topology) -> _Draft:
-    """The chain for `target`, one of `left` targets to deal: same host as the tail first, then the shortest.
+def _deal(drafts: list[_Draft], targets: list[InstanceId], topology: Topology) -> list[_Draft]:
+    """Appends each target to the chain whose tail is in its domain, else in its leaf, else to the shortest.
 
     Once only as many targets are left as chains are empty, an empty chain gets it: k live tails need k chains.
     """
-    empty = [draft for draft in drafts if not draft.watermarks]
-    open_drafts = empty if len(empty) >= left else drafts
-    return min(open_drafts, key=lambda d: (not topology.same_host(d.members[-1], target), len(d.members)))
+    tails = _Tails(drafts, topology)
+    empty, only_empty = sum(len(d.members) == 1 for d in drafts), False
+    for left, instance in zip(range(len(targets), 0, -1), targets):
+        if 0 < empty >= left and not only_empty:
+            only_empty = True
+            tails = _Tails([d for d in drafts if len(d.members) == 1], topology)
+        draft = tails.nearest(instance)
+        empty -= len(draft.members) == 1
+        draft.members.append(instance)
+        if not only_empty:
+            tails.put(draft)
+    return drafts
 
 
-def _chain(draft: _Draft, stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int]) -> Chain:
-    members = tuple(draft.members)
-    return Chain(members, min(draft.watermarks), stop_unit, generation_of(members))
+class _Tails:
+    """Chains by where their tails are, shortest first. An entry is void once its chain has grown."""
+
+    def __init__(self, drafts: list[_Draft], topology: Topology) -> None:
+        self._ports = topology.ports
+        self._heaps: dict[tuple[str, str], list[tuple[int, int, _Draft]]] = {}
+        self._order = {id(draft): k for k, draft in enumerate(drafts)}
+        for draft in drafts:
+            self.put(draft)
+
+    def put(self, draft: _Draft) -> None:
+        port = self._ports[draft.members[-1]]
+        for place in (("domain", port.domain), ("leaf", port.leaf), ("any", "")):
+            heap = self._heaps.setdefault(place, [])
+            heapq.heappush(heap, (len(draft.members), self._order[id(draft)], draft))
+
+    def nearest(self, instance: InstanceId) -> _Draft:
+        port = self._ports[instance]
+        for place in (("domain", port.domain), ("leaf", port.leaf), ("any", "")):
+            heap = self._heaps.get(place, [])
+            while heap and len(heap[0][2].members) != heap[0][0]:
+                heapq.heappop(heap)
+            if heap:
+                return heap[0][2]
+        raise AssertionError("there are chains")

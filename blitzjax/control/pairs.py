@@ -16,6 +16,7 @@ class LivePairs:
     def __init__(self) -> None:
         self._of: dict[InstanceId, LivePair] = {}
         self._drained: set[InstanceId] = set()  # OLD sides that said LiveDrained
+        self.changed: set[InstanceId] = set()  # sides of pairs that began or ended; the reader empties it
 
     def __iter__(self) -> Iterator[LivePair]:
         """Every pair once, in order of the OLD side's id."""
@@ -34,6 +35,7 @@ class LivePairs:
         assert old != new and old not in self._of and new not in self._of
         pair = LivePair(old, new, mode)
         self._of[old] = self._of[new] = pair
+        self.changed |= {old, new}
         return [StartLive(new, pair), StartLive(old, pair)]
 
     def mark_drained(self, old: InstanceId) -> None:
@@ -49,6 +51,7 @@ class LivePairs:
         """Dissolves the pair; a `lost` side is told nothing."""
         del self._of[pair.old], self._of[pair.new]
         self._drained.discard(pair.old)
+        self.changed |= {pair.old, pair.new}
         return [EndLive(i, pair) for i in (pair.old, pair.new) if i != lost]
 
     def check(self) -> None:

@@ -14,7 +14,9 @@ from blitzjax.control.pairs import LivePairs
 from blitzjax.control.requests import RequestBook
 from blitzjax.control.topology import Topology
 from blitzjax.control.transfers import Run, Transfers
-from blitzjax.types import Command, InstanceId, LiveMode, ModelSpec, Phase, Source, TransferEnded
+from blitzjax.types import (
+    Command, InstanceId, LiveMode, ModelSpec, Phase, PrepareTransfer, Role, Source, TransferEnded,
+)
 
 WORLD_WAIT_S = 5.0  # how long an instance waits for WorldJoined before it reads its own disk
 
@@ -38,12 +40,17 @@ class Provisioner:
         self.transfers = Transfers(self.topology, config.cluster.max_world)
         self.pairs = LivePairs()
         self._waiting_since: dict[InstanceId, float] = {}  # for the world
+        self._stranded: tuple[tuple[int, int], list[Member]] = ((-1, -1), [])  # as of these versions
+        self._roots: frozenset[InstanceId] = frozenset()  # served when this scale-up began
 
     # ---- views
 
     def stranded(self) -> list[Member]:
         """LOADING and LIVE instances that nothing is moving to: their transfer broke and everybody has left it."""
-        return [m for m in self._fleet.all_alive() if m.loading and not self.transfers.settling(m.id)]
+        version = (self._fleet.version, self.transfers.version)
+        if self._stranded[0] != version:
+            self._stranded = (version, [m for m in self._fleet.loading() if not self.transfers.settling(m.id)])
+        return self._stranded[1]
 
     def redirected(self, instance: InstanceId) -> bool:
         """OLD side of a pair whose NEW side still loads: requests go to NEW."""
@@ -58,10 +65,10 @@ class Provisioner:
         self._waiting_since = {i: since for i, since in self._waiting_since.items() if i in needy_ids}
         if not needy or means.source == "disk":
             return [c for m in needy for c in self._load(m, means)]
-        sources = self._fleet.in_phase(Phase.SERVING)
+        sources = self._sources(means)
         if sources:
             return self._multicast(at, needy, sources, means)
-        if any(m.loading and self.transfers.busy(m.id) for m in self._fleet.all_alive()):
+        if any(self.transfers.busy(m.id) for m in self._fleet.loading()):
             return []  # the others follow it by multicast
         return self._load(max(needy, key=lambda m: m.units), means)
 
@@ -70,23 +77,45 @@ class Provisioner:
         commands: list[Command] = []
         sources = [m for m in sources if m.in_world]
         targets = [m for m in needy if m.in_world] if sources else []
+        here = {m.id for m in targets}
         for member in needy:
-            if member in targets:
+            if member.id in here:
                 self._waiting_since.pop(member.id, None)
             elif at - self._waiting_since.setdefault(member.id, at) >= WORLD_WAIT_S:
                 commands += self._load(member, means)
         free = [m for m in sources if not self.transfers.busy(m.id)]
+        prefill = {m.id for m in sources if m.role is Role.PREFILL}  # they send KV out of their network ports
+        local = prefill if means.source == "multicast" and len(prefill) < len(sources) else set()
+        if means.source == "unicast":
+            targets = targets[: len(free)]
         if not free or not targets:
             return commands
         prepare, spent = self.transfers.plan(
             self._spec.name, [(m.id, m.units) for m in free], [(m.id, m.units) for m in targets],
-            self._spec.units, means.live)
-        for member in targets:
-            if member.id in spent:
-                commands += self._load(member, means)
-            elif member.phase is Phase.IDLE:
-                member.move(Phase.LOADING)
-        return commands + prepare
+            self._spec.units, means.live, local)
+        plan = next((c.plan for c in prepare if isinstance(c, PrepareTransfer)), None)
+        for chain in plan.chains if plan is not None else ():
+            members = [self._fleet.members[i] for i in chain.instances[1:]]
+            self._prefer_prefill_tail(members)
+            for member in members:
+                if member.phase is Phase.IDLE:
+                    member.move(Phase.LOADING)
+        return commands + [c for i in spent for c in self._load(self._fleet.members[i], means)] + prepare
+
+    def _prefer_prefill_tail(self, targets: list[Member]) -> None:
+        """Only a chain's tail goes live, and only prefill does: decode roles move to the front."""
+        decode = sum(m.role is Role.DECODE for m in targets)
+        if 0 < decode < len(targets):
+            for k, member in enumerate(targets):
+                member.assume(Role.DECODE if k < decode else Role.PREFILL)
+
+    def _sources(self, means: Means) -> list[Member]:
+        """SERVING instances; for unicast those that served when the scale-up began, so that receivers do not send."""
+        serving = self._fleet.in_phase(Phase.SERVING)
+        if not self._fleet.loading():
+            self._roots = frozenset(m.id for m in serving)
+        roots = [m for m in serving if m.id in self._roots]
+        return roots if roots and means.source == "unicast" else serving
 
     def _load(self, member: Member, means: Means) -> list[Command]:
         if member.phase is Phase.IDLE:
@@ -106,8 +135,9 @@ class Provisioner:
         An instance that still owns requests of an earlier pair finishes them alone.
         """
         new = self._fleet.members[run.targets[-1]]
-        olds = [m for m in self._fleet.in_phase(Phase.SERVING) if self.pairs.of(m.id) is None]
-        if run.live == "off" or new.phase is not Phase.LOADING or self._book.owned(new.id) or not olds:
+        olds = [m for m in self._fleet.serving(new.role) if self.pairs.of(m.id) is None]
+        fit = new.role is not Role.DECODE and new.phase is Phase.LOADING and not self._book.owns(new.id)
+        if run.live == "off" or not fit or not olds:
             return []
         source = run.chain.instances[0]
         old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))

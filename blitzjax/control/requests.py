@@ -7,7 +7,7 @@ was cancelled and nobody runs it, or with a Reject.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blitzjax.control.blocks import pages_for
 from blitzjax.types import Command, InstanceId, Reject, Request, RequestId
@@ -27,15 +27,37 @@ class Entry:
     cancelled: bool = False
 
 
+@dataclass(slots=True)
+class _Account:
+    """What the requests of one instance come to; kept up to date, so that asking costs nothing."""
+
+    page_size: int
+    entries: dict[RequestId, Entry] = field(default_factory=dict)
+    backlog_tokens: int = 0
+    pages: int = 0
+
+
 class RequestBook:
-    """All accepted requests. `max_attempts` bounds how often one is run."""
+    """All accepted requests. `max_attempts` bounds how often one is run.
+
+    `changed` collects the instances whose requests changed, for whoever keeps a picture of them.
+    """
 
     def __init__(self, max_attempts: int) -> None:
         self._max_attempts = max_attempts
         self._entries: dict[RequestId, Entry] = {}
         self._queue: list[tuple[tuple[int, int], RequestId]] = []  # sorted by rank
-        self._owned: dict[InstanceId, dict[RequestId, Entry]] = {}
+        self._accounts: dict[InstanceId, _Account] = {}
         self._arrivals = 0
+        self._backlog_tokens = 0  # of all entries
+        self._pages = 0  # of all accounts
+        self.changed: set[InstanceId] = set()
+
+    def open(self, instance: InstanceId, page_size: int) -> None:
+        """`instance` may own requests from now on; its KV pages hold `page_size` tokens."""
+        known = self._accounts.get(instance)
+        assert known is None or not known.entries, f"{instance} still owns requests"
+        self._accounts[instance] = _Account(page_size)
 
     # ---- views
 
@@ -63,7 +85,11 @@ class RequestBook:
         return len(self._entries) - len(self._queue)
 
     def owned(self, instance: InstanceId) -> list[Entry]:
-        return list(self._owned.get(instance, {}).values())
+        return list(self._accounts[instance].entries.values())
+
+    def owns(self, instance: InstanceId) -> int:
+        """How many requests `instance` owns."""
+        return len(self._accounts[instance].entries)
 
     def given(self, giver: InstanceId) -> list[Entry]:
         """Requests that `giver` says it handed over and whose new owner has not confirmed it."""
@@ -71,16 +97,20 @@ class RequestBook:
 
     def backlog_tokens(self, instance: InstanceId) -> int:
         """Prompt tokens assigned to `instance` without a first token."""
-        return sum(e.request.prompt_tokens for e in self._owned.get(instance, {}).values() if not e.answered)
+        return self._accounts[instance].backlog_tokens
 
-    def pages(self, instance: InstanceId, page_size: int, with_handed: bool = True) -> int:
-        """KV pages that the requests of `instance` can need, handed-over ones included or not."""
-        return sum(pages_for(e.request.total_tokens, page_size) for e in self._owned.get(instance, {}).values()
-                   if with_handed or not e.handed)
+    def pages(self, instance: InstanceId) -> int:
+        """KV pages that the requests of `instance` can need."""
+        return self._accounts[instance].pages
 
+    @property
+    def total_pages(self) -> int:
+        return self._pages
+
+    @property
     def total_backlog_tokens(self) -> int:
         """Prompt tokens queued, or assigned without a first token."""
-        return sum(e.request.prompt_tokens for e in self._entries.values() if not e.answered)
+        return self._backlog_tokens
 
     # ---- moves
 
@@ -88,6 +118,7 @@ class RequestBook:
         assert request.id not in self._entries
         self._arrivals += 1
         entry = self._entries[request.id] = Entry(request, (-request.priority, self._arrivals))
+        self._backlog_tokens += request.prompt_tokens
         self._enqueue(entry)
 
     def assign(self, entry: Entry, instance: InstanceId) -> None:
@@ -95,6 +126,15 @@ class RequestBook:
         self._detach(entry)
         entry.attempt += 1
         self._own(entry, instance)
+
+    def answer(self, entry: Entry) -> None:
+        """The running attempt emitted its first token."""
+        assert entry.owner is not None
+        if not entry.answered:
+            entry.answered = True
+            self._accounts[entry.owner].backlog_tokens -= entry.request.prompt_tokens
+            self._backlog_tokens -= entry.request.prompt_tokens
+            self.changed.add(entry.owner)
 
     def give(self, entry: Entry, target: InstanceId, giver: InstanceId | None) -> None:
         """`target` runs the last attempt. `giver`: only that side says so yet; None: `target` says so itself."""
@@ -110,36 +150,39 @@ class RequestBook:
         assert entry.owner is not None
         self._detach(entry)
         if entry.cancelled or entry.attempt >= self._max_attempts:
-            del self._entries[entry.request.id]
+            self._drop(entry)
             message = f"gave up after {entry.attempt} attempts, the last one: {why}"
             return [] if entry.cancelled else [Reject(entry.request.id, "UNAVAILABLE", message)]
-        entry.handed = entry.answered = False
-        self._enqueue(entry)
+        self._queue_again(entry)
         return []
 
     def give_back(self, entry: Entry) -> list[Command]:
         """The owner has not begun the attempt: back into the queue at its old rank; nothing is held against it."""
         self._detach(entry)
         if entry.cancelled:
-            del self._entries[entry.request.id]
+            self._drop(entry)
             return []
-        entry.handed = False
-        self._enqueue(entry)
+        self._queue_again(entry)
         return []
 
     def forget(self, entry: Entry) -> None:
         """The request is over."""
         self._detach(entry)
-        del self._entries[entry.request.id]
+        self._drop(entry)
 
     def check(self) -> None:
         """Asserts the invariant."""
-        owned = [i for entries in self._owned.values() for i in entries]
+        owned = [i for account in self._accounts.values() for i in account.entries]
         queued = [i for _, i in self._queue]
         assert sorted(owned + queued) == sorted(self._entries), "a request is lost or in two places"
         assert self._queue == sorted(self._queue)
-        for instance, entries in self._owned.items():
-            assert all(e.owner == instance and e.attempt >= 1 for e in entries.values())
+        for instance, account in self._accounts.items():
+            held = account.entries.values()
+            assert all(e.owner == instance and e.attempt >= 1 for e in held)
+            assert account.backlog_tokens == sum(e.request.prompt_tokens for e in held if not e.answered)
+            assert account.pages == sum(pages_for(e.request.total_tokens, account.page_size) for e in held)
+        assert self._pages == sum(account.pages for account in self._accounts.values())
+        assert self._backlog_tokens == sum(e.request.prompt_tokens for e in self._entries.values() if not e.answered)
         for i in queued:
             entry = self._entries[i]
             assert entry.owner is None and not (entry.cancelled or entry.answered or entry.handed), entry
@@ -147,20 +190,43 @@ class RequestBook:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _queue_again(self, entry: Entry) -> None:
+        """Back at its old rank; its prompt has to run again."""
+        if entry.answered:
+            entry.answered = False
+            self._backlog_tokens += entry.request.prompt_tokens
+        entry.handed = False
+        self._enqueue(entry)
+
     def _enqueue(self, entry: Entry) -> None:
         bisect.insort(self._queue, (entry.rank, entry.request.id))
 
     def _own(self, entry: Entry, instance: InstanceId) -> None:
+        account = self._accounts[instance]
         entry.owner = instance
-        self._owned.setdefault(instance, {})[entry.request.id] = entry
+        account.entries[entry.request.id] = entry
+        self._charge(entry, account, 1)
 
     def _detach(self, entry: Entry) -> None:
         """Takes the entry out of the queue or from its owner."""
         if entry.owner is None:
-            self._queue.remove((entry.rank, entry.request.id))
+            del self._queue[bisect.bisect_left(self._queue, (entry.rank, entry.request.id))]
             return
-        entries = self._owned[entry.owner]
-        del entries[entry.request.id]
-        if not entries:
-            del self._owned[entry.owner]
+        account = self._accounts[entry.owner]
+        del account.entries[entry.request.id]
+        self._charge(entry, account, -1)
         entry.owner = entry.giver = None
+
+    def _charge(self, entry: Entry, account: _Account, sign: int) -> None:
+        """An entry comes to its owner's account (1) or leaves it (-1)."""
+        pages = sign * pages_for(entry.request.total_tokens, account.page_size)
+        account.pages += pages
+        self._pages += pages
+        if not entry.answered:
+            account.backlog_tokens += sign * entry.request.prompt_tokens
+        self.changed.add(entry.owner)
+
+    def _drop(self, entry: Entry) -> None:
+        del self._entries[entry.request.id]
+        if not entry.answered:
+            self._backlog_tokens -= entry.request.prompt_tokens

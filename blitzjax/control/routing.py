@@ -6,7 +6,7 @@ While parameters arrive at the NEW side of a live pair, its OLD side takes nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
 from dataclasses import dataclass
 
 from blitzjax.control.blocks import pages_for
@@ -23,24 +23,68 @@ class Seat:
     free_pages: int
     page_size: int
     backlog_tokens: int  # prompt tokens assigned and without a first token
-    redirected: bool = False  # OLD of a pair that is still loading
+    redirected: bool = False  # takes nothing from the queue: it decodes only, or its live partner takes for both
 
 
-def choose(request: Request, seats: Iterable[Seat], serving_tokens: int, live_tokens: int) -> InstanceId | None:
-    """The instance with the least backlog among those with room; None: keep waiting.
+_Place = tuple[int, bool, InstanceId, int, Seat]  # backlog, is it LIVE, who, when
 
-    SERVING instances take requests while their backlog is below `serving_tokens` prompt tokens; LIVE ones as long as it
-    stays within `live_tokens`. Either takes any request when it has no backlog at all.
+
+class Router:
+    """Seats by backlog. Its owner says which of them changed; choosing costs nothing for those that cannot take more.
+
+    Invariant: a seat is in exactly one of `_order` (may take a request), `_passed` (had no room for the request that
+    was asked for last) or neither (takes nothing until it changes).
     """
-    def has_room(seat: Seat) -> bool:
-        if seat.free_slots < 1 or pages_for(request.total_tokens, seat.page_size) > seat.free_pages:
-            return False
-        if seat.phase is Phase.SERVING and not seat.redirected:
-            return seat.backlog_tokens < serving_tokens or seat.backlog_tokens == 0
-        if seat.phase is Phase.LIVE:
-            return seat.backlog_tokens + request.prompt_tokens <= live_tokens or seat.backlog_tokens == 0
-        return False
 
-    free = [seat for seat in seats if has_room(seat)]
-    best = min(free, key=lambda s: (s.backlog_tokens, s.phase is Phase.LIVE, s.instance), default=None)
-    return None if best is None else best.instance
+    def __init__(self, serving_tokens: int, live_tokens: int) -> None:
+        self._serving_tokens, self._live_tokens = serving_tokens, live_tokens
+        self._seats: dict[InstanceId, Seat] = {}
+        self._order: list[_Place] = []  # heap; void unless it holds the seat's last picture
+        self._passed: list[_Place] = []
+        self._updates = 0
+        self._asked: Request | None = None
+
+    def update(self, seat: Seat) -> None:
+        """What the instance looks like from now on."""
+        self._seats[seat.instance] = seat
+        if self._takes(seat):
+            self._updates += 1
+            place = (seat.backlog_tokens, seat.phase is Phase.LIVE, seat.instance, self._updates, seat)
+            heapq.heappush(self._order, place)
+        if len(self._order) > 4 * len(self._seats) + 64:
+            self._order = [place for place in self._order if self._seats[place[2]] is place[4]]
+            heapq.heapify(self._order)
+
+    def choose(self, request: Request) -> InstanceId | None:
+        """The instance with the least backlog among those with room; None: keep waiting.
+
+        SERVING instances take requests while their backlog is below `serving_tokens` prompt tokens; LIVE ones as long
+        as it stays within `live_tokens`. Either takes any request when it has no backlog at all.
+        """
+        if request is not self._asked:
+            for place in self._passed:
+                heapq.heappush(self._order, place)
+            self._passed, self._asked = [], request
+        while self._order:
+            seat = self._order[0][4]
+            if self._seats[seat.instance] is not seat:
+                heapq.heappop(self._order)
+            elif self._has_room(seat, request):
+                return seat.instance
+            else:
+                self._passed.append(heapq.heappop(self._order))
+        return None
+
+    def _takes(self, seat: Seat) -> bool:
+        """Whether there are requests that it has room for."""
+        if seat.free_slots < 1 or seat.free_pages < 1 or seat.redirected:
+            return False
+        if seat.phase is Phase.SERVING:
+            return seat.backlog_tokens < self._serving_tokens or seat.backlog_tokens == 0
+        return seat.phase is Phase.LIVE
+
+    def _has_room(self, seat: Seat, request: Request) -> bool:
+        if pages_for(request.total_tokens, seat.page_size) > seat.free_pages:
+            return False
+        fits = seat.backlog_tokens + request.prompt_tokens <= self._live_tokens
+        return seat.phase is Phase.SERVING or fits or seat.backlog_tokens == 0

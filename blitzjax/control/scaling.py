@@ -6,15 +6,18 @@ or repeated needs a case of its own. Invariant: the last serving instance never 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 from blitzjax.config import Config
 from blitzjax.control import autoscale
+from blitzjax.control.executor import MATRIX, Action
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.load import Load
 from blitzjax.control.provision import Means, Provisioner
 from blitzjax.control.requests import RequestBook
-from blitzjax.types import Command, Phase, Release, ScaleRequested
+from blitzjax.types import Command, InstanceId, Phase, Release, Role, ScaleRequested
 
 MAX_FAILURES = 3  # of one instance's transfers within a scale-up
 RETRY_S = 10.0  # an instance that was given up is not tried again before
@@ -22,31 +25,47 @@ RETRY_S = 10.0  # an instance that was given up is not tried again before
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    target: int
+    """How many instances of each role there should be: of prefill and decode, or of mixed ones and none."""
+
+    prefill: int
+    decode: int
     means: Means
     held_until: float = float("-inf")  # the policy leaves an operator's wish alone before this time
 
+    @property
+    def target(self) -> int:
+        return self.prefill + self.decode
+
 
 class Scaler:
-    """Owns the goal; changes phases to approach it."""
+    """Owns the goal; changes phases and roles to approach it. `receiving(i)`: KV is on its way to i."""
 
-    def __init__(self, config: Config, fleet: Fleet, book: RequestBook, provisioner: Provisioner) -> None:
+    def __init__(self, config: Config, fleet: Fleet, book: RequestBook, provisioner: Provisioner,
+                 receiving: Callable[[InstanceId], bool]) -> None:
         self._config = config
         self._fleet = fleet
         self._book = book
         self._provisioner = provisioner
+        self._receiving = receiving
         self._means = Means(config.scale.live, config.scale.source)
-        self._memory = autoscale.Memory()
-        self.goal = Goal(config.scale.min_instances, self._means)
+        self._memory = self._decode_memory = autoscale.Memory()
+        self._split = config.scale.roles == "split"
+        self._prefill = Role.PREFILL if self._split else Role.MIXED  # the role of instances that run prompts
+        self.goal = Goal(config.scale.min_instances, config.scale.min_decode if self._split else 0, self._means)
 
     # ---- what is wanted
 
     def request(self, event: ScaleRequested) -> None:
-        """An operator's wish, within [1, instances]; it stands for `down_after_s` whatever the load is."""
+        """An operator's wish, within [1, instances]; it stands for `down_after_s` whatever the load is.
+
+        With split roles it is about all instances; those that decode stay as many as they are, if that leaves one.
+        """
         pool = max(len(self._fleet.members), self._config.cluster.pool)
         means = Means(event.live or self._means.live, event.source or self._means.source)
-        self.goal = Goal(max(1, min(event.target, pool)), means, event.at + self._config.scale.down_after_s)
-        self._memory = autoscale.Memory()
+        target = max(1 + self._split, min(event.target, pool))
+        decode = min(self.goal.decode, target - 1)
+        self.goal = Goal(target - decode, decode, means, event.at + self._config.scale.down_after_s)
+        self._memory = self._decode_memory = autoscale.Memory()
         for member in self._fleet.members.values():
             member.failures, member.barred_until = 0, float("-inf")
 
@@ -54,38 +73,74 @@ class Scaler:
         """Lets the policy look at the load."""
         if self._config.scale.policy != "auto" or at < self.goal.held_until or not self._fleet.members:
             return
-        target, self._memory = autoscale.step(self.load(at), self._memory, self._config.scale)
-        if target != self.goal.target:
-            self.goal = Goal(target, self._means)
+        load, decode = self.load(at), 0
+        if self._split:
+            (prefill, self._memory), (decode, self._decode_memory) = autoscale.step_split(
+                load, self._memory, self._decode_memory, self._config.scale)
+        else:
+            prefill, self._memory = autoscale.step(load, self._memory, self._config.scale)
+        if (prefill, decode) != (self.goal.prefill, self.goal.decode):
+            self.goal = Goal(prefill, decode, self._means)
 
     def load(self, at: float) -> Load:
-        members = self._fleet.all_alive()
-        return Load(at, self._fleet.counted(), self._book.total_backlog_tokens(),
-                    sum(self._book.pages(m.id, m.page_size) for m in members),
-                    max((m.pages for m in members), default=0))
+        held = sum(self._book.pages(m.id) * m.page_size for m in self._fleet.serving(Role.PREFILL))  # mixed: none
+        return Load(at, self._fleet.counted(self._prefill), self._book.total_backlog_tokens, self._book.total_pages,
+                    self._fleet.pages, self._fleet.counted(Role.DECODE), held)
+
+    def place(self, member: Member) -> None:
+        """Gives an instance that joined its role: what is missing, prefill first."""
+        missing = self._missing(self._prefill), self._missing(Role.DECODE)
+        decodes = member.phase is Phase.SERVING and missing[1] > 0 and missing[0] <= 0
+        member.assume(Role.DECODE if decodes else self._prefill)
 
     # ---- getting there
 
     def reconcile(self, at: float) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing."""
         commands = self._give_up_hopeless(at)
-        self._revive()
-        commands += self._cancel_excess()
-        self._drain_excess()
+        if not self._fleet.count(Phase.SERVING):
+            self._revive(self._prefill, 1)
+        signs = _sign(self._missing(self._prefill)), _sign(self._missing(Role.DECODE))
+        recruits: list[Member] = []
+        for action in MATRIX[signs]:
+            match action:
+                case Action.REVIVE_PREFILL:
+                    self._revive(self._prefill, self._missing(self._prefill))
+                case Action.REVIVE_DECODE:
+                    self._revive(Role.DECODE, self._missing(Role.DECODE))
+                case Action.MUTATE:
+                    self._mutate()
+                case Action.REUSE_DECODE:
+                    self._reuse_decode()
+                case Action.RECRUIT:
+                    recruits = self._recruits(at)
+                case Action.DRAIN_PREFILL:
+                    commands += self._drain(self._prefill)
+                case Action.DRAIN_DECODE:
+                    commands += self._drain(Role.DECODE)
+                case _:
+                    assert_never(action)
         commands += self._release_drained()
-        stranded = self._provisioner.stranded()
-        needy = stranded + self._recruits(at)
+        needy = self._provisioner.stranded() + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
-        if not needy and not any(m.loading for m in self._fleet.members.values()):
-            self.goal = Goal(self.goal.target, self._means, self.goal.held_until)
+        if not needy and not self._fleet.loading():
+            self.goal = replace(self.goal, means=self._means)
         return commands
+
+    def _missing(self, role: Role) -> int:
+        """How many more of them the goal wants; negative: fewer."""
+        wanted = self.goal.decode if role is Role.DECODE else self.goal.prefill
+        return wanted - self._fleet.counted(role)
 
     def _give_up_hopeless(self, at: float) -> list[Command]:
         """Releases stranded instances whose transfers failed too often, and asks for fewer instances."""
         commands: list[Command] = []
         for member in self._provisioner.stranded():
             if member.failures >= MAX_FAILURES:
-                self.goal = Goal(max(1, self.goal.target - 1), self.goal.means, self.goal.held_until)
+                if member.role is Role.DECODE:
+                    self.goal = replace(self.goal, decode=max(1, self.goal.decode - 1))
+                else:
+                    self.goal = replace(self.goal, prefill=max(1, self.goal.prefill - 1))
                 member.failures, member.barred_until = 0, at + RETRY_S
                 commands += self._abandon(member, f"{member.id} could not load the model")
         return commands
@@ -97,45 +152,65 @@ class Scaler:
             commands += self._book.lose(entry, why)
         return commands + [self._release(member)]
 
-    def _revive(self) -> None:
-        """Instances that still drain hold every unit: nothing is faster than keeping them."""
-        for member in self._fleet.in_phase(Phase.DRAINING):
-            missing = self._fleet.counted() < self.goal.target or not self._fleet.in_phase(Phase.SERVING)
-            if missing and not member.releasing:
-                member.move(Phase.SERVING)
+    def _revive(self, role: Role, count: int) -> None:
+        """Instances that still drain hold every unit: nothing is faster than keeping them, whatever they did before."""
+        draining = [m for m in self._fleet.in_phase(Phase.DRAINING) if not m.releasing]
+        for member in sorted(draining, key=lambda m: (m.role is not role, m.id))[: max(0, count)]:
+            member.move(Phase.SERVING)
+            if member.role is not role:
+                member.assume(role)
 
-    def _excess(self) -> int:
-        return self._fleet.counted() - self.goal.target
+    def _mutate(self) -> None:
+        """Prefill instances with the fewest pages become decode instances; one stays."""
+        able = [m for m in self._fleet.serving(Role.PREFILL) if self._provisioner.pairs.of(m.id) is None]
+        spare = min(self._missing(Role.DECODE), len(self._fleet.serving(Role.PREFILL)) - 1)
+        for member in sorted(able, key=lambda m: (self._book.pages(m.id), m.id))[: max(0, spare)]:
+            member.assume(Role.DECODE)
 
-    def _cancel_excess(self) -> list[Command]:
-        """Instances whose transfer broke and that nobody needs any more do not get another one."""
+    def _reuse_decode(self) -> None:
+        """Decode instances without requests run prompts from now on; one stays."""
+        serving = self._fleet.serving(Role.DECODE)
+        idle = [m for m in serving if not self._book.owns(m.id) and not self._receiving(m.id)]
+        count = min(self._missing(Role.PREFILL), -self._missing(Role.DECODE), len(serving) - 1)
+        for member in idle[: max(0, count)]:
+            member.assume(Role.PREFILL)
+
+    def _drain(self, role: Role) -> list[Command]:
+        """Too many of them: broken transfers are not repeated, then those with the fewest requests take nothing new."""
         commands: list[Command] = []
         for member in self._provisioner.stranded():
-            idle = member.phase is Phase.LOADING and not self._book.owned(member.id)
-            if idle and self._excess() > 0 and self._fleet.in_phase(Phase.SERVING):
+            idle = member.phase is Phase.LOADING and member.role is role and not self._book.owns(member.id)
+            if idle and self._missing(role) < 0 and self._fleet.count(Phase.SERVING):
                 commands += self._abandon(member, "scaled down")
-        return commands
-
-    def _drain_excess(self) -> None:
-        """The instances with the fewest requests take nothing new."""
-        while self._excess() > 0:
-            serving = self._fleet.in_phase(Phase.SERVING)
+        while self._missing(role) < 0:
+            serving = self._fleet.serving(role)
             able = [m for m in serving
                     if self._provisioner.pairs.of(m.id) is None and not self._provisioner.transfers.busy(m.id)]
             if len(serving) <= 1 or not able:
-                return
-            min(able, key=lambda m: len(self._book.owned(m.id))).move(Phase.DRAINING)
+                break
+            min(able, key=lambda m: self._book.owns(m.id)).move(Phase.DRAINING)
+        return commands
 
     def _release_drained(self) -> list[Command]:
         return [self._release(m) for m in self._fleet.in_phase(Phase.DRAINING)
-                if not m.releasing and not self._book.owned(m.id)]
+                if not m.releasing and not self._book.owns(m.id) and not self._receiving(m.id)]
 
     def _release(self, member: Member) -> Command:
-        member.releasing = True
+        member.release()
         return Release(member.id)
 
     def _recruits(self, at: float) -> list[Member]:
-        """As many IDLE instances as are missing: in the world first, then those that hold most."""
+        """As many IDLE instances as are missing: in the world first, then those that hold most. Decode goes first."""
+        decode, prefill = max(0, self._missing(Role.DECODE)), max(0, self._missing(self._prefill))
+        if not decode + prefill:
+            return []
         idle = [m for m in self._fleet.in_phase(Phase.IDLE) if at >= m.barred_until]
         idle.sort(key=lambda m: (not m.in_world, -m.units, m.id))
-        return idle[: max(0, -self._excess())]
+        chosen = idle[: decode + prefill]
+        for k, member in enumerate(chosen):
+            member.assume(Role.DECODE if k < decode else self._prefill)
+        return chosen
+
+
+def _sign(count: int) -> int:
+    return (count > 0) - (count < 0)

@@ -1,7 +1,7 @@
-"""Which links are there, how fast are they, and who is using them?
+"""Which ports does every instance have, how fast are they, and who is using them?
 
 Links are full duplex (BlitzScale, section 5.1): sending and receiving do not disturb each other, two flows in the same
-direction do. Invariant: each direction of an instance's link carries at most one transfer.
+direction do. Invariant: each direction of an instance's network port carries at most one transfer.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ from blitzjax.types import InstanceId
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """An instance's network port. `gbps` is the bandwidth of each direction."""
+class Port:
+    """Where an instance sits. `gbps` is what it sends, and receives, over the network: its devices' NICs together.
+
+    Instances of one `domain` (NVLink, say) exchange `fast_gbps`; 0: nothing faster than the network joins them. Inside
+    a `leaf` any two ports reach their full speed.
+    """
 
     host: str
-    gbps: float
+    domain: str
+    leaf: str = ""
+    gbps: float = 100.0
+    fast_gbps: float = 0.0
 
 
 @dataclass(slots=True)
 class Topology:
     """Ports of all instances and the transfers on them. Mutated by the owner of the transfers."""
 
-    links: dict[InstanceId, Link] = field(default_factory=dict)
+    ports: dict[InstanceId, Port] = field(default_factory=dict)
     _sending: dict[InstanceId, int] = field(default_factory=dict)  # → ticket
     _receiving: dict[InstanceId, int] = field(default_factory=dict)
 
-    def add(self, instance: InstanceId, host: str, gbps: float = 100.0) -> None:
-        self.links[instance] = Link(host, gbps)
-
-    def same_host(self, a: InstanceId, b: InstanceId) -> bool:
-        return self.links[a].host == self.links[b].host
+    def add(self, instance: InstanceId, port: Port) -> None:
+        self.ports[instance] = port
 
     def sending(self, instance: InstanceId) -> bool:
         return instance in self._sending

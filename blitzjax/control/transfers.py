@@ -6,7 +6,8 @@ an instance takes part in at most one run at a time, as source or as target.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from blitzjax.control import multicast
@@ -52,6 +53,9 @@ class Transfers:
     _flights: dict[int, _Flight] = field(default_factory=dict)
     _generations: dict[tuple[InstanceId, ...], int] = field(default_factory=dict)  # every set ever planned
     _last_ticket: int = 0
+    _in: dict[InstanceId, Run] = field(default_factory=dict)  # the run that the instance has not left
+    _settling: Counter[InstanceId] = field(default_factory=Counter)  # runs with the instance that somebody is still in
+    version: int = 0  # counts every change of who is in what
 
     # ---- views
 
@@ -60,25 +64,25 @@ class Transfers:
 
     def run_of(self, instance: InstanceId) -> Run | None:
         """The run that `instance` has not left."""
-        return next((run for run in self.runs() if instance in run.active), None)
+        return self._in.get(instance)
 
     def busy(self, instance: InstanceId) -> bool:
-        return self.run_of(instance) is not None
+        return instance in self._in
 
     def settling(self, instance: InstanceId) -> bool:
         """`instance` is in a run, or has left one that others are still in."""
-        return any(instance in run.chain.instances and run.active for run in self.runs())
+        return self._settling[instance] > 0
 
     # ---- beginning
 
     def plan(self, model: str, sources: list[multicast.Held], targets: list[multicast.Held], stop_unit: int,
-             live: LiveMode) -> tuple[list[Command], list[InstanceId]]:
-        """Prepares chains from `sources` to `targets`.
+             live: LiveMode, local: Collection[InstanceId] = ()) -> tuple[list[Command], list[InstanceId]]:
+        """Prepares chains from `sources` to `targets`; those in `local` send inside their fast domain only.
 
         Second result: targets whose chain would need one clique more than the world allows; they must use their disks.
         """
         plan = multicast.plan(self._last_ticket + 1, model, sources, targets, self.topology, stop_unit,
-                              lambda members: self._generations.setdefault(members, 0))
+                              lambda members: self._generations.setdefault(members, 0), local)
         spent = [chain for chain in plan.chains if chain.generation >= self.max_generations]
         chains = tuple(chain for chain in plan.chains if chain not in spent)
         if chains:
@@ -121,20 +125,29 @@ class Transfers:
 
     def leave(self, run: Run, instance: InstanceId) -> None:
         """`instance` takes part no longer; the last one closes the run."""
+        if instance not in run.active:
+            return
+        self.version += 1
         run.active.discard(instance)
         run.unready.discard(instance)
+        del self._in[instance]
+        if not run.active:
+            self._settling.subtract(run.chain.instances)
         self.topology.end(run.ticket, instance)
         if not any(other.active for other in self._flights[run.ticket].runs):
             del self._flights[run.ticket]
 
     def break_off(self, run: Run) -> list[Command]:
-        """The chain cannot go on: cancels those still in it, and the same members form another clique next time."""
-        if run.broken:
-            return []
-        run.broken = True
-        if not run.disk:
-            self._generations[run.chain.instances] += 1
-        return [CancelTransfer(i, run.ticket) for i in run.chain.instances if i in run.active]
+        """The chain cannot go on, nor can its fellow lanes: cancels those still in them, and the same members form
+        another clique next time."""
+        commands: list[Command] = []
+        for other in self._gang(run):
+            if not other.broken:
+                other.broken = True
+                if not other.disk:
+                    self._generations[other.chain.instances] += 1
+                commands += [CancelTransfer(i, other.ticket) for i in other.chain.instances if i in other.active]
+        return commands
 
     def lose(self, instance: InstanceId) -> tuple[list[int], list[Command]]:
         """`instance` died: breaks its chains, even those that it has left (others may still wait for its bytes).
@@ -154,8 +167,10 @@ class Transfers:
 
     def check(self) -> None:
         """Asserts the invariant."""
-        active = [i for run in self.runs() for i in run.active]
-        assert len(active) == len(set(active)), "an instance is in two runs"
+        active = {i: run for run in self.runs() for i in run.active}
+        assert active == self._in and sum(len(run.active) for run in self.runs()) == len(active), (
+            "an instance is in two runs")
+        assert +self._settling == Counter(i for run in self.runs() if run.active for i in run.chain.instances)
         for ticket, flight in self._flights.items():
             assert 0 < ticket <= self._last_ticket and any(run.active for run in flight.runs)
             for run in flight.runs:
@@ -165,6 +180,13 @@ class Transfers:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _gang(self, run: Run) -> list[Run]:
+        """The run, and those that its targets need parts of every unit from."""
+        flight = self._flights.get(run.ticket)
+        if run.chain.lanes == 1 or flight is None:
+            return [run]
+        return [other for other in flight.runs if other.chain.lanes > 1]
+
     def _run(self, chain: Chain, disk: bool, live: LiveMode) -> Run:
         members = set(chain.instances)
         return Run(self._last_ticket, chain, disk, live, set() if disk else set(members), members)
@@ -173,3 +195,6 @@ class Transfers:
         self._flights[self._last_ticket] = _Flight(runs)
         for run in runs:
             self.topology.begin(run.ticket, run.chain.instances)
+            self._in.update(dict.fromkeys(run.active, run))
+            self._settling.update(run.chain.instances)
+        self.version += 1

@@ -54,6 +54,8 @@ class Controller:
 
     def __init__(self, config: Config, model: ServedModel, workers: Mapping[types.InstanceId, str]):
         """`workers` maps instance ids to addresses, in rank order. Opens the event log."""
+        if config.scale.roles != "mixed":
+            raise ConfigError("scale.roles = \"split\" is only simulated so far: workers do not move KV yet")
         self.config, self.model = config, model
         self.context_tokens = min(config.engine.max_model_len, model.spec.max_len)
         self.draining = False

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan")
+    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class WorkerCommand(_message.Message):
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     PARTNER_FIELD_NUMBER: _ClassVar[int]
     LOAN_FIELD_NUMBER: _ClassVar[int]
+    MIGRATE_FIELD_NUMBER: _ClassVar[int]
     configure: Configure
     assign: Assign
     abort: Abort
@@ -36,10 +37,11 @@ class WorkerCommand(_message.Message):
     taken: Taken
     partner: Partner
     loan: Loan
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ...) -> None: ...
+    migrate: Migrate
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned")
+    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated")
     INSTANCE_JOINED_FIELD_NUMBER: _ClassVar[int]
     WORLD_JOINED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +58,7 @@ class WorkerEvent(_message.Message):
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     BORROW_FIELD_NUMBER: _ClassVar[int]
     REQUEST_RETURNED_FIELD_NUMBER: _ClassVar[int]
+    K_V_MIGRATED_FIELD_NUMBER: _ClassVar[int]
     instance_joined: InstanceJoined
     world_joined: WorldJoined
     tokens: Tokens
@@ -72,7 +75,8 @@ class WorkerEvent(_message.Message):
     refused: Refused
     borrow: Borrow
     request_returned: RequestReturned
-    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ...) -> None: ...
+    k_v_migrated: KVMigrated
+    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ...) -> None: ...
 
 class Configure(_message.Message):
     __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers")
@@ -191,16 +195,20 @@ class LoadFromDisk(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., start_unit: _Optional[int] = ...) -> None: ...
 
 class Chain(_message.Message):
-    __slots__ = ("instances", "start_unit", "stop_unit", "generation")
+    __slots__ = ("instances", "start_unit", "stop_unit", "generation", "lane", "lanes")
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     START_UNIT_FIELD_NUMBER: _ClassVar[int]
     STOP_UNIT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     instances: _containers.RepeatedScalarFieldContainer[str]
     start_unit: int
     stop_unit: int
     generation: int
-    def __init__(self, instances: _Optional[_Iterable[str]] = ..., start_unit: _Optional[int] = ..., stop_unit: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    lane: int
+    lanes: int
+    def __init__(self, instances: _Optional[_Iterable[str]] = ..., start_unit: _Optional[int] = ..., stop_unit: _Optional[int] = ..., generation: _Optional[int] = ..., lane: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
 
 class MulticastPlan(_message.Message):
     __slots__ = ("ticket", "model", "chains")
@@ -255,6 +263,16 @@ class EndLive(_message.Message):
 class Release(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Migrate(_message.Message):
+    __slots__ = ("request_id", "attempt", "target")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    target: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., target: _Optional[str] = ...) -> None: ...
 
 class Partner(_message.Message):
     __slots__ = ("instance",)
@@ -481,6 +499,18 @@ class LiveDrained(_message.Message):
     at: float
     instance: str
     def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class KVMigrated(_message.Message):
+    __slots__ = ("at", "instance", "request_id", "attempt")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    request_id: str
+    attempt: int
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Drained(_message.Message):
     __slots__ = ("at", "instance")

@@ -48,6 +48,7 @@ class Worker:
     requests: dict[str, int] = field(default_factory=dict)  # id → attempt
     answered: set[str] = field(default_factory=set)
     served: set[int] = field(default_factory=set)  # transfers that it went through to the end
+    sending: dict[str, str] = field(default_factory=dict)  # request → where its KV goes
     partner: t.LivePair | None = None
     said_drained: bool = False
     inbox: deque[t.Command] = field(default_factory=deque)
@@ -159,10 +160,14 @@ class World:
         match command:
             case t.Assign(request_id=request_id, attempt=attempt):
                 worker.answered.discard(request_id)
+                worker.sending.pop(request_id, None)
                 worker.requests[request_id] = attempt
             case t.Abort(request_id=request_id):
                 if request_id in worker.requests:
                     self.leave(worker, request_id, "abort")
+            case t.Migrate(request_id=request_id, attempt=attempt, target=target):
+                if worker.requests.get(request_id) == attempt and request_id in worker.answered:
+                    worker.sending[request_id] = target
             case t.LoadFromDisk(ticket=ticket, start_unit=start):
                 assert start == worker.units < SPEC.units
                 worker.jobs.append(Job(ticket, t.Chain((worker.id,), start, SPEC.units, 0), True, True))
@@ -190,6 +195,7 @@ class World:
                 worker.units, worker.partner = 0, None
                 worker.requests.clear()
                 worker.answered.clear()
+                worker.sending.clear()
                 say(t.Drained(self.at, worker.id))
             case _:
                 raise AssertionError(command)
@@ -197,6 +203,7 @@ class World:
     def leave(self, worker: Worker, request_id: str, reason: t.FinishReason) -> None:
         attempt = worker.requests.pop(request_id)
         worker.answered.discard(request_id)
+        worker.sending.pop(request_id, None)
         worker.outbox.append(t.RequestFinished(self.at, worker.id, request_id, attempt, reason))
 
     def leave_transfer(self, worker: Worker, job: Job, error: str) -> None:
@@ -227,14 +234,28 @@ class World:
     def compute(self, name: str) -> bool:
         """The worker's first request gets its first token, or its last; a complete instance only."""
         worker = self.workers[name]
-        if worker.units < SPEC.units or not worker.requests:
+        request_id = next((r for r in worker.requests if r not in worker.sending), None)
+        if worker.units < SPEC.units or request_id is None:
             return False
-        request_id = next(iter(worker.requests))
         if request_id in worker.answered:
             self.leave(worker, request_id, "length")
         else:
             worker.answered.add(request_id)
             worker.outbox.append(t.PrefillDone(self.at, worker.id, request_id, worker.requests[request_id]))
+        return True
+
+    def migrate(self, name: str) -> bool:
+        """The worker's first outgoing KV arrives, unless its target is gone."""
+        worker = self.workers[name]
+        request_id, target = next(((r, self.workers[i]) for r, i in worker.sending.items()
+                                   if self.workers[i].up and self.workers[i].units == SPEC.units), (None, worker))
+        if request_id is None:
+            return False
+        del worker.sending[request_id]
+        worker.answered.discard(request_id)
+        attempt = target.requests[request_id] = worker.requests.pop(request_id)
+        target.answered.add(request_id)
+        target.outbox.append(t.KVMigrated(self.at, target.id, request_id, attempt))
         return True
 
     def pull(self, name: str, reports: str = "both") -> bool:
@@ -268,7 +289,7 @@ class World:
             for name in self.workers:
                 happened |= self.obey(name) | self.deliver(name) | self.load(name)
                 if compute:
-                    happened |= self.pull(name) | self.compute(name)
+                    happened |= self.pull(name) | self.migrate(name) | self.compute(name)
             if not happened:
                 return
         raise AssertionError("the world does not settle")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fake_world import SPEC, World, config, serving
 
 from blitzjax import types as t
+from blitzjax.control.cluster import Cluster
+from blitzjax.control.topology import Port
 from blitzjax.types import (
     Assign, CancelTransfer, EndLive, LivePair, LoadFromDisk, Phase, PrepareTransfer, Release, StartLive, StartTransfer,
 )
@@ -108,6 +110,31 @@ def test_live_off_loads_and_serves() -> None:
     assert world.phases() == [SERVING, LOADING] and world.sent(StartLive) == []
     world.settle()
     assert world.phases() == [SERVING, SERVING]
+
+
+def test_unicast_serves_one_target_a_source_and_receivers_do_not_send() -> None:
+    world = serving(5, 1, source="unicast", live="off")
+    world.scale(5), world.settle()
+    assert [c.plan.chains[0].instances for c in world.sent(PrepareTransfer)[::2]] == [
+        ("i0", "i1"), ("i0", "i2"), ("i0", "i3"), ("i0", "i4")]
+
+
+def test_a_dead_member_of_one_lane_breaks_the_others_and_all_is_planned_again() -> None:
+    """Two sources, two targets in a fast domain: lanes; what arrived stays, the rest comes from the other source."""
+    ports = {f"i{k}": Port(f"h{k // 2}", f"h{k // 2}", "", 100.0, 1600.0) for k in range(4)}
+    world = World(4, config(min_instances=2), cluster=lambda config, spec: Cluster(config, spec, ports))
+    for k in range(4):
+        world.join(f"i{k}", SPEC.units if k < 2 else 0)
+    world.settle()
+    world.scale(4), world.exchange()
+    assert [chain.lanes for _, chain in world.brain.status().chains] == [2, 2]
+    world.load("i2"), world.load("i3"), world.exchange()
+    commands = world.kill("i0")
+    assert {c.instance for c in commands if isinstance(c, CancelTransfer)} == {"i1", "i2", "i3"}
+    world.exchange()
+    assert {(chain.start_unit, chain.lanes) for _, chain in world.brain.status().chains} == {(1, 1)}
+    world.settle()
+    assert world.phases() == [FAILED, SERVING, SERVING, SERVING]
 
 
 def test_disk_source_pairs_with_the_busiest() -> None:

@@ -1,22 +1,25 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blitzjax.control import multicast
-from blitzjax.control.topology import Topology
+from blitzjax.control.topology import Port, Topology
+from blitzjax.types import Chain
 
 UNITS = 6
 
 
 def topology(**hosts: str) -> Topology:
-    """instance="host" or "host@gbps"."""
+    """instance="host", "host@gbps", or "host/leaf"; a host named F... joins its instances at 1600 Gbps."""
     built = Topology()
     for instance, place in hosts.items():
         host, _, gbps = place.partition("@")
-        built.add(instance, host, float(gbps or 100))
+        host, _, leaf = host.partition("/")
+        built.add(instance, Port(host, host, leaf, float(gbps or 100), 1600.0 if host[0] == "F" else 0.0))
     return built
 
 
@@ -47,6 +50,62 @@ def test_every_chain_gets_a_tail_even_across_hosts() -> None:
     assert chains(top, {"s": 6, "t": 6}, {"a": 0, "b": 0}) == [("s", "a"), ("t", "b")]
 
 
+def test_wide_domains_come_first_and_chains_stay_inside_a_leaf() -> None:
+    top = topology(s="h0/x", t="h1/y", a="h2/y", b="h3/x", c="h2/y", d="h3/x", e="h4/x@300", f="h5/y")
+    assert chains(top, {"s": 6, "t": 6}, dict.fromkeys("abcdef", 0)) == [("s", "e", "b", "d"), ("t", "a", "c", "f")]
+
+
+def test_what_shares_nvlink_with_a_source_goes_before_the_network() -> None:
+    top = topology(s="F0", a="F1", b="F1", c="F0")
+    assert chains(top, {"s": 6}, {"a": 0, "b": 0, "c": 0}) == [("s", "c", "a", "b")]
+
+
+def test_a_source_that_sends_kv_serves_its_own_fast_domain_and_nothing_else() -> None:
+    top = topology(p="F0", a="F0", b="F1", c="F1", d="F2", q="h3", e="h3")
+    missing = [(i, 0) for i in "abce"]
+
+    def made(*sources: str) -> list[tuple[str, ...]]:
+        held = [(i, UNITS) for i in sources]
+        return [c.instances for c in multicast.plan(1, "toy", held, missing, top, UNITS, lambda m: 0, "pq").chains]
+
+    assert made("p", "d") == [("d", "b", "c", "e"), ("p", "a")]
+    assert made("p") == [("p", "a", "b", "c", "e")]  # its first target sends on
+    assert made("q") == []  # nothing faster than the network joins q to e
+
+
+def lanes(top: Topology, sources: dict[str, int], targets: dict[str, int]) -> tuple[Chain, ...]:
+    return multicast.plan(1, "toy", [*sources.items()], [*targets.items()], top, UNITS, lambda members: 0).chains
+
+
+def test_two_sources_are_two_lanes_into_every_wide_domain() -> None:
+    """Figure 14: each sends half of every unit, the domain gathers; six targets take half the time of one."""
+    top = topology(s="F0", t="F0", a="F1", b="F1", c="F1", d="F2", e="F2", f="F2")
+    assert lanes(top, {"s": 6, "t": 6}, {"a": 2, "b": 0, "c": 0, "d": 0, "e": 0, "f": 0}) == (
+        Chain(("s", "a", "c", "d", "f"), 0, 6, 0, 0, 2), Chain(("t", "b", "e"), 0, 6, 0, 1, 2))
+
+
+def test_domains_too_narrow_for_the_lanes_have_a_source_of_their_own_or_no_lanes_are_made() -> None:
+    top = topology(s="F0", t="F0", u="F0", a="F1", b="F1", c="F2")
+    made = lanes(top, {"s": 6, "t": 6, "u": 6}, {"a": 0, "b": 0, "c": 0})
+    assert [(c.instances, c.lanes) for c in made] == [(("s", "a"), 2), (("t", "b"), 2), (("u", "c"), 1)]
+    assert [c.lanes for c in lanes(top, {"s": 6, "t": 6}, {"a": 0, "b": 0, "c": 0})] == [1, 1]
+
+
+def test_a_thousand_targets_are_planned_in_50_ms() -> None:
+    top = topology(**{f"i{k}": f"{'F' if k % 2 else 'h'}{k % 128}/l{k % 8}" for k in range(1020)})
+    held, missing = {f"i{k}": UNITS for k in range(20)}, {f"i{k}": 0 for k in range(20, 1020)}
+    best = min(_timed(top, held, missing) for _ in range(3))
+    assert best < 0.05, f"{best * 1e3:.0f} ms"
+
+
+def _timed(top: Topology, held: dict[str, int], missing: dict[str, int]) -> float:
+    started = time.perf_counter()
+    made = chains(top, held, missing)
+    took = time.perf_counter() - started
+    assert sorted(itertools.chain(*(c[1:] for c in made))) == sorted(missing)
+    return took
+
+
 def test_sending_and_incomplete_sources_are_pruned() -> None:
     top = topology(s="h0", t="h0", u="h0", a="h0", b="h0")
     top.begin(1, ("s", "b"))
@@ -64,12 +123,17 @@ def test_a_chain_starts_at_the_lowest_watermark_of_its_targets() -> None:
     assert (chain.start_unit, chain.stop_unit, chain.generation) == (2, 6, 3)
 
 
-@given(st.integers(0, 4), st.integers(0, 6), st.lists(st.integers(0, 2), min_size=10, max_size=10))
-def test_plans_cover_every_target_once_and_ignore_argument_order(sources: int, targets: int, hosts: list[int]) -> None:
+@given(st.integers(0, 4), st.integers(0, 6), st.lists(st.integers(0, 2), min_size=10, max_size=10),
+       st.sampled_from("hF"))
+def test_plans_cover_every_target_once_and_ignore_argument_order(sources: int, targets: int, hosts: list[int],
+                                                                 kind: str) -> None:
     names = [f"i{k}" for k in range(sources + targets)]
-    top = topology(**{name: f"h{host}@{100 + 50 * (host % 2)}" for name, host in zip(names, hosts)})
+    top = topology(**{name: f"{kind}{host}/l{host % 2}@{100 + 50 * (host % 2)}" for name, host in zip(names, hosts)})
     held, missing = {n: UNITS for n in names[:sources]}, {n: 0 for n in names[sources:]}
     made = chains(top, held, missing)
-    assert len(made) == min(sources, targets) if sources else made == []
+    assert len(made) == min(sources, targets) if sources and kind == "h" else len(made) <= min(sources, targets)
+    gang = [c for c in lanes(top, held, missing) if c.lanes > 1]
+    reached = [{top.ports[i].domain for i in c.instances[1:]} for c in gang]
+    assert all(domains == reached[0] for domains in reached) and len(gang) in (0, *(c.lanes for c in gang))
     assert sorted(itertools.chain(*(c[1:] for c in made))) == (sorted(missing) if sources else [])
     assert made == chains(top, dict(reversed(held.items())), dict(reversed(missing.items())))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ACTIONS = ("work", "work", "work", "obey", "deliver", "load", "compute", "pull", "pull", "arrive", "arrive", "cancel",
-           "tick", "kill", "join", "scale", "break", "echo")
+           "tick", "kill", "join", "scale", "break", "echo", "migrate", "migrate")
 NAMES = [f"i{k}" for k in range(4)]
 STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), min_size=30, max_size=250)
 
@@ -19,7 +19,7 @@ def act(world: World, action: str, choice: int, arrivals: int) -> None:
         case "work":
             for other in NAMES:
                 world.obey(other), world.deliver(other), world.load(other)
-        case "obey" | "deliver" | "load" | "compute":
+        case "obey" | "deliver" | "load" | "compute" | "migrate":
             getattr(world, action)(name)
         case "echo":
             world.deliver(name, times=2)
@@ -60,10 +60,11 @@ def heal(world: World) -> None:
         world.tick(1.0)
 
 
-@settings(max_examples=150, deadline=None)
-@given(steps=STEPS, policy=st.sampled_from(["auto", "manual"]), start=st.integers(0, 4))
-def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int) -> None:
-    world = World(len(NAMES), config(policy=policy, prefill_tokens_per_s=100.0, max_instances=4))
+@settings(max_examples=200, deadline=None)
+@given(steps=STEPS, policy=st.sampled_from(["auto", "manual"]), start=st.integers(0, 4),
+       roles=st.sampled_from(["mixed", "split"]))
+def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int, roles: str) -> None:
+    world = World(len(NAMES), config(policy=policy, prefill_tokens_per_s=100.0, max_instances=4, roles=roles))
     for name in NAMES[:start]:
         world.join(name)
     for arrivals, (action, choice) in enumerate(steps):

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blitzjax.control.routing import Seat, choose
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blitzjax.control.routing import Router, Seat
 from blitzjax.types import InstanceId, Phase, Request
 
 A = Seat("a", Phase.SERVING, free_slots=2, free_pages=10, page_size=16, backlog_tokens=0)
@@ -11,7 +14,10 @@ REQUEST = Request("r", "toy", prompt_tokens=40, max_tokens=24, arrival_s=0.0)  #
 
 
 def to(*seats: Seat, request: Request = REQUEST) -> InstanceId | None:
-    return choose(request, seats, serving_tokens=100, live_tokens=200)
+    router = Router(serving_tokens=100, live_tokens=200)
+    for seat in seats:
+        router.update(seat)
+    return router.choose(request)
 
 
 def test_the_least_backlog_wins_then_the_id() -> None:
@@ -46,3 +52,20 @@ def test_new_takes_what_its_redirected_partner_does_not() -> None:
 
 def test_complete_instances_go_first_when_equally_busy() -> None:
     assert to(replace(A, phase=Phase.LIVE), B) == "b"
+
+
+SEATS = st.builds(Seat, st.sampled_from("abcd"), st.sampled_from([Phase.SERVING, Phase.LIVE, Phase.DRAINING]),
+                  st.integers(0, 2), st.integers(0, 8), st.just(16), st.integers(0, 25).map(lambda k: 10 * k),
+                  st.booleans())
+ASKS = st.builds(Request, st.sampled_from("xyz"), st.just("toy"), st.integers(1, 120), st.just(8), st.just(0.0))
+
+
+@given(st.lists(SEATS | ASKS, max_size=40))
+def test_a_router_that_only_hears_of_changes_chooses_as_one_that_sees_everything(steps: list[Seat | Request]) -> None:
+    router, seats = Router(serving_tokens=100, live_tokens=200), {}
+    for step in steps:
+        if isinstance(step, Seat):
+            seats[step.instance] = step
+            router.update(step)
+        else:
+            assert router.choose(step) == to(*seats.values(), request=step)

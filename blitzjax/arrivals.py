@@ -1,0 +1,95 @@
+"""When do requests arrive, and how large are they? Traces from files, cut and scaled.
+
+Invariant: arrivals are sorted by time, and every prompt and every answer has at least one token.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from blitzjax.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    at: float  # seconds from the beginning of the trace
+    prompt_tokens: int
+    answer_tokens: int
+
+
+_SPREAD_S = 0.1  # bursts and silences are patterns of seconds; copies at one instant would be bursts of their own
+
+# Column names of (time, prompt, answer), and how many of its time units a second has.
+_COLUMNS = (
+    (("arrival_s", "input_tokens", "output_tokens"), 1.0),
+    (("Timestamp", "Request tokens", "Response tokens"), 1.0),  # BurstGPT
+    (("timestamp", "input_length", "output_length"), 1000.0),  # Mooncake
+    (("timestamp_ms", "prefill", "decode"), 1000.0),  # BlitzScale's own
+)
+
+
+def read(path: Path) -> list[Arrival]:
+    """A CSV file or, named *.jsonl, JSON lines; either may be gzipped. Requests without prompt or answer are dropped.
+
+    Raises ConfigError when the file cannot be read or its columns are unknown.
+    """
+    try:
+        with (gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+            json_lines = path.name.removesuffix(".gz").endswith(".jsonl")
+            rows = list(map(json.loads, file)) if json_lines else list(csv.DictReader(file))
+        found = list(_arrivals(rows))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, TypeError, ValueError) as e:
+        raise ConfigError(f"cannot read trace {path}: {e}") from e
+    if not found:
+        raise ConfigError(f"trace {path} has no requests")
+    found.sort(key=lambda arrival: arrival.at)
+    return [replace(arrival, at=arrival.at - found[0].at) for arrival in found]
+
+
+def window(arrivals: Iterable[Arrival], start_s: float, duration_s: float) -> list[Arrival]:
+    """Arrivals in [start_s, start_s + duration_s), with times from the beginning of the window."""
+    return [replace(a, at=a.at - start_s) for a in arrivals if start_s <= a.at < start_s + duration_s]
+
+
+def truncate(arrivals: Iterable[Arrival], prompt_tokens: int, answer_tokens: int) -> list[Arrival]:
+    """Longer prompts and answers are cut, as the paper's client does with prompts above 4095 tokens."""
+    return [Arrival(a.at, min(a.prompt_tokens, prompt_tokens), min(a.answer_tokens, answer_tokens)) for a in arrivals]
+
+
+def scale(arrivals: list[Arrival], factor: float, seed: int) -> Iterator[Arrival]:
+    """`factor` times as many requests with the temporal pattern kept, as TraceUpscaler does.
+
+    Every arrival is repeated floor(factor) times, or once more with probability frac(factor), evenly over the time to
+    the next one but at most over _SPREAD_S; sizes are drawn consecutively from the trace, so that their distribution
+    and their order stay. Below 1 it thins the trace out.
+    """
+    assert arrivals and factor > 0
+    chance = random.Random(seed)
+    whole, rest = int(factor), factor % 1
+    drawn = 0
+    for arrival, following in zip(arrivals, [*arrivals[1:], arrivals[-1]]):
+        copies = whole + (chance.random() < rest)
+        gap_s = min(following.at - arrival.at, _SPREAD_S)
+        for k in range(copies):
+            sizes = arrivals[drawn % len(arrivals)]
+            drawn += 1
+            yield Arrival(arrival.at + gap_s * k / copies, sizes.prompt_tokens, sizes.answer_tokens)
+
+
+def _arrivals(rows: list[Mapping[str, object]]) -> Iterator[Arrival]:
+    if not rows:
+        return
+    (at, prompt, answer), per_second = next(
+        (known for known in _COLUMNS if all(name in rows[0] for name in known[0])), (("", "", ""), 0.0))
+    if not at:
+        raise ValueError(f"unknown columns {', '.join(map(str, rows[0]))}")
+    for row in rows:
+        made = Arrival(float(row[at]) / per_second, int(float(row[prompt])), int(float(row[answer])))
+        if made.prompt_tokens >= 1 and made.answer_tokens >= 1:
+            yield made

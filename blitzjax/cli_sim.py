@@ -1,0 +1,105 @@
+"""`blitzjax sim`: the same trace through several systems, in virtual time; a table, and a report to look at."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from blitzjax import arrivals
+from blitzjax.arrivals import Arrival
+from blitzjax.errors import ConfigError
+from blitzjax.sim import costs, report, shell
+from blitzjax.sim.costs import MachineCosts, ModelCosts
+from blitzjax.sim.systems import SYSTEMS
+
+_TRACES = Path(__file__).parent.parent / "bench" / "traces"
+_LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones
+
+
+def sim(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list()
+    if args.duration_s <= 0 or args.load <= 0:
+        raise ConfigError("--duration-s and --load must be above 0")
+    machine, model = costs.read(args.costs) if args.costs else (
+        _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
+    systems = [_named(SYSTEMS, name, "system") for name in args.systems.split(",")]
+    most = machine.hosts * (machine.gpus // model.tensor_parallel)
+    instances = args.instances or most
+    if args.begin < 1 or instances < (1 + (args.roles == "split")) * args.begin:
+        raise ConfigError(f"--begin {args.begin} with {args.roles} roles needs more than {instances} instances")
+    if instances > most:  # a larger cluster of the same kind
+        machine = replace(machine, hosts=-(-instances // (machine.gpus // model.tensor_parallel)))
+    trace = arrivals.truncate(arrivals.window(arrivals.read(_trace(args.trace)), args.start_s, args.duration_s),
+                              _LONGEST_PROMPT, model.spec.max_len - _LONGEST_PROMPT)
+    if not trace:
+        raise ConfigError(f"no requests in the {args.duration_s:g} s from second {args.start_s:g} of {args.trace}")
+    factor = scale_factor(trace, model, instances, args.load)
+    outcomes = []
+    for system in systems:
+        setup = shell.Setup(machine, model, system, instances, args.begin, args.down_after_s,
+                            roles=args.roles)
+        outcomes.append(_run(setup, trace, factor, args.seed))
+    rows = report.table(outcomes)
+    print(report.to_text(rows))
+    if args.out is not None:
+        said = {"trace": args.trace, "start": f"{args.start_s:g} s", "model": model.spec.name, "machine": machine.name,
+                "instances": instances, "roles": args.roles, "scaled by": f"{factor:.3g}", "seed": args.seed}
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "report.html").write_text(report.to_html(outcomes, said))
+        (args.out / "report.json").write_text(report.to_json(outcomes, said))
+        (args.out / "table.csv").write_text(report.to_csv(rows))
+        print(f"wrote {args.out / 'report.html'}, report.json, table.csv")
+    return 0
+
+
+def scale_factor(trace: list[Arrival], model: ModelCosts, instances: int, load: float) -> float:
+    """How often each arrival is repeated, so that the mean rate is `load` of what all instances can serve."""
+    prompt = sum(a.prompt_tokens for a in trace) / len(trace)
+    answer = sum(a.answer_tokens for a in trace) / len(trace)
+    capacity = instances / model.seconds_per_request(prompt, answer, shell.SLOTS)
+    return load * capacity * max(trace[-1].at, 1.0) / len(trace)
+
+
+def _run(setup: shell.Setup, trace: list[Arrival], factor: float, seed: int):
+    started = time.monotonic()
+
+    def progress(at_s: float, ended: int) -> None:
+        print(f"\r{setup.system.name}: {at_s / 60:.0f} min, {ended} requests, {time.monotonic() - started:.0f} s",
+              end="", file=sys.stderr, flush=True)
+
+    outcome = shell.simulate(setup, arrivals.scale(trace, factor, seed), progress)
+    print(f"\r{setup.system.name}: {outcome.end_s:.0f} s of virtual time, {outcome.ended} requests, "
+          f"{time.monotonic() - started:.1f} s", file=sys.stderr)
+    return outcome
+
+
+def _named(rows, name: str, kind: str):
+    if name not in rows:
+        raise ConfigError(f"no {kind} {name!r}; there are {', '.join(rows)}")
+    return rows[name]
+
+
+def _trace(name: str) -> Path:
+    """A file, or the name of one in bench/traces."""
+    path = Path(name)
+    if path.exists():
+        return path
+    known = sorted(_TRACES.glob("*.csv.gz"))
+    found = next((p for p in known if p.name.startswith(name)), None)
+    if found is None:
+        raise ConfigError(f"no trace {name!r}; give a file, or one of {', '.join(p.name[:-7] for p in known)}")
+    return found
+
+
+def _list() -> int:
+    for system in SYSTEMS.values():
+        print(f"system   {system.name:18} {system.text}")
+    for model in costs.MODELS.values():
+        print(f"model    {model.spec.name:18} {model.param_bytes / 1e9:.1f} GB on {model.tensor_parallel} GPUs")
+    for machine in costs.MACHINES.values():
+        print(f"machine  {machine.name:18} {machine.hosts} hosts of {machine.gpus} GPUs, {machine.nic_gbps:g} Gbps")
+    return 0

@@ -1,0 +1,421 @@
+"""One instance in virtual time: the Batcher and the LiveQueue decide what is computed, the cost table how long.
+
+Mirrors engine/instance.py, whose steps it names. Decode steps of an unchanged batch are one event however many they
+are; layers are events only on the NEW side of a live pair. Invariant: what is running has exactly one valid end.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from functools import partial
+
+from blitzjax.config import Config
+from blitzjax.control.batching import Batcher, State, Step
+from blitzjax.control.blocks import PageLedger
+from blitzjax.control.zigzag import Handed
+from blitzjax.sim.clock import Clock
+from blitzjax.sim.costs import ModelCosts
+from blitzjax.sim.parts import NewSide, OldSide, Sequence, Stretch
+from blitzjax.types import (
+    Abort, Drained, EndLive, Event, FinishReason, InstanceId, KVMigrated, LiveDrained, LivePair, Migrate, PrefillDone,
+    Release, Request, RequestFailed, RequestFinished, RequestHanded, RequestId, RequestReturned, StartLive,
+)
+
+
+class SimInstance:
+    """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
+    and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves
+    the KV of a request.
+    """
+
+    def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
+                 emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
+                 hand_over: Callable[[InstanceId, InstanceId, int, int], float],
+                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float) -> None:
+        self.name, self.units = name, 0
+        self._config, self._costs, self._clock = config, costs, clock
+        self._emit, self._find, self._hand_over, self._send_kv, self._rpc_s = emit, find, hand_over, send_kv, rpc_s
+        self._version = 0  # of what is running
+        self._reset()
+
+    def _reset(self) -> None:
+        engine = self._config.engine
+        self._batcher = Batcher(engine.max_num_seqs, engine.max_num_batched_tokens,
+                                PageLedger(engine.kv_pages, engine.page_size))
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._ready: list[Sequence] = []  # handed over, residuals here
+        self._new: NewSide | None = None
+        self._old: OldSide | None = None
+        self._busy = False
+        self._version += 1
+        self._stretch: Stretch | None = None  # set while only decode steps run
+        self._steps = 0  # decode steps run so far
+        self._ends: list[tuple[int, RequestId]] = []  # heap: after which step each decoding sequence ends
+        self._kv_tokens = 0  # of decoding sequences
+        self._decode_due = 0.0
+        self._due: list[Callable[[], None]] = []  # waits for the end of the running step
+        self._regular_turn = False  # NEW, complete: the batch is next, then a prompt of the pair
+
+    @property
+    def complete(self) -> bool:
+        return self.units == self._costs.spec.units
+
+    def check(self) -> None:
+        """Asserts the invariants of the parts."""
+        self._batcher.check()
+        assert len(self._ends) <= len(self._sequences) and self._kv_tokens >= 0
+        assert self._busy or not self._runnable(), f"{self.name} sleeps over work"
+
+    def _runnable(self) -> bool:
+        return self.complete and (bool(self._ready) or bool(self._ends) or self._batcher.waiting_tokens > 0)
+
+    def _queue_live(self, new: NewSide, request: Request) -> None:
+        """Until the embedding is here, OLD lends the prompt's embedded rows."""
+        has_embedding = self.units > self._costs.spec.embed_unit
+        new.queue.add(request.id, has_embedding, (-request.priority, request.arrival_s))
+        if not has_embedding:
+            rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
+            self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
+
+    def _lent(self, new: NewSide, request_id: RequestId) -> None:
+        new.queue.ready(request_id)
+        self._wake()
+
+    # ---- commands
+
+    def assign(self, request: Request, attempt: int) -> None:
+        self._sequences[request.id] = Sequence(request, attempt)
+        if self._new is not None and not self.complete and self._batcher.hold(request):
+            self._queue_live(self._new, request)
+            self._answer()
+        else:
+            self._batcher.add(request)
+        self._wake()
+
+    def obey(self, command: Abort | Migrate | StartLive | EndLive | Release) -> None:
+        match command:
+            case Abort(request_id=request_id):
+                if request_id in self._sequences:
+                    self._between_steps(partial(self._abort, self._sequences[request_id]))
+            case Migrate():
+                self._between_steps(partial(self._begin_migration, command))
+            case StartLive(pair=pair):
+                self._start_live(pair)
+            case EndLive(pair=pair):
+                self._end_live(pair)
+            case Release():
+                self._reset()
+                self.units = 0
+                self._emit(Drained(self._clock.now, self.name))
+
+    def arrived(self, units: int) -> None:
+        """Units [0, units) are here."""
+        self.units = units
+        if self._new is not None:
+            self._note_layers(self._new)
+            self._answer()
+        self._wake()
+
+    def _note_layers(self, new: NewSide) -> None:
+        """The last layer counts once the head is here too, as in engine/live.py."""
+        spec = self._costs.spec
+        if self.units > spec.embed_unit:
+            for request_id in new.queue.items:
+                new.queue.ready(request_id)
+        new.queue.loaded(spec.layers if self.complete else min(spec.layers_loaded(self.units), spec.layers - 1))
+
+    def _abort(self, sequence: Sequence) -> None:
+        request_id = sequence.request.id
+        if self._sequences.get(request_id) is not sequence:
+            return
+        if self._new is not None:
+            self._new.queue.remove(request_id)
+        self._ready = [s for s in self._ready if s is not sequence]
+        self._forget(sequence)
+        self._say_finished(sequence, "abort")
+
+    # ---- migration
+
+    def _begin_migration(self, command: Migrate) -> None:
+        """Stops decoding the request; its seat and pages stay until the KV has left."""
+        sequence = self._sequences.get(command.request_id)
+        if sequence is None or sequence.attempt != command.attempt:
+            return
+        end = self._leave_batch(command.request_id)
+        if end is not None:
+            left = end - self._steps
+            tokens = sequence.request.total_tokens - 1 - left
+            self._send_kv(self.name, command.target, tokens, partial(self._migrated, sequence, left, command.target))
+
+    def _migrated(self, sequence: Sequence, left: int, target: InstanceId) -> None:
+        self._forget(sequence)
+        self._find(target).adopt(sequence, left)
+        self._wake()
+
+    def adopt(self, sequence: Sequence, left: int) -> None:
+        """The whole KV of a request is here; `left` tokens are still to be decoded."""
+        request = sequence.request
+        self._sequences[request.id] = sequence
+        self._emit(KVMigrated(self._clock.now, self.name, request.id, sequence.attempt))
+        held = self._batcher.hold(request)
+        assert held, f"{self.name} has no room for {request.id}"
+        self._between_steps(partial(self._join_batch, sequence, left))
+        self._wake()
+
+    def _join_batch(self, sequence: Sequence, left: int) -> None:
+        request = sequence.request
+        if self._sequences.get(request.id) is sequence:
+            self._batcher.prefilled(request.id)
+            self._kv_tokens += request.total_tokens - 1 - left
+            heapq.heappush(self._ends, (self._steps + left, request.id))
+
+    # ---- live pairs
+
+    def _start_live(self, pair: LivePair) -> None:
+        if pair.new == self.name:
+            self._new = NewSide(pair, self._costs.spec.layers)
+            self._note_layers(self._new)
+        else:
+            self._old = OldSide(pair, self._find(pair.new))
+            self._return_untouched()
+            self._wake()
+
+    def _return_untouched(self) -> None:
+        """What this side has not begun goes to the pair's queue, where NEW helps with it."""
+        for sequence in list(self._sequences.values()):
+            if self._batcher.state(sequence.request.id) is State.WAITING:
+                self._forget(sequence)
+                self._emit(RequestReturned(self._clock.now, self.name, sequence.request.id, sequence.attempt))
+
+    def _end_live(self, pair: LivePair) -> None:
+        if self._old is not None and self._old.pair == pair:
+            self._old = None
+        if self._new is not None and self._new.pair == pair:
+            self._new.open = False
+            self._new.queue.close()
+            self._answer()
+            self._wake()
+
+    def _maybe_pull(self) -> None:
+        """OLD asks for its next prompt when it is idle, or about to be."""
+        old = self._old
+        if old is None or old.waiting or old.drained or self._ready or self._batcher.waiting or not self._batcher.room:
+            return
+        old.waiting = True
+        self._clock.after(self._rpc_s, old.partner.pulled, self)
+
+    def pulled(self, old: SimInstance) -> None:
+        if self._new is None:  # the pair is over, or its StartLive is still on the way
+            self._clock.after(self._rpc_s, old.handed, self.name, None)
+            return
+        self._new.puller = old
+        self._answer()
+
+    def _answer(self) -> None:
+        """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
+        new = self._new
+        if new is None or new.puller is None:
+            return
+        given = new.queue.pull() if new.open else None
+        old = new.puller
+        if isinstance(given, Handed):
+            sequence = self._sequences.pop(given.item)
+            self._batcher.finish(given.item)
+            new.puller = None
+            self._emit(RequestHanded(self._clock.now, self.name, given.item, sequence.attempt, old.name))
+            sequence.next_layer = given.next_layer
+            layers = given.next_layer
+            wait_s = self._hand_over(self.name, old.name, sequence.request.prompt_tokens, layers) if layers else 0.0
+            self._clock.after(self._rpc_s + wait_s, old.handed, self.name, sequence)
+        elif not new.open or new.queue.drained:
+            new.puller = None
+            self._clock.after(self._rpc_s, old.handed, self.name, None)
+
+    def handed(self, partner: InstanceId, sequence: Sequence | None) -> None:
+        """The answer to a pull: a prompt and its residuals, or None when there is nothing any more."""
+        old = self._old
+        if old is not None and old.pair.new == partner:
+            old.waiting = False
+            if sequence is None:
+                if not old.drained:
+                    old.drained = True
+                    self._emit(LiveDrained(self._clock.now, self.name))
+                return
+        if sequence is None:
+            return
+        request = sequence.request
+        self._emit(RequestHanded(self._clock.now, self.name, request.id, sequence.attempt, self.name))
+        if not self._batcher.hold(request):
+            why = f"{self.name} has no room for a request handed over by {partner}"
+            self._emit(RequestFailed(self._clock.now, self.name, request.id, sequence.attempt, why))
+            return
+        self._sequences[request.id] = sequence
+        self._ready.append(sequence)
+        self._wake()
+
+    # ---- what runs
+
+    def _wake(self) -> None:
+        """Something new is here: decode steps that were foreseen end with the running one."""
+        if not self._busy:
+            self._begin()
+        elif self._stretch is not None and (self._ready or self._batcher.waiting):
+            self._shorten()
+
+    def _shorten(self) -> None:
+        stretch = self._stretch
+        assert stretch is not None
+        steps = stretch.steps_by(self._clock.now)
+        if steps < stretch.steps:
+            self._stretch = Stretch(stretch.start, stretch.first_s, stretch.growth_s, steps)
+            self._run(stretch.start + stretch.lasts(steps) - self._clock.now, self._decoded, steps)
+
+    def _between_steps(self, action: Callable[[], None]) -> None:
+        """Runs `action` once the running step, or prompt, is over."""
+        self._due.append(action)
+        if not self._busy:
+            self._settle_due()
+        elif self._stretch is not None:
+            self._shorten()
+
+    def _settle_due(self) -> None:
+        due, self._due = self._due, []
+        for action in due:
+            action()
+
+    def _run(self, seconds: float, then: Callable[..., None], *args: object) -> None:
+        self._busy = True
+        self._version += 1
+        self._clock.after(seconds, self._ended, self._version, then, args)
+
+    def _ended(self, version: int, then: Callable[..., None], args: tuple[object, ...]) -> None:
+        if version != self._version:
+            return
+        self._busy, self._stretch = False, None
+        then(*args)
+        self._settle_due()
+        if not self._busy:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Starts the next piece of work, if there is any: `_step` of engine/instance.py."""
+        if self._new is not None and self._begin_layer():
+            return
+        if not self.complete:
+            return
+        self._maybe_pull()
+        step = self._batcher.next_step()
+        if self._ready:
+            self._run_ready(self._ready.pop(0))
+        elif step is not None and step.prefill:
+            tokens = sum(chunk.stop - chunk.start for chunk in step.prefill)
+            decode_s = self._decode_s() if self._ends else 0.0
+            self._run(decode_s + self._costs.prefill_s(tokens), self._stepped, step)
+        elif self._ends:
+            self._run_decode()
+        elif self._regular_turn:
+            self._regular_turn = False
+            self._begin()
+
+    def _begin_layer(self) -> bool:
+        """NEW's next layer. Once it is complete, its batch has a turn after every prompt."""
+        new = self._new
+        assert new is not None
+        if self._regular_turn and (self._ends or self._ready or self._batcher.waiting_tokens):
+            self._regular_turn = False
+            return False
+        chosen = new.queue.next()
+        if chosen is None:
+            if not new.open and self.complete and not new.queue.items:
+                self._new = None
+            return False
+        tokens = self._sequences[chosen[0]].request.prompt_tokens
+        self._run(self._costs.prefill_s(tokens) / self._costs.spec.layers, self._layer_ran, new, chosen[0])
+        return True
+
+    def _layer_ran(self, new: NewSide, request_id: RequestId) -> None:
+        if new.queue.ran(request_id):
+            self._first_token(self._sequences[request_id])
+            self._regular_turn = self.complete
+        self._answer()
+
+    def _run_ready(self, sequence: Sequence) -> None:
+        """The rest of a handed-over prompt, after a decode step when one is due."""
+        spec, engine = self._costs.spec, self._config.engine
+        rest = (spec.layers - sequence.next_layer) / spec.layers
+        decode = bool(self._ends) and self._decode_due <= 0
+        seconds = rest * self._costs.prefill_s(sequence.request.prompt_tokens) + (self._decode_s() if decode else 0.0)
+        self._decode_due = (1.0 if decode else self._decode_due) - (
+            rest * sequence.request.prompt_tokens / engine.max_num_batched_tokens)
+        ahead_s = self._config.transfer.pull_ahead_layers / spec.layers * seconds
+        self._clock.after(seconds - ahead_s, self._maybe_pull)
+        self._run(seconds, self._ran_ready, sequence, decode)
+
+    def _ran_ready(self, sequence: Sequence, decode: bool) -> None:
+        self._count_steps(int(decode))
+        if self._sequences.get(sequence.request.id) is sequence:
+            self._first_token(sequence)
+
+    def _stepped(self, step: Step) -> None:
+        self._count_steps(1)
+        for chunk in step.prefill:
+            self._batcher.chunk_done(chunk)
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence is not None and chunk.stop == sequence.request.prompt_tokens:
+                self._first_token(sequence)
+
+    def _run_decode(self) -> None:
+        prompts_wait = self._new is not None and len(self._new.queue) > 0
+        steps = 1 if prompts_wait else self._ends[0][0] - self._steps
+        growth_s = len(self._ends) * self._costs.kv_token_s
+        self._stretch = Stretch(self._clock.now, self._decode_s(), growth_s, steps)
+        self._run(self._stretch.lasts(steps), self._decoded, steps)
+
+    def _decoded(self, steps: int) -> None:
+        self._decode_due = 1.0
+        self._count_steps(steps)
+
+    def _decode_s(self) -> float:
+        return self._costs.decode_s(len(self._ends), self._kv_tokens)
+
+    def _count_steps(self, steps: int) -> None:
+        """`steps` tokens for every decoding sequence; those that have all of theirs finish."""
+        self._steps += steps
+        self._kv_tokens += steps * len(self._ends)
+        while self._ends and self._ends[0][0] <= self._steps:
+            sequence = self._sequences[self._ends[0][1]]
+            self._forget(sequence)
+            self._say_finished(sequence, "length")
+
+    def _first_token(self, sequence: Sequence) -> None:
+        request = sequence.request
+        if request.max_tokens > 1:
+            self._join_batch(sequence, request.max_tokens - 1)
+        self._emit(PrefillDone(self._clock.now, self.name, request.id, sequence.attempt))
+        if request.max_tokens == 1:
+            self._forget(sequence)
+            self._say_finished(sequence, "length")
+
+    def _say_finished(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._emit(RequestFinished(self._clock.now, self.name, sequence.request.id, sequence.attempt, reason))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Frees everything that the sequence holds here."""
+        request = sequence.request
+        self._batcher.finish(request.id)
+        self._leave_batch(request.id)
+        del self._sequences[request.id]
+
+    def _leave_batch(self, request_id: RequestId) -> int | None:
+        """Decodes it no longer. → the step after which it would have ended; None when it is not decoding."""
+        if self._ends and self._ends[0][1] == request_id:
+            end, _ = heapq.heappop(self._ends)
+        else:
+            end = next((e for e, i in self._ends if i == request_id), None)
+            if end is None:
+                return None
+            self._ends.remove((end, request_id))
+            heapq.heapify(self._ends)
+        self._kv_tokens -= self._sequences[request_id].request.total_tokens - 1 - (end - self._steps)
+        return end

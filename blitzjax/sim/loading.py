@@ -1,0 +1,119 @@
+"""How do parameters move in virtual time? Chains, lanes, and loads from SSD or host memory, over shared links.
+
+Mirrors transfer/broadcast.py and engine/loading.py: the same commands in, the same events out. Lanes of one plan
+meet in every domain: a unit is there once each lane has brought its part and the domain has gathered them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+
+from blitzjax.sim.chains import ChainFlow
+from blitzjax.sim.clock import Clock
+from blitzjax.sim.costs import MachineCosts, ModelCosts
+from blitzjax.sim.hosts import Fleetports, HostCopies
+from blitzjax.sim.instance import SimInstance
+from blitzjax.sim.links import Fabric
+from blitzjax.types import (
+    Chain, Event, InstanceId, LayerLoaded, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer, TransferEnded,
+    TransferReady,
+)
+
+
+class Loading:
+    """All parameter transfers under way. `emit` gives events to the brain."""
+
+    def __init__(self, clock: Clock, fabric: Fabric, machine: MachineCosts, costs: ModelCosts, ports: Fleetports,
+                 copies: HostCopies, instances: dict[InstanceId, SimInstance], emit: Callable[[Event], None]) -> None:
+        self._clock, self._machine, self._costs = clock, machine, costs
+        self._ports, self._copies, self._instances, self._emit = ports, copies, instances, emit
+        self._fabric = fabric
+        self._plans: dict[int, MulticastPlan] = {}  # prepared and not started
+        self._units = costs.spec.units
+        self._prefix = [0.0, *accumulate(costs.unit_bytes)]  # bytes of units [0, u)
+
+    def obey(self, command: PrepareTransfer | StartTransfer | LoadFromDisk) -> None:
+        match command:
+            case PrepareTransfer(instance=name, plan=plan):
+                self._plans[plan.ticket] = plan
+                self._emit(TransferReady(self._clock.now, name, plan.ticket))
+            case StartTransfer(ticket=ticket):
+                plan = self._plans.pop(ticket, None)  # its members get the command together; the first one starts it
+                if plan is not None:
+                    self._begin(plan)
+            case LoadFromDisk(instance=name, ticket=ticket, start_unit=start):
+                self._begin_load(ticket, name, start)
+
+    def _begin(self, plan: MulticastPlan) -> None:
+        gather = _Gather([chain for chain in plan.chains if chain.lanes > 1], self._ports)
+        for chain in plan.chains:
+            names = chain.instances
+            tail = names[-1]
+
+            def got(member: int, units: int, names: tuple[InstanceId, ...] = names, tail: InstanceId = tail) -> None:
+                self._arrived(plan.ticket, names[member], units, names[member] == tail)
+
+            def lane_got(member: int, units: int, chain: Chain = chain) -> None:
+                for names, here in gather.got(chain.lane, chain.instances[member], units):
+                    self._clock.after(self._gather_s(chain, names[0]), self._gathered, plan.ticket, names, here)
+
+            def source_done(source: InstanceId = names[0]) -> None:
+                self._emit(TransferEnded(self._clock.now, source, plan.ticket, self._units, ""))
+
+            ChainFlow(self._fabric, [self._ports.route(a, b) for a, b in pairwise(names)],
+                      [at / chain.lanes for at in self._prefix], chain.start_unit, self._machine.chunk_bytes,
+                      chain.lanes > 1, lane_got if chain.lanes > 1 else got, source_done)
+
+    def _gather_s(self, chain: Chain, name: InstanceId) -> float:
+        """Inside the domain, of the unit that came last: every member receives what the other lanes brought."""
+        unit = max(self._costs.unit_bytes)
+        return unit * (chain.lanes - 1) / chain.lanes / self._ports.of[name].fast_in.capacity
+
+    def _gathered(self, ticket: int, names: list[InstanceId], units: int) -> None:
+        for name in names:
+            self._arrived(ticket, name, units, True)
+
+    def _begin_load(self, ticket: int, name: InstanceId, start: int) -> None:
+        """From host memory if the host has a copy, else from SSD through host memory."""
+        ports = self._ports.of[name]
+        links = [ports.pcie] if self._copies.hit(ports.host, self._clock.now) else [ports.ssd, ports.pcie]
+        marks = [at - self._prefix[start] for at in self._prefix[start + 1:]]
+        self._fabric.begin(links, marks, lambda mark: self._arrived(ticket, name, start + mark + 1, True))
+
+    def _arrived(self, ticket: int, name: InstanceId, units: int, may_be_live: bool) -> None:
+        """Only chain tails and lone loads can be live: the brain hears of the others when they are complete."""
+        instance = self._instances[name]
+        if units <= instance.units:
+            return
+        instance.arrived(units)
+        if units == self._units:
+            self._copies.hold(self._ports.of[name].host)
+            self._emit(TransferEnded(self._clock.now, name, ticket, units, ""))
+        elif may_be_live:
+            self._emit(LayerLoaded(self._clock.now, name, units))
+
+
+class _Gather:
+    """What each lane has brought into each domain."""
+
+    def __init__(self, lanes: list[Chain], ports: Fleetports) -> None:
+        self._ports = ports
+        self._lanes = len(lanes)
+        self._brought: dict[str, list[int]] = {}  # domain → units per lane
+        self._members: dict[str, list[InstanceId]] = {}
+        self._here: dict[str, int] = {}  # units that every lane has brought
+        for chain in lanes:
+            for name in chain.instances[1:]:
+                self._members.setdefault(ports.of[name].domain, []).append(name)
+
+    def got(self, lane: int, name: InstanceId, units: int) -> list[tuple[list[InstanceId], int]]:
+        """`name` has its lane's part of units [0, units). → (members of a domain, units complete there now)."""
+        domain = self._ports.of[name].domain
+        brought = self._brought.setdefault(domain, [0] * self._lanes)
+        brought[lane] = max(brought[lane], units)
+        here = min(brought)
+        if here <= self._here.get(domain, 0):
+            return []
+        self._here[domain] = here
+        return [(self._members[domain], here)]

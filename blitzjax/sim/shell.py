@@ -1,0 +1,215 @@
+"""One run: a trace through the brain of the live cluster, with simulated instances and a virtual clock.
+
+Invariant: every arrival ends once, answered or rejected, and the same arguments give the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from blitzjax.arrivals import Arrival
+from blitzjax.config import ClusterConfig, Config, EngineConfig, ScaleConfig, ServeConfig
+from blitzjax.control.cluster import Cluster
+from blitzjax.sim.clock import Clock
+from blitzjax.sim.costs import MachineCosts, ModelCosts, bytes_per_s
+from blitzjax.sim.hosts import Fleetports, HostCopies
+from blitzjax.sim.instance import SimInstance
+from blitzjax.sim.links import Fabric
+from blitzjax.sim.loading import Loading
+from blitzjax.sim.outcome import Outcome
+from blitzjax.sim.systems import System
+from blitzjax.types import (
+    Abort, Assign, CancelTransfer, Command, Drained, EndLive, Event, InstanceId, InstanceJoined, LoadFromDisk, Migrate,
+    PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished, Roles, StartLive,
+    StartTransfer, Ticked, TransferEnded, WorldJoined,
+)
+
+PAGE_SIZE = 64  # tokens, as the authors' engine
+SLOTS = 256  # sequences of one instance
+STEP_TOKENS = 2048  # prompt tokens of one step
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What runs where. `instances` is the size of the pool, `start` how many of them serve at the beginning."""
+
+    machine: MachineCosts
+    model: ModelCosts
+    system: System
+    instances: int
+    start: int = 1
+    down_after_s: float = 0.333  # the authors' scale-down window for the 8B and 24B models
+    tick_s: float = 0.05
+    roles: Roles = "mixed"
+    decode_share: float = 0.375  # split roles: of a fixed provision; the authors' 3 of 8, 6 of 16
+
+    @property
+    def serving(self) -> int:
+        """Instances that hold the model when the run begins. With split roles `start` of each kind."""
+        share, split = self.system.share, self.roles == "split"
+        return self.start * (1 + split) if share is None else max(1 + split, round(self.instances * share))
+
+    @property
+    def decoding(self) -> int:
+        """How many of them decode."""
+        if self.roles == "mixed":
+            return 0
+        return self.start if self.system.share is None else max(1, round(self.serving * self.decode_share))
+
+
+def config_of(setup: Setup) -> Config:
+    """The configuration of the live cluster that this setup means."""
+    model, system, n = setup.model, setup.system, setup.serving
+    most = setup.instances if system.share is None else n
+    return Config(
+        serve=ServeConfig(max_queued_requests=1 << 30),
+        engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=SLOTS, max_num_batched_tokens=STEP_TOKENS,
+                            page_size=PAGE_SIZE, kv_pages=model.kv_tokens // PAGE_SIZE,
+                            tensor_parallel=model.tensor_parallel),
+        scale=ScaleConfig(policy="auto", min_instances=n - setup.decoding, max_instances=most, live=system.live,
+                          source=system.source,
+                          prefill_tokens_per_s=model.prefill_tokens_per_s, down_after_s=setup.down_after_s,
+                          roles=setup.roles, min_decode=max(1, setup.decoding),
+                          migrate_tokens_per_s=setup.model.tensor_parallel * bytes_per_s(setup.machine.nic_gbps)
+                          / model.kv_token_bytes),
+        cluster=ClusterConfig(pool=setup.instances, max_world=1 << 30))
+
+
+def simulate(setup: Setup, arrivals: Iterator[Arrival],
+             progress: Callable[[float, int], None] | None = None) -> Outcome:
+    """Runs until the last request ended. `progress(virtual seconds, requests ended)` is called every virtual minute."""
+    return _Run(setup, arrivals, progress).run()
+
+
+class _Run:
+    def __init__(self, setup: Setup, arrivals: Iterator[Arrival],
+                 progress: Callable[[float, int], None] | None) -> None:
+        self.setup = setup
+        self._arrivals, self._progress = iter(arrivals), progress
+        self._config = config_of(setup)
+        self._clock = Clock()
+        self._ports = Fleetports(setup.machine, setup.model.tensor_parallel)
+        self._names = [f"i{k:04}" for k in range(setup.instances)]
+        for number, name in enumerate(self._names):
+            self._ports.add(name, number)
+        self._brain = Cluster(self._config, setup.model.spec, {name: self._ports.port(name) for name in self._names})
+        self._copies = HostCopies(setup.system.host_ttl_s)
+        self._instances: dict[InstanceId, SimInstance] = {}
+        self._fabric = Fabric(self._clock)
+        self._loading = Loading(self._clock, self._fabric, setup.machine, setup.model, self._ports, self._copies,
+                                self._instances, self._report)
+        self._requests: dict[str, Request] = {}  # arrived and not ended
+        self._exhausted = False  # no further arrivals
+        self.outcome = Outcome(setup)
+
+    def run(self) -> Outcome:
+        for number, name in enumerate(self._names):
+            self._join(name, number)
+        self._arrive_next(0)
+        self._tick()
+        self._clock.run()
+        assert not self._requests, f"{len(self._requests)} requests never ended"
+        for instance in self._instances.values():
+            instance.check()
+        self._brain.check()
+        self.outcome.close(self._clock.now, self._ports.links())
+        return self.outcome
+
+    # ---- what happens
+
+    def _join(self, name: InstanceId, number: int) -> None:
+        setup, ports = self.setup, self._ports.of[name]
+        instance = SimInstance(name, self._config, setup.model, self._clock, self._report, self._instances.__getitem__,
+                               self._hand_over, self._send_kv, setup.machine.rpc_s)
+        self._instances[name] = instance
+        if number < setup.serving:
+            instance.units = setup.model.spec.units
+            self._copies.hold(ports.host)
+            self.outcome.occupy(name, 0.0)
+        engine = self._config.engine
+        self._handle(InstanceJoined(0.0, name, "1", ports.host, instance.units, engine.kv_pages, PAGE_SIZE, SLOTS))
+        self._handle(WorldJoined(0.0, name))
+
+    def _arrive_next(self, number: int) -> None:
+        arrival = next(self._arrivals, None)
+        if arrival is None:
+            self._exhausted = True
+        else:
+            self._clock.at(arrival.at, self._arrived, number, arrival)
+
+    def _arrived(self, number: int, arrival: Arrival) -> None:
+        now = self._clock.now
+        name = f"r{number}"
+        request = Request(name, self.setup.model.spec.name, arrival.prompt_tokens, arrival.answer_tokens, now)
+        self._requests[name] = request
+        self._handle(RequestArrived(now, request))
+        self._arrive_next(number + 1)
+
+    def _tick(self) -> None:
+        now = self._clock.now
+        self._handle(Ticked(now))
+        hosts = list(dict.fromkeys(ports.host for ports in self._ports.of.values()))
+        if self.outcome.sample_is_due(now):
+            self.outcome.sample(now, self._copies.count(hosts, now), len(self._requests))
+            if self._progress is not None and round(now) % 60 == 0:
+                self._progress(now, self.outcome.ended)
+        if not self._exhausted or self._requests:
+            self._clock.after(self.setup.tick_s, self._tick)
+
+    def _report(self, event: Event) -> None:
+        """Something that an instance says."""
+        match event:
+            case PrefillDone(at=at, request_id=request_id):
+                self.outcome.first_token(request_id, at)
+            case RequestFinished(at=at, request_id=request_id, reason="length"):
+                self.outcome.finished(self._requests.pop(request_id), at)
+            case TransferEnded(at=at, instance=name, ticket=ticket):
+                self.outcome.loaded(name, ticket, at)
+            case Drained(at=at, instance=name):
+                self.outcome.vacate(name, at)
+                self._copies.leave(self._ports.of[name].host, at)
+        self._handle(event)
+
+    def _hand_over(self, source: InstanceId, target: InstanceId, tokens: int, layers: int) -> float:
+        """Rows of a prompt between live partners, and KV of `layers` layers: counted on the links; → seconds until the
+        rows are there. They are few beside parameters, so they do not take part in sharing."""
+        model = self.setup.model
+        residuals = 2.0 * tokens * model.spec.dim
+        kv = float(tokens) * model.kv_token_bytes * layers / model.spec.layers
+        route = self._ports.route(source, target)
+        for link in route:
+            link.carried += residuals + kv
+        return residuals / min(link.capacity for link in route)
+
+    def _send_kv(self, source: InstanceId, target: InstanceId, tokens: int, then: Callable[[], None]) -> None:
+        """Migration: shares the ports with whatever else moves."""
+        size = float(tokens) * self.setup.model.kv_token_bytes
+        self._fabric.begin(self._ports.route(source, target), [size], lambda mark: then())
+
+    # ---- the brain
+
+    def _handle(self, event: Event) -> None:
+        commands = self._brain.handle(event)
+        if commands:
+            for command in commands:
+                if isinstance(command, PrepareTransfer | LoadFromDisk):
+                    self.outcome.scaling(command, self._clock.now)
+            self._clock.after(self.setup.machine.rpc_s, self._deliver, commands)
+
+    def _deliver(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Assign(instance=name, request_id=request_id, attempt=attempt):
+                    self._instances[name].assign(self._requests[request_id], attempt)
+                case Abort() | Migrate() | StartLive() | EndLive() | Release():
+                    self._instances[command.instance].obey(command)
+                case PrepareTransfer() | StartTransfer() | LoadFromDisk():
+                    self._loading.obey(command)
+                case Reject(request_id=request_id):
+                    self.outcome.rejected(self._requests.pop(request_id))
+                case CancelTransfer():
+                    raise AssertionError("no transfer breaks here")
+                case _:
+                    assert_never(command)

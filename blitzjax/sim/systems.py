@@ -1,0 +1,36 @@
+"""Which systems are compared? One row of configuration each.
+
+`source` and `live` are knobs of the live cluster; `host_ttl_s` says how long a host's memory keeps parameters after
+their last use there, `share` which part of the cluster serves from the start, and whether that may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from types import MappingProxyType
+
+from blitzjax.types import LiveMode, Source
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    name: str
+    text: str
+    source: Source = "multicast"
+    live: LiveMode = "off"
+    host_ttl_s: float = 0.0
+    share: float | None = None  # fixed provision: this part of all instances serves, for ever; None: scales
+
+
+SYSTEMS: Mapping[str, System] = MappingProxyType({s.name: s for s in (
+    System("blitz", "multicast, live with ZigZag", live="zigzag"),
+    System("blitz-best-effort", "multicast, live without ZigZag", live="best_effort"),
+    System("multicast", "multicast, stop the world", live="off"),
+    System("network", "from peers one by one over the network, stop the world", source="unicast"),
+    System("sllm", "ServerlessLLM: host memory for 30 s after the last use, else SSD", source="disk", host_ttl_s=30.0),
+    System("allcache", "always from host memory", source="disk", host_ttl_s=inf),
+    System("full", "every instance serves from the start", share=1.0),
+    System("half", "half of the instances serve from the start", share=0.5),
+)})

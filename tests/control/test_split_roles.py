@@ -1,0 +1,156 @@
+"""Prefill here, decode there: who takes prompts, when KV moves, and how instances change their roles."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from fake_world import PAGE_SIZE, PAGES, SPEC, World, config
+
+from blitzjax.config import ScaleConfig
+from blitzjax.control.autoscale import Memory, split_bands, step_split
+from blitzjax.control.executor import MATRIX, Action
+from blitzjax.control.load import Load
+from blitzjax.types import Assign, LoadFromDisk, Migrate, Phase, PrepareTransfer, Release, Role, StartLive
+
+
+def split(workers: int, prefill: int = 1, decode: int = 1, **scale: object) -> World:
+    """The first instances run prompts, the next ones decode, the rest is idle."""
+    world = World(workers, config(roles="split", min_instances=prefill, min_decode=decode, **scale))
+    for k in range(workers):
+        world.join(f"i{k}", SPEC.units if k < prefill + decode else 0)
+    world.settle()
+    world.log.clear()
+    return world
+
+
+def roles(world: World) -> str:
+    """One letter an instance: P, D, or - when it does not serve."""
+    members = world.brain._fleet.members
+    return "".join(m.role.name[0] if m.phase is Phase.SERVING else "-" for _, m in sorted(members.items()))
+
+
+def prefilled(world: World, *names: str) -> None:
+    """Requests with a first token, where their prompts ran."""
+    for name in names:
+        world.arrive(name, prompt=8)
+    world.exchange()
+    for worker in world.workers.values():
+        while any(r not in worker.answered for r in worker.requests):
+            request_id = next(r for r in worker.requests if r not in worker.answered)
+            worker.requests[request_id] = worker.requests.pop(request_id)  # compute takes the first
+            worker.requests = {request_id: worker.requests.pop(request_id), **worker.requests}
+            world.compute(worker.id)
+    world.exchange()
+
+
+def test_prompts_go_to_prefill_and_kv_to_decode() -> None:
+    world = split(2)
+    assert roles(world) == "PD"
+    prefilled(world, "r")
+    assert world.sent(Assign) == [Assign("i0", "r", 1)] and world.sent(Migrate) == [Migrate("i0", "r", 1, "i1")]
+    world.migrate("i0"), world.exchange()
+    assert world.of("i1").running == 1 and world.of("i0").running == 0
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"}
+
+
+def test_one_inbound_transfer_per_decode_instance_and_one_outbound_per_prefill_instance() -> None:
+    world = split(4, 2, 2)
+    prefilled(world, "a", "b", "c", "d")
+    sent = world.sent(Migrate)
+    assert len(sent) == 2 and len({c.instance for c in sent}) == len({c.target for c in sent}) == 2
+    world.settle(compute=True)
+    assert len(world.ended) == 4
+
+
+def test_a_full_decode_instance_holds_back_migrations_and_then_prompts() -> None:
+    world = split(2, max_instances=2)
+    size = PAGES * PAGE_SIZE // 4
+    for k in range(10):  # four fill the decode instance, four more the prefill instance
+        world.arrive(f"r{k}", prompt=size - 56, answer=56)
+    for _ in range(60):
+        for name in world.workers:
+            world.obey(name), world.deliver(name), world.migrate(name)
+        first = world.workers["i0"]
+        waiting = [r for r in first.requests if r not in first.answered]
+        if waiting:
+            first.requests = {waiting[0]: first.requests[waiting[0]], **first.requests}
+            world.compute("i0")
+    status = world.brain.status()
+    assert [i.pages_used for i in status.instances] == [PAGES, PAGES] and status.queued == 2
+    world.settle(compute=True)
+    assert len(world.ended) == 10
+
+
+def test_a_dead_target_means_another_one_and_the_kv_stays() -> None:
+    world = split(3, 1, 2)
+    prefilled(world, "r")
+    (first,) = world.sent(Migrate)
+    world.log.clear()
+    world.kill(first.target)
+    (again,) = world.sent(Migrate)
+    assert again.instance == "i0" and again.attempt == 1 and again.target != first.target
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"} and not world.sent(Assign)
+
+
+def test_short_decode_is_filled_by_prefill_in_place_and_prefill_is_scaled_live() -> None:
+    """Section 5.4: decode cannot be scaled live, so a prefill instance becomes one and its replacement is live."""
+    world = split(4, 2, 1, policy="auto", max_instances=4, prefill_tokens_per_s=1e9)
+    for k in range(8):
+        world.arrive(f"r{k}", prompt=150, answer=100)
+    prefilled(world)
+    world.tick()
+    assert roles(world).count("D") == 2 and len(world.sent(PrepareTransfer)) == 2
+    world.exchange()
+    (new,) = {c.pair.new for c in world.sent(StartLive)}
+    assert new == "i3" and world.brain._fleet.members[new].role is Role.PREFILL
+    chain = world.sent(PrepareTransfer)[0].plan.chains[0]
+    assert world.brain._fleet.members[chain.instances[0]].role is Role.DECODE  # prefill's port sends KV
+    world.settle(compute=True)
+    assert not world.open
+
+
+def test_an_idle_decode_instance_runs_prompts_before_anything_is_loaded() -> None:
+    world = split(4, 1, 2, policy="auto", max_instances=4, prefill_tokens_per_s=100.0, down_after_s=0.0)
+    for k in range(4):
+        world.arrive(f"r{k}", prompt=24)
+    world.brain._scaler.goal = world.brain._scaler.goal.__class__(2, 1, world.brain._scaler.goal.means, 99.0)
+    world.tick()
+    assert sorted(roles(world)) == ["-", "D", "P", "P"] and not world.sent(PrepareTransfer) + world.sent(LoadFromDisk)
+
+
+def test_a_drained_decode_instance_is_released_after_its_last_request() -> None:
+    world = split(3, 1, 2)
+    prefilled(world, "a", "b")
+    world.migrate("i0"), world.exchange(), world.migrate("i0"), world.exchange()
+    world.brain._scaler.goal = world.brain._scaler.goal.__class__(1, 1, world.brain._scaler.goal.means, 99.0)
+    world.tick()
+    assert world.phases().count(Phase.DRAINING) == 1 and not world.sent(Release)
+    world.settle(compute=True)
+    assert len(world.sent(Release)) == 1 and roles(world).count("D") == 1
+
+
+CONFIG = ScaleConfig(roles="split", max_instances=8, prefill_tokens_per_s=1000.0, migrate_tokens_per_s=1000.0)
+
+
+@pytest.mark.parametrize(("decoding", "backlog", "pages", "held", "expected"), [
+    (1, 700, 0, 0, ((1, 2), (0, 0))), (1, 0, 96, 0, ((0, 0), (2, 2))),
+    (1, 0, 0, 801, ((2, 2), (2, 3))), (2, 0, 0, 1600, ((1, 1), (1, 2)))])
+def test_bands_of_backlog_memory_and_bandwidth(decoding: int, backlog: int, pages: int, held: int,
+                                               expected: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    assert split_bands(Load(0.0, 1, backlog, pages, 100, decoding, held), CONFIG) == expected
+
+
+def test_decode_grows_together_with_prefill_and_both_fit() -> None:
+    """Pages of requests still at prefill count: decode is scaled before it needs them (section 5.4)."""
+    (prefill, _), (decode, _) = step_split(Load(0.0, 1, 5000, 290, 100, 1), Memory(), Memory(), CONFIG)
+    assert (prefill, decode) == (4, 4)
+
+
+def test_the_matrix_has_every_case_and_never_drains_what_is_short() -> None:
+    assert set(MATRIX) == set(itertools.product((-1, 0, 1), repeat=2))
+    for (prefill, decode), actions in MATRIX.items():
+        assert (Action.DRAIN_PREFILL in actions) <= (prefill < 0) and (Action.DRAIN_DECODE in actions) <= (decode < 0)
+        assert (Action.RECRUIT in actions) == (prefill > 0 or decode > 0)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import bisect
+import gzip
+from pathlib import Path
+
+import pytest
+
+from blitzjax import arrivals
+from blitzjax.arrivals import Arrival
+from blitzjax.errors import ConfigError
+
+TRACES = Path(__file__).parents[2] / "bench" / "traces"
+FORMATS = {
+    "burst.csv": "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+                 "5,a,1.5,ChatGPT,472,18,490,Conversation log\n45,b,1,GPT-4,1087,0,1087,API log\n"
+                 "7.5,c,1,GPT-4,30,20,50,API log\n",
+    "mooncake.jsonl": '{"timestamp": 27482, "input_length": 472, "output_length": 18, "hash_ids": [1]}\n'
+                      '{"timestamp": 29982, "input_length": 30, "output_length": 20, "hash_ids": []}\n',
+    "own.csv": "timestamp_ms,prefill,decode\n100,472,18\n2600,30,20\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_published_formats_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(FORMATS[name])
+    assert arrivals.read(tmp_path / name) == [Arrival(0.0, 472, 18), Arrival(2.5, 30, 20)]
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(FORMATS[name].encode()))
+    assert arrivals.read(tmp_path / f"{name}.gz") == arrivals.read(tmp_path / name)
+
+
+def test_the_azure_traces_are_the_published_ones() -> None:
+    code, conv = (arrivals.read(TRACES / f"azure_{kind}_2023.csv.gz") for kind in ("code", "conv"))
+    assert (len(code), len(conv)) == (8819, 19366)
+    assert round(sum(a.prompt_tokens for a in code) / len(code)) == 2048
+    assert round(sum(a.answer_tokens for a in conv) / len(conv)) == 211
+
+
+@pytest.mark.parametrize(("text", "says"), [("a,b\n1,2\n", "unknown columns a, b"), ("", "no requests"),
+                                            ("arrival_s,input_tokens,output_tokens\n1,x,3\n", "could not convert")])
+def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=f"t.csv.*{says}"):
+        arrivals.read(tmp_path / "t.csv")
+
+
+def test_scaling_keeps_the_pattern_and_the_sizes() -> None:
+    trace = arrivals.window(arrivals.read(TRACES / "azure_code_2023.csv.gz"), 600, 600)
+    scaled = list(arrivals.scale(trace, 2.5, seed=1))
+    assert scaled == list(arrivals.scale(trace, 2.5, seed=1)) != list(arrivals.scale(trace, 2.5, seed=2))
+    assert len(scaled) / len(trace) == pytest.approx(2.5, rel=0.05)
+    assert [a.prompt_tokens for a in scaled[: len(trace)]] == [a.prompt_tokens for a in trace]
+    assert [a.at for a in scaled] == sorted(a.at for a in scaled)
+    times = sorted(a.at for a in trace)  # bursts stay bursts, silence stays silence
+    assert all(a.at - times[bisect.bisect(times, a.at) - 1] < 0.1 for a in scaled)
+    half = list(arrivals.scale(trace, 0.5, seed=1))
+    assert len(half) / len(trace) == pytest.approx(0.5, rel=0.15)

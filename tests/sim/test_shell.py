@@ -1,0 +1,119 @@
+"""Whole runs: the brain of the live cluster over simulated instances."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blitzjax import cli
+from blitzjax.arrivals import Arrival
+from blitzjax.errors import ConfigError
+from blitzjax.sim import costs
+from blitzjax.sim.outcome import Outcome, mean, quantiles
+from blitzjax.sim.parts import Stretch
+from blitzjax.sim.shell import Setup, simulate
+from blitzjax.sim.systems import SYSTEMS
+
+A, M24 = costs.MACHINES["A"], costs.MODELS["mistral-24b"]
+BURST = [Arrival(0.5 + 0.001 * k, 1000 + 37 * (k % 11), 20 + k % 7) for k in range(60)]
+
+
+def run(system: str = "blitz", arrivals: list[Arrival] = BURST, machine: costs.MachineCosts = A, model=M24,
+        instances: int = 4, start: int = 1) -> Outcome:
+    return simulate(Setup(machine, model, SYSTEMS[system], instances, start), iter(arrivals))
+
+
+def test_a_lone_request_costs_what_the_table_says() -> None:
+    out = run("full", [Arrival(1.0, 2000, 5)], instances=1)
+    decode = sum(M24.decode_s(1, 2000 + k) for k in range(4))
+    assert list(out.ttft_s) == pytest.approx([A.rpc_s + M24.prefill_s(2000)])
+    assert list(out.tpot_s) == pytest.approx([decode / 4])
+    assert out.gpu_s == pytest.approx(2 * out.end_s) and not out.scale_ups
+
+
+@given(st.floats(1e-3, 1.0), st.floats(0, 1e-3), st.integers(1, 400), st.floats(0, 1))
+def test_a_stretch_is_cut_at_the_end_of_the_running_step(first_s: float, growth_s: float, steps: int,
+                                                         part: float) -> None:
+    stretch = Stretch(0.0, first_s, growth_s, steps)
+    ends, at = [], 0.0
+    for k in range(steps):
+        at += first_s + k * growth_s
+        ends.append(at)
+    assert stretch.lasts(steps) == pytest.approx(ends[-1])
+    moment = part * ends[-1]
+    cut = stretch.steps_by(moment)
+    assert ends[cut - 1] >= moment * (1 - 1e-6)
+    assert cut == 1 or ends[cut - 2] <= moment * (1 + 1e-6)
+
+
+def test_the_same_seed_gives_the_same_run_and_every_request_ends_once() -> None:
+    first, second = run(), run()
+    assert first.ttft_s == second.ttft_s and first.scale_ups == second.scale_ups and first.releases == second.releases
+    assert first.ended == len(BURST) and first.rejects == 0 and first.scale_ups
+
+
+def test_first_tokens_come_before_the_load_ends_and_zigzag_beats_best_effort_beats_stopping_the_world() -> None:
+    """Criterion (iv) on a network slow enough that the modes differ: 4.7 s a load, one source, one target."""
+    slow = replace(A, nic_gbps=40, gpus=2)
+    runs = {name: run(name, machine=slow, instances=2) for name in ("multicast", "blitz-best-effort", "blitz")}
+    stopped, best_effort, zigzag = (mean(runs[name].ttft_s) for name in runs)
+    assert zigzag < 0.95 * best_effort < 0.95 * stopped
+    (up,) = runs["blitz"].scale_ups
+    assert up.stop - up.start > 4.5
+    done = sorted(at + t for at, t in zip(runs["blitz"].arrived_s, runs["blitz"].ttft_s))
+    alone = sorted(at + t for at, t in zip(runs["multicast"].arrived_s, runs["multicast"].ttft_s))
+    assert sum(t < up.stop for t in done) > 1.15 * sum(t < up.stop for t in alone)
+
+
+def test_host_memory_hits_are_fast_and_misses_cost_a_pass_over_the_ssd() -> None:
+    hit, miss = run("allcache"), run("sllm", instances=2, machine=replace(A, gpus=2))
+    hit_s, miss_s = (up.scale_ups[0].stop - up.scale_ups[0].start for up in (hit, miss))
+    assert hit_s == pytest.approx(M24.param_bytes / (2 * 16e9), rel=0.02)
+    assert miss_s == pytest.approx(M24.param_bytes / (2 * 1.25e9), rel=0.02)
+
+
+def test_link_bytes_are_those_of_the_parameters_moved() -> None:
+    spread = replace(A, gpus=2)  # one instance a host: everything crosses the network
+    out = run("multicast", machine=spread)
+    assert out.link_bytes["nic_in"] == out.link_bytes["nic_out"]
+    assert out.link_bytes["nic_in"] == pytest.approx(len(out.scale_ups) * M24.param_bytes, rel=1e-3)
+
+
+def test_a_measured_row_is_read_back(tmp_path: Path) -> None:
+    costs.write(tmp_path / "row.json", A, M24)
+    assert costs.read(tmp_path / "row.json") == (A, M24)
+    (tmp_path / "row.json").write_text("{}")
+    with pytest.raises(ConfigError, match="row.json"):
+        costs.read(tmp_path / "row.json")
+
+
+def test_quantiles_are_nearest_rank() -> None:
+    assert quantiles([3.0, 1.0, 2.0, 4.0], [0, 25, 50, 51, 100]) == [1.0, 1.0, 2.0, 3.0, 4.0]
+    assert quantiles([], [50]) == [0.0]
+
+
+def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sim", "--systems", "full,blitz", "--instances", "4", "--duration-s", "20", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    assert "ttft_p99_s" in capsys.readouterr().out
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert [row["system"] for row in data["table"]] == ["full", "blitz"]
+    assert len(data["systems"]["blitz"]["ttft_s_percentiles"]) == 101
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 6 and "http" not in page and "src=" not in page
+    assert (tmp_path / "table.csv").read_text().startswith("system,requests,")
+    assert cli.main(["sim", "--systems", "fool"]) == 2
+    assert "there are blitz, " in capsys.readouterr().err
+
+
+def test_the_simulator_never_imports_jax() -> None:
+    code = "import sys, blitzjax.cli_sim; print([m for m in ('jax', 'numpy', 'grpc', 'flax') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert done.stdout.strip() == "[]", done.stderr
