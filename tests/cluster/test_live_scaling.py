@@ -57,11 +57,11 @@ def test_scale_up_from_disk(rig: Rig, expected) -> None:
 
 def test_scale_down_finishes_what_runs(rig: Rig, expected) -> None:
     rig.only(3)
-    long = [rig.send(p, max_tokens=150) for p in prompts(12, seed=5)]
+    long = [rig.send(p, max_tokens=100) for p in prompts(12, seed=5)]
     rig.wait(lambda s: all(i.running for i in s.instances if i.phase == "serving"), "running everywhere")
     rig.scale(1)
     assert "draining" in phases(rig.client.status())
-    assert all(len(f.result(90).token_ids) == 150 for f in long)
+    assert all(len(f.result(90).token_ids) == 100 for f in long)
     rig.settle(1)
 
 

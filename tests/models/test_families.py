@@ -130,7 +130,7 @@ def test_decode_matches_reference(case: str, load) -> None:
     runner, expected = model.runner, model.expected
     prefill = model.prefill(expected["tokens"])
     runner.run_span(prefill, Span(0, runner.spec.layers))
-    answer, logits = [runner.first_token(prefill, Sampling(), 0)], []
+    answer, logits = [int(runner.first_token(prefill, Sampling(), 0).tokens[0])], []
     cache = SlotCache(runner.stages)
     slot = cache.place("a", prefill.kv)
     cache.reserve(64)
@@ -144,7 +144,7 @@ def test_decode_matches_reference(case: str, load) -> None:
     for step in range(len(expected["steps"])):
         tokens, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
         tokens[slot], lengths[slot] = answer[-1], len(expected["tokens"]) + step
-        answer.append(int(runner.decode(cache, tokens, lengths, greedy_draws(cache.batch))[slot]))
+        answer.append(int(runner.decode(cache, tokens, lengths, greedy_draws(cache.batch)).tokens[slot]))
     assert answer[:-1] == expected["greedy"].tolist()
     assert_close(np.stack(logits), expected["steps"])
 

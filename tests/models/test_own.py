@@ -77,14 +77,14 @@ def test_engine_gives_the_tokens_of_the_plain_modules(tmp_path: Path, tmp_path_f
     prefill = runner.begin(PROMPT)
     runner.run_span(prefill, Span(0, 3))
     runner.run_span(prefill, Span(3, 4))
-    tokens = [runner.first_token(prefill, Sampling(), 0)]
+    tokens = [int(runner.first_token(prefill, Sampling(), 0).tokens[0])]
     cache = SlotCache(runner.stages)
     slot = cache.place("a", prefill.kv)
     while len(tokens) < len(answer):
         cache.reserve(len(PROMPT) + len(tokens))
         step, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
         step[slot], lengths[slot] = tokens[-1], len(PROMPT) + len(tokens) - 1
-        tokens.append(int(runner.decode(cache, step, lengths, greedy_draws(cache.batch))[slot]))
+        tokens.append(int(runner.decode(cache, step, lengths, greedy_draws(cache.batch)).tokens[slot]))
     assert tokens == answer
 
 
