@@ -50,7 +50,7 @@ def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path 
     if source is not None:
         raise CheckpointError(f"{model!r} is not package.module:function, so its parameters cannot be at {source}")
     if model in BUILT_IN:
-        return _convert_once(_packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
+        return _convert_once(packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         name = path.resolve().name.removesuffix(".gguf")
         return _convert_once(path, name, dtype, models / f"{name}-{_stamp(path.resolve()):08x}-{dtype}")
@@ -127,7 +127,7 @@ def random_unit(spec: ModelSpec, unit: int, seed: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _packaged_gguf(model: str) -> Path:
+def packaged_gguf(model: str) -> Path:
     package = BUILT_IN[model]
     found = importlib.util.find_spec(package)  # locates without importing
     folders = (found.submodule_search_locations or ()) if found else ()
