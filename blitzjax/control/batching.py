@@ -2,7 +2,7 @@
 
         add ──► WAITING ──► PREFILLING ──► DECODING ──► finish (from any state)
                    ▲ requeue                  ▲
-        hold ──► HELD ────────────────────────┘ prefilled: its prompt is run by the live queue
+        hold ──► HELD ◄───────────────────────┘ prefilled, pause: its prompt is run by the live queue, or its KV moves
 
 Invariant: PREFILLING, DECODING and HELD requests are at most `slots` and own all pages they can ever need; the rest
 own none. Chunks of a prompt are [0, C), [C, 2C), ... whatever else runs, so load never changes the numerics.
@@ -161,6 +161,10 @@ class Batcher:
         assert seat.state is State.HELD or seat.done == seat.prompt_tokens, f"{request_id} has prompt left"
         seat.done = seat.prompt_tokens
         self._enter(seat, State.DECODING)
+
+    def pause(self, request_id: RequestId) -> None:
+        """DECODING → HELD: it leaves the batch and keeps its slot and pages; `prefilled` lets it go on."""
+        self._enter(self._expect(request_id, State.DECODING), State.HELD)
 
     # ---- leaving
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax import Array
 
+from blitzjax.engine.messages import Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
-from blitzjax.types import ModelSpec, RequestId, Work
+from blitzjax.types import ModelSpec, RequestId, TokenLogprob, Work
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class Sequence:
     awaited: bool = False  # its residuals are on their way from a partner
     kv_missing: bool = False  # the partner's layers of KV are still on their way
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of this attempt's tokens, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # as they went with the first token
 
     @property
     def id(self) -> RequestId:
@@ -44,6 +47,20 @@ class Sequence:
         if len(self._array):
             self._array[len(self.tokens)] = token
         self.tokens.append(token)
+
+    @property
+    def said(self) -> Tokens:
+        """Every token of this attempt, in one message."""
+        start = len(self.work.generated)
+        return Tokens(self.id, self.work.attempt, start, tuple(self.tokens[len(self.work.prompt) + start :]), "",
+                      self.layers_helped, tuple(self.logprobs), self.prompt_logprobs)
+
+    def repeat(self, said: Tokens) -> None:
+        """Continues an attempt after the tokens that another instance said."""
+        for token in said.token_ids:
+            self.append(token)
+        self.layers_helped = said.layers_helped
+        self.logprobs, self.prompt_logprobs = list(said.logprobs), said.prompt_logprobs
 
     def finish_reason(self, spec: ModelSpec) -> str:
         """ "stop", "length", or "" to go on; looks at the last token."""

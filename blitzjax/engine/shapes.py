@@ -63,6 +63,14 @@ class Shapes:
         last = self.chunks(tokens)[-1]
         return self.context(last.start + last.width)
 
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """KV lengths that travel between instances: shorter ones than a cache has, too."""
+        return (*_powers(_MIN_CHUNK, self.contexts[0])[:-1], *self.contexts)
+
+    def moved(self, tokens: int) -> int:
+        return _first_at_least(self.moves, tokens)
+
     def first_chunks(self) -> tuple[tuple[int, int], ...]:
         """(width, staging length) of every first chunk."""
         single = {(w, self.context(w)) for w in self.widths}

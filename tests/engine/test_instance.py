@@ -39,14 +39,17 @@ class Rig:
     """An Instance with its thread; collects what it emits."""
 
     def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"]):
-        self.store = LayerStore(SPEC, jax.local_devices()[:1])
+        devices = jax.local_devices()[: config.engine.tensor_parallel]
+        self.store = LayerStore(SPEC, devices)
         stages = Stages(SPEC, config.engine, self.store.mesh)
-        self.handoff = HandOff("127.0.0.1", jax.local_devices()[:1])
+        self.handoff = HandOff("127.0.0.1", devices)
         self.events: list[object] = []
         self.changed = threading.Condition()
         self.partner: DirectPartner | None = None  # of an OLD side
+        self.session: DirectSession | None = None  # the last one in which it sent KV
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
-                                 lambda partner: DirectPartner(self, rigs[partner]))
+                                 lambda partner: DirectPartner(self, rigs[partner]),
+                                 lambda target, offer: DirectSession(self, rigs[target], offer))
         self.thread = threading.Thread(target=self.instance.run, daemon=True)
         self.thread.start()
 
@@ -98,6 +101,22 @@ class DirectPartner:
 
     def close(self) -> None:
         self._new.instance.post(m.PartnerLost(self._old.instance.name))
+
+
+class DirectSession:
+    """A session about one request's KV between two rigs of this process, both ends of it."""
+
+    def __init__(self, source: Rig, target: Rig, offer: m.KVOffer):
+        self.source, self.target, self.offer = source, target, offer
+        source.session = self
+        target.instance.post(m.KVOffered(offer, self))
+
+    def answer(self, error: str) -> None:
+        self.source.instance.post(m.KVAnswered(self.offer, error))
+
+    def close(self) -> None:
+        self.target.instance.post(m.KVWithdrawn(self.offer))
+        self.source.instance.post(m.KVUnanswered(self.offer))
 
 
 @pytest.fixture
