@@ -90,7 +90,7 @@ class Moves:
                 self._answered(message)
             case m.KVOffered(offer=offer, source=source):
                 coming = self._coming[offer.uuids[0]] = _Coming(offer, source)
-                threading.Thread(target=self._take, args=(coming,), name="take-moved-kv", daemon=True).start()
+                threading.Thread(target=self._take, args=(coming,), name="take-moved-kv").start()
             case m.KVWithdrawn(offer=offer):
                 self._forget(offer)
             case m.KVArrived():
@@ -165,9 +165,14 @@ class Moves:
         leaving = self._leaving.pop(request_id, None)
         if leaving is not None:
             leaving.session.close()
-            uuids = leaving.offer.uuids
-            threading.Thread(target=lambda: [self._handoff.withdraw(u) for u in uuids], daemon=True).start()
+            threading.Thread(target=self._withdraw, args=(leaving.offer.uuids,), name="withdraw-kv").start()
         return leaving
+
+    def _withdraw(self, uuids: tuple[int, ...]) -> None:
+        """Pieces are taken in order: those before one that was taken are gone, too."""
+        for uuid in reversed(uuids):
+            if not self._handoff.withdraw(uuid):
+                return
 
     def _fail(self, request_id: RequestId, attempt: int, why: str) -> None:
         self._emit(RequestFailed(self._now(), self._host.name, request_id, attempt, why))
