@@ -267,12 +267,14 @@ class Instance:
     def _kv_taken(self, message: m.KVTaken) -> None:
         sequence = self._current(message.request_id, message.attempt)
         if sequence is None:
+            if message.rest is not None:
+                message.rest.settled(False)
             return
         if message.error:
             self._leave(sequence)
             self._fail(sequence.work, message.error)
             return
-        sequence.partner_kv, sequence.kv_missing = message.arrays, False
+        sequence.partner_kv, sequence.partner_rest, sequence.kv_missing = message.arrays, message.rest, False
         if sequence.prefill is not None:
             self._adopt_kv(sequence)
 
@@ -295,6 +297,8 @@ class Instance:
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
         if sequence.id not in self._cache.slots:
+            if self._old is not None:
+                self._old.leave_rest(sequence.id)
             return None
         self._batcher.pause(sequence.id)
         return self._cache.lift(sequence.id)

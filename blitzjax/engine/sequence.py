@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax import Array
 
-from blitzjax.engine.messages import Tokens
+from blitzjax.engine.messages import KVRest, Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
 from blitzjax.types import ModelSpec, RequestId, TokenLogprob, Work
@@ -26,6 +26,7 @@ class Sequence:
     awaited: bool = False  # its residuals are on their way from a partner
     kv_missing: bool = False  # the partner's layers of KV are still on their way
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
+    partner_rest: KVRest | None = None  # those of the partner's layers that stay there: the request is about to leave
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of this attempt's tokens, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # as they went with the first token
 
