@@ -195,10 +195,14 @@ class Batcher:
         """
         return self._ledger.remember(request_id, keys)
 
+    @property
     def forgotten(self) -> list[PageKey]:
-        """Keys that became void since this was asked last."""
-        out, self._ledger.forgotten = self._ledger.forgotten, []
-        return out
+        """Keys that cannot be hit any more; the reader empties it."""
+        return self._ledger.forgotten
+
+    def known(self) -> set[PageKey]:
+        """Keys that can be hit."""
+        return self._ledger.known()
 
     # ---- leaving
 

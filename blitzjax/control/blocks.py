@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from blitzjax.config import Config
+from blitzjax.config import Config, EngineConfig
 from blitzjax.control.prefixes import PageKey
 from blitzjax.types import Request, RequestId
 
@@ -28,6 +28,11 @@ def admitted_tokens(request: Request, answer_share: float) -> int:
 def answer_share(config: Config) -> float:
     """Of `max_tokens`, for `admitted_tokens`. All of it with split roles: what is on its way must find room."""
     return config.engine.answer_share if config.scale.roles == "mixed" else 1.0
+
+
+def pages_of(engine: EngineConfig) -> int:
+    """KV pages of one instance: configured, or every slot at full length."""
+    return engine.kv_pages or engine.max_num_seqs * pages_for(engine.max_model_len, engine.page_size)
 
 
 class PageLedger:
@@ -130,6 +135,9 @@ class PageLedger:
             self._pages[key], self._keys[page] = page, key
             news.append(index)
         return tuple(news)
+
+    def known(self) -> set[PageKey]:
+        return set(self._pages)
 
     def owned(self, request_id: RequestId) -> tuple[int, ...]:
         """The request's pages, in token order; empty without a reservation."""

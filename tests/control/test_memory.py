@@ -131,8 +131,8 @@ class _Engine:
 
     def remember(self, sent: _Sent, tokens: list[int]) -> None:
         news = self.batcher.remember(sent.request.id, keys := page_keys(tokens, PAGE))
-        for key in self.batcher.forgotten():
-            del self.stored[key]
+        while self.batcher.forgotten:
+            del self.stored[self.batcher.forgotten.pop()]
         for index in news:
             assert keys[index] not in self.stored
             self.stored[keys[index]] = tuple(tokens[: (index + 1) * PAGE])
@@ -191,8 +191,7 @@ class _Engine:
 
     def check(self) -> None:
         self.batcher.check()
-        known = set(self.stored) - set(self.ledger.forgotten)
-        assert all(self.ledger.find(page_keys(tokens, PAGE)[-1:]) for key, tokens in self.stored.items() if key in known)
+        assert self.stored.keys() == self.batcher.known() | set(self.batcher.forgotten)
         assert self.batcher.waiting + self.batcher.running + self.batcher.held == len(self.here)
 
 
