@@ -120,6 +120,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frequency-penalty", type=float, help="over the answer; 0 is off")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this; may be repeated")
+    parser.add_argument("--priority", type=int, help="lower goes first (default 0)")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
     _add_address(parser)

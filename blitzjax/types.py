@@ -23,6 +23,7 @@ Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 64
+PRIORITY_S = 60.0  # what one step of priority is worth in waiting time; see Request.rank_s
 
 
 class Role(enum.Enum):
@@ -146,7 +147,14 @@ class Request:
     prompt_tokens: int
     max_tokens: int
     arrival_s: float
-    priority: int = 0
+    priority: int = 0  # lower goes first, as in vLLM
+
+    @property
+    def rank_s(self) -> float:
+        """Requests go in this order. One of priority p is overtaken by those of a lower q that arrive less than
+        (p - q) * PRIORITY_S after it, and by no others: nothing starves.
+        """
+        return self.arrival_s + self.priority * PRIORITY_S
 
     @property
     def total_tokens(self) -> int:

@@ -66,7 +66,7 @@ def config_of(setup: Setup) -> Config:
     return Config(
         serve=ServeConfig(max_queued_requests=1 << 30),
         engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=SLOTS, max_num_batched_tokens=STEP_TOKENS,
-                            page_size=PAGE_SIZE, kv_pages=model.kv_tokens // PAGE_SIZE,
+                            page_size=PAGE_SIZE, kv_pages=model.kv_tokens // PAGE_SIZE, answer_share=1.0,
                             tensor_parallel=model.tensor_parallel),
         scale=ScaleConfig(policy="auto", min_instances=n - setup.decoding, max_instances=most, live=system.live,
                           source=system.source,
