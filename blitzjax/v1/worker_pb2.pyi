@@ -210,15 +210,25 @@ class Chain(_message.Message):
     lanes: int
     def __init__(self, instances: _Optional[_Iterable[str]] = ..., start_unit: _Optional[int] = ..., stop_unit: _Optional[int] = ..., generation: _Optional[int] = ..., lane: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
 
+class Ring(_message.Message):
+    __slots__ = ("instances", "generation")
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    instances: _containers.RepeatedScalarFieldContainer[str]
+    generation: int
+    def __init__(self, instances: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ...) -> None: ...
+
 class MulticastPlan(_message.Message):
-    __slots__ = ("ticket", "model", "chains")
+    __slots__ = ("ticket", "model", "chains", "rings")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CHAINS_FIELD_NUMBER: _ClassVar[int]
+    RINGS_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     model: str
     chains: _containers.RepeatedCompositeFieldContainer[Chain]
-    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ...) -> None: ...
+    rings: _containers.RepeatedCompositeFieldContainer[Ring]
+    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., rings: _Optional[_Iterable[_Union[Ring, _Mapping]]] = ...) -> None: ...
 
 class PrepareTransfer(_message.Message):
     __slots__ = ("plan",)
