@@ -177,7 +177,7 @@ class Chain:
     """One multicast chain: `instances[0]` sends units [start_unit, stop_unit), each next one receives and forwards.
 
     `generation` picks a fresh clique when the same members failed before. With `lanes` > 1 it moves the `lane`-th of
-    that many equal parts of every unit: the plan's lanes meet in every domain, which gathers what they bring.
+    that many equal parts of every unit: the plan's lanes meet in its rings, which gather what they bring.
     """
 
     instances: tuple[InstanceId, ...]
@@ -189,12 +189,24 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class Ring:
+    """Targets inside one fast domain, of every lane at least one, that give each other their parts of every unit."""
+
+    instances: tuple[InstanceId, ...]
+    generation: int  # as a chain's
+
+
+@dataclass(frozen=True, slots=True)
 class MulticastPlan:
-    """Chains that move one model's parameters; `ticket` identifies the plan cluster-wide and only grows."""
+    """Chains that move one model's parameters; `ticket` identifies the plan cluster-wide and only grows.
+
+    Every target of a chain with lanes is in one ring.
+    """
 
     ticket: int
     model: str
     chains: tuple[Chain, ...]
+    rings: tuple[Ring, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

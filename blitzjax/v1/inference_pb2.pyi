@@ -89,7 +89,7 @@ class SamplingParams(_message.Message):
     logprobs: int
     prompt_logprobs: int
     echo: bool
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: bool = ...) -> None: ...
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "index", "logprobs", "prompt_token_ids", "prompt_logprobs")
@@ -221,7 +221,7 @@ class InstanceStatus(_message.Message):
     pages_used: int
     pages_total: int
     in_world: bool
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: _Optional[bool] = ...) -> None: ...
 
 class ChainStatus(_message.Message):
     __slots__ = ("ticket", "instances")
@@ -241,7 +241,7 @@ class ScaleRequest(_message.Message):
     live: str
     source: str
     wait: bool
-    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: bool = ...) -> None: ...
+    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: _Optional[bool] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("serving", "target", "seconds")
