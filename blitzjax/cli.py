@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
                        ("blitzjax.cli_serve", "convert"))
     _add_model(convert)
     _add_sim(_command(commands, "sim", "a trace through several systems, in virtual time", ("blitzjax.cli_sim", "sim")))
+    replay = _command(commands, "replay", "feed an event log to a fresh brain and compare its commands",
+                      ("blitzjax.cli_replay", "main"))
+    replay.add_argument("log", type=Path, metavar="LOG", help="what `blitzjax serve --event-log LOG` wrote")
     for name, (_, text) in _PROGRAMS.items():
         commands.add_parser(name, help=f"{text}; see `blitzjax {name} --help`", add_help=False)
     return parser
