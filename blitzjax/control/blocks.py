@@ -47,8 +47,9 @@ class PageLedger:
             return False
         count = pages_for(tokens, self.page_size)
         again = min(count, len(self._returned))
-        pages = [self._returned.pop() for _ in range(again)]
-        self._owned[request_id] = (*pages, *range(self._fresh, self._fresh + count - again))
+        pages = self._returned[len(self._returned) - again:]
+        del self._returned[len(self._returned) - again:]
+        self._owned[request_id] = (*reversed(pages), *range(self._fresh, self._fresh + count - again))
         self._fresh += count - again
         return True
 

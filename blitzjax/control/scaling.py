@@ -123,7 +123,7 @@ class Scaler:
         commands += self._release_drained()
         needy = self._provisioner.stranded() + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
-        if not needy and not self._fleet.loading():
+        if not needy and not self._fleet.loading() and self.goal.means is not self._means:
             self.goal = replace(self.goal, means=self._means)
         return commands
 
@@ -192,6 +192,8 @@ class Scaler:
         return commands
 
     def _release_drained(self) -> list[Command]:
+        if not self._fleet.count(Phase.DRAINING):
+            return []
         return [self._release(m) for m in self._fleet.in_phase(Phase.DRAINING)
                 if not m.releasing and not self._book.owns(m.id) and not self._receiving(m.id)]
 
