@@ -7,14 +7,15 @@ While parameters arrive at the NEW side of a live pair, its OLD side takes nothi
 from __future__ import annotations
 
 import heapq
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from blitzjax.control.blocks import pages_for
 from blitzjax.types import InstanceId, Phase, Request
 
 
-class Seat(NamedTuple):
-    """An instance as the router sees it. A tuple, for one is made at every event."""
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """An instance as the router sees it."""
 
     instance: InstanceId
     phase: Phase
