@@ -44,6 +44,8 @@ class Phase(enum.Enum):
     DRAINING = "draining"  # finishes what it has, takes nothing new
     FAILED = "failed"  # process gone
 
+    __hash__ = object.__hash__  # a key of what every event touches; Enum's own hashes the name each time
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

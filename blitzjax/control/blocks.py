@@ -164,7 +164,8 @@ class PageLedger:
         while len(self._returned) + self.pages - self._fresh < count:
             self._forget_idle()
         again = min(count, len(self._returned))
-        pages = [self._returned.pop() for _ in range(again)]
+        pages = self._returned[: -again - 1 : -1]
+        del self._returned[len(self._returned) - again:]
         pages += range(self._fresh, self._fresh + count - again)
         self._fresh += count - again
         for page in pages:

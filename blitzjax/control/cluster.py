@@ -279,11 +279,16 @@ class Cluster:
 
     def _refresh_seats(self) -> None:
         """The router hears of the instances whose requests, phase or pair changed."""
-        changed = self._book.changed | self._fleet.changed | self._provisioner.pairs.changed
-        for instance in sorted(changed | {p for p in map(self._provisioner.pairs.partner, changed) if p is not None}):
+        changed = self._book.changed
+        for source in (self._fleet.changed, self._provisioner.pairs.changed):
+            if source:
+                changed |= source
+                source.clear()
+        if not changed:
+            return
+        for instance in sorted(changed.union(*map(self._provisioner.pairs.sides, changed))):
             self._router.update(self._seat(self._fleet.members[instance]))
-        for source in (self._book.changed, self._fleet.changed, self._provisioner.pairs.changed):
-            source.clear()
+        changed.clear()
 
     def _seat(self, m: Member) -> Seat:
         """LIVE and SERVING members are never being released."""

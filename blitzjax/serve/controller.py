@@ -163,9 +163,11 @@ class Controller:
     def _handle(self, event: types.Event) -> None:
         if self._event_log is not None:
             self._event_log.event(event)
-        for command in self._cluster.handle(event):
-            if self._event_log is not None:
+        commands = self._cluster.handle(event)
+        if self._event_log is not None:
+            for command in commands:  # before any is carried out, for that may be an event of its own
                 self._event_log.command(event.at, command)
+        for command in commands:
             self._execute(command)
         if isinstance(event, types.RequestFinished):
             self._confirm(event)

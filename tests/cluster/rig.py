@@ -29,6 +29,7 @@ class Rig:
 
     def __init__(self, cluster: LocalCluster):
         self.cluster, self.client = cluster, cluster.client()
+        self.event_log = Path(cluster.config.serve.event_log)
         self._senders = ThreadPoolExecutor(32)
 
     def send(self, prompt: list[int], **options) -> Future[Result]:
@@ -86,6 +87,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
         "serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
         "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64",
         "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", "transfer.handoff_timeout_s=5.0",
+        f"serve.event_log={directory.parent / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, directory) as cluster:
         cluster.wait_ready(120)
