@@ -6,7 +6,7 @@ that its key stands for and of the parameters; whoever drops the parameters drop
 
 from __future__ import annotations
 
-import mmap
+import math
 from collections.abc import Sequence
 
 import jax
@@ -16,6 +16,7 @@ from jax import Array
 from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
 from blitzjax.control.prefixes import PageKey, page_keys
+from blitzjax.engine.params import ALIGNMENT_BYTES
 from blitzjax.engine.sequence import Sequence as Running
 from blitzjax.engine.stages import KV, Stages
 
@@ -80,5 +81,8 @@ def _row(array: Array, row: int) -> np.ndarray:
 
 
 def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Page aligned, so that a device whose memory is the host's takes it as it is."""
-    return np.frombuffer(mmap.mmap(-1, 4 * int(np.prod(shape))), np.float32).reshape(shape)
+    """Aligned, so that a device whose memory is the host's takes it as it is; numpy asks for huge pages."""
+    size, item = math.prod(shape), np.dtype(np.float32).itemsize
+    memory = np.zeros(size + ALIGNMENT_BYTES // item, np.float32)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES // item
+    return memory[start : start + size].reshape(shape)

@@ -44,6 +44,15 @@ def test_requests_go_in_order_of_priority_and_arrival_while_there_is_room() -> N
     assert world.send(t.RequestFinished(0.0, "i0", "b", 1, "stop")) == [Assign("i0", "e", 1)]
 
 
+def test_waiting_outweighs_priority_in_the_end() -> None:
+    world = World(1, config())
+    world.arrive("patient", prompt=8, priority=1)
+    for name, later_s in (("overtakes", t.PRIORITY_S - 1), ("comes too late", 2)):
+        world.at += later_s
+        world.arrive(name, prompt=8)
+    assert [c.request_id for c in world.join("i0", SPEC.units)] == ["overtakes", "patient", "comes too late"]
+
+
 def test_a_lost_instance_gives_its_requests_back_to_the_head_of_the_queue() -> None:
     world = serving(1)
     for k in range(6):
