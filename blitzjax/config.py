@@ -35,7 +35,7 @@ class EngineConfig:
     page_size: int = 16  # tokens per KV page
     kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens
     tensor_parallel: int = 1  # devices per instance
-    native_matmul: bool = True  # products of few bfloat16 rows by our C++ on CPUs; same on all hosts, as last bits differ
+    native_matmul: bool = True  # bfloat16 products on CPUs in our C++; last bits differ, so one value for all hosts
     executable_cache: str = "~/.cache/blitzjax/executables"
 
 
