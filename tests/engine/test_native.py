@@ -43,7 +43,8 @@ def operands(rows: int, k: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("rows, k, out", [(1, 1, 1), (1, 64, 6), (2, 31, 7), (3, 33, 13), (5, 576, 100), (8, 100, 97),
-                                          (37, 65, 195), (64, 200, 3), (67, 15, 50), (130, 96, 64)])
+                                          (37, 65, 195), (64, 200, 3), (67, 15, 50), (130, 96, 64),
+                                          (33, 31, 49), (75, 333, 200)])
 def test_product_is_numpys(product: native.Product, rows: int, k: int, out: int) -> None:
     x, w = operands(rows, k, out)
     exact = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ w.astype(np.float64).T
@@ -62,19 +63,27 @@ def test_x_is_rounded_as_xla_rounds_it(product: native.Product) -> None:
 
 def test_a_row_does_not_depend_on_its_batch(product: native.Product) -> None:
     x, w = operands(130, 100, 205)
-    alone = np.concatenate([np.asarray(jax.jit(product)(x[r : r + 1], w)) for r in range(130)])
-    for rows in range(1, 130):
-        np.testing.assert_array_equal(np.asarray(jax.jit(product)(x[:rows], w)), alone[:rows])
+    few, many = np.asarray(jax.jit(product)(x[:1], w)), np.asarray(jax.jit(product)(x, w))
+    for rows in (1, 2, 3, 5, 8, 11, 31, 32, 33, 64, 67, 129):
+        got = np.asarray(jax.jit(product)(x[:rows], w))
+        if rows <= native.FEW_ROWS:
+            np.testing.assert_array_equal(got[: len(few)], few)
+            few = got
+        else:
+            np.testing.assert_array_equal(got, many[:rows])
+    for row in (5, 30):
+        np.testing.assert_array_equal(np.asarray(jax.jit(product)(x[row : row + 1], w))[0], few[row])
 
 
 def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) -> None:
-    def calls(rows: int, dtype) -> bool:
+    def calls(product: native.Product, rows: int, dtype) -> bool:
         with blocks.few_rows(product):
             traced = jax.make_jaxpr(blocks.matmul)(jnp.zeros((rows, 1, 32)), jnp.zeros((2, 3, 32), dtype))
         return "ffi_call" in str(traced)
 
-    assert calls(1, jnp.bfloat16) and calls(product.max_rows, jnp.bfloat16)
-    assert not calls(product.max_rows + 1, jnp.bfloat16) and not calls(1, jnp.float32)
+    limited = dataclasses.replace(product, max_rows=8)
+    assert calls(product, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
+    assert not calls(limited, 9, jnp.bfloat16) and not calls(product, 1, jnp.float32)
     x, w = operands(6, 35, 12)
     with blocks.few_rows(product):
         fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
@@ -95,7 +104,8 @@ def test_programs_kept_on_disk_load_in_a_new_process_with_any_number_of_threads(
 
 
 def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
-    started = [subprocess.Popen([sys.executable, PROCESS, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    command = [sys.executable, PROCESS, tmp_path]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     answers = [p.communicate(timeout=100)[0].split() for p in started]
     assert all(p.returncode == 0 for p in started)
     assert len({a[2] for a in answers}) == 1 and all(a[1] == "native" for a in answers)
