@@ -105,7 +105,10 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "ttft_p99_s" in capsys.readouterr().out
     data = json.loads((tmp_path / "report.json").read_text())
     assert [row["system"] for row in data["table"]] == ["full", "blitz"]
-    assert len(data["systems"]["blitz"]["ttft_s_percentiles"]) == 101
+    blitz = data["systems"]["blitz"]
+    assert len(blitz["ttft_s_percentiles"]) == 101 and blitz["scale_ups"]
+    sent = sum(moved for name, moved in blitz["link_bytes"].items() if name.startswith("fast_out:"))
+    assert sent == pytest.approx(data["table"][1]["fast_out_bytes"]) and sent > 4e10
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 6 and "http" not in page and "src=" not in page
     assert (tmp_path / "table.csv").read_text().startswith("system,requests,")
