@@ -120,15 +120,14 @@ class Calibration:
     def _decode(self) -> tuple[float, float, float]:
         """Step = a + b sequences + c tokens of KV, by least squares over batches and contexts; none is negative."""
         rows, times = [], []
-        batch = 1
-        while batch <= self._config.engine.max_num_seqs:
+        most = self._config.engine.max_num_seqs
+        for batch in sorted({1, max(1, most // 4), most}):
             for tokens in (_SMALLEST, self._longest()):
                 seen = self._ask([tokens] * batch, _ANSWER)
                 last = max(seen, key=lambda s: s.first)  # all others are in the batch before it is
                 rows.append((1.0, batch, batch * (tokens + _ANSWER / 2)))
                 times.append((last.finished - last.first) / (_ANSWER - 1))
                 self._say(f"decode step of {batch} sequences of {tokens} tokens: {times[-1] * 1e3:.1f} ms")
-            batch *= 2
         return fit_step(rows, times)
 
     def _multicast(self, rpc_s: float) -> tuple[float, float]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from blitzjax import config as configs
 from blitzjax.calibrate import Seen, Transfer, fit_step, requests_of, transfers_of
+from blitzjax.cli_bench import to_toml
 from blitzjax.serve.eventlog import Record
+from blitzjax.sim import costs
 from blitzjax.types import (
     Assign, Chain, LayerLoaded, MulticastPlan, PrefillDone, PrepareTransfer, Request, RequestArrived, RequestFinished,
     StartTransfer, TransferEnded,
@@ -39,3 +44,11 @@ def test_a_transfer_ends_at_its_receiver() -> None:
     log += [Record(2.0, TransferEnded(2.0, "i0", 7, 6, "")), Record(2.1, TransferEnded(2.1, "i1", 7, 6, ""))]
     assert list(transfers_of(log)) == [
         Transfer(1.0, 1.1, 2.1, {1: pytest.approx(1.2), 2: pytest.approx(1.3), 3: pytest.approx(1.4)})]
+
+
+def test_the_policy_reads_what_was_measured(tmp_path: Path) -> None:
+    machine, model = costs.MACHINES["A"], costs.MODELS["llama3-8b"]
+    (tmp_path / "costs.toml").write_text(to_toml(machine, model))
+    found = configs.load(tmp_path / "costs.toml").scale
+    assert found.prefill_tokens_per_s == 15000.0
+    assert found.migrate_tokens_per_s == pytest.approx(12.5e9 / model.kv_token_bytes, rel=1e-3)
