@@ -31,7 +31,7 @@ from blitzjax.types import (
 )
 
 _GBPS = 1e9 / 8
-_POLL_S = 0.01
+_POLL_S = 0.02
 _TIMEOUT_S = 120.0
 _ANSWER = 33  # tokens: 32 decode steps
 _SMALLEST = 32  # tokens of a prompt
@@ -120,23 +120,22 @@ class Calibration:
     def _decode(self) -> tuple[float, float, float]:
         """Step = a + b sequences + c tokens of KV, by least squares over batches and contexts; none is negative."""
         rows, times = [], []
-        batch = 1
-        while batch <= self._config.engine.max_num_seqs:
+        most = self._config.engine.max_num_seqs
+        for batch in sorted({1, max(1, most // 4), most}):
             for tokens in (_SMALLEST, self._longest()):
                 seen = self._ask([tokens] * batch, _ANSWER)
                 last = max(seen, key=lambda s: s.first)  # all others are in the batch before it is
                 rows.append((1.0, batch, batch * (tokens + _ANSWER / 2)))
                 times.append((last.finished - last.first) / (_ANSWER - 1))
                 self._say(f"decode step of {batch} sequences of {tokens} tokens: {times[-1] * 1e3:.1f} ms")
-            batch *= 2
-        return _fit(rows, times)
+        return fit_step(rows, times)
 
     def _multicast(self, rpc_s: float) -> tuple[float, float]:
         """Bytes per second from one instance to another, and seconds until the first byte, less the commands' way."""
         rates, setups = [], []
         prefix = list(accumulate(self._sizes))
         for _ in range(self._repeats):
-            transfer = next(_transfers(self._scale(2, "multicast")))
+            transfer = next(transfers_of(self._scale(2, "multicast")))
             first, since = min(transfer.loaded.items(), default=(0, transfer.started))
             rates.append((prefix[-1] - prefix[first - 1] * (first > 0)) / (transfer.ended - since))
             whole_s = transfer.ended - transfer.prepared
@@ -200,7 +199,7 @@ class Calibration:
                                        timeout_s=_TIMEOUT_S) for tokens in prompts]:
                 result.result()
         deadline = time.monotonic() + _TIMEOUT_S
-        while len(seen := _requests(self._log.since(mark))) < len(prompts):
+        while len(seen := requests_of(self._log.since(mark))) < len(prompts):
             _pause(deadline, "the event log does not grow")
         return seen
 
@@ -251,7 +250,7 @@ def _pause(deadline: float, why: str) -> None:
     time.sleep(_POLL_S)
 
 
-def _requests(records: list[Record]) -> list[Seen]:
+def requests_of(records: list[Record]) -> list[Seen]:
     """Those that finished."""
     arrived: dict[RequestId, tuple[int, float]] = {}
     first: dict[RequestId, float] = {}
@@ -267,7 +266,7 @@ def _requests(records: list[Record]) -> list[Seen]:
     return [seen[request_id] for request_id in arrived if request_id in seen]
 
 
-def _transfers(records: list[Record]) -> Iterator[Transfer]:
+def transfers_of(records: list[Record]) -> Iterator[Transfer]:
     """Multicasts that ended at a receiver, each as the first one did."""
     prepared: dict[int, float] = {}
     started: dict[int, float] = {}
@@ -287,7 +286,7 @@ def _transfers(records: list[Record]) -> Iterator[Transfer]:
                 yield Transfer(prepared.pop(ticket), started.pop(ticket), at, loaded)
 
 
-def _fit(rows: list[tuple[float, ...]], times: list[float]) -> tuple[float, float, float]:
+def fit_step(rows: list[tuple[float, ...]], times: list[float]) -> tuple[float, float, float]:
     """Least squares of relative errors without negative factors: one that would be negative is nothing."""
     weights = 1 / np.asarray(times)
     matrix = np.asarray(rows) * weights[:, None]

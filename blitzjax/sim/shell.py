@@ -152,8 +152,8 @@ class _Run:
     def _tick(self) -> None:
         now = self._clock.now
         self._handle(Ticked(now))
-        hosts = list(dict.fromkeys(ports.host for ports in self._ports.of.values()))
         if self.outcome.sample_is_due(now):
+            hosts = list(dict.fromkeys(ports.host for ports in self._ports.of.values()))
             self.outcome.sample(now, self._copies.count(hosts, now), len(self._requests))
             if round(now) % 60 == 0:
                 self._progress(now, self.outcome.ended)
