@@ -80,6 +80,7 @@ class ClusterConfig:
     threads: int = 0  # XLA threads per worker; 0: all its cores
     pin_cores: bool = False  # worker k computes on core k modulo the cores
     heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
+    fast_gbps: float = 0.0  # what workers of one host exchange; 0: no more than over the network, so no sharded hops
     max_world: int = 64  # collective cliques per set of members before a rejoin needs a restart
 
 
@@ -177,4 +178,5 @@ def _check_ranges(c: Config) -> None:
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
+    want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")
     want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")

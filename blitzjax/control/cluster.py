@@ -31,7 +31,7 @@ _ONLY_REQUESTS = (types.RequestArrived, types.PrefillDone, types.LayerLoaded)
 class Cluster:
     """All instances and requests of one model. One caller: each command is carried out before the next event.
 
-    `ports` says where instances sit in the network; one that it does not name has 100 Gbps and a domain per host.
+    `ports` says where instances sit in the network; one that it does not name has 100 Gbps and its host's domain.
     """
 
     def __init__(self, config: Config, spec: ModelSpec,
@@ -241,7 +241,7 @@ class Cluster:
         self._fleet.join(event)
         self._book.open(event.instance, event.page_size)
         self._scaler.place(self._fleet.members[event.instance])
-        here = Port(event.host, event.host)
+        here = Port(event.host, event.host, fast_gbps=self._config.cluster.fast_gbps)
         self._provisioner.topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
 
