@@ -1,4 +1,4 @@
-"""`blitzjax serve` and `blitzjax convert`: flags to configuration, model to checkpoint directory, a local cluster."""
+"""`blitzjax serve`, `deploy` and `convert`: flags to configuration, model to checkpoint directory, a local cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def serve(args: argparse.Namespace) -> int:
     from blitzjax.serve.local import Launch, LocalCluster
 
     config = configure(args)
-    cluster = LocalCluster(config, checkpoint(args.model, config.engine.dtype, args.checkpoint), Launch(console=True))
+    if args.checkpoint is not None and len(args.model) > 1:
+        raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
+    models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
+    cluster = LocalCluster(config, models, Launch(console=True))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
@@ -41,6 +44,16 @@ def serve(args: argparse.Namespace) -> int:
             return cluster.wait(0)
         print(_banner(args.model, cluster.address, config), flush=True)
         return cluster.wait()
+
+
+def deploy(args: argparse.Namespace) -> int:
+    from blitzjax.serve.client import Client
+
+    directory = checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint)
+    with Client(args.address) as client:
+        reply = client.deploy(directory, min_instances=args.instances, max_instances=args.max_instances)
+    print(f"{reply.model} is deployed after {reply.seconds:.2f} s")
+    return 0
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -56,13 +69,15 @@ def configure(args: argparse.Namespace) -> Config:
     if "scale.max_instances" not in given:  # as the pool allows; never an error that nobody caused
         overrides.insert(0, f"scale.max_instances={1 << 30}")
     if "cluster.pool" not in given:
-        lowest = configs.load(args.config, overrides).scale.min_instances
+        lowest = configs.load(args.config, overrides).scale.min_instances * len(args.model)
         overrides.insert(0, f"cluster.pool={max(_POOL, lowest)}")
     config = configs.load(args.config, overrides)
     pool = config.cluster.pool
-    if config.scale.min_instances > pool:
-        raise BlitzError(f"scale.min_instances is {config.scale.min_instances}, but the pool has {pool} workers; "
-                         f"give --pool {config.scale.min_instances}")
+    needed = config.scale.min_instances * len(args.model)
+    if needed > pool:
+        each = f", of each of {len(args.model)} models" if len(args.model) > 1 else ""
+        raise BlitzError(f"scale.min_instances is {config.scale.min_instances}{each}, but the pool has {pool} workers; "
+                         f"give --pool {needed}")
     if "scale.max_instances" not in given:
         config = configs.load(args.config, [*overrides, f"scale.max_instances={pool}"])
     return config
@@ -95,12 +110,13 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
     return Path(path)
 
 
-def _banner(model: str, address: str, config: Config) -> str:
+def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
+    each = " each" if len(models) > 1 else ""
     return (
-        f"blitzjax {blitzjax.__version__} is ready: {Path(model).name} on {address}, "
-        f"{scale.min_instances} of {config.cluster.pool} instances, {scale.policy} scaling, live {scale.live}\n"
+        f"blitzjax {blitzjax.__version__} is ready: {', '.join(Path(model).name for model in models)} on {address}, "
+        f"{scale.min_instances}{each} of {config.cluster.pool} instances, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
         f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"

@@ -75,7 +75,7 @@ def serving(cluster: LocalCluster) -> set[str]:
 def replayed(log: Path) -> list[Command]:
     """What a fresh brain says to the events of a log."""
     header = eventlog.read_header(log)
-    brain = Cluster(configs.from_tables(header["config"]), codec.model_spec(json.dumps(header)))
+    brain = Cluster(configs.from_tables(header["config"]), [codec.model_spec(json.dumps({"spec": spec})) for spec in header["specs"]])
     return [c for r in eventlog.read(log) if not r.is_command for c in brain.handle(r.item)]
 
 
