@@ -91,8 +91,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, several=True)
     parser.add_argument("--instances", type=int,
-                        help="instances of each model that always serve; 0: none while nobody asks (scale.min_instances; "
-                             "default 1)")
+                        help="instances of each model that always serve; 0: none while nobody asks "
+                             "(scale.min_instances; default 1)")
     parser.add_argument("--pool", type=int, help="worker processes (cluster.pool; default 3)")
     parser.add_argument("--host", help="listen here (serve.host)")
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")

@@ -156,7 +156,8 @@ def _table(picture: pb.ClusterStatus) -> Table:
         layers = _layers(picture, i)
         full = _BAR * i.layers_loaded // layers if layers else 0
         colour = _COLOURS.get(i.phase, "white")
-        table.add_row(i.id, f"[{colour}]{i.phase}", *[" ".join(_names(picture, i))] * named, f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}",
+        bar = f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}"
+        table.add_row(i.id, f"[{colour}]{i.phase}", *[" ".join(_names(picture, i))] * named, bar,
                       f"{i.layers_loaded}/{layers}", str(i.waiting), str(i.running),
                       f"{i.pages_used}/{i.pages_total}", i.partner or "-")
     return table

@@ -122,7 +122,7 @@ class Roster:
         return self._capacity_tokens
 
     def join(self, event: InstanceJoined, fleets: Mapping[str, Fleet]) -> Member:
-        """A new or returned instance: SERVING with every unit of a model that has a fleet, else IDLE with what it holds."""
+        """A new or returned instance: SERVING with every unit of a deployed model, else IDLE with what it holds."""
         model = event.model or (next(iter(fleets), "") if event.units else "")
         fleet = fleets.get(model)
         units = max(0, min(event.units, fleet.units)) if fleet is not None else event.units

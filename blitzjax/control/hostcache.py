@@ -54,7 +54,9 @@ class HostCache:
     # ---- decisions
 
     def reconcile(self, at: float, fleet: Fleet, wanted: bool) -> list[Command]:
-        """The next step towards one copy of a model that no instance holds, and none of one that is served or unwanted."""
+        """The next step towards one copy of a model that no instance holds, and none of one that is served, or
+        not `wanted` any more.
+        """
         copy = self._copies.get(fleet.model)
         if copy is None:
             if not wanted or fleet.size:
@@ -83,7 +85,8 @@ class HostCache:
         if copy is not None and self._transfers.settling(copy.instance):
             return None, []
         place = self._place(at, fleet.model) if copy is None else self._roster.members[copy.instance]
-        if able and place is not None and place.in_world and (copy or self._rank(place)[:2] < self._rank(last)[:2]):
+        better = copy is not None or place is not None and self._rank(place)[:2] < self._rank(last)[:2]
+        if able and better and place.in_world and not last.yielded:  # else somebody waits for this worker
             return None, self._make(fleet, place, last)
         commands = self.drop(fleet.model)
         self._copies[fleet.model] = _Copy(last.id, fleet.units)

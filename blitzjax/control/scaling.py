@@ -66,7 +66,8 @@ class Scaler:
     def request(self, event: ScaleRequested) -> None:
         """An operator's wish, at most all instances; it stands for `down_after_s` whatever the load is.
 
-        None only if min_instances allows it. With split roles it is about all instances; those that decode stay as many as they are, if that leaves one.
+        None only if min_instances allows it. With split roles it is about all instances; those that decode stay as
+        many as they are, if that leaves one.
         """
         pool = max(len(self._fleet.members), self._config.cluster.pool)
         means = Means(event.live or self._means.live, event.source or self._means.source)
@@ -249,7 +250,7 @@ class Scaler:
                 if self._provisioner.pairs.of(m.id) is None and not self._provisioner.transfers.busy(m.id)]
 
     def _release_drained(self, at: float) -> list[Command]:
-        """Drained instances forget their parameters; the last one becomes the host copy, or waits until there is one."""
+        """Drained instances forget their parameters; the last one becomes the host copy, or waits for one."""
         commands: list[Command] = []
         for member in self._fleet.in_phase(Phase.DRAINING):
             if member.releasing or self._book.owns(member.id) or self._receiving(member.id):

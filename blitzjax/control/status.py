@@ -30,7 +30,7 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """`queued` requests have no instance, `running` ones have; `copy`: who keeps it in host memory, or (`coming`) will."""
+    """`queued` requests have no instance, `running` ones have. `copy`: who keeps it in host memory; `coming`: who will."""
 
     name: str
     serving: int

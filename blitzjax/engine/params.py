@@ -1,8 +1,8 @@
 """Where do an instance's parameters live? One contiguous slab of bytes per unit and device, and arrays that view it.
 
 Slabs are what disk readers and the multicast write into; `LayerStore.commit` turns a full slab into sharded jax.Arrays
-without copying on CPU; those of a host copy stay bytes until it is used. Invariant: units [0, store.units) are committed,
-and their slabs are never written again.
+without copying on CPU; a host copy stays bytes until it is used. Invariant: units [0, store.units) are committed, and
+their slabs are never written again.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _allocate(nbytes: int) -> np.ndarray:
 
 
 class LayerStore:
-    """The parameters of one instance on its devices, or a model's copy in host memory. One owner commits, in unit order;
-    others may read `params`.
+    """The parameters of one instance on its devices, or a model's copy in host memory. One owner commits, in unit
+    order; others may read `params`.
     """
 
     def __init__(self, spec: ModelSpec, devices: Sequence[jax.Device]) -> None:

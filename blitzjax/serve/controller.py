@@ -30,6 +30,7 @@ from blitzjax.control.cluster import Cluster
 from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, UnknownModel
 from blitzjax.serve import codec
 from blitzjax.serve.answers import Answer, Order
+from blitzjax.serve.deployments import message_of
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.frontend import SERVICE, Frontend
 from blitzjax.serve.links import WorkerLink
@@ -77,7 +78,7 @@ class Controller:
         if config.serve.event_log:
             header = {"specs": [asdict(model.spec) for model in models], "config": configs.to_tables(config)}
             self._event_log = EventLog(Path(config.serve.event_log), header)
-        self._links = {link.instance: link for link in self._make_links(workers)}
+        self.links = {link.instance: link for link in self._make_links(workers)}
 
     def _make_links(self, workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
         peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]
@@ -93,12 +94,14 @@ class Controller:
 
     @property
     def pool(self) -> int:
-        return len(self._links)
+        return len(self.links)
 
     @property
     def ready(self) -> bool:
-        """A model can answer, at once or as soon as an instance is made of its host copy."""
-        return any(m.serving or m.copy and not m.target for m in self._cluster.status().models)
+        """A model can answer: an instance serves, or one is being made, or can be, of its host copy."""
+        models = self._cluster.status().models
+        waking = self._served and any(m.target and not m.least for m in models)
+        return waking or any(m.serving or m.copy for m in models)
 
     @property
     def busy(self) -> bool:
@@ -106,9 +109,6 @@ class Controller:
 
     def status(self):
         return self._cluster.status()
-
-    def joined(self, instance: types.InstanceId) -> bool:
-        return self._links[instance].joined
 
     def find(self, name: str) -> ServedModel:
         """The model of this name; without a name, the one deployed first. Raises UnknownModel."""
@@ -159,24 +159,9 @@ class Controller:
     def scale(self, model: str, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
         self.on_event(types.ScaleRequested(self.now(), target, live, source, model))
 
-    def add_model(self, model: ServedModel, min_instances: int | None, max_instances: int | None) -> set[types.InstanceId]:
-        """Deploys it here and on every worker. → the workers that are here now and will say when they are ready."""
-        self.models[model.name] = model
-        for link in self._links.values():
-            link.configure.models.append(message_of(model))
-            link.send(pb.WorkerCommand(deploy=message_of(model)))
-        self.on_event(types.ModelDeployed(self.now(), model.spec, min_instances, max_instances))
-        return {link.instance for link in self._links.values() if link.joined}
-
-    def drop_model(self, name: str) -> None:
-        """Nothing of the model is left in the brain."""
-        model = self.models.pop(name)
-        for link in self._links.values():
-            link.configure.models.remove(message_of(model))
-            link.send(pb.WorkerCommand(undeploy=pb.Undeploy(model=name)))
-
-    def undeploy(self, name: str) -> None:
-        self.on_event(types.ModelUndeployed(self.now(), name))
+    def tell_workers(self, command: pb.WorkerCommand) -> None:
+        for link in self.links.values():
+            link.send(command)
 
     def _forget(self, answer: Answer) -> bool:
         """Whether it was known; its order's id is free again when no answer of it is left."""
@@ -266,7 +251,7 @@ class Controller:
                 changed.set()
             return
         _log.error("%s refused to serve: %s", instance, message)
-        if self._broken is not None and not self._broken.done() and all(link.refused for link in self._links.values()):
+        if self._broken is not None and not self._broken.done() and all(link.refused for link in self.links.values()):
             self._broken.set_exception(BlitzError(f"no worker can serve: {message}"))
 
     # ---- what the brain wants
@@ -286,14 +271,14 @@ class Controller:
                                                     "stop"))
                 return
             work = answer.work(command.attempt, self.now())
-        self._links[command.instance].send(codec.encode_command(command, work))
+        self.links[command.instance].send(codec.encode_command(command, work))
 
     # ---- life
 
     async def run(self) -> None:
         """Ticks and talks to workers until cancelled. Raises what broke the brain; BlitzError if no worker serves."""
         self._broken = asyncio.get_running_loop().create_future()
-        links = (link.run() for link in self._links.values())
+        links = (link.run() for link in self.links.values())
         async with _background(*links, self._tick(), _result(self._broken)) as ended:
             await ended
 
@@ -316,10 +301,6 @@ class Controller:
             self._event_log.close()
             self._event_log = None
         self._cluster.check()
-
-
-def message_of(model: ServedModel) -> pb.Model:
-    return pb.Model(model_json=model.manifest_json, checkpoint=str(model.directory))
 
 
 async def _result(future: asyncio.Future[None]) -> None:

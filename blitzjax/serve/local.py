@@ -73,7 +73,10 @@ class LocalCluster:
     """
 
     def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch()):
-        """`model_dirs`: one checkpoint or several, the models to begin with. `config.serve.port` 0 picks a free port. Nothing starts before `start`."""
+        """`model_dirs`: one checkpoint or several, to begin with. `config.serve.port` 0 picks a free port.
+
+        Nothing starts before `start`.
+        """
         pool, host = config.cluster.pool, config.serve.host
         ports = free_ports(pool + 2)
         self.config = replace(config, serve=replace(config.serve, port=config.serve.port or ports[0]))
@@ -137,7 +140,10 @@ class LocalCluster:
         return Client(self.address)
 
     def wait_ready(self, timeout_s: float = 120.0) -> None:
-        """Returns when an instance serves, or a model at zero can have one at once. Raises TimeoutError, or BlitzError if the controller ended."""
+        """Returns when an instance serves, or a model at zero can have one at once.
+
+        Raises TimeoutError, or BlitzError if the controller ended.
+        """
         deadline = time.monotonic() + timeout_s
         with self.client() as client:
             while not client.ready():

@@ -1,5 +1,5 @@
-"""What a configured worker consists of: per model a store, stages and an engine thread; a loader, a hand-off server, and
-its world.
+"""What a configured worker consists of: per model a store, stages and an engine thread; a loader, a hand-off server,
+and its world.
 
 It is an instance of at most one model at a time, the last one that a command to load named; of any other it may keep a
 host copy. Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped,
@@ -83,7 +83,7 @@ class Node:
     # ---- models -----------------------------------------------------------------------------------------------------
 
     def _add(self, model: pb.Model) -> None:
-        """Compiles for one model and starts its engine thread. Raises BlitzError; ConfigError if another has its name."""
+        """Compiles for one model and starts its engine thread. Raises BlitzError, also if another has its name."""
         started = time.monotonic()
         spec = with_dtype(codec.model_spec(model.model_json), self.config.engine.dtype)
         known = self._models.get(spec.name)
@@ -138,7 +138,7 @@ class Node:
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
     def attach(self, configure: pb.Configure, outbox) -> None:
-        """A controller takes over: requests of an earlier session are forgotten, parameters stay, but parts of copies."""
+        """A controller takes over: requests of an earlier session are forgotten, as are parts of copies."""
         if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
         with self._deploying:

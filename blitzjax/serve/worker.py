@@ -1,7 +1,7 @@
 """The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Node.
 
-The controller's session configures it and feeds it; a live partner's session pulls from it; one that begins with Inspect
-is told what the worker holds. Invariant: parameters and
+The controller's session configures it and feeds it; a live partner's session pulls from it; one that begins with
+Inspect is told what the worker holds. Invariant: parameters and
 compiled stages outlive sessions, requests do not.
 """
 

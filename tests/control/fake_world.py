@@ -299,7 +299,7 @@ class World:
         """The worker's first outgoing KV arrives, unless its target is gone."""
         worker = self.workers[name]
         request_id, target = next(((r, self.workers[i]) for r, i in worker.sending.items()
-                                   if self.workers[i].up and self.workers[i].units == UNITS[worker.model]), (None, worker))
+                                   if self.workers[i].up and self.workers[i].units == SPEC.units), (None, worker))
         if request_id is None:
             return False
         del worker.sending[request_id]
