@@ -25,6 +25,8 @@ from blitzjax.types import (
 
 # Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
 _ONLY_REQUESTS = (types.RequestArrived, types.PrefillDone, types.LayerLoaded)
+# Events after which only the model of their instance may have a next step.
+_ONE_MODEL = (types.RequestFinished, types.RequestFailed, types.RequestReturned, types.RequestHanded, types.KVMigrated)
 
 
 class Cluster:
@@ -51,7 +53,7 @@ class Cluster:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
         if not isinstance(event, _ONLY_REQUESTS) or self._wakes(event):
-            commands += self._reconcile(event.at)
+            commands += self._reconcile(event.at, self._concerned(event))
         for service in self._services.values():
             commands += service.dispatch()
             commands += service.migrations.start()
@@ -165,6 +167,12 @@ class Cluster:
         service = self._services.get(event.request.model)
         return service is not None and service.scaler.asleep
 
+    def _concerned(self, event: Event) -> list[Service]:
+        """Whose next steps to look for."""
+        member = self._roster.members.get(event.instance) if isinstance(event, _ONE_MODEL) else None
+        service = self._services.get(member.model) if member is not None else None
+        return list(self._services.values()) if service is None else [service]
+
     def _of(self, request_id: RequestId) -> Service | None:
         """Whose request it is."""
         return next((s for s in self._services.values() if s.book.get(request_id) is not None), None)
@@ -241,22 +249,22 @@ class Cluster:
 
     # ---- getting there
 
-    def _reconcile(self, at: float) -> list[Command]:
-        """Every model's next steps. Repeating it without a new event does nothing."""
+    def _reconcile(self, at: float, services: list[Service]) -> list[Command]:
+        """Their next steps. Repeating it without a new event does nothing."""
         commands: list[Command] = []
-        for service in self._services.values():
+        for service in services:
             service.scaler.wake()
-        short = any(service.scaler.missing for service in self._services.values())
+        short = any(service.scaler.missing for service in services)
         idle = self._roster.idle() if short else []
         quotas = dict.fromkeys(self._services, len(idle))
         if short and len(self._services) > 1:
             wants = [service.scaler.want() for service in self._services.values()]
             quotas = sharing.deal(len(idle), wants)
             self._take_from_others(wants, quotas)
-        for name, service in self._services.items():
-            commands += service.scaler.reconcile(at, idle, quotas[name])
+        for service in services:
+            commands += service.scaler.reconcile(at, idle, quotas[service.name])
         commands += self._drop_parts()
-        for service in list(self._services.values()):
+        for service in services:
             commands += self._copies.reconcile(at, service.fleet, not service.scaler.closing)
             if service.scaler.closing:
                 self._close(service)

@@ -189,7 +189,7 @@ def test_the_last_instance_of_a_model_with_requests_stays() -> None:
     for _ in range(5):
         world.tick(), world.exchange()
     assert world.of("i0").model == "toy" and world.of("i0").phase is SERVING
-    world.settle(compute=True)
+    world.settle(compute=True), world.tick(), world.settle(compute=True)
     assert set(world.ended) == {"a", "b"}
 
 
