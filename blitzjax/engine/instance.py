@@ -123,8 +123,9 @@ class Instance:
                 self._end_live(message.pair)
             case m.PartnerLost():
                 self._partner_lost(message.partner)
-            case Release():
-                self._release()
+            case Release(keep=keep):
+                self._reset()
+                self.store.keep() if keep else self.store.release()
                 self._emit(Drained(self._now(), self.name))
             case m.ForgetRequests():
                 self._reset()
@@ -149,10 +150,6 @@ class Instance:
         if sequence is not None:
             self._leave(sequence)
             self._emit(RequestFinished(self._now(), self.name, request_id, sequence.work.attempt, "abort"))
-
-    def _release(self) -> None:
-        self._reset()
-        self.store.release()
 
     def _reset(self) -> None:
         """Forgets every request and pair; parameters stay."""
