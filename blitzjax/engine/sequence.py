@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax import Array
 
+from blitzjax.control.prefixes import PageKey
 from blitzjax.engine.messages import KVRest, Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
@@ -25,6 +26,8 @@ class Sequence:
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
     awaited: bool = False  # its residuals are on their way from a partner
     kv_missing: bool = False  # the partner's layers of KV are still on their way
+    keys: list[PageKey] = field(default_factory=list)  # of its full pages so far, see PrefixCache
+    cached_tokens: int | None = None  # of the prompt, that the prefix cache had when it was first run here
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
     partner_rest: KVRest | None = None  # those of the partner's layers that stay there: the request is about to leave
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of this attempt's tokens, if asked for
@@ -38,6 +41,11 @@ class Sequence:
     def answered(self) -> int:
         """Tokens of the answer so far, those of earlier attempts included."""
         return len(self.tokens) - len(self.work.prompt)
+
+    @property
+    def scored(self) -> bool:
+        """The prompt's logprobs are wanted and were not sent; they travel with the answer's first token."""
+        return self.work.sampling.prompt_logprobs >= 0 and not self.answered
 
     @property
     def history(self) -> np.ndarray:
@@ -54,13 +62,13 @@ class Sequence:
         """Every token of this attempt, in one message."""
         start = len(self.work.generated)
         return Tokens(self.id, self.work.attempt, start, tuple(self.tokens[len(self.work.prompt) + start :]), "",
-                      self.layers_helped, tuple(self.logprobs), self.prompt_logprobs)
+                      self.layers_helped, tuple(self.logprobs), self.prompt_logprobs, self.cached_tokens or 0)
 
     def repeat(self, said: Tokens) -> None:
         """Continues an attempt after the tokens that another instance said."""
         for token in said.token_ids:
             self.append(token)
-        self.layers_helped = said.layers_helped
+        self.layers_helped, self.cached_tokens = said.layers_helped, said.cached_tokens
         self.logprobs, self.prompt_logprobs = list(said.logprobs), said.prompt_logprobs
 
     def finish_reason(self, spec: ModelSpec) -> str:

@@ -39,12 +39,13 @@ class Mover(Rig):
 
 @pytest.fixture
 def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Mover]]]:
-    """Complete instances by name, with `engine` options."""
+    """Complete instances by name, with `engine` options. No prefix cache: it would cut a prompt's second run elsewhere,
+    and every bit is compared."""
     made: dict[str, Mover] = {}
 
     def rigs(*names: str, units: int = SPEC.units, **engine: int) -> dict[str, Mover]:
         options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
-                   "executable_cache": str(tmp_path_factory.getbasetemp() / "executables")} | engine
+                   "prefix_caching": False, "executable_cache": str(tmp_path_factory.getbasetemp() / "executables")} | engine
         for name in names:
             made[name] = Mover(name, Config(engine=EngineConfig(**options), transfer=TransferConfig(handoff_timeout_s=2.0)),
                                made)
