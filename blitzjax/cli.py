@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     module, function = args.run
     try:
-        return getattr(importlib.import_module(module), function)(args)
+        code = getattr(importlib.import_module(module), function)(args)
+        sys.stdout.flush()
+        return code
     except BlitzError as e:
         print(f"blitzjax: {e}", file=sys.stderr)
         return 2
@@ -41,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; what is still buffered must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(_command(commands, "serve", "a whole cluster on this machine", ("blitzjax.cli_serve", "serve")))
     _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
     _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
+    _add_deploy(_command(commands, "deploy", "serve one more model over the same workers",
+                         ("blitzjax.cli_serve", "deploy")))
+    undeploy = _command(commands, "undeploy", "stop serving a model", ("blitzjax.cli_client", "undeploy"))
+    undeploy.add_argument("name", metavar="NAME", help="as `blitzjax status` shows it")
+    _add_address(undeploy)
     status = _command(commands, "status", "instances, layers, requests", ("blitzjax.cli_client", "status"))
     _add_address(status)
     status.add_argument("--json", action="store_true", help="the whole picture as JSON")
@@ -59,6 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
                        ("blitzjax.cli_serve", "convert"))
     _add_model(convert)
     _add_sim(_command(commands, "sim", "a trace through several systems, in virtual time", ("blitzjax.cli_sim", "sim")))
+    bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    calibrate = _command(benches, "calibrate", "costs of a model here, for `blitzjax sim --costs` and `blitzjax serve`",
+                         ("blitzjax.cli_bench", "calibrate"))
+    _add_serve(calibrate)
+    calibrate.add_argument("--out", type=Path, default=Path(), metavar="DIR",
+                           help="costs.json and costs.toml go there (default: here)")
+    replay = _command(commands, "replay", "feed an event log to a fresh brain and compare its commands",
+                      ("blitzjax.cli_replay", "main"))
+    replay.add_argument("log", type=Path, metavar="LOG", help="what `blitzjax serve --event-log LOG` wrote")
     for name, (_, text) in _PROGRAMS.items():
         commands.add_parser(name, help=f"{text}; see `blitzjax {name} --help`", add_help=False)
     return parser
@@ -71,8 +92,8 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str,
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL",
+def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="+" if several else None,
                         help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, a built-in name, "
                              "or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
@@ -84,8 +105,10 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("--instances", type=int, help="instances that always serve (scale.min_instances; default 1)")
+    _add_model(parser, several=True)
+    parser.add_argument("--instances", type=int,
+                        help="instances of each model that always serve; 0: none while nobody asks "
+                             "(scale.min_instances; default 1)")
     parser.add_argument("--pool", type=int, help="worker processes (cluster.pool; default 3)")
     parser.add_argument("--host", help="listen here (serve.host)")
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
@@ -94,6 +117,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, help="devices per instance (engine.tensor_parallel)")
     parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="work while loading (scale.live)")
     parser.add_argument("--source", choices=("multicast", "disk"), help="where parameters come from (scale.source)")
+    parser.add_argument("--roles", choices=("mixed", "split"),
+                        help="split: prompts run on some instances, others decode (scale.roles)")
     parser.add_argument("--scaling-policy", choices=("auto", "manual"), help="who decides (scale.policy)")
     parser.add_argument("--event-log", help="JSON lines of every event and command (serve.event_log)")
     parser.add_argument("--pin-cores", action="store_true", default=None, help="a core per worker (cluster.pin_cores)")
@@ -102,8 +127,16 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
                         help="any knob; wins over everything else; may be repeated")
 
 
+def _add_deploy(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--instances", type=int, metavar="N", help="that always serve (default: as the cluster has it)")
+    parser.add_argument("--max-instances", type=int, metavar="N", help="default: as the cluster has it")
+    _add_address(parser)
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("message", nargs="?", help="one question; without it, a conversation")
+    parser.add_argument("--model", metavar="NAME", help="which of several; default: the one deployed first")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int)
@@ -122,6 +155,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=int, required=True, metavar="N", help="instances")
+    parser.add_argument("--model", default="", metavar="NAME", help="which of several")
     parser.add_argument("--watch", action="store_true", help="show layers arriving")
     parser.add_argument("--no-wait", action="store_true", help="return when the change is accepted")
     parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="for this change only")

@@ -3,7 +3,7 @@
         add ──► WAITING ──► PREFILLING ──► DECODING ──► finish (from any state)
                  ▲  ▲ preempt │               │ ▲
          requeue │  └─────────┴───────────────┘ │
-        hold ──► HELD ──────────────────────────┘ prefilled: its prompt is run by the live queue
+        hold ──► HELD ◄─────────────────────────┘ prefilled, pause: its prompt is run by the live queue, or its KV moves
 
 Invariant: PREFILLING, DECODING and HELD requests are at most `slots` and own pages for what they were admitted with and
 what they have; the rest own none. When pages run out the last in rank gives up its own, so the first always gets on.
@@ -29,6 +29,8 @@ class State(enum.Enum):
     PREFILLING = "prefilling"
     DECODING = "decoding"
     HELD = "held"
+
+    __hash__ = object.__hash__  # a key of what every request touches; Enum's own hashes the name each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +163,22 @@ class Batcher:
     # ---- steps
 
     def next_step(self) -> Step | None:
-        """All decoding requests, and prompt chunks of together at most C tokens, oldest prompt first; None when there
-        is neither. Admits from WAITING. Until `chunk_done`, the same chunks are given again.
+        """All decoding requests, and `next_chunks`; None when there is neither."""
+        decode, prefill = tuple(self._in[State.DECODING]), self.next_chunks()
+        return Step(decode, prefill) if decode or prefill else None
+
+    def next_chunks(self) -> tuple[Chunk, ...]:
+        """Prompt chunks of together at most C tokens, oldest prompt first. Admits from WAITING. Until `chunk_done`, the
+        same chunks are given again.
 
         A prompt joins the step after another one only if its first chunk fits beside the last chunks of those before it.
         """
-        decode = tuple(self._in[State.DECODING])
         prefill = [self._chunk(seat) for seat in self._unfinished()] or self._begin(self._chunk_tokens)
         room = self._chunk_tokens - sum(chunk.stop - chunk.start for chunk in prefill)
         while prefill and self._ends_prompt(prefill[-1]) and (more := self._begin(room)):
             prefill += more
             room -= more[0].stop - more[0].start
-        return Step(decode, tuple(prefill)) if decode or prefill else None
+        return tuple(prefill)
 
     def chunk_done(self, chunk: Chunk) -> None:
         """The chunk was run. One of a request that left meanwhile is ignored."""
@@ -203,6 +209,10 @@ class Batcher:
     def known(self) -> set[PageKey]:
         """Keys that can be hit."""
         return self._ledger.known()
+
+    def pause(self, request_id: RequestId) -> None:
+        """DECODING → HELD: it leaves the batch and keeps its slot and pages; `prefilled` lets it go on."""
+        self._enter(self._expect(request_id, State.DECODING), State.HELD)
 
     # ---- leaving
 

@@ -47,7 +47,7 @@ class PageLedger:
         self._fresh = 0  # pages [fresh, pages) were never used
         self._returned: list[int] = []  # a stack
         self._owned: dict[RequestId, list[int]] = {}
-        self._owners: dict[int, int] = {}  # how many; pages without owners are not in it
+        self._owners: dict[int, int] = {}  # how many, of owned pages with a key; others have one
         self._pages: dict[PageKey, int] = {}
         self._keys: dict[int, PageKey] = {}
         self._idle: dict[int, None] = {}  # the least recently used first
@@ -55,7 +55,7 @@ class PageLedger:
     @property
     def used(self) -> int:
         """Pages with an owner."""
-        return len(self._owners)
+        return self._fresh - len(self._returned) - len(self._idle)
 
     @property
     def free(self) -> int:
@@ -102,14 +102,13 @@ class PageLedger:
         ones first, since without the first ones they cannot be hit.
         """
         for page in reversed(self._owned.pop(request_id, [])):
-            self._owners[page] -= 1
-            if self._owners[page]:
-                continue
-            del self._owners[page]
-            if page in self._keys:
-                self._idle[page] = None
-            else:
+            if page not in self._owners:
                 self._returned.append(page)
+            elif self._owners[page] > 1:
+                self._owners[page] -= 1
+            else:
+                del self._owners[page]
+                self._idle[page] = None
 
     def find(self, keys: Sequence[PageKey]) -> tuple[int, ...]:
         """The pages that hold the longest known prefix of `keys`."""
@@ -132,7 +131,7 @@ class PageLedger:
             assert page not in self._keys, f"page {page} holds something else"
             if len(self._keys) >= self._limit and not self._forget_idle():
                 break
-            self._pages[key], self._keys[page] = page, key
+            self._pages[key], self._keys[page], self._owners[page] = page, key, 1
             news.append(index)
         return tuple(news)
 
@@ -150,13 +149,13 @@ class PageLedger:
         """Asserts the invariant."""
         owned = [page for pages in self._owned.values() for page in pages]
         assert all(len(set(pages)) == len(pages) for pages in self._owned.values())
-        assert self._owners == {page: owned.count(page) for page in set(owned)}
-        ids = sorted([*range(self._fresh, self.pages), *self._returned, *self._idle, *self._owners])
+        assert self._owners == {page: owned.count(page) for page in set(owned) if page in self._keys}
+        ids = sorted([*range(self._fresh, self.pages), *self._returned, *self._idle, *set(owned)])
         assert ids == list(range(self.pages)), "a page is lost or in two places"
         assert self._pages == {key: page for page, key in self._keys.items()}
         assert len(self._keys) == len(self._pages) <= self._limit
-        assert self._keys.keys() == set(self._idle) | {page for page in self._owners if page in self._keys}
-        assert all(self._owners[page] == 1 or page in self._keys for page in self._owners), "shared without a key"
+        assert self._keys.keys() == self._idle.keys() | self._owners.keys()
+        assert all(page in self._owners or owned.count(page) == 1 for page in set(owned)), "shared without a key"
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -164,11 +163,10 @@ class PageLedger:
         while len(self._returned) + self.pages - self._fresh < count:
             self._forget_idle()
         again = min(count, len(self._returned))
-        pages = [self._returned.pop() for _ in range(again)]
+        pages = self._returned[: -again - 1 : -1]
+        del self._returned[len(self._returned) - again:]
         pages += range(self._fresh, self._fresh + count - again)
         self._fresh += count - again
-        for page in pages:
-            self._owners[page] = 1
         return pages
 
     def _forget_idle(self) -> bool:

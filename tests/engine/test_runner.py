@@ -95,7 +95,7 @@ def test_decode_continues_as_prefill_would(runner: Runner, tokens: int) -> None:
         assert first_token(runner, again) == answer[length]
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, 4, 8])
 def test_sharded_instances_give_the_same_tokens(tmp_path_factory, runner: Runner, tp: int) -> None:
     sharded = build(tmp_path_factory, tp)
     assert decode_tokens(sharded, prompt(70), 10) == decode_tokens(runner, prompt(70), 10)

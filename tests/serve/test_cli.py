@@ -37,6 +37,12 @@ def test_version():
     assert run("--version").stdout.startswith("blitzjax ")
 
 
+def test_a_reader_that_left_is_no_error():
+    done = subprocess.run(f"{sys.executable} -m blitzjax.cli sim --list | true", shell=True, capture_output=True,
+                          text=True, timeout=20)
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("argv, says", [
     (("frobnicate",), "invalid choice"),
     (("scale",), "--to"),
@@ -81,6 +87,14 @@ def test_instances_are_bounded_by_the_pool_unless_said_otherwise():
     assert configure("--pool", "8").scale.max_instances == 8
     assert configure("--instances", "5").cluster.pool == 5
     assert configure("--pool", "8", "--set", "scale.max_instances=2").scale.max_instances == 2
+
+
+def test_split_roles_need_an_instance_of_each():
+    config = configure("--roles", "split")
+    assert (config.scale.roles, config.cluster.pool, config.scale.max_instances) == ("split", 3, 3)
+    assert configure("--roles", "split", "--instances", "3").cluster.pool == 4
+    with pytest.raises(BlitzError, match="min_decode is 2.*--pool 2"):
+        configure("--roles", "split", "--pool", "1")
 
 
 def test_set_wins_over_flags_and_flags_over_the_file(tmp_path: Path):
