@@ -96,6 +96,11 @@ class Scaler:
 
     # ---- getting there
 
+    @property
+    def waits_for_requests(self) -> bool:
+        """Whether the end of a request may be what the next step waits for; the next tick would find it too."""
+        return self._split or self._fleet.count(Phase.DRAINING) > 0
+
     def reconcile(self, at: float) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing."""
         state = (self._fleet.version, self._provisioner.transfers.version, self.goal)
