@@ -73,7 +73,7 @@ class SimInstance:
     def _queue_live(self, new: NewSide, request: Request) -> None:
         """Until the embedding is here, OLD lends the prompt's embedded rows."""
         has_embedding = self.units > self._costs.spec.embed_unit
-        new.queue.add(request.id, has_embedding, (-request.priority, request.arrival_s))
+        new.queue.add(request.id, has_embedding, (request.rank_s,))
         if not has_embedding:
             rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
             self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)

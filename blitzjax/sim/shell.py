@@ -64,10 +64,11 @@ def config_of(setup: Setup) -> Config:
         serve=ServeConfig(max_queued_requests=1 << 30),
         engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=model.slots,
                             max_num_batched_tokens=model.step_tokens, page_size=model.page_size,
-                            kv_pages=model.kv_tokens // model.page_size,
+                            kv_pages=model.kv_tokens // model.page_size, answer_share=1.0,
                             tensor_parallel=model.tensor_parallel),
         scale=replace(setup.scale, policy="auto", min_instances=n - setup.decoding, max_instances=most,
-                      live=system.live, source=system.source, forecast_s=system.forecast_s, prefill_tokens_per_s=model.prefill_tokens_per_s,
+                      live=system.live, source=system.source, forecast_s=system.forecast_s,
+                      prefill_tokens_per_s=model.prefill_tokens_per_s,
                       down_after_s=setup.down_after_s, roles=setup.roles, min_decode=max(1, setup.decoding),
                       migrate_tokens_per_s=setup.model.tensor_parallel * bytes_per_s(setup.machine.nic_gbps)
                       / model.kv_token_bytes),

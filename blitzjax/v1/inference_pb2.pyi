@@ -89,7 +89,7 @@ class SamplingParams(_message.Message):
     logprobs: int
     prompt_logprobs: int
     echo: bool
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: bool = ...) -> None: ...
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "index", "logprobs", "prompt_token_ids", "prompt_logprobs")
@@ -128,7 +128,7 @@ class ScoredToken(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., text: _Optional[str] = ..., top: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "seed", "queue_s", "ttft_s", "layers_helped", "attempts")
+    __slots__ = ("prompt_tokens", "completion_tokens", "seed", "queue_s", "ttft_s", "layers_helped", "attempts", "cached_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class Usage(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     LAYERS_HELPED_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     seed: int
@@ -143,7 +144,8 @@ class Usage(_message.Message):
     ttft_s: float
     layers_helped: int
     attempts: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., layers_helped: _Optional[int] = ..., attempts: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., layers_helped: _Optional[int] = ..., attempts: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_ids",)
@@ -219,7 +221,7 @@ class InstanceStatus(_message.Message):
     pages_used: int
     pages_total: int
     in_world: bool
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: _Optional[bool] = ...) -> None: ...
 
 class ChainStatus(_message.Message):
     __slots__ = ("ticket", "instances")
@@ -239,7 +241,7 @@ class ScaleRequest(_message.Message):
     live: str
     source: str
     wait: bool
-    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: bool = ...) -> None: ...
+    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: _Optional[bool] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("serving", "target", "seconds")
