@@ -207,8 +207,8 @@ def _begin(course: Course) -> float:
 def show(found: dict[str, object]) -> None:
     for name in ("live", "sim"):
         row = found[name]
-        print(f"  {name:4}  TTFT mean {row['ttft']['ttft_mean_s']:.2f} s, p95 {row['ttft']['ttft_p95_s']:.2f} s; scale-ups "
-              f"{', '.join(f'{s:.2f}' for s in row['scale_up_s'])} s\n        "
+        print(f"  {name:4}  TTFT mean {row['ttft']['ttft_mean_s']:.2f} s, p95 {row['ttft']['ttft_p95_s']:.2f} s; "
+              f"scale-ups {', '.join(f'{s:.2f}' for s in row['scale_up_s'])} s\n        "
               + "  ".join(f"{what} at {at:.1f}" for what, at in zip(row["decisions"], row["at_s"], strict=True)))
     print(f"  decisions {'are the same' if found['same_decisions'] else 'DIFFER'}; simulated over live: scale-up "
           f"{found['scale_up_ratio']:.2f} (goal 0.8 to 1.2), mean TTFT {found['ttft_ratio']:.2f} (goal 0.75 to 1.25)")
