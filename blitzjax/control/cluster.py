@@ -51,7 +51,7 @@ class Cluster:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
         if not isinstance(event, _ONLY_REQUESTS) and (
-                not isinstance(event, types.RequestFinished) or self._scaler.waits_for_requests):
+                not isinstance(event, types.RequestFinished) or self._scaler.waits_for(event.instance)):
             commands += self._scaler.reconcile(event.at)
         commands += self._dispatch()
         commands += self._migrations.start()

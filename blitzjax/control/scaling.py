@@ -96,10 +96,10 @@ class Scaler:
 
     # ---- getting there
 
-    @property
-    def waits_for_requests(self) -> bool:
-        """Whether the end of a request may be what the next step waits for; the next tick would find it too."""
-        return self._split or self._fleet.count(Phase.DRAINING) > 0
+    def waits_for(self, instance: InstanceId) -> bool:
+        """Whether the next step may wait for the end of a request of `instance`; the next tick would find it too."""
+        member = self._fleet.members.get(instance)
+        return self._split or (member is not None and member.phase is Phase.DRAINING)
 
     def reconcile(self, at: float) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing."""
