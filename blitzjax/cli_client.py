@@ -18,7 +18,7 @@ from blitzjax.v1 import inference_pb2 as pb
 
 _BAR = 24  # a table of 80 columns
 _OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "seed", "stop")
+             "frequency_penalty", "seed", "stop", "priority")
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
 
 

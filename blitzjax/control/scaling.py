@@ -59,6 +59,7 @@ class Scaler:
         self._memory = self._decode_memory = autoscale.Memory()
         self._split = config.scale.roles == "split"
         self._prefill = Role.PREFILL if self._split else Role.MIXED  # the role of instances that run prompts
+        self._settled: tuple[int, int, Goal] | None = None  # versions at which there was nothing left to do
         self.goal = Goal(config.scale.min_instances, config.scale.min_decode if self._split else 0, self._means)
 
     # ---- what is wanted
@@ -79,6 +80,15 @@ class Scaler:
             member.barred_until.pop(self._fleet.model, None)
             if member.model == self._fleet.model:
                 member.failures = 0
+
+    @property
+    def settled(self) -> bool:
+        """There is nothing to do, and was nothing the last time."""
+        return self._state() == self._settled and not self.closing and not (self.asleep and self._book.queued)
+
+    def _state(self) -> tuple[int, int, Goal]:
+        """What the next steps hang on, apart from time."""
+        return self._fleet.version, self._provisioner.transfers.version, self.goal
 
     @property
     def missing(self) -> int:
@@ -147,11 +157,15 @@ class Scaler:
 
     # ---- getting there
 
+
     def reconcile(self, at: float, idle: list[Member], quota: int) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing.
 
         Of the `idle` workers it takes at most `quota`, which leave the list.
         """
+        state = self._state()
+        if state == self._settled:
+            return []
         commands = self._give_up_hopeless(at)
         if not self._fleet.count(Phase.SERVING) and not self.asleep:
             self._revive(self._prefill, 1)
@@ -178,8 +192,10 @@ class Scaler:
         commands += self._release_drained(at)
         needy = self._provisioner.stranded() + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
-        if not needy and not self._fleet.loading():
+        if not needy and not self._fleet.loading() and self.goal.means is not self._means:
             self.goal = replace(self.goal, means=self._means)
+        if signs == (0, 0) and not commands and not needy and not self._fleet.count(Phase.DRAINING):
+            self._settled = state
         return commands
 
     def _missing(self, role: Role) -> int:
@@ -252,6 +268,8 @@ class Scaler:
     def _release_drained(self, at: float) -> list[Command]:
         """Drained instances forget their parameters; the last one becomes the host copy, or waits for one."""
         commands: list[Command] = []
+        if not self._fleet.count(Phase.DRAINING):
+            return commands
         for member in self._fleet.in_phase(Phase.DRAINING):
             if member.releasing or self._book.owns(member.id) or self._receiving(member.id):
                 continue

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.control.blocks import pages_for
+from blitzjax.control.blocks import answer_share
 from blitzjax.control.fleet import Fleet, Member, Roster
 from blitzjax.control.hostcache import HostCache
 from blitzjax.control.migrations import Migrations
@@ -35,11 +35,12 @@ class Service:
         self.name = spec.name
         self._config, self._spec, self._roster = config, spec, roster
         self.fleet = Fleet(spec.name, spec.units, roster)
-        self.book = RequestBook(config.serve.max_attempts)
+        share = answer_share(config)
+        self.book = RequestBook(config.serve.max_attempts, share)
         self.provisioner = Provisioner(spec, self.fleet, self.book, transfers, copies)
         self.migrations = Migrations(self.fleet, self.book)
         self.scaler = Scaler(config, self.fleet, self.book, self.provisioner, copies, self.migrations.inbound)
-        self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens)
+        self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens, share)
         for member in roster.members.values():
             self.book.open(member.id, member.page_size)
 
@@ -55,7 +56,7 @@ class Service:
             assert not (entries and m.releasing), f"{m.id} forgets its requests"
             # What a live partner hands over waits inside the instance if need be; what we assigned must fit.
             assert sum(not e.handed for e in entries) <= m.slots, f"{m.id} has more requests than slots"
-            assigned = sum(pages_for(e.request.total_tokens, m.page_size) for e in entries if not e.handed)
+            assigned = sum(self.book.need(e.request, m.page_size) for e in entries if not e.handed)
             assert assigned <= m.pages, f"{m.id} is short of pages"
 
     # ---- requests
@@ -198,11 +199,16 @@ class Service:
 
     def _refresh_seats(self) -> None:
         """The router hears of the instances whose requests, phase or pair changed."""
-        changed = self.book.changed | self.fleet.changed | self.provisioner.pairs.changed
-        for instance in sorted(changed | {p for p in map(self.provisioner.pairs.partner, changed) if p is not None}):
+        changed = self.book.changed
+        for source in (self.fleet.changed, self.provisioner.pairs.changed):
+            if source:
+                changed |= source
+                source.clear()
+        if not changed:
+            return
+        for instance in sorted(changed.union(*map(self.provisioner.pairs.sides, changed))):
             self._router.update(self._seat(self.fleet.members[instance]))
-        for source in (self.book.changed, self.fleet.changed, self.provisioner.pairs.changed):
-            source.clear()
+        changed.clear()
 
     def _seat(self, m: Member) -> Seat:
         """LIVE and SERVING members are never being released; those of other models take nothing."""

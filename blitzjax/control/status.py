@@ -9,7 +9,7 @@ from blitzjax.types import Chain, InstanceId, Phase
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """`waiting` and `running` count requests without and with a first token; pages are what they may need.
+    """`waiting` and `running` count requests without and with a first token; pages are what they were admitted with.
 
     `units` are those of `model`, which is empty while it is an instance of none; `copies` are models that it keeps in
     host memory besides, whole or in the making.

@@ -62,6 +62,7 @@ class Answer:
         self.attempt = -1  # no attempt yet
         self.attempts = 0
         self.layers_helped = 0
+        self.cached_tokens = 0
         self.assigned_s: float | None = None
         self.first_token_s: float | None = None
         self.finish_reason: FinishReason | None = None

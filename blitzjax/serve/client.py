@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     echo: bool
     model: str
     request_id: str
-    priority: int
+    priority: int  # lower goes first
     progress: bool
     timeout_s: float
 

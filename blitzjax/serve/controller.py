@@ -185,9 +185,11 @@ class Controller:
     def _handle(self, event: types.Event) -> None:
         if self._event_log is not None:
             self._event_log.event(event)
-        for command in self._cluster.handle(event):
-            if self._event_log is not None:
+        commands = self._cluster.handle(event)
+        if self._event_log is not None:
+            for command in commands:  # before any is carried out, for that may be an event of its own
                 self._event_log.command(event.at, command)
+        for command in commands:
             self._execute(command)
         if isinstance(event, types.RequestFinished):
             self._confirm(event)
@@ -204,6 +206,7 @@ class Controller:
         if answer is None or tokens.attempt != answer.attempt:
             return  # the client left, or a later attempt runs elsewhere
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
+        answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
         try:
             answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, self.now(),
                         codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))

@@ -7,6 +7,7 @@ the brain saw or gave them: feeding the events to a fresh Cluster gives the comm
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Iterator, Mapping
@@ -58,10 +59,15 @@ def read_header(path: Path) -> dict[str, object]:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Every event and command of a log. Raises ValueError for a record of an unknown kind."""
+    """Every event and command of a log, without a last line that was not finished.
+
+    Raises ValueError for a record of an unknown kind.
+    """
     with path.open(encoding="utf-8") as file:
         next(file)
         for line in file:
+            if not line.endswith("\n"):
+                return
             record = json.loads(line)
             name = record.get("event") or record.get("command")
             if name not in _KINDS:
@@ -70,8 +76,11 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def _build(kind: type, record: Mapping[str, object]):
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind)})
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _value(hint: object, value: object):

@@ -25,9 +25,10 @@ import jax
 
 from blitzjax import config as configs
 from blitzjax import types
+from blitzjax.control.blocks import pages_of
 from blitzjax.engine import messages as m
 from blitzjax.engine.checkpoint import with_dtype
-from blitzjax.engine.instance import Instance, Output, pages_of, slots_of
+from blitzjax.engine.instance import Instance, Output
 from blitzjax.engine.loading import Holder, Loader
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
@@ -156,8 +157,8 @@ class Node:
         engine, served = self.config.engine, self._models.get(self._current)
         units = served.store.units if served is not None and not served.store.is_copy else 0
         self._emit(types.InstanceJoined(
-            time.time(), self.name, self.incarnation, self._host, units, pages_of(self.config), engine.page_size,
-            slots_of(self.config), self._current if units else "", tuple(self._models), tuple(copies)))
+            time.time(), self.name, self.incarnation, self._host, units, pages_of(engine), engine.page_size,
+            engine.max_num_seqs, self._current if units else "", tuple(self._models), tuple(copies)))
         if self.world.joined:
             self._emit(types.WorldJoined(time.time(), self.name))
 

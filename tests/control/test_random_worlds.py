@@ -1,6 +1,11 @@
-"""Whatever happens in whatever order, the brain stays consistent and every accepted request ends exactly once."""
+"""Whatever happens in whatever order, the brain stays consistent and every accepted request ends exactly once.
+
+BLITZJAX_WORLDS=10000 runs so many random worlds, in a few minutes, instead of as many as fit into seconds.
+"""
 
 from __future__ import annotations
+
+import os
 
 from fake_world import SPECS, UNITS, World, config, copies, whole
 from hypothesis import given, settings
@@ -8,6 +13,7 @@ from hypothesis import strategies as st
 
 ACTIONS = ("work", "work", "work", "obey", "deliver", "load", "compute", "pull", "pull", "arrive", "arrive", "cancel",
            "tick", "kill", "join", "scale", "break", "echo", "migrate", "migrate", "crash")
+WORLDS = int(os.environ.get("BLITZJAX_WORLDS", "200"))
 NAMES = [f"i{k}" for k in range(4)]
 STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), min_size=30, max_size=250)
 
@@ -77,7 +83,7 @@ def run(world: World, steps: list[tuple[str, int]], start: int) -> None:
     assert set(world.open) <= world.cancelled
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=WORLDS, deadline=None)
 @given(steps=STEPS, policy=st.sampled_from(["auto", "manual"]), start=st.integers(0, 4),
        roles=st.sampled_from(["mixed", "split"]))
 def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int, roles: str) -> None:
@@ -86,7 +92,7 @@ def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: 
     assert any(i.phase.value == "serving" for i in world.brain.status().instances)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=WORLDS, deadline=None)
 @given(steps=STEPS, start=st.integers(0, 4), least=st.integers(0, 1), models=st.integers(1, 3))
 def test_models_share_the_workers_and_each_has_a_copy_in_the_end(steps: list[tuple[str, int]], start: int, least: int,
                                                                  models: int) -> None:

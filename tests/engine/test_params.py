@@ -1,4 +1,4 @@
-"""Slabs and arrays: layout, sharding, aliasing, order of commits. Runs on four CPU devices (tests/conftest.py)."""
+"""Slabs and arrays: layout, sharding, aliasing, order of commits. Runs on several CPU devices (tests/conftest.py)."""
 
 from __future__ import annotations
 

@@ -37,6 +37,12 @@ def test_version():
     assert run("--version").stdout.startswith("blitzjax ")
 
 
+def test_a_reader_that_left_is_no_error():
+    done = subprocess.run(f"{sys.executable} -m blitzjax.cli sim --list | true", shell=True, capture_output=True,
+                          text=True, timeout=20)
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize("argv, says", [
     (("frobnicate",), "invalid choice"),
     (("scale",), "--to"),
