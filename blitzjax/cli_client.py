@@ -18,7 +18,7 @@ from blitzjax.v1 import inference_pb2 as pb
 
 _BAR = 24  # a table of 80 columns
 _OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "seed", "stop", "priority")
+            "frequency_penalty", "seed", "stop", "priority")
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
 
 
@@ -137,8 +137,13 @@ def _show(pictures: Iterator[pb.ClusterStatus], console: Console) -> None:
 
 def _line(picture: pb.ClusterStatus) -> str:
     return f"target {picture.target_instances}  " + "  ".join(
-        " ".join([i.id, i.phase, *_names(picture, i), f"{i.layers_loaded}/{_layers(picture, i)}"])
+        " ".join([i.id, f"{i.phase}{_role(i)}", *_names(picture, i), f"{i.layers_loaded}/{_layers(picture, i)}"])
         for i in picture.instances)
+
+
+def _role(instance: pb.InstanceStatus) -> str:
+    """What split roles use it for."""
+    return "" if instance.role in ("", "mixed") or instance.phase == "idle" else f" {instance.role}"
 
 
 def _names(picture: pb.ClusterStatus, i: pb.InstanceStatus) -> list[str]:
@@ -157,7 +162,7 @@ def _table(picture: pb.ClusterStatus) -> Table:
         full = _BAR * i.layers_loaded // layers if layers else 0
         colour = _COLOURS.get(i.phase, "white")
         bar = f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}"
-        table.add_row(i.id, f"[{colour}]{i.phase}", *[" ".join(_names(picture, i))] * named, bar,
+        table.add_row(i.id, f"[{colour}]{i.phase}{_role(i)}", *[" ".join(_names(picture, i))] * named, bar,
                       f"{i.layers_loaded}/{layers}", str(i.waiting), str(i.running),
                       f"{i.pages_used}/{i.pages_total}", i.partner or "-")
     return table

@@ -67,8 +67,8 @@ def foresee(load: Load, memory: Memory, config: ScaleConfig) -> tuple[Load, Memo
 
 def step(load: Load, memory: Memory, config: ScaleConfig) -> tuple[int, Memory]:
     """The number of instances to have now, within [min_instances, max_instances]."""
-    patience_s = config.zero_after_s if load.instances <= 1 else config.down_after_s
     load, memory = foresee(load, memory, config)
+    patience_s = config.zero_after_s if load.instances <= 1 else config.down_after_s
     return _follow(load.instances, band(load, config), config.min_instances, config.max_instances, load.at, memory,
                    patience_s)
 

@@ -314,6 +314,8 @@ class Cluster:
 
     def _picture(self, m: Member) -> InstanceStatus:
         copies, service = self._copies.kept_by(m.id), self._services.get(m.model)
+        received = sum(s.migrations.received_bytes[m.id] for s in self._services.values())
         if service is not None:
-            return service.picture(m, copies)
-        return InstanceStatus(m.id, m.phase, m.units, None, 0, 0, 0, m.pages, m.in_world, m.model, copies)
+            return service.picture(m, received, copies)
+        return InstanceStatus(m.id, m.phase, m.units, None, 0, 0, 0, m.pages, m.in_world, m.role, received, m.model,
+                              copies)

@@ -157,7 +157,6 @@ class Scaler:
 
     # ---- getting there
 
-
     def reconcile(self, at: float, idle: list[Member], quota: int) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing.
 

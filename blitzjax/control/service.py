@@ -109,7 +109,8 @@ class Service:
                 return self._prefilled(member, request_id, attempt)
             case types.RequestHanded():
                 return self._handed(member, event)
-            case types.KVMigrated():
+            case types.KVMigrated(kv_bytes=kv_bytes):
+                self.migrations.received_bytes[member.id] += kv_bytes
                 entry = self.book.current(request_id, attempt)
                 return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
             case types.RequestFinished(reason=reason):
@@ -223,9 +224,10 @@ class Service:
         return ModelStatus(self.name, self.fleet.count(Phase.SERVING), self.scaler.goal.target, self.book.queued,
                            self.book.running, copy, coming, self._config.scale.min_instances, self.scaler.closing)
 
-    def picture(self, m: Member, copies: tuple[str, ...]) -> InstanceStatus:
+    def picture(self, m: Member, kv_received_bytes: int, copies: tuple[str, ...]) -> InstanceStatus:
         """Of one of its instances; `copies` are the models that it keeps in host memory besides."""
         entries = self.book.owned(m.id)
         running = sum(e.answered for e in entries)
         return InstanceStatus(m.id, m.phase, m.units, self.provisioner.pairs.partner(m.id), len(entries) - running,
-                              running, self.book.pages(m.id), m.pages, m.in_world, self.name, copies)
+                              running, self.book.pages(m.id), m.pages, m.in_world, m.role, kv_received_bytes, self.name,
+                              copies)

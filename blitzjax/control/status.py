@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blitzjax.types import Chain, InstanceId, Phase
+from blitzjax.types import Chain, InstanceId, Phase, Role
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
     """`waiting` and `running` count requests without and with a first token; pages are what they were admitted with.
 
-    `units` are those of `model`, which is empty while it is an instance of none; `copies` are models that it keeps in
-    host memory besides, whole or in the making.
+    `kv_received_bytes`: of requests that came to it with their KV, since the start. `units` are those of `model`, which
+    is empty while it is an instance of none; `copies` are models that it keeps in host memory besides, whole or in the
+    making.
     """
 
     id: InstanceId
@@ -24,6 +25,8 @@ class InstanceStatus:
     pages_used: int
     pages_total: int
     in_world: bool
+    role: Role
+    kv_received_bytes: int
     model: str
     copies: tuple[str, ...]
 

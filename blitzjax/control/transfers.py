@@ -94,8 +94,7 @@ class Transfers:
         rings = plan.rings if any(chain.lanes > 1 for chain in chains) else ()
         if chains:
             self._last_ticket += 1
-            self._open([self._run(model, chain, False, copy, live, rings if chain.lanes > 1 else ())
-                        for chain in chains])
+            self._open([self._run(model, chain, False, copy, live, rings if chain.lanes > 1 else ()) for chain in chains])
         plan = MulticastPlan(plan.ticket, model, chains, rings, copy)
         prepare: list[Command] = [PrepareTransfer(i, plan) for chain in chains for i in chain.instances]
         return prepare, [i for chain in spent for i in chain.instances[1:]]
@@ -220,8 +219,7 @@ class Transfers:
         self._flights[run.ticket].started = True
         return run
 
-    def _run(self, model: str, chain: Chain, alone: bool, copy: bool, live: LiveMode,
-             rings: tuple[Ring, ...]) -> Run:
+    def _run(self, model: str, chain: Chain, alone: bool, copy: bool, live: LiveMode, rings: tuple[Ring, ...]) -> Run:
         members = set(chain.instances)
         return Run(self._last_ticket, model, chain, alone, copy, live, set() if alone else set(members), members, rings)
 

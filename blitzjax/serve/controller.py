@@ -55,8 +55,6 @@ class Controller:
 
     def __init__(self, config: Config, models: Sequence[ServedModel], workers: Mapping[types.InstanceId, str]):
         """`workers` maps instance ids to addresses, in rank order. Opens the event log."""
-        if config.scale.roles != "mixed":
-            raise ConfigError("scale.roles = \"split\" is only simulated so far: workers do not move KV yet")
         self.config = config
         self.models = {model.name: model for model in models}
         if len(self.models) < len(models):
@@ -98,10 +96,13 @@ class Controller:
 
     @property
     def ready(self) -> bool:
-        """A model can answer: an instance serves, or one is being made, or can be, of its host copy."""
-        models = self._cluster.status().models
-        waking = self._served and any(m.target and not m.least for m in models)
-        return waking or any(m.serving or m.copy for m in models)
+        """A model can answer: an instance serves that runs prompts (those can decode as well), or one is being made, or
+        can be, of its host copy.
+        """
+        status = self._cluster.status()
+        waking = self._served and any(m.target and not m.least for m in status.models)
+        return waking or any(m.copy for m in status.models) or any(
+            i.phase is types.Phase.SERVING and i.role is not types.Role.DECODE for i in status.instances)
 
     @property
     def busy(self) -> bool:

@@ -216,7 +216,8 @@ def picture(controller: Controller) -> pb.ClusterStatus:
             id=i.id, phase=i.phase.value, units_loaded=i.units,
             layers_loaded=models[i.model].spec.layers_loaded(i.units) if i.model in models else 0,
             partner=i.partner or "", waiting=i.waiting, running=i.running, pages_used=i.pages_used,
-            pages_total=i.pages_total, in_world=i.in_world, model=i.model, copies=i.copies)
+            pages_total=i.pages_total, in_world=i.in_world, role=i.role.value, kv_received_bytes=i.kv_received_bytes,
+            model=i.model, copies=i.copies)
             for i in status.instances],
         queued_requests=status.queued, running_requests=status.running, target_instances=status.target,
         live=scale.live, source=scale.source,

@@ -34,6 +34,7 @@ from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import BlitzError, ConfigError, TransferError
 from blitzjax.serve import codec
+from blitzjax.serve.couriers import KVCourier, KVReply
 from blitzjax.serve.links import CHANNEL_OPTIONS
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.transfer.world import World
@@ -96,8 +97,10 @@ class Node:
             store = LayerStore(spec, self._devices)
             stages = Stages(spec, self.config.engine, store.mesh)
             stages.compile_all()
+            if self.config.scale.roles == "split":
+                stages.compile_moves()
             instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
-                                lambda partner: self._connect(spec.name, partner))
+                                lambda partner: self._connect(spec.name, partner), self._send_kv)
             threading.Thread(target=self._run_engine, args=(instance,), name="engine", daemon=True).start()
         checkpoint = Path(model.checkpoint) if model.checkpoint else None
         self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
@@ -206,6 +209,14 @@ class Node:
     def partner_left(self, partner: types.InstanceId, model: str) -> None:
         self._models[model].instance.post(m.PartnerLost(partner))
 
+    def kv_offered(self, message: pb.KVOffer, outbox) -> m.KVOffer:
+        offer = codec.decode(m.KVOffer, message)
+        self._models[offer.work.request.model].instance.post(m.KVOffered(offer, KVReply(outbox)))
+        return offer
+
+    def kv_withdrawn(self, offer: m.KVOffer) -> None:
+        self._models[offer.work.request.model].instance.post(m.KVWithdrawn(offer))
+
     # ---- threads ----------------------------------------------------------------------------------------------------
 
     def _run_engine(self, instance: Instance) -> None:
@@ -241,6 +252,9 @@ class Node:
 
     def _connect(self, model: str, partner: types.InstanceId) -> PartnerLink:
         return PartnerLink(self._addresses[partner], self.name, partner, model, self._models[model].instance.post)
+
+    def _send_kv(self, target: types.InstanceId, offer: m.KVOffer) -> KVCourier:
+        return KVCourier(self._addresses[target], offer, self._models[offer.work.request.model].instance.post)
 
 
 class OldLink:

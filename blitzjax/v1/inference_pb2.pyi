@@ -260,7 +260,7 @@ class ModelStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: _Optional[int] = ..., target: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., host_copy: _Optional[str] = ..., copying: bool = ..., closing: bool = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "model", "copies")
+    __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "role", "kv_received_bytes", "model", "copies")
     ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_LOADED_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +271,8 @@ class InstanceStatus(_message.Message):
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     IN_WORLD_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    KV_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     id: str
@@ -283,9 +285,11 @@ class InstanceStatus(_message.Message):
     pages_used: int
     pages_total: int
     in_world: bool
+    role: str
+    kv_received_bytes: int
     model: str
     copies: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ChainStatus(_message.Message):
     __slots__ = ("ticket", "instances")

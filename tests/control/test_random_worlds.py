@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 ACTIONS = ("work", "work", "work", "obey", "deliver", "load", "compute", "pull", "pull", "arrive", "arrive", "cancel",
            "tick", "kill", "join", "scale", "break", "echo", "migrate", "migrate", "crash")
-WORLDS = int(os.environ.get("BLITZJAX_WORLDS", "200"))
 NAMES = [f"i{k}" for k in range(4)]
+WORLDS = int(os.environ.get("BLITZJAX_WORLDS", "200"))
 STEPS = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 11)), min_size=30, max_size=250)
 
 
