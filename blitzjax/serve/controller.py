@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from blitzjax import config as configs
@@ -33,6 +33,7 @@ from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.deployments import message_of
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.frontend import SERVICE, Frontend
+from blitzjax.serve.health import keep_health, set_health
 from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import ServedModel, load_model
 from blitzjax.v1 import inference_pb2_grpc as rpc
@@ -335,7 +336,7 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     stop = Stop()
-    await _set_health(checker, False)
+    await set_health(checker, False)
     try:
         port = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError as e:
@@ -343,7 +344,7 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     await server.start()
     print(f"controller of {', '.join(controller.models)} listens on {host}:{port}", flush=True)
     try:
-        async with _background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
+        async with _background(controller.run(), keep_health(controller, checker), stop.drain.wait()) as ended:
             await ended  # raises what broke
             await _drain(controller, checker, stop)
             controller.give_up()
@@ -363,23 +364,6 @@ async def _drain(controller: Controller, checker: health.aio.HealthServicer, sto
         while controller.busy and not stop.now.is_set() and asyncio.get_running_loop().time() < left:
             changed.clear()
             await changed.wait()  # at the latest the next tick
-
-
-async def _keep_health(controller: Controller, checker: health.aio.HealthServicer) -> None:
-    ready = False
-    with controller.subscribe() as changed:
-        while True:
-            await changed.wait()
-            changed.clear()
-            if ready != controller.ready:
-                ready = not ready
-                await _set_health(checker, ready)
-
-
-async def _set_health(checker: health.aio.HealthServicer, ready: bool) -> None:
-    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-    for name in ("", SERVICE):
-        await checker.set(name, status)
 
 
 @contextlib.asynccontextmanager
