@@ -52,8 +52,9 @@ class Cluster:
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
-        if not isinstance(event, _ONLY_REQUESTS) or self._wakes(event):
-            commands += self._reconcile(event.at, self._concerned(event))
+        concerned = self._concerned(event)
+        if concerned:
+            commands += self._reconcile(event.at, concerned)
         for service in self._services.values():
             commands += service.dispatch()
             commands += service.migrations.start()
@@ -169,9 +170,14 @@ class Cluster:
 
     def _concerned(self, event: Event) -> list[Service]:
         """Whose next steps to look for."""
+        if isinstance(event, _ONLY_REQUESTS) and not self._wakes(event):
+            return []
         member = self._roster.members.get(event.instance) if isinstance(event, _ONE_MODEL) else None
         service = self._services.get(member.model) if member is not None else None
-        return list(self._services.values()) if service is None else [service]
+        if service is None:
+            return list(self._services.values())
+        waited = not isinstance(event, types.RequestFinished) or service.scaler.waits_for(event.instance)
+        return [service] if waited else []
 
     def _of(self, request_id: RequestId) -> Service | None:
         """Whose request it is."""
