@@ -70,7 +70,7 @@ class Product:
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """f32[rows, k], bf16[out, k] → f32[rows, out]"""
         out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jax.numpy.float32)
-        return jax.ffi.ffi_call(_target("matmul", self.variant), out)(x, w)
+        return jax.ffi.ffi_call(_target("matmul", self.variant), out, vmap_method="sequential")(x, w)
 
     def attends(self, k: jax.Array) -> bool:
         """Whether `attend` takes such keys."""

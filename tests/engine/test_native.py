@@ -92,6 +92,13 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
     np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_may_map_over_it(product: native.Product) -> None:
+    x, w = np.stack([operands(3, 40, 9)[0]] * 2), np.stack([operands(3, 40, 9)[1], operands(4, 40, 9)[1]])
+    mapped = np.asarray(jax.jit(jax.vmap(product))(x, w))
+    for i in range(2):
+        np.testing.assert_array_equal(mapped[i], np.asarray(jax.jit(product)(x[i], w[i])))
+
+
 @pytest.mark.parametrize("kv, group, hd, context", [(3, 3, 64, 256), (1, 1, 16, 32), (2, 4, 80, 64), (2, 5, 128, 96),
                                                     (1, 2, 48, 512), (1, 11, 32, 16)])
 def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product, kv: int, group: int, hd: int,
