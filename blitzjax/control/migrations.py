@@ -7,6 +7,7 @@ their pages and thereby hold back new prompts.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from blitzjax.control.fleet import Fleet, Member
@@ -28,6 +29,7 @@ class Migrations:
         self._fleet, self._book = fleet, book
         self._waiting: dict[RequestId, _Move] = {}
         self._inbound: dict[InstanceId, _Move] = {}  # by target
+        self.received_bytes: Counter[InstanceId] = Counter()  # KV, by target
 
     def wait(self, entry: Entry) -> None:
         """The prompt is done where the entry is."""
@@ -83,7 +85,8 @@ class Migrations:
         return self._fleet.members[move.source].role is Role.PREFILL
 
     def _may_decode(self, m: Member) -> bool:
-        return m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
+        return (m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
+                and self._fleet.alive(m.id) is not None)
 
     def _choose(self, entry: Entry) -> Member | None:
         """The decode instance with the fewest pages in use, among those that have room and receive nothing else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,73 @@ class HandOver:
     activation_uuid: int = 0
     kv_uuids: tuple[int, ...] = ()
     drained: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KVPiece:
+    """Keys and values of layers [start, stop), `width` tokens long, wait at `address` under `uuid`."""
+
+    address: str
+    uuid: int
+    start: int
+    stop: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVOffer:
+    """What the source of a Migrate says to the target. `said`: all tokens of this attempt, in one message.
+
+    The pieces are every layer once; those that a live partner ran and the source never got wait at the partner.
+    """
+
+    work: Work
+    said: Tokens
+    pieces: tuple[KVPiece, ...]
+
+    @property
+    def key(self) -> int:
+        """No other offer has it."""
+        return self.pieces[0].uuid
+
+
+@dataclass(frozen=True, slots=True)
+class KVOffered:
+    """A request's KV may be taken, in the target's inbox. `source` waits for the answer."""
+
+    offer: KVOffer
+    source: KVSource
+
+
+@dataclass(frozen=True, slots=True)
+class KVWithdrawn:
+    """The source of an offer ended its session, in the target's inbox; nothing changes when it was answered before."""
+
+    offer: KVOffer
+
+
+@dataclass(frozen=True, slots=True)
+class KVArrived:
+    """Keys and values of every layer are here, or `error` says why not."""
+
+    offer: KVOffer
+    layers: list[tuple[Array, Array]]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVAnswered:
+    """The target has the KV and decodes the request, or `error` says why not, in the source's inbox."""
+
+    offer: KVOffer
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVUnanswered:
+    """The session with the target broke, or was closed, before it answered."""
+
+    offer: KVOffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +193,28 @@ class ActivationsTaken:
 
 @dataclass(frozen=True, slots=True)
 class KVTaken:
-    """Keys and values of layers [0, n) of a handed-over prompt are here, or `error` says why not."""
+    """Keys and values of layers [0, n) of a handed-over prompt are here, or `error` says why not. n is all of the
+    partner's layers, or `rest` says where the others are.
+    """
 
     request_id: RequestId
     attempt: int
     arrays: list[Array]
     error: str
+    rest: KVRest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVRest:
+    """KV that stayed with a live partner, one of `uuids` per layer, for whoever gets the request.
+
+    `settled(taken)` must be called once; until then the connection to the partner stays open.
+    """
+
+    address: str
+    uuids: tuple[int, ...]
+    width: int
+    settled: Callable[[bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +232,18 @@ class ForgetRequests:
 @dataclass(frozen=True, slots=True)
 class Stop:
     pass
+
+
+class KVSource(Protocol):
+    """The target's side of a session about one request's KV."""
+
+    def answer(self, error: str) -> None: ...
+
+
+class KVSession(Protocol):
+    """The source's side. The answer arrives in the inbox as KVAnswered, a break as KVUnanswered."""
+
+    def close(self) -> None: ...
 
 
 class Old(Protocol):

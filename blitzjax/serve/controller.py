@@ -27,9 +27,10 @@ from blitzjax import config as configs
 from blitzjax import types
 from blitzjax.config import Config
 from blitzjax.control.cluster import Cluster
-from blitzjax.errors import BlitzError, ConfigError, InvalidRequest
+from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, UnknownModel
 from blitzjax.serve import codec
 from blitzjax.serve.answers import Answer, Order
+from blitzjax.serve.deployments import message_of
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.frontend import SERVICE, Frontend
 from blitzjax.serve.links import WorkerLink
@@ -52,36 +53,37 @@ _SERVER_OPTIONS = (
 class Controller:
     """Owns the brain, the requests' answers and the worker links. Implements links.Shell."""
 
-    def __init__(self, config: Config, model: ServedModel, workers: Mapping[types.InstanceId, str]):
+    def __init__(self, config: Config, models: Sequence[ServedModel], workers: Mapping[types.InstanceId, str]):
         """`workers` maps instance ids to addresses, in rank order. Opens the event log."""
-        if config.scale.roles != "mixed":
-            raise ConfigError("scale.roles = \"split\" is only simulated so far: workers do not move KV yet")
-        self.config, self.model = config, model
-        self.context_tokens = min(config.engine.max_model_len, model.spec.max_len)
+        self.config = config
+        self.models = {model.name: model for model in models}
+        if len(self.models) < len(models):
+            raise ConfigError(f"two models have the same name; they are {', '.join(m.name for m in models)}")
         self.draining = False
-        self._cluster = Cluster(config, model.spec)
+        self._cluster = Cluster(config, [model.spec for model in models])
         self._started = time.monotonic()
         self._numbers = itertools.count()
         self._answers: dict[types.RequestId, Answer] = {}
         self._active: dict[str, tuple[Answer, ...]] = {}  # by the client's request id, until all of them are forgotten
         # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
         self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
+        self.compiled: set[tuple[types.InstanceId, str]] = set()  # workers, for models deployed since the start
+        self.refusals: dict[tuple[types.InstanceId, str], str] = {}
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
         self._served = False  # an instance has served since the start
         self._event_log: EventLog | None = None
         if config.serve.event_log:
-            header = {"spec": asdict(model.spec), "config": configs.to_tables(config)}
+            header = {"specs": [asdict(model.spec) for model in models], "config": configs.to_tables(config)}
             self._event_log = EventLog(Path(config.serve.event_log), header)
-        self._links = {link.instance: link for link in self._make_links(workers)}
+        self.links = {link.instance: link for link in self._make_links(workers)}
 
     def _make_links(self, workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
         peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]
         for instance, address in workers.items():
             yield WorkerLink(address, pb.Configure(
-                instance=instance, model_json=self.model.manifest_json,
-                config_json=json.dumps(configs.to_tables(self.config)), checkpoint=str(self.model.directory),
-                peers=peers), self)
+                instance=instance, models=[message_of(model) for model in self.models.values()],
+                config_json=json.dumps(configs.to_tables(self.config)), peers=peers), self)
 
     # ---- time and state
 
@@ -90,11 +92,17 @@ class Controller:
 
     @property
     def pool(self) -> int:
-        return len(self._links)
+        return len(self.links)
 
     @property
-    def serving(self) -> int:
-        return sum(i.phase is types.Phase.SERVING for i in self._cluster.status().instances)
+    def ready(self) -> bool:
+        """A model can answer: an instance serves that runs prompts (those can decode as well), or one is being made, or
+        can be, of its host copy.
+        """
+        status = self._cluster.status()
+        waking = self._served and any(m.target and not m.least for m in status.models)
+        return waking or any(m.copy for m in status.models) or any(
+            i.phase is types.Phase.SERVING and i.role is not types.Role.DECODE for i in status.instances)
 
     @property
     def busy(self) -> bool:
@@ -102,6 +110,16 @@ class Controller:
 
     def status(self):
         return self._cluster.status()
+
+    def find(self, name: str) -> ServedModel:
+        """The model of this name; without a name, the one deployed first. Raises UnknownModel."""
+        model = self.models.get(name) if name else next(iter(self.models.values()), None)
+        if model is None:
+            raise UnknownModel(f"no model {name!r} here; served: {', '.join(self.models) or 'none'}")
+        return model
+
+    def context_tokens(self, model: ServedModel) -> int:
+        return min(self.config.engine.max_model_len, model.spec.max_len)
 
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[asyncio.Event]:
@@ -120,7 +138,8 @@ class Controller:
         if order.request_id in self._active:
             raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
         changed, now = asyncio.Event(), self.now()
-        answers = tuple(Answer(f"{order.request_id}#{next(self._numbers)}", order, index, self.model, now, changed)
+        model = self.find(order.model)
+        answers = tuple(Answer(f"{order.request_id}#{next(self._numbers)}", order, index, model, now, changed)
                         for index in range(order.n))
         self._active[order.request_id] = answers
         self._answers |= {answer.request.id: answer for answer in answers}
@@ -138,8 +157,12 @@ class Controller:
         for answer in self._active.get(request_id, ()):
             self.leave(answer)
 
-    def scale(self, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
-        self.on_event(types.ScaleRequested(self.now(), target, live, source))
+    def scale(self, model: str, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
+        self.on_event(types.ScaleRequested(self.now(), target, live, source, model))
+
+    def tell_workers(self, command: pb.WorkerCommand) -> None:
+        for link in self.links.values():
+            link.send(command)
 
     def _forget(self, answer: Answer) -> bool:
         """Whether it was known; its order's id is free again when no answer of it is left."""
@@ -173,7 +196,9 @@ class Controller:
             self._confirm(event)
         elif isinstance(event, types.TransferEnded) and event.error:
             self._load_failed(event)
-        self._served = self._served or self.serving > 0
+        elif isinstance(event, types.ModelReady):
+            self.compiled.add((event.instance, event.model))
+        self._served = self._served or self.ready
         for changed in self._watchers:
             changed.set()
 
@@ -222,9 +247,15 @@ class Controller:
         if not self._served and self._broken is not None and not self._broken.done():
             self._broken.set_exception(BlitzError(f"the model cannot be loaded: {event.error}"))
 
-    def on_refused(self, instance: types.InstanceId, message: str) -> None:
+    def on_refused(self, instance: types.InstanceId, message: str, model: str = "") -> None:
+        if model:
+            _log.error("%s cannot serve %s: %s", instance, model, message)
+            self.refusals[instance, model] = message
+            for changed in self._watchers:
+                changed.set()
+            return
         _log.error("%s refused to serve: %s", instance, message)
-        if self._broken is not None and not self._broken.done() and all(link.refused for link in self._links.values()):
+        if self._broken is not None and not self._broken.done() and all(link.refused for link in self.links.values()):
             self._broken.set_exception(BlitzError(f"no worker can serve: {message}"))
 
     # ---- what the brain wants
@@ -244,14 +275,14 @@ class Controller:
                                                     "stop"))
                 return
             work = answer.work(command.attempt, self.now())
-        self._links[command.instance].send(codec.encode_command(command, work))
+        self.links[command.instance].send(codec.encode_command(command, work))
 
     # ---- life
 
     async def run(self) -> None:
         """Ticks and talks to workers until cancelled. Raises what broke the brain; BlitzError if no worker serves."""
         self._broken = asyncio.get_running_loop().create_future()
-        links = (link.run() for link in self._links.values())
+        links = (link.run() for link in self.links.values())
         async with _background(*links, self._tick(), _result(self._broken)) as ended:
             await ended
 
@@ -310,7 +341,7 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     except RuntimeError as e:
         raise BlitzError(f"cannot listen on {host}:{port}: is the port in use?") from e
     await server.start()
-    print(f"controller of {controller.model.name} listens on {host}:{port}", flush=True)
+    print(f"controller of {', '.join(controller.models)} listens on {host}:{port}", flush=True)
     try:
         async with _background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
             await ended  # raises what broke
@@ -340,7 +371,7 @@ async def _keep_health(controller: Controller, checker: health.aio.HealthService
         while True:
             await changed.wait()
             changed.clear()
-            if ready != (controller.serving > 0):
+            if ready != controller.ready:
                 ready = not ready
                 await _set_health(checker, ready)
 
@@ -371,7 +402,8 @@ async def _first(tasks: Sequence[asyncio.Future[object]]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", required=True, help="i0=HOST:PORT,i1=HOST:PORT,... in rank order")
-    parser.add_argument("--model-dir", required=True, type=Path, help="converted checkpoint (see: blitzjax convert)")
+    parser.add_argument("--model-dir", required=True, type=Path, action="append",
+                        help="converted checkpoint (see: blitzjax convert); again for every further model")
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="overrides one knob")
@@ -389,7 +421,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _config(args)
         workers = _workers(args.workers)
-        controller = Controller(config, load_model(args.model_dir), workers)
+        controller = Controller(config, [load_model(directory) for directory in args.model_dir], workers)
     except (BlitzError, OSError) as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
         return 2

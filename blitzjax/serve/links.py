@@ -53,7 +53,7 @@ class Shell(Protocol):
 
     def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None: ...
 
-    def on_refused(self, instance: types.InstanceId, message: str) -> None: ...
+    def on_refused(self, instance: types.InstanceId, message: str, model: str = "") -> None: ...
 
     def on_lost(self, instance: types.InstanceId, reason: str) -> None: ...
 
@@ -68,7 +68,7 @@ class WorkerLink:
         self.address = address
         self.joined = False
         self.refused = ""  # why the worker cannot serve, until a session works
-        self._configure = configure
+        self.configure = configure  # the next session begins with it
         self._shell = shell
         self._unsent: asyncio.Queue[pb.WorkerCommand] | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
@@ -99,7 +99,7 @@ class WorkerLink:
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             self._call = rpc.WorkerStub(channel).Run()
             try:
-                await self._call.write(pb.WorkerCommand(configure=self._configure))
+                await self._call.write(pb.WorkerCommand(configure=self.configure))
                 async with self._writer(self._call):
                     async for event in self._call:
                         self._receive(event)
@@ -127,6 +127,8 @@ class WorkerLink:
         match message.WhichOneof("event"):
             case "tokens":
                 self._shell.on_tokens(self.instance, message.tokens)
+            case "refused" if message.refused.model:  # the session goes on without it
+                self._shell.on_refused(self.instance, message.refused.message, message.refused.model)
             case "refused":
                 self.refused = message.refused.message or "no reason given"
                 self._shell.on_refused(self.instance, self.refused)

@@ -1,7 +1,8 @@
-"""The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Instance.
+"""The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Node.
 
-The controller's session configures it and feeds it; a live partner's session pulls from it. Invariant: parameters and
-compiled stages outlive sessions, requests do not.
+The controller's session configures it and feeds it, a live partner's session pulls from it, a third kind brings the KV
+of one request; one that begins with Inspect is told what the worker holds. Invariant: parameters and compiled stages
+outlive sessions, requests do not.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ class Worker(rpc.WorkerServicer):
                 return self._control(first.configure, requests, context)
             case "partner":
                 return self._partner(first, requests, context)
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure or Partner")
+            case "kv_offer":
+                return self._receive_kv(first, context)
+            case "inspect":
+                holdings = pb.Holdings() if self._node is None else self._node.holdings()
+                return iter([pb.WorkerEvent(holdings=holdings)])
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure, Partner, KVOffer or Inspect")
 
     def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
         outbox = Outbox()
@@ -86,31 +92,53 @@ class Worker(rpc.WorkerServicer):
             return
         try:
             for command in requests:
-                node.obey(codec.decode_command(command, configure.instance))
+                match command.WhichOneof("command"):
+                    case "deploy":
+                        node.deploy(command.deploy)
+                    case "undeploy":
+                        node.undeploy(command.undeploy.model)
+                    case _:
+                        node.obey(codec.decode_command(command, configure.instance))
         except grpc.RpcError:
             pass  # the controller went away
         node.detach(outbox)
         outbox.close()
 
     def _partner(self, first: pb.WorkerCommand, requests, context) -> Iterator[pb.WorkerEvent]:
-        node = self._node
-        if node is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
-        outbox, old = Outbox(), first.partner.instance
+        node = self._configured(context)
+        outbox, old, model = Outbox(), first.partner.instance, first.partner.model
         context.add_callback(outbox.close)
 
         def feed() -> None:
-            node.partnered(old, outbox)
+            node.partnered(old, model, outbox)
             try:
                 for command in requests:
-                    node.obey_partner(old, command)
+                    node.obey_partner(old, model, command)
             except grpc.RpcError:
                 pass
-            node.partner_left(old)
+            node.partner_left(old, model)
             outbox.close()
 
         threading.Thread(target=feed, name="partner", daemon=True).start()
         yield from outbox
+
+
+    def _receive_kv(self, first: pb.WorkerCommand, context) -> Iterator[pb.WorkerEvent]:
+        node, outbox = self._configured(context), Outbox()
+        offer = node.kv_offered(first.kv_offer, outbox)
+
+        def ended() -> None:
+            node.kv_withdrawn(offer)
+            outbox.close()
+
+        if not context.add_callback(ended):
+            ended()
+        yield from outbox
+
+    def _configured(self, context):
+        if self._node is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
+        return self._node
 
 
 def main(argv: list[str] | None = None) -> int:

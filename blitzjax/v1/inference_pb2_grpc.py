@@ -5,7 +5,7 @@ import warnings
 
 from blitzjax.v1 import inference_pb2 as blitzjax_dot_v1_dot_inference__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class InferenceStub:
+class InferenceStub(object):
     """What clients call: generation, and control of the cluster. Port 50051.
     """
 
@@ -60,9 +60,19 @@ class InferenceStub:
                 request_serializer=blitzjax_dot_v1_dot_inference__pb2.WatchScaleRequest.SerializeToString,
                 response_deserializer=blitzjax_dot_v1_dot_inference__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.Deploy = channel.unary_unary(
+                '/blitzjax.v1.Inference/Deploy',
+                request_serializer=blitzjax_dot_v1_dot_inference__pb2.DeployRequest.SerializeToString,
+                response_deserializer=blitzjax_dot_v1_dot_inference__pb2.DeployResponse.FromString,
+                _registered_method=True)
+        self.Undeploy = channel.unary_unary(
+                '/blitzjax.v1.Inference/Undeploy',
+                request_serializer=blitzjax_dot_v1_dot_inference__pb2.UndeployRequest.SerializeToString,
+                response_deserializer=blitzjax_dot_v1_dot_inference__pb2.UndeployResponse.FromString,
+                _registered_method=True)
 
 
-class InferenceServicer:
+class InferenceServicer(object):
     """What clients call: generation, and control of the cluster. Port 50051.
     """
 
@@ -101,6 +111,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Deploy(self, request, context):
+        """Serves one more model over the same workers. Returns once they are compiled for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undeploy(self, request, context):
+        """Takes no new requests for the model, finishes those it has, and drops it from every memory. Returns when that is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +153,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=blitzjax_dot_v1_dot_inference__pb2.WatchScaleRequest.FromString,
                     response_serializer=blitzjax_dot_v1_dot_inference__pb2.ClusterStatus.SerializeToString,
             ),
+            'Deploy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deploy,
+                    request_deserializer=blitzjax_dot_v1_dot_inference__pb2.DeployRequest.FromString,
+                    response_serializer=blitzjax_dot_v1_dot_inference__pb2.DeployResponse.SerializeToString,
+            ),
+            'Undeploy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undeploy,
+                    request_deserializer=blitzjax_dot_v1_dot_inference__pb2.UndeployRequest.FromString,
+                    response_serializer=blitzjax_dot_v1_dot_inference__pb2.UndeployResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'blitzjax.v1.Inference', rpc_method_handlers)
@@ -137,7 +171,7 @@ def add_InferenceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Inference:
+class Inference(object):
     """What clients call: generation, and control of the cluster. Port 50051.
     """
 
@@ -266,6 +300,60 @@ class Inference:
             '/blitzjax.v1.Inference/WatchScale',
             blitzjax_dot_v1_dot_inference__pb2.WatchScaleRequest.SerializeToString,
             blitzjax_dot_v1_dot_inference__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deploy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blitzjax.v1.Inference/Deploy',
+            blitzjax_dot_v1_dot_inference__pb2.DeployRequest.SerializeToString,
+            blitzjax_dot_v1_dot_inference__pb2.DeployResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undeploy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blitzjax.v1.Inference/Undeploy',
+            blitzjax_dot_v1_dot_inference__pb2.UndeployRequest.SerializeToString,
+            blitzjax_dot_v1_dot_inference__pb2.UndeployResponse.FromString,
             options,
             channel_credentials,
             insecure,
