@@ -53,10 +53,9 @@ class Cluster:
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
-        if type(event) not in _ONLY_REQUESTS or self._wakes(event):
-            unsettled = [s for s in self._concerned(event) if not s.scaler.settled or self._copies.due(s.fleet)]
-            if unsettled or self._parts:
-                commands += self._reconcile(event.at, unsettled)
+        unsettled = [s for s in self._concerned(event) if not s.scaler.settled or self._copies.due(s.fleet)]
+        if unsettled or self._parts:
+            commands += self._reconcile(event.at, unsettled)
         for service in self._services.values():
             commands += service.dispatch()
             commands += service.migrations.start()
@@ -172,9 +171,14 @@ class Cluster:
 
     def _concerned(self, event: Event) -> list[Service]:
         """Whose next steps to look for."""
+        if type(event) in _ONLY_REQUESTS and not self._wakes(event):
+            return []
         member = self._roster.members.get(event.instance) if type(event) in _ONE_MODEL else None
         service = self._services.get(member.model) if member is not None else None
-        return list(self._services.values()) if service is None else [service]
+        if service is None:
+            return list(self._services.values())
+        waited = type(event) is not types.RequestFinished or service.scaler.waits_for(event.instance)
+        return [service] if waited else []
 
     def _of(self, request_id: RequestId) -> Service | None:
         """Whose request it is."""

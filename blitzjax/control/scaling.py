@@ -157,6 +157,11 @@ class Scaler:
 
     # ---- getting there
 
+    def waits_for(self, instance: InstanceId) -> bool:
+        """Whether the next step may wait for the end of a request of `instance`; the next tick would find it too."""
+        member = self._fleet.members.get(instance)
+        return self._split or (member is not None and member.phase is Phase.DRAINING)
+
     def reconcile(self, at: float, idle: list[Member], quota: int) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing.
 

@@ -269,12 +269,14 @@ class Instance:
     def _kv_taken(self, message: m.KVTaken) -> None:
         sequence = self._current(message.request_id, message.attempt)
         if sequence is None:
+            if message.rest is not None:
+                message.rest.settled(False)
             return
         if message.error:
             self._leave(sequence)
             self._fail(sequence.work, message.error)
             return
-        sequence.partner_kv, sequence.kv_missing = message.arrays, False
+        sequence.partner_kv, sequence.partner_rest, sequence.kv_missing = message.arrays, message.rest, False
         if sequence.prefill is not None:
             self._adopt_kv(sequence)
 
@@ -284,7 +286,8 @@ class Instance:
         prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
         sequence.partner_kv = []
         if sequence.answered > len(sequence.work.generated):
-            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+            if sequence.partner_rest is None:
+                self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
             self._join_batch(sequence)
 
     def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
@@ -298,6 +301,8 @@ class Instance:
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
         if sequence.id not in self._cache.slots:
+            if self._old is not None:
+                self._old.leave_rest(sequence.id)
             return None
         self._batcher.pause(sequence.id)
         return self._cache.lift(sequence.id)

@@ -427,20 +427,28 @@ class HandOff(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: bool = ...) -> None: ...
 
 class KVOffer(_message.Message):
-    __slots__ = ("work", "said", "address", "width", "layers_per_piece", "uuids")
+    __slots__ = ("work", "said", "pieces")
     WORK_FIELD_NUMBER: _ClassVar[int]
     SAID_FIELD_NUMBER: _ClassVar[int]
-    ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    WIDTH_FIELD_NUMBER: _ClassVar[int]
-    LAYERS_PER_PIECE_FIELD_NUMBER: _ClassVar[int]
-    UUIDS_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
     work: Work
     said: Tokens
+    pieces: _containers.RepeatedCompositeFieldContainer[KVPiece]
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., said: _Optional[_Union[Tokens, _Mapping]] = ..., pieces: _Optional[_Iterable[_Union[KVPiece, _Mapping]]] = ...) -> None: ...
+
+class KVPiece(_message.Message):
+    __slots__ = ("address", "uuid", "start", "stop", "width")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
     address: str
+    uuid: int
+    start: int
+    stop: int
     width: int
-    layers_per_piece: int
-    uuids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., said: _Optional[_Union[Tokens, _Mapping]] = ..., address: _Optional[str] = ..., width: _Optional[int] = ..., layers_per_piece: _Optional[int] = ..., uuids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, address: _Optional[str] = ..., uuid: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class KVAnswer(_message.Message):
     __slots__ = ("error",)

@@ -13,7 +13,7 @@ from blitzjax.serve import codec, eventlog
 from blitzjax.v1 import worker_pb2 as pb
 
 _I32 = st.integers(-(2**31), 2**31 - 1)
-_INTS = {"seed": st.integers(0, 2**63 - 1), "uuids": st.integers(0, 2**64 - 1), "kv_bytes": st.integers(0, 2**63 - 1)}
+_INTS = {"seed": st.integers(0, 2**63 - 1), "uuid": st.integers(0, 2**64 - 1), "kv_bytes": st.integers(0, 2**63 - 1)}
 _FLOAT32 = st.floats(width=32, allow_nan=False)  # floats of these travel as float
 _NARROW = (types.Sampling, types.TokenLogprob)
 _SHELL_ONLY = (types.RequestArrived, types.RequestCancelled, types.InstanceLost, types.ModelDeployed,
