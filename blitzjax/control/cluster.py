@@ -53,9 +53,8 @@ class Cluster:
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
-        concerned = self._concerned(event)
-        unsettled = [s for s in concerned if not s.scaler.settled or self._copies.due(s.fleet)]
-        if unsettled or concerned and self._parts:
+        unsettled = [s for s in self._concerned(event) if not s.scaler.settled or self._copies.due(s.fleet)]
+        if unsettled or self._parts:
             commands += self._reconcile(event.at, unsettled)
         for service in self._services.values():
             commands += service.dispatch()
@@ -178,7 +177,7 @@ class Cluster:
         service = self._services.get(member.model) if member is not None else None
         if service is None:
             return list(self._services.values())
-        waited = not isinstance(event, types.RequestFinished) or service.scaler.waits_for(event.instance)
+        waited = type(event) is not types.RequestFinished or service.scaler.waits_for(event.instance)
         return [service] if waited else []
 
     def _of(self, request_id: RequestId) -> Service | None:
