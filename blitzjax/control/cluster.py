@@ -37,7 +37,7 @@ class Cluster:
     def __init__(self, config: Config, spec: ModelSpec,
                  ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
         self._config = config
-        self._ports = ports
+        self._ports = dict(ports)
         self._spec = spec
         self._fleet = Fleet(spec.units)
         self._book = RequestBook(config.serve.max_attempts)

@@ -1,6 +1,7 @@
 """The controller process: drives the brain with a wall clock, links to workers, and serves clients. Never imports jax.
 
 Invariant: the brain is only touched on the event loop, and each of its commands is carried out before the next event.
+With a journal, what is told to the replica is written down first, and the file is flushed before anybody is told.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import signal
@@ -26,14 +26,15 @@ from grpc_reflection.v1alpha import reflection
 from blitzjax import config as configs
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.control.cluster import Cluster
-from blitzjax.errors import BlitzError, ConfigError, InvalidRequest
-from blitzjax.serve import codec
+from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.frontend import SERVICE, Frontend
+from blitzjax.serve.journal import Journal
 from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import ServedModel, load_model
+from blitzjax.serve.replica import Replica
+from blitzjax.serve.resume import compact, with_journal
 from blitzjax.v1 import inference_pb2_grpc as rpc
 from blitzjax.v1 import worker_pb2 as pb
 
@@ -53,27 +54,23 @@ class Controller:
     """Owns the brain, the requests' answers and the worker links. Implements links.Shell."""
 
     def __init__(self, config: Config, model: ServedModel, workers: Mapping[types.InstanceId, str]):
-        """`workers` maps instance ids to addresses, in rank order. Opens the event log."""
+        """`workers` maps instance ids to addresses, in rank order."""
         if config.scale.roles != "mixed":
             raise ConfigError("scale.roles = \"split\" is only simulated so far: workers do not move KV yet")
         self.config, self.model = config, model
         self.context_tokens = min(config.engine.max_model_len, model.spec.max_len)
         self.draining = False
-        self._cluster = Cluster(config, model.spec)
-        self._started = time.monotonic()
-        self._numbers = itertools.count()
-        self._answers: dict[types.RequestId, Answer] = {}
-        self._active: dict[str, tuple[Answer, ...]] = {}  # by the client's request id, until all of them are forgotten
-        # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
-        self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
+        self._started = time.monotonic()  # on that clock, `now` was 0
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
         self._served = False  # an instance has served since the start
         self._event_log: EventLog | None = None
-        if config.serve.event_log:
-            header = {"spec": asdict(model.spec), "config": configs.to_tables(config)}
-            self._event_log = EventLog(Path(config.serve.event_log), header)
+        self._journal: Journal | None = None
+        self._claims_until = 0.0  # clients of the last controller may come back
+        self._workers = dict(workers)
         self._links = {link.instance: link for link in self._make_links(workers)}
+        self.replica = Replica(config, model, self._links)
+        self._orders = self.replica.orders
 
     def _make_links(self, workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
         peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]
@@ -89,19 +86,29 @@ class Controller:
         return time.monotonic() - self._started
 
     @property
+    def about(self) -> dict[str, object]:
+        """What a log of this controller is about."""
+        return {"spec": asdict(self.model.spec), "config": configs.to_tables(self.config), "workers": self._workers}
+
+    @property
+    def resume_s(self) -> float:
+        """So long an answer waits for its client if this process crashes; 0: it goes with it."""
+        return 0.0 if self._journal is None else self.config.serve.resume_timeout_s
+
+    @property
     def pool(self) -> int:
         return len(self._links)
 
     @property
     def serving(self) -> int:
-        return sum(i.phase is types.Phase.SERVING for i in self._cluster.status().instances)
+        return sum(i.phase is types.Phase.SERVING for i in self.status().instances)
 
     @property
     def busy(self) -> bool:
-        return bool(self._answers)
+        return bool(self._orders)
 
     def status(self):
-        return self._cluster.status()
+        return self.replica.cluster.status()
 
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[asyncio.Event]:
@@ -115,101 +122,86 @@ class Controller:
 
     # ---- what clients want
 
-    def submit(self, order: Order) -> tuple[Answer, ...]:
-        """Starts the order's answers. Raises InvalidRequest when its id is in use."""
-        if order.request_id in self._active:
-            raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
-        changed, now = asyncio.Event(), self.now()
-        answers = tuple(Answer(f"{order.request_id}#{next(self._numbers)}", order, index, self.model, now, changed)
-                        for index in range(order.n))
-        self._active[order.request_id] = answers
-        self._answers |= {answer.request.id: answer for answer in answers}
-        for answer in answers:
-            self.on_event(types.RequestArrived(self.now(), answer.request))
-        return answers
+    def submit(self, order: Order, resume: bool = False) -> tuple[Answer, ...]:
+        """Starts the order's answers, or goes on with those of a client that comes back and may insist on them.
 
-    def leave(self, answer: Answer) -> None:
-        """Nobody waits for `answer` any more; ends its generation if it still runs."""
-        if self._forget(answer):
-            answer.end("abort")
-            self.on_event(types.RequestCancelled(self.now(), answer.request.id))
+        Raises InvalidRequest when its id is in use, Unavailable when there is nothing to `resume`.
+        """
+        known = self._orders.claim(order)
+        if known is not None:
+            return known
+        if resume:
+            raise Unavailable("this answer is not known any more; ask again without resume")
+        if self._orders.running(order.request_id):
+            raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
+        first, now = self._orders.next_number, self.now()
+        if self._journal is not None:
+            self._journal.admitted(now, order, first)
+        for event in self.replica.admit(order, first, now):
+            self.on_event(event)
+        return self._orders.answers(order.request_id)
+
+    def leave(self, answers: Sequence[Answer]) -> None:
+        """The stream of an order is over; what still runs of it ends, for nobody waits for it."""
+        running = [answer for answer in answers if self._orders.get(answer.request.id) is not None]
+        self._cancel(running)
+        first, now, delivered = answers[0].request.id, self.now(), not running and self._journal is not None
+        if self._journal is not None:
+            self._journal.stream_ended(now, first, delivered)
+        self._orders.stream_ended(first, delivered, now)
 
     def abort(self, request_id: str) -> None:
-        for answer in self._active.get(request_id, ()):
-            self.leave(answer)
+        self._cancel(self._orders.running(request_id))
+
+    def _cancel(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self.on_event(types.RequestCancelled(self.now(), answer.request.id))
 
     def scale(self, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
         self.on_event(types.ScaleRequested(self.now(), target, live, source))
 
-    def _forget(self, answer: Answer) -> bool:
-        """Whether it was known; its order's id is free again when no answer of it is left."""
-        if self._answers.pop(answer.request.id, None) is None:
-            return False
-        if all(a.request.id not in self._answers for a in self._active[answer.order.request_id]):
-            del self._active[answer.order.request_id]
-        return True
-
     # ---- what workers say
+
+    def heard(self, instance: types.InstanceId, count: int) -> None:
+        if self._journal is not None:
+            self._journal.heard(instance, count)
 
     def on_event(self, event: types.Event) -> None:
         """The only way to the brain. A brain that raises has no trustworthy state left: the process ends."""
         try:
-            self._handle(event)
+            due = [event]
+            while due:
+                due = [*self._handle(due[0]), *due[1:]]
+            if self._journal is not None:
+                self._journal.flush()  # before the links send what was commanded
         except Exception as e:
             if self._broken is None or self._broken.done():
                 raise
             self._broken.set_exception(e)
 
-    def _handle(self, event: types.Event) -> None:
+    def _handle(self, event: types.Event) -> list[types.Event]:
         if self._event_log is not None:
             self._event_log.event(event)
-        for command in self._cluster.handle(event):
-            if self._event_log is not None:
-                self._event_log.command(event.at, command)
-            self._execute(command)
-        if isinstance(event, types.RequestFinished):
-            self._confirm(event)
-        elif isinstance(event, types.TransferEnded) and event.error:
+        if self._journal is not None:
+            self._journal.happened(event)
+        due = self.replica.react(event)
+        if isinstance(event, types.TransferEnded) and event.error:
             self._load_failed(event)
         self._served = self._served or self.serving > 0
         for changed in self._watchers:
             changed.set()
+        return due
 
     def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None:
-        answer = self._answers.get(tokens.request_id)
-        if answer is None or tokens.attempt != answer.attempt:
-            return  # the client left, or a later attempt runs elsewhere
-        answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
-        try:
-            answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, self.now(),
-                        codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
-        except IndexError as e:
-            _log.error("%s: %s", instance, e)
-            answer.fail("INTERNAL", str(e))
-        if not answer.ended:
-            return
-        self._forget(answer)
-        if tokens.finish_reason and answer.failure is None:
-            self._unconfirmed[answer.request.id] = types.RequestFinished(
-                self.now(), instance, answer.request.id, answer.attempt, tokens.finish_reason)
-        else:  # a stop string, or broken
-            self.on_event(types.RequestCancelled(self.now(), answer.request.id))
-
-    def _confirm(self, event: types.RequestFinished) -> None:
-        """Ends an answer whose last tokens did not say so; every request ends with a reply."""
-        self._unconfirmed.pop(event.request_id, None)
-        answer = self._answers.get(event.request_id)
-        if answer is None or event.attempt != answer.attempt or event.reason == "abort":
-            return  # an aborted attempt runs again, unless the client left: then nobody waits
-        self._forget(answer)
-        if event.reason == "error":
-            answer.fail("INTERNAL", f"{event.instance} could not finish the request")
-        else:
-            answer.end(event.reason)
+        now = self.now()
+        if self._journal is not None:
+            self._journal.said(now, instance, tokens)
+        for event in self.replica.told(instance, tokens, now):
+            self.on_event(event)
 
     def on_lost(self, instance: types.InstanceId, reason: str) -> None:
         _log.warning("%s lost: %s", instance, reason)
-        for event in [e for e in self._unconfirmed.values() if e.instance == instance]:
+        for event in self.replica.unconfirmed(instance):
             self.on_event(event)
         self.on_event(types.InstanceLost(self.now(), instance, reason))
 
@@ -224,26 +216,23 @@ class Controller:
         if self._broken is not None and not self._broken.done() and all(link.refused for link in self._links.values()):
             self._broken.set_exception(BlitzError(f"no worker can serve: {message}"))
 
-    # ---- what the brain wants
-
-    def _execute(self, command: types.Command) -> None:
-        if isinstance(command, types.Reject):
-            answer = self._answers.get(command.request_id)
-            if answer is not None:
-                self._forget(answer)
-                answer.fail(command.code, command.message)
-            return
-        work = None
-        if isinstance(command, types.Assign):
-            answer = self._answers.get(command.request_id)
-            if answer is None:  # its client has everything already
-                self.on_event(types.RequestFinished(self.now(), command.instance, command.request_id, command.attempt,
-                                                    "stop"))
-                return
-            work = answer.work(command.attempt, self.now())
-        self._links[command.instance].send(codec.encode_command(command, work))
-
     # ---- life
+
+    def begin(self, journal: Journal | None, at: float, resumed: bool, due: Sequence[types.Event] = ()) -> None:
+        """Opens the event log and sets the clock. `resumed`: the replica is that of a controller which died; `due` is
+        what it had to tell the brain yet.
+        """
+        self._journal, self._started = journal, time.monotonic() - at
+        for link in self._links.values():
+            link.journal = "" if journal is None else journal.name
+        if self.config.serve.event_log:
+            self._event_log = EventLog(Path(self.config.serve.event_log), self.about, resumed)
+            self.replica.event_log = self._event_log
+        for event in due:
+            self.on_event(event)
+        if resumed:
+            self._orders.await_clients()
+            self._claims_until = at + self.config.serve.resume_timeout_s
 
     async def run(self) -> None:
         """Ticks and talks to workers until cancelled. Raises what broke the brain; BlitzError if no worker serves."""
@@ -257,20 +246,37 @@ class Controller:
             self.on_event(types.Ticked(self.now()))
             if self._event_log is not None:
                 self._event_log.flush()
+            if self._journal is not None:
+                self._keep(self._journal)
             await asyncio.sleep(_TICK_S)
+
+    def _keep(self, journal: Journal) -> None:
+        """All that was heard is written down: workers may forget it. What nobody came back for ends."""
+        journal.flush()
+        for link in self._links.values():
+            link.confirm()
+        self._orders.prune(self.now())
+        if self.now() >= self._claims_until:
+            for answers in self._orders.abandoned():
+                self.leave(answers)
+        if journal.overgrown:
+            compact(journal, self.now(), self.replica)
 
     def give_up(self) -> None:
         """Ends what still runs with UNAVAILABLE."""
-        for answer in list(self._answers.values()):
-            self._forget(answer)
+        for answer in self._orders:
+            self._orders.over(answer)
             answer.fail("UNAVAILABLE", "the server shut down before the answer was complete")
 
     def close(self) -> None:
-        """Closes the event log. AssertionError if the brain is inconsistent."""
+        """Closes the logs; nothing is left to resume. AssertionError if the brain is inconsistent."""
+        if self._journal is not None:
+            self._journal.discard()
+            self._journal = None
         if self._event_log is not None:
             self._event_log.close()
             self._event_log = None
-        self._cluster.check()
+        self.replica.cluster.check()
 
 
 async def _result(future: asyncio.Future[None]) -> None:
@@ -371,6 +377,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-dir", required=True, type=Path, help="converted checkpoint (see: blitzjax convert)")
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
+    parser.add_argument("--journal", type=Path, help="what a crashed controller leaves behind, to be resumed from there")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="overrides one knob")
 
 
@@ -386,7 +393,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _config(args)
         workers = _workers(args.workers)
-        controller = Controller(config, load_model(args.model_dir), workers)
+        model = load_model(args.model_dir)
+        controller = with_journal(lambda: Controller(config, model, workers), args.journal)
     except (BlitzError, OSError) as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ import grpc
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of
+from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
 from blitzjax.types import LiveMode, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
@@ -24,6 +25,7 @@ if typing.TYPE_CHECKING:
     from blitzjax.serve.tokenizer import Tokenizer
 
 SERVICE = "blitzjax.v1.Inference"
+_FINAL = ((FINAL_KEY, "1"),)
 _WATCH_GAP_S = 0.05  # between two pictures
 _WATCH_PERIOD_S = 1.0  # a picture at least this often
 
@@ -40,13 +42,15 @@ class Frontend(rpc.InferenceServicer):
             if self._controller.draining:
                 raise Unavailable("the server is shutting down; try another one")
             order = await order_of(request, self._controller.model, self._controller.context_tokens)
-            answers = self._controller.submit(order)
+            answers = self._controller.submit(order, request.resume)
+            if self._controller.resume_s:
+                await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
             await _stream(answers, self._controller, context)
         except BlitzError as e:
             await _abort(context, e)
         finally:
-            for answer in answers:
-                self._controller.leave(answer)
+            if answers:
+                self._controller.leave(answers)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         for request_id in request.request_ids:
@@ -113,7 +117,7 @@ async def _stream(answers: tuple[Answer, ...], controller: Controller, context: 
             piece, last = answer.take(), answer.ended
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
-                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message)
+                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message, _FINAL)
             if last or piece.token_ids:
                 await context.write(_response(answer, piece, last, controller))
             if last:
@@ -179,4 +183,4 @@ def picture(controller: Controller) -> pb.ClusterStatus:
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
-    await context.abort(grpc.StatusCode[error.code], str(error))
+    await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)

@@ -1,7 +1,7 @@
 """What a configured worker consists of: store, stages, engine thread, loader, hand-off server, and its world.
 
-Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped, since the
-next session begins with InstanceJoined and everything it needs to know.
+Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped, unless it
+waits to be resumed (sessions.py), since the next session begins with InstanceJoined and everything it needs to know.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.serve.sessions import Outbox, Session
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.transfer.world import World
 from blitzjax.v1 import worker_pb2 as pb
@@ -50,8 +51,7 @@ class Node:
         self.config = configs.from_tables(json.loads(configure.config_json))
         self._configured = (configure.model_json, configure.config_json)
         spec = with_dtype(codec.model_spec(configure.model_json), self.config.engine.dtype)
-        self._outbox = None
-        self._lock = threading.Lock()
+        self._session = Session()
         self._addresses = {p.instance: p.address for p in configure.peers}
         self._host = args.host_ip
         with computing_on(args.core):
@@ -76,25 +76,37 @@ class Node:
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
-    def attach(self, configure: pb.Configure, outbox) -> None:
-        """A controller takes over: requests of an earlier session are forgotten, parameters stay."""
+    def attach(self, configure: pb.Configure, outbox: Outbox) -> None:
+        """A controller takes over. Unless it resumes the session, earlier requests are forgotten; parameters stay."""
         if (configure.model_json, configure.config_json) != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
+        if self._session.resume(configure, outbox):
+            return
         self.instance.post(m.ForgetRequests())
-        with self._lock:
-            self._outbox = outbox
-        slots, engine = self.instance.slots, self.config.engine
-        self._emit(types.InstanceJoined(time.time(), self.name, self.incarnation, self._host, self.store.units,
-                                        self.instance.pages, engine.page_size, slots))
+        self._session.begin(configure, outbox, lambda: codec.encode_event(types.InstanceJoined(
+            time.time(), self.name, self.incarnation, self._host, self.store.units, self.instance.pages,
+            self.config.engine.page_size, self.instance.slots)))
         if self.world.joined:
             self._emit(types.WorldJoined(time.time(), self.name))
 
-    def detach(self, outbox) -> None:
-        with self._lock:
-            if self._outbox is not outbox:
-                return
-            self._outbox = None
-        self.instance.post(m.ForgetRequests())
+    def detach(self, outbox: Outbox) -> None:
+        """The connection broke: work goes on for a while, for a controller that resumes the session."""
+        connection = self._session.disconnect(outbox)
+        if connection is None:
+            return
+        if not self._session.resumable:
+            self._give_up(connection)
+            return
+        timer = threading.Timer(self.config.serve.resume_timeout_s, self._give_up, (connection,))
+        timer.daemon = True
+        timer.start()
+
+    def _give_up(self, connection: int) -> None:
+        if self._session.end(connection):
+            self.instance.post(m.ForgetRequests())
+
+    def take(self, command: pb.WorkerCommand, outbox: Outbox) -> None:
+        self._session.take(outbox, command, lambda: self.obey(codec.decode_command(command, self.name)))
 
     def obey(self, command: types.Command | types.Work) -> None:
         match command:
@@ -144,9 +156,7 @@ class Node:
             codec.fill(event.tokens, output)
         else:
             event = codec.encode_event(output)
-        with self._lock:
-            if self._outbox is not None:
-                self._outbox.put(event)
+        self._session.put(event)
 
     def _connect(self, partner: types.InstanceId) -> PartnerLink:
         return PartnerLink(self._addresses[partner], self.name, partner, self.instance.post)

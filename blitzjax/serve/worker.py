@@ -1,7 +1,7 @@
 """The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Instance.
 
 The controller's session configures it and feeds it; a live partner's session pulls from it. Invariant: parameters and
-compiled stages outlive sessions, requests do not.
+compiled stages outlive sessions, requests do not; a session outlives its controller if another one resumes it in time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
@@ -20,28 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from blitzjax.errors import BlitzError
-from blitzjax.serve import codec
+from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
 log = logging.getLogger("blitzjax.worker")
 _SESSIONS = 16  # concurrent Run calls: the controller, live partners, and their successors while old ones end
-
-
-class Outbox:
-    """The events of one session, in order; `close` ends the stream."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[pb.WorkerEvent | None] = queue.SimpleQueue()
-
-    def put(self, event: pb.WorkerEvent) -> None:
-        self._queue.put(event)
-
-    def close(self) -> None:
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[pb.WorkerEvent]:
-        return iter(self._queue.get, None)
 
 
 class Worker(rpc.WorkerServicer):
@@ -86,7 +69,7 @@ class Worker(rpc.WorkerServicer):
             return
         try:
             for command in requests:
-                node.obey(codec.decode_command(command, configure.instance))
+                node.take(command, outbox)
         except grpc.RpcError:
             pass  # the controller went away
         node.detach(outbox)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate")
+    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate", "received")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class WorkerCommand(_message.Message):
     PARTNER_FIELD_NUMBER: _ClassVar[int]
     LOAN_FIELD_NUMBER: _ClassVar[int]
     MIGRATE_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     configure: Configure
     assign: Assign
     abort: Abort
@@ -38,10 +39,11 @@ class WorkerCommand(_message.Message):
     partner: Partner
     loan: Loan
     migrate: Migrate
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ...) -> None: ...
+    received: int
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., received: _Optional[int] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated")
+    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated", "resumed", "taken")
     INSTANCE_JOINED_FIELD_NUMBER: _ClassVar[int]
     WORLD_JOINED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +61,8 @@ class WorkerEvent(_message.Message):
     BORROW_FIELD_NUMBER: _ClassVar[int]
     REQUEST_RETURNED_FIELD_NUMBER: _ClassVar[int]
     K_V_MIGRATED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     instance_joined: InstanceJoined
     world_joined: WorldJoined
     tokens: Tokens
@@ -76,21 +80,35 @@ class WorkerEvent(_message.Message):
     borrow: Borrow
     request_returned: RequestReturned
     k_v_migrated: KVMigrated
-    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ...) -> None: ...
+    resumed: Resumed
+    taken: int
+    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers")
+    __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers", "session", "resume", "received")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     MODEL_JSON_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     instance: str
     model_json: str
     config_json: str
     checkpoint: str
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
-    def __init__(self, instance: _Optional[str] = ..., model_json: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
+    session: str
+    resume: bool
+    received: int
+    def __init__(self, instance: _Optional[str] = ..., model_json: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: bool = ..., received: _Optional[int] = ...) -> None: ...
+
+class Resumed(_message.Message):
+    __slots__ = ("taken",)
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    taken: int
+    def __init__(self, taken: _Optional[int] = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("instance", "address", "rank")

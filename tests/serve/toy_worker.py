@@ -19,10 +19,23 @@ import grpc
 from blitzjax import types
 from blitzjax.serve import codec
 from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+from blitzjax.serve.sessions import Session
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
 UNIT_S = 0.002  # a unit's arrival
+
+
+class Outbox:
+    """Of one connection; see sessions.Outbox."""
+
+    def __init__(self):
+        self._queue = asyncio.Queue()
+        self.put = self._queue.put_nowait
+
+    async def send(self, context):
+        while True:
+            await context.write(await self._queue.get())
 
 
 class ToyWorker(rpc.WorkerServicer):
@@ -30,47 +43,56 @@ class ToyWorker(rpc.WorkerServicer):
 
     def __init__(self):
         self.incarnation = uuid.uuid4().hex
+        self.session = Session()
+        self.toy: Toy | None = None
 
     async def Run(self, requests, context):
-        configure = (await anext(requests)).configure
-        session = Session(configure, context)
+        configure, outbox = (await anext(requests)).configure, Outbox()
         if message := os.environ.get("TOY_REFUSE"):
             await context.write(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=message)))
             return
-        await session.joined(self.incarnation)
+        if not self.session.resume(configure, outbox):
+            self.forget()
+            self.toy = toy = Toy(configure, self.session)
+            self.session.begin(configure, outbox, lambda: codec.encode_event(toy.joined(self.incarnation)))
+            toy.emit(types.WorldJoined(0.0, toy.instance))
+        sender = asyncio.create_task(outbox.send(context))
         try:
             async for message in requests:
-                await session.obey(codec.decode_command(message, configure.instance))
+                self.session.take(outbox, message, lambda: self.toy.obey(
+                    codec.decode_command(message, configure.instance)))
         finally:
-            for task in session.tasks.values():
-                task.cancel()
+            sender.cancel()
+            if (connection := self.session.disconnect(outbox)) is not None:
+                wait = self.toy.resume_timeout_s if self.session.resumable else 0
+                asyncio.get_running_loop().call_later(wait, lambda: self.session.end(connection) and self.forget())
+
+    def forget(self):
+        for task in self.toy.tasks.values() if self.toy else ():
+            task.cancel()
 
 
-class Session:
-    def __init__(self, configure: pb.Configure, context):
-        self.instance, self.context = configure.instance, context
-        self.config = json.loads(configure.config_json)["engine"]
+class Toy:
+    """What one session has made of the worker."""
+
+    def __init__(self, configure: pb.Configure, session: Session):
+        self.instance, self.session = configure.instance, session
+        config = json.loads(configure.config_json)
+        self.config, self.resume_timeout_s = config["engine"], config["serve"]["resume_timeout_s"]
         spec = json.loads(configure.model_json)["spec"]
         self.vocab, self.eos, self.all_units = spec["vocab"], set(spec["eos_token_ids"]), spec["layers"] + 2
         self.units = 0
         self.plans: dict[int, types.MulticastPlan] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.writing = asyncio.Lock()  # a stream takes one write at a time
 
-    async def joined(self, incarnation: str) -> None:
+    def joined(self, incarnation: str) -> types.InstanceJoined:
         slots, length, size = (self.config[k] for k in ("max_num_seqs", "max_model_len", "page_size"))
-        await self.emit(types.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size,
-                                             size, slots))
-        await self.emit(types.WorldJoined(0.0, self.instance))
+        return types.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size, size, slots)
 
-    async def emit(self, event: types.Event) -> None:
-        await self.write(codec.encode_event(event))
+    def emit(self, event: types.Event) -> None:
+        self.session.put(codec.encode_event(event))
 
-    async def write(self, message: pb.WorkerEvent) -> None:
-        async with self.writing:
-            await self.context.write(message)
-
-    async def obey(self, command: types.Command | types.Work) -> None:
+    def obey(self, command: types.Command | types.Work) -> None:
         me = self.instance
         match command:
             case types.Work():
@@ -78,20 +100,20 @@ class Session:
             case types.Abort():
                 if task := self.tasks.pop(command.request_id, None):
                     task.cancel()
-                    await self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
+                    self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
             case types.LoadFromDisk():
                 self.spawn(self.load(command.ticket, self.all_units))
             case types.PrepareTransfer():
                 self.plans[command.plan.ticket] = command.plan
-                await self.emit(types.TransferReady(0.0, me, command.plan.ticket))
+                self.emit(types.TransferReady(0.0, me, command.plan.ticket))
             case types.StartTransfer():
                 stop = max(c.stop_unit for c in self.plans[command.ticket].chains if me in c.instances)
                 self.spawn(self.load(command.ticket, max(stop, self.units)))
             case types.CancelTransfer():
-                await self.emit(types.TransferEnded(0.0, me, command.ticket, self.units, "cancelled"))
+                self.emit(types.TransferEnded(0.0, me, command.ticket, self.units, "cancelled"))
             case types.Release():
                 self.units = 0
-                await self.emit(types.Drained(0.0, me))
+                self.emit(types.Drained(0.0, me))
 
     def spawn(self, work) -> None:
         self.tasks[uuid.uuid4().hex] = asyncio.create_task(work)
@@ -100,8 +122,8 @@ class Session:
         while self.units < stop:
             await asyncio.sleep(UNIT_S)
             self.units += 1
-            await self.emit(types.LayerLoaded(0.0, self.instance, self.units))
-        await self.emit(types.TransferEnded(0.0, self.instance, ticket, self.units, ""))
+            self.emit(types.LayerLoaded(0.0, self.instance, self.units))
+        self.emit(types.TransferEnded(0.0, self.instance, ticket, self.units, ""))
 
     async def answer(self, work: types.Work) -> None:
         asyncio.current_task().attempt = work.attempt
@@ -112,19 +134,19 @@ class Session:
             await asyncio.sleep(sampling.temperature)
             last = (last + 1) % self.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
-            await self.write(pb.WorkerEvent(tokens=pb.Tokens(
+            self.session.put(pb.WorkerEvent(tokens=pb.Tokens(
                 request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason,
                 logprobs=logprobs([last], sampling.logprobs),
                 prompt_logprobs=logprobs(work.prompt[1:], sampling.prompt_logprobs) if index == 0 else ())))
             if index == len(work.generated):
-                await self.emit(types.PrefillDone(*at))
+                self.emit(types.PrefillDone(*at))
             if reason:
                 if os.environ.get("TOY_DIE_AFTER") == str(last):
                     await asyncio.sleep(0.1)  # what was written is on its way
                     os._exit(1)
                 break
         self.tasks.pop(work.request.id, None)
-        await self.emit(types.RequestFinished(*at, reason))
+        self.emit(types.RequestFinished(*at, reason))
 
 
 def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:
