@@ -224,7 +224,7 @@ class Controller:
         """
         self._journal, self._started = journal, time.monotonic() - at
         for link in self._links.values():
-            link.journal = "" if journal is None else journal.name
+            link.outlive("" if journal is None else journal.name, at)
         if self.config.serve.event_log:
             self._event_log = EventLog(Path(self.config.serve.event_log), self.about, resumed)
             self.replica.event_log = self._event_log

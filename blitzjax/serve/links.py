@@ -85,7 +85,7 @@ class WorkerLink:
         self.joined = False
         self.refused = ""  # why the worker cannot serve, until a session works
         self.received = 0  # messages of this session
-        self.journal = ""  # names the controller's journal: sessions outlive the controller
+        self._journal, self._since = "", 0.0
         self._sessions = 0  # that began
         self._sent = 0  # commands of this session
         self._unconfirmed: deque[pb.WorkerCommand] = deque()  # the last of them: the worker may not have them
@@ -102,10 +102,13 @@ class WorkerLink:
         if not self.joined:
             return
         self._sent += 1
-        if self.journal:
-            self._unconfirmed.append(command)
+        self._unconfirmed.append(command)
         if self._open:
             self._put(command)
+
+    def outlive(self, journal: str, since: float) -> None:
+        """Sessions may be resumed by a controller that goes on with `journal`; this one began `since`."""
+        self._journal, self._since = journal, since
 
     def confirm(self) -> None:
         """All that was received is written down: the worker need not keep it."""
@@ -179,9 +182,9 @@ class WorkerLink:
         """For a new session; the one that the last controller left is resumed instead."""
         configure = pb.Configure()
         configure.CopyFrom(self._configure)
-        configure.resume = self.joined
-        if self.journal:
-            configure.session = f"{self.journal}/{self._sessions + (not self.joined)}"
+        configure.resume, configure.since = self.joined, self._since
+        if self._journal:
+            configure.session = f"{self._journal}/{self._sessions + (not self.joined)}"
         self.received = configure.received = self.received if self.joined else 0
         self._confirmed = self.received
         return configure

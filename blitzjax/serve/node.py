@@ -80,14 +80,14 @@ class Node:
         """A controller takes over. Unless it resumes the session, earlier requests are forgotten; parameters stay."""
         if (configure.model_json, configure.config_json) != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
-        if self._session.resume(configure, outbox):
-            return
-        self.instance.post(m.ForgetRequests())
-        self._session.begin(configure, outbox, lambda: codec.encode_event(types.InstanceJoined(
-            time.time(), self.name, self.incarnation, self._host, self.store.units, self.instance.pages,
-            self.config.engine.page_size, self.instance.slots)))
-        if self.world.joined:
+        if self._session.connect(configure, outbox, self._renewed) and self.world.joined:
             self._emit(types.WorldJoined(time.time(), self.name))
+
+    def _renewed(self) -> pb.WorkerEvent:
+        self.instance.post(m.ForgetRequests())
+        return codec.encode_event(types.InstanceJoined(
+            time.time(), self.name, self.incarnation, self._host, self.store.units, self.instance.pages,
+            self.config.engine.page_size, self.instance.slots))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from blitzjax.errors import ConfigError
 from blitzjax.v1 import worker_pb2 as pb
 
 
@@ -42,28 +43,33 @@ class Session:
         self._said = 0  # events
         self._taken = 0  # commands
         self._connections = 0
+        self._controller = ("", 0.0)  # the last one: its journal, and when it began
 
-    def begin(self, configure: pb.Configure, outbox: Outbox, hello: Callable[[], pb.WorkerEvent]) -> None:
-        """A new session, which `hello` begins; whatever an earlier one had to say is dropped."""
-        with self._lock:
-            self._name, self._said, self._taken = configure.session, 0, 0
-            self._kept.clear()
-            self._connect(outbox)
-            self._put(hello())
+    def connect(self, configure: pb.Configure, outbox: Outbox, renew: Callable[[], pb.WorkerEvent]) -> bool:
+        """A controller is here. If it resumes this session, it gets what it does not know. Otherwise a new session
+        begins with the event that `renew` gives, and what the earlier one had to say is dropped. → whether it is new.
 
-    def resume(self, configure: pb.Configure, outbox: Outbox) -> bool:
-        """Goes on with the session that the controller names, if it is this one: sends what it does not know."""
+        Raises ConfigError if a successor of that controller was here already.
+        """
         with self._lock:
+            controller = configure.session.partition("/")[0], configure.since
+            if controller[0] and controller[0] == self._controller[0] and controller < self._controller:
+                raise ConfigError("a later controller has taken over")
             oldest = self._said - len(self._kept)
-            wanted = configure.resume and configure.session and configure.session == self._name
-            if not wanted or not oldest <= configure.received <= self._said:
-                return False
-            self._connect(outbox)
-            outbox.put(pb.WorkerEvent(resumed=pb.Resumed(taken=self._taken)))
-            self._drop(configure.received)
-            for event in self._kept:
-                outbox.put(event)
-            return True
+            resumes = configure.resume and configure.session != "" and configure.session == self._name
+            resumes = resumes and oldest <= configure.received <= self._said
+            self._controller, self._outbox = controller, outbox
+            self._connections += 1
+            if resumes:
+                outbox.put(pb.WorkerEvent(resumed=pb.Resumed(taken=self._taken)))
+                self._drop(configure.received)
+                for event in self._kept:
+                    outbox.put(event)
+            else:
+                self._name, self._said, self._taken = configure.session, 0, 0
+                self._kept.clear()
+                self._put(renew())
+            return not resumes
 
     def put(self, event: pb.WorkerEvent) -> None:
         """Says something; it waits if the connection broke, and is dropped if there is no session."""
@@ -102,10 +108,6 @@ class Session:
     @property
     def resumable(self) -> bool:
         return bool(self._name)
-
-    def _connect(self, outbox: Outbox) -> None:
-        self._outbox = outbox
-        self._connections += 1
 
     def _put(self, event: pb.WorkerEvent) -> None:
         event.taken = self._taken

@@ -85,7 +85,7 @@ class WorkerEvent(_message.Message):
     def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers", "session", "resume", "received")
+    __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers", "session", "resume", "received", "since")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     MODEL_JSON_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class Configure(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
     instance: str
     model_json: str
     config_json: str
@@ -102,7 +103,8 @@ class Configure(_message.Message):
     session: str
     resume: bool
     received: int
-    def __init__(self, instance: _Optional[str] = ..., model_json: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: bool = ..., received: _Optional[int] = ...) -> None: ...
+    since: float
+    def __init__(self, instance: _Optional[str] = ..., model_json: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: bool = ..., received: _Optional[int] = ..., since: _Optional[float] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("taken",)

@@ -51,11 +51,14 @@ class ToyWorker(rpc.WorkerServicer):
         if message := os.environ.get("TOY_REFUSE"):
             await context.write(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=message)))
             return
-        if not self.session.resume(configure, outbox):
+
+        def renew():
             self.forget()
-            self.toy = toy = Toy(configure, self.session)
-            self.session.begin(configure, outbox, lambda: codec.encode_event(toy.joined(self.incarnation)))
-            toy.emit(types.WorldJoined(0.0, toy.instance))
+            self.toy = Toy(configure, self.session)
+            return codec.encode_event(self.toy.joined(self.incarnation))
+
+        if self.session.connect(configure, outbox, renew):
+            self.toy.emit(types.WorldJoined(0.0, self.toy.instance))
         sender = asyncio.create_task(outbox.send(context))
         try:
             async for message in requests:
