@@ -65,7 +65,7 @@ class Controller:
         self._broken: asyncio.Future[None] | None = None
         self._served = False  # an instance has served since the start
         self._event_log: EventLog | None = None
-        self._journal: Journal | None = None
+        self.journal: Journal | None = None
         self._claims_until = 0.0  # clients of the last controller may come back
         self._workers = dict(workers)
         self._links = {link.instance: link for link in self._make_links(workers)}
@@ -93,7 +93,7 @@ class Controller:
     @property
     def resume_s(self) -> float:
         """So long an answer waits for its client if this process crashes; 0: it goes with it."""
-        return 0.0 if self._journal is None else self.config.serve.resume_timeout_s
+        return 0.0 if self.journal is None else self.config.serve.resume_timeout_s
 
     @property
     def pool(self) -> int:
@@ -135,8 +135,8 @@ class Controller:
         if self._orders.running(order.request_id):
             raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
         first, now = self._orders.next_number, self.now()
-        if self._journal is not None:
-            self._journal.admitted(now, order, first)
+        if self.journal is not None:
+            self.journal.admitted(now, order, first)
         for event in self.replica.admit(order, first, now):
             self.on_event(event)
         return self._orders.answers(order.request_id)
@@ -144,11 +144,11 @@ class Controller:
     def leave(self, answers: Sequence[Answer]) -> None:
         """The stream of an order is over; what still runs of it ends, for nobody waits for it."""
         running = [answer for answer in answers if self._orders.get(answer.request.id) is not None]
-        self._cancel(running)
-        first, now, delivered = answers[0].request.id, self.now(), not running and self._journal is not None
-        if self._journal is not None:
-            self._journal.stream_ended(now, first, delivered)
+        first, now, delivered = answers[0].request.id, self.now(), not running and self.journal is not None
+        if self.journal is not None:
+            self.journal.stream_ended(now, first, delivered)
         self._orders.stream_ended(first, delivered, now)
+        self._cancel(running)
 
     def abort(self, request_id: str) -> None:
         self._cancel(self._orders.running(request_id))
@@ -163,8 +163,8 @@ class Controller:
     # ---- what workers say
 
     def heard(self, instance: types.InstanceId, count: int) -> None:
-        if self._journal is not None:
-            self._journal.heard(instance, count)
+        if self.journal is not None:
+            self.journal.heard(instance, count)
 
     def on_event(self, event: types.Event) -> None:
         """The only way to the brain. A brain that raises has no trustworthy state left: the process ends."""
@@ -172,8 +172,8 @@ class Controller:
             due = [event]
             while due:
                 due = [*self._handle(due[0]), *due[1:]]
-            if self._journal is not None:
-                self._journal.flush()  # before the links send what was commanded
+            if self.journal is not None:
+                self.journal.flush()  # before the links send what was commanded
         except Exception as e:
             if self._broken is None or self._broken.done():
                 raise
@@ -182,8 +182,8 @@ class Controller:
     def _handle(self, event: types.Event) -> list[types.Event]:
         if self._event_log is not None:
             self._event_log.event(event)
-        if self._journal is not None:
-            self._journal.happened(event)
+        if self.journal is not None:
+            self.journal.happened(event)
         due = self.replica.react(event)
         if isinstance(event, types.TransferEnded) and event.error:
             self._load_failed(event)
@@ -194,8 +194,8 @@ class Controller:
 
     def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None:
         now = self.now()
-        if self._journal is not None:
-            self._journal.said(now, instance, tokens)
+        if self.journal is not None:
+            self.journal.said(now, instance, tokens)
         for event in self.replica.told(instance, tokens, now):
             self.on_event(event)
 
@@ -222,7 +222,7 @@ class Controller:
         """Opens the event log and sets the clock. `resumed`: the replica is that of a controller which died; `due` is
         what it had to tell the brain yet.
         """
-        self._journal, self._started = journal, time.monotonic() - at
+        self.journal, self._started = journal, time.monotonic() - at
         for link in self._links.values():
             link.outlive("" if journal is None else journal.name, at)
         if self.config.serve.event_log:
@@ -246,8 +246,8 @@ class Controller:
             self.on_event(types.Ticked(self.now()))
             if self._event_log is not None:
                 self._event_log.flush()
-            if self._journal is not None:
-                self._keep(self._journal)
+            if self.journal is not None:
+                self._keep(self.journal)
             await asyncio.sleep(_TICK_S)
 
     def _keep(self, journal: Journal) -> None:
@@ -270,9 +270,9 @@ class Controller:
 
     def close(self) -> None:
         """Closes the logs; nothing is left to resume. AssertionError if the brain is inconsistent."""
-        if self._journal is not None:
-            self._journal.discard()
-            self._journal = None
+        if self.journal is not None:
+            self.journal.discard()
+            self.journal = None
         if self._event_log is not None:
             self._event_log.close()
             self._event_log = None

@@ -97,9 +97,13 @@ class Rejoin:
         late = now >= self._give_up or left == 0.0
         if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
             raise error_of(error) from error
+        self.restart()
+        return _PAUSE_S
+
+    def restart(self) -> None:
+        """The next call begins; the server will send everything again."""
         self.request.resume = bool(self._seen)
         self._sent = {}
-        return _PAUSE_S
 
 
 def error_of(error: grpc.RpcError) -> BlitzError:

@@ -70,6 +70,15 @@ class ToyWorker(rpc.WorkerServicer):
                 wait = self.toy.resume_timeout_s if self.session.resumable else 0
                 asyncio.get_running_loop().call_later(wait, lambda: self.session.end(connection) and self.forget())
 
+    @property
+    def busy(self):
+        return self.toy is not None and any(not task.done() for task in self.toy.tasks.values())
+
+    def die(self):
+        """What comes next is another process."""
+        self.forget()
+        self.incarnation, self.session = uuid.uuid4().hex, Session()
+
     def forget(self):
         for task in self.toy.tasks.values() if self.toy else ():
             task.cancel()
