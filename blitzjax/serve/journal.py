@@ -113,9 +113,9 @@ class Journal:
     def said(self, at: float, instance: types.InstanceId, tokens: pb.Tokens) -> None:
         """The hot path: no JSON encoder."""
         heard, self._heard = self._heard, {}
-        tail = f',"heard":{json.dumps(heard)}' if heard else ""
+        tail = ",".join(f'"{i}":{count}' for i, count in heard.items())
         coded = base64.b64encode(tokens.SerializeToString()).decode()
-        self._write(f'{{"tokens":"{coded}","at":{at!r},"instance":"{instance}"{tail}}}\n'.encode())
+        self._write(f'{{"tokens":"{coded}","at":{at!r},"instance":"{instance}","heard":{{{tail}}}}}\n'.encode())
 
     def stream_ended(self, at: float, request_id: types.RequestId, delivered: bool) -> None:
         self._record({"ended": request_id, "at": at, "delivered": delivered})

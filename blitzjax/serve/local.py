@@ -161,6 +161,11 @@ class LocalCluster:
         with self._lock:
             return self._workers[k].pid
 
+    def controller_pid(self) -> int | None:
+        """None while it is down."""
+        with self._lock:
+            return self._controller.pid
+
     def signal_worker(self, k: int, number: signal.Signals = signal.SIGKILL) -> None:
         self._signal(self._workers[k], number)
 
