@@ -172,8 +172,7 @@ class Controller:
             due = [event]
             while due:
                 due = [*self._handle(due[0]), *due[1:]]
-            if self.journal is not None:
-                self.journal.flush()  # before the links send what was commanded
+            self._flush()  # before the links send what was commanded
         except Exception as e:
             if self._broken is None or self._broken.done():
                 raise
@@ -244,23 +243,32 @@ class Controller:
     async def _tick(self) -> None:
         while True:
             self.on_event(types.Ticked(self.now()))
-            if self._event_log is not None:
-                self._event_log.flush()
-            if self.journal is not None:
-                self._keep(self.journal)
+            self._keep()
             await asyncio.sleep(_TICK_S)
 
-    def _keep(self, journal: Journal) -> None:
+    def _flush(self) -> None:
+        """What was told to the replica can be told again to another one."""
+        if self.journal is not None:
+            try:
+                self.journal.flush()
+            except OSError as e:
+                _log.error("%s cannot be written, so requests will not survive a crash: %s", self.journal.path, e)
+                self.journal.discard()
+                self.journal = None
+        if self._event_log is not None:
+            self._event_log.flush()
+
+    def _keep(self) -> None:
         """All that was heard is written down: workers may forget it. What nobody came back for ends."""
-        journal.flush()
+        self._flush()
         for link in self._links.values():
             link.confirm()
         self._orders.prune(self.now())
         if self.now() >= self._claims_until:
             for answers in self._orders.abandoned():
                 self.leave(answers)
-        if journal.overgrown:
-            compact(journal, self.now(), self.replica)
+        if self.journal is not None and self.journal.overgrown:
+            compact(self.journal, self.now(), self.replica)
 
     def give_up(self) -> None:
         """Ends what still runs with UNAVAILABLE."""

@@ -24,9 +24,11 @@ class EventLog:
     """Appends records to a file. Owned by the controller; lines reach the disk on `flush`."""
 
     def __init__(self, path: Path, header: Mapping[str, object], resume: bool = False):
-        """`resume`: the run that the file describes goes on; it is not emptied."""
-        self._file = path.open("a" if resume else "w", encoding="utf-8")
-        if not self._file.tell():
+        """`resume`: the run that the file describes goes on behind its last whole line."""
+        self._file = path.open("a", encoding="utf-8")
+        whole = path.read_bytes().rpartition(b"\n") if resume else (b"", b"", b"")
+        self._file.truncate(len(whole[0] + whole[1]))
+        if not whole[1]:
             self._write({"blitzjax_log": 1, **header})
 
     def event(self, event: types.Event) -> None:

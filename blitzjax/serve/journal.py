@@ -10,6 +10,7 @@ loses its workers too, so nothing waits for the disk.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -90,7 +91,7 @@ class Journal:
     def __init__(self, path: Path, header: Mapping[str, object], stop: int | None = None):
         """Begins a file, or goes on behind its first `stop` bytes. Raises ConfigError if a controller has it open."""
         self.path, self.name = path, str(header["id"])
-        self._header = json.dumps(header).encode() + b"\n"
+        self._header = _line(header)
         self._file = _locked(path)
         self._file.truncate(stop or 0)
         self._size = stop or 0
@@ -131,12 +132,13 @@ class Journal:
         """Replaces the file by one that says the same with a snapshot; at every moment one of them is complete."""
         spare = self.path.with_name(self.path.name + ".new")
         spare.unlink(missing_ok=True)
-        old, self._file, self._size = self._file, _locked(spare), 0
-        self._write(self._header)
-        self._record({"snapshot": base64.b64encode(state).decode(), "at": at})
-        self._file.flush()
+        lines = self._header + _line({"snapshot": base64.b64encode(state).decode(), "at": at})
+        file = _locked(spare)
+        file.write(lines)
+        file.flush()
         os.replace(spare, self.path)
-        old.close()
+        self._file.close()
+        self._file, self._size = file, len(lines)
         self._limit = max(_SHORT_BYTES, _GROWTH * self._size)
 
     def postpone(self) -> None:
@@ -146,16 +148,21 @@ class Journal:
     def discard(self) -> None:
         """Nothing is left to resume."""
         self.path.unlink(missing_ok=True)
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk
+            self._file.close()
 
     def _record(self, record: dict[str, object]) -> None:
         if self._heard:
             record["heard"], self._heard = self._heard, {}
-        self._write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self._write(_line(record))
 
     def _write(self, line: bytes) -> None:
         self._size += len(line)
         self._file.write(line)
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -112,7 +112,7 @@ class WorkerLink:
 
     def confirm(self) -> None:
         """All that was received is written down: the worker need not keep it."""
-        if self._open and self.received > self._confirmed:
+        if self._journal and self._open and self.received > self._confirmed:
             self._confirmed = self.received
             self._put(pb.WorkerCommand(received=self.received))
 

@@ -123,9 +123,7 @@ def _without(event: types.Event, due: list[types.Event]) -> list[types.Event]:
 def compact(journal: Journal, at: float, replica: Replica) -> None:
     """Replaces the journal's records by what they came to; they stay if a part of the brain cannot be pickled."""
     try:
-        snapshot = replica.snapshot()
-    except (pickle.PicklingError, RecursionError, TypeError) as e:
+        journal.compact(at, replica.snapshot())
+    except (pickle.PicklingError, AttributeError, RecursionError, TypeError, OSError) as e:
         _log.error("the journal cannot be shortened and grows on: %r", e)
         journal.postpone()
-    else:
-        journal.compact(at, snapshot)

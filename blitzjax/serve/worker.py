@@ -52,6 +52,9 @@ class Worker(rpc.WorkerServicer):
 
     def _obey(self, configure: pb.Configure, requests, outbox: Outbox) -> None:
         """Makes or adopts the node, then feeds it until the controller goes."""
+        if configure.resume and self._node is None:  # it was in another process: the controller must not wait for us
+            outbox.close()
+            return
         try:
             with self._lock:
                 if self._node is None:

@@ -178,9 +178,10 @@ def test_sigterm_drains(start):
     assert cluster.wait(5) == 0, cluster.tail("controller")
 
 
-def test_killed_controller_comes_back_and_its_clients_get_the_rest(start):
+def test_killed_controller_comes_back_and_its_clients_get_the_rest(start, tmp_path):
     """Clients of the next controller go on where they were; so do those whose answers end while there is none."""
-    cluster = start()
+    log = tmp_path / "events.jsonl"
+    cluster = start(f"serve.event_log={log}")
     with cluster.client() as client:
         client.scale(2, wait=True, timeout_s=10)
     workers = [cluster.worker_pid(k) for k in range(2)]
@@ -198,6 +199,7 @@ def test_killed_controller_comes_back_and_its_clients_get_the_rest(start):
         assert client.generate([1], max_tokens=3).token_ids == (2, 3, 4)
     assert cluster.stop() == 0, cluster.tail("controller")
     assert not (cluster.run_dir / "journal").exists()
+    assert replayed(log) == [r.item for r in eventlog.read(log) if r.is_command]
 
 
 def test_without_a_resume_timeout_a_killed_controller_is_the_end(start):
