@@ -1,8 +1,8 @@
 """How fast do parameters reach 1, 2 and 3 receivers, against a plain TCP copy between the same hosts?
 
-Hosts are network namespaces on 1 Gbit/s links; a second part runs on loopback, where the cores are the limit. Copies
-and multicasts are interleaved, between the same buffers; every byte of a multicast is checked, of a copy none. Last
-line: one JSON object.
+Hosts are network namespaces on 1 Gbit/s links; a second part gives two of them a fast link to each other, and sends them
+halves from two sources; a third runs on loopback, where the cores are the limit. Copies and multicasts are interleaved,
+between the same buffers; every byte of a multicast is checked, of a copy none. Last line: one JSON object.
 
 A rate is payload bits of one receiver over the time from the source's first send to the last receiver's last byte.
 """
@@ -47,18 +47,22 @@ class Layers:
     """Slabs of one host. Memory is allocated and touched once, for the copies and the multicasts alike."""
 
     def __init__(self, count: int) -> None:
-        import numpy as np
-
         from blitzjax.transfer.pieces import aligned_empty
 
         self.units = 0
         self.lanes = LANES
         self.count = count
         self.memory = [aligned_empty(LAYER_BYTES) for _ in range(count)]
-        rng = np.random.default_rng(os.getpid())
+        self._checksums: dict[int, int] = {}
+        self.fill(os.getpid())
+
+    def fill(self, seed: int) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng(seed)
         for slab in self.memory:
             slab[:] = rng.integers(0, 256, LAYER_BYTES, np.uint8)
-        self._checksums: dict[int, int] = {}
+        self._checksums.clear()
 
     def slab(self, unit: int, lane: int) -> np.ndarray:
         return self.memory[unit]
@@ -93,13 +97,19 @@ class Worker:
         self.world.join()
         return self.listener.getsockname()[1]
 
-    def multicast(self, ranks: list[int], chunk_target_bytes: int) -> dict[str, float]:
-        from blitzjax.transfer.broadcast import chunk_size, prepare
+    def fill(self, seed: int) -> None:
+        self.layers.fill(seed)
 
+    def multicast(self, ranks: list[int], chunk_target_bytes: int, part: Sequence[int] = (0, 1),
+                  ring: Sequence[int] = ()) -> dict[str, float]:
+        """Down a chain of `ranks`; with a `ring` of targets, its members bring the parts 0, 1, ..."""
+        from blitzjax.transfer.broadcast import Part, Share, chunk_size, prepare
+
+        share = Share(Part(*part), tuple(ring), tuple(range(len(ring))))
         layers = self.layers
         layers.units = layers.count if ranks[0] == self.world.rank else 0
         prepare_s = -time.monotonic()
-        session = prepare(self.world, ranks, 0, LANES, chunk_size(LAYER_BYTES, chunk_target_bytes))
+        session = prepare(self.world, ranks, 0, LANES, chunk_size(LAYER_BYTES, chunk_target_bytes, share.part), share)
         prepare_s += time.monotonic()
         times = [0.0] * layers.count
         began = time.monotonic()
@@ -249,6 +259,36 @@ def measure_links(rounds: int, layers: int, chunk_target_bytes: int, rate_mbit: 
             "time_1to3_over_1to1": round(receivers["3"]["seconds"] / receivers["1"]["seconds"], 3)}
 
 
+def halves_s(chains: Sequence[tuple[Remote, Remote]], chunk_target_bytes: int, sharded: bool) -> float:
+    """Seconds until every target has everything: each source sends its target all of it, or a part that targets gather."""
+    ring = [target.rank for _, target in chains] if sharded else []
+    for k, chain in enumerate(chains):
+        for remote in chain:
+            remote.order("multicast", ranks=[r.rank for r in chain], chunk_target_bytes=chunk_target_bytes,
+                         part=(k, len(chains)) if sharded else (0, 1), ring=ring if remote is chain[1] else [])
+    answers = [(source.answer(), target.answer()) for source, target in chains]
+    return max(target["ended"] for _, target in answers) - min(source["began"] for source, _ in answers)
+
+
+def measure_sharded(rounds: int, layers: int, chunk_target_bytes: int, rate_mbit: int) -> dict[str, object]:
+    """Two sources, two targets with a fast link to each other: two whole chains, then two lanes, interleaved."""
+    whole, halves = [], []
+    with netns.hosts(HOSTS, rate_mbit) as hosts:
+        netns.join(hosts[2], hosts[3])
+        with cluster(hosts, layers) as remotes:
+            for remote in remotes:
+                remote.order("fill", seed=remote.rank // 2)  # sources alike, targets otherwise
+            for remote in remotes:
+                remote.answer()
+            chains = list(zip(remotes[:2], remotes[2:]))
+            for k in range(rounds):
+                whole.append(halves_s(chains, chunk_target_bytes, sharded=False))
+                halves.append(halves_s(chains, chunk_target_bytes, sharded=True))
+                print(f"  round {k + 1}: whole {whole[-1]:.2f} s, halves {halves[-1]:.2f} s")
+    seconds = {"whole": round(statistics.median(whole), 3), "halves": round(statistics.median(halves), 3)}
+    return {"sharded_s": seconds, "sharded_ratio": round(seconds["halves"] / seconds["whole"], 3)}
+
+
 def measure_loopback(rounds: int, layers: int, chunk_target_bytes: int) -> dict[str, object]:
     """1 → 3 without links: sum over receivers, against a plain copy down the same chain, and one from source to all."""
     bits = layers * LAYER_BYTES * 8 * (HOSTS - 1)
@@ -298,10 +338,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.layers} layers of {LAYER_BYTES / 1e6:.1f} MB, {rounds} rounds, medians")
     if reason := netns.missing():
         print(f"No network namespaces here ({reason}): loopback only, receivers are null")
-        result: dict[str, object] = {"tcp_gbps": None, "receivers": None, "time_1to3_over_1to1": None}
+        result: dict[str, object] = dict.fromkeys(("tcp_gbps", "receivers", "time_1to3_over_1to1", "sharded_s",
+                                                   "sharded_ratio"))
     else:
         print(f"{HOSTS} hosts on {args.rate_mbit} Mbit/s links")
         result = measure_links(rounds, args.layers, args.chunk_bytes, args.rate_mbit)
+        print("2 sources, 2 targets with a fast link to each other")
+        result |= measure_sharded(rounds, args.layers, args.chunk_bytes, args.rate_mbit)
     print(f"{HOSTS} processes on loopback")
     result |= measure_loopback(rounds, args.layers, args.chunk_bytes)
     result |= {"command": " ".join(["python -m bench.broadcast", *(sys.argv[1:] if argv is None else argv)]),

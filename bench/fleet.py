@@ -75,6 +75,7 @@ def fleet(checkpoint: Path, pool: int, rate_mbit: int | None, tables: Mapping[st
 
 def _config(directory: Path, pool: int, tables: Mapping[str, Mapping[str, object]]) -> configs.Config:
     default = {"serve": {"port": 0, "event_log": str(directory / "events.jsonl")},
+               "engine": {"prefix_caching": False},  # the same prompts are asked again, to be run again
                "scale": {"policy": "manual", "min_instances": 1, "max_instances": pool},
                "cluster": {"pool": pool, "pin_cores": True, "threads": 1}}
     names = default.keys() | tables.keys()

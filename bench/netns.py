@@ -59,6 +59,14 @@ def hosts(count: int, rate_mbit: int) -> Iterator[list[Host]]:
         _remove(pid)
 
 
+def join(one: Host, other: Host) -> None:
+    """An unlimited link of their own between two hosts, which carries all that they send to each other."""
+    _run(f"ip link add fast0 netns {one.namespace} type veth peer name fast0 netns {other.namespace}")
+    for here, there in ((one, other), (other, one)):
+        _run(f"ip netns exec {here.namespace} ip link set fast0 up")
+        _run(f"ip netns exec {here.namespace} ip route add {there.ip}/32 dev fast0")
+
+
 def steer(made: Sequence[Host], core: int) -> None:
     """Lets `core` do the kernel's work on packets that any of these hosts receives, their switch's work included.
 

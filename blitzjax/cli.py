@@ -65,6 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
                        ("blitzjax.cli_serve", "convert"))
     _add_model(convert)
     _add_sim(_command(commands, "sim", "a trace through several systems, in virtual time", ("blitzjax.cli_sim", "sim")))
+    bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    calibrate = _command(benches, "calibrate", "costs of a model here, for `blitzjax sim --costs` and `blitzjax serve`",
+                         ("blitzjax.cli_bench", "calibrate"))
+    _add_serve(calibrate)
+    calibrate.add_argument("--out", type=Path, default=Path(), metavar="DIR",
+                           help="costs.json and costs.toml go there (default: here)")
+    replay = _command(commands, "replay", "feed an event log to a fresh brain and compare its commands",
+                      ("blitzjax.cli_replay", "main"))
+    replay.add_argument("log", type=Path, metavar="LOG", help="what `blitzjax serve --event-log LOG` wrote")
     for name, (_, text) in _PROGRAMS.items():
         commands.add_parser(name, help=f"{text}; see `blitzjax {name} --help`", add_help=False)
     return parser
@@ -120,6 +130,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frequency-penalty", type=float, help="over the answer; 0 is off")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this; may be repeated")
+    parser.add_argument("--priority", type=int, help="lower goes first (default 0)")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
     _add_address(parser)

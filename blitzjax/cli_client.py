@@ -17,8 +17,8 @@ from blitzjax.serve.client import Client, Options, Prompt
 from blitzjax.v1 import inference_pb2 as pb
 
 _BAR = 24  # a table of 80 columns
-_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-             "frequency_penalty", "seed", "stop")
+_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+            "frequency_penalty", "seed", "stop", "priority")
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
 
 
@@ -54,7 +54,7 @@ def _messages() -> Iterator[str]:
 def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
     """Prints text as it comes; returns all of it."""
     options = Options()
-    for name in _SAMPLING:
+    for name in _OPTIONS:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     text = ""

@@ -60,7 +60,7 @@ def scale_factor(trace: list[Arrival], model: ModelCosts, instances: int, load: 
     """How often each arrival is repeated, so that the mean rate is `load` of what all instances can serve."""
     prompt = sum(a.prompt_tokens for a in trace) / len(trace)
     answer = sum(a.answer_tokens for a in trace) / len(trace)
-    capacity = instances / model.seconds_per_request(prompt, answer, shell.SLOTS)
+    capacity = instances / model.seconds_per_request(prompt, answer)
     return load * capacity * max(trace[-1].at, 1.0) / len(trace)
 
 

@@ -35,7 +35,11 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
     page_size: int = 16  # tokens per KV page
     kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens
+    answer_share: float = 0.5  # of max_tokens, that a request gets pages for at once; 1: no request is ever preempted
+    prefix_caching: bool = True  # prompts that begin alike share the KV of what they have in common
+    prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
     tensor_parallel: int = 1  # devices per instance
+    native_matmul: bool = True  # bfloat16 products on CPUs in our C++; last bits differ, so one value for all hosts
     executable_cache: str = "~/.cache/blitzjax/executables"
 
 
@@ -58,6 +62,7 @@ class ScaleConfig:
     migrate_upper: float = 0.8
     migrate_tokens_per_s: float = 100_000.0  # KV that one decode instance receives
     prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; measure it on the machine that serves
+    forecast_s: float = 0.0  # the policy looks so far ahead along the growth of the backlog; 0: not at all
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
 
@@ -76,6 +81,7 @@ class ClusterConfig:
     threads: int = 0  # XLA threads per worker; 0: all its cores
     pin_cores: bool = False  # worker k computes on core k modulo the cores
     heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
+    fast_gbps: float = 0.0  # what workers of one host exchange; 0: no more than over the network, so no sharded hops
     max_world: int = 64  # collective cliques per set of members before a rejoin needs a restart
 
 
@@ -165,10 +171,14 @@ def _check_ranges(c: Config) -> None:
     want(0 < c.scale.prefill_lower < c.scale.prefill_upper, "scale.prefill_lower must be in (0, scale.prefill_upper)")
     want(0 < c.scale.kv_lower < c.scale.kv_upper <= 1, "scale.kv_lower must be in (0, scale.kv_upper], kv_upper <= 1")
     want(0 < c.scale.migrate_lower < c.scale.migrate_upper, "scale.migrate_lower must be in (0, scale.migrate_upper)")
+    want(c.scale.forecast_s >= 0, "scale.forecast_s must be at least 0")
     want(c.scale.roles == "mixed" or 1 <= c.scale.min_decode <= c.scale.max_instances - c.scale.min_instances,
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
+    want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
+    want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
+    want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")
     want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")

@@ -23,6 +23,7 @@ Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 64
+PRIORITY_S = 60.0  # what one step of priority is worth in waiting time; see Request.rank_s
 
 
 class Role(enum.Enum):
@@ -42,6 +43,8 @@ class Phase(enum.Enum):
     SERVING = "serving"  # holds every unit
     DRAINING = "draining"  # finishes what it has, takes nothing new
     FAILED = "failed"  # process gone
+
+    __hash__ = object.__hash__  # a key of what every event touches; Enum's own hashes the name each time
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,14 @@ class Request:
     prompt_tokens: int
     max_tokens: int
     arrival_s: float
-    priority: int = 0
+    priority: int = 0  # lower goes first, as in vLLM
+
+    @property
+    def rank_s(self) -> float:
+        """Requests go in this order. One of priority p is overtaken by those of a lower q that arrive less than
+        (p - q) * PRIORITY_S after it, and by no others: nothing starves.
+        """
+        return self.arrival_s + self.priority * PRIORITY_S
 
     @property
     def total_tokens(self) -> int:
@@ -169,7 +179,7 @@ class Chain:
     """One multicast chain: `instances[0]` sends units [start_unit, stop_unit), each next one receives and forwards.
 
     `generation` picks a fresh clique when the same members failed before. With `lanes` > 1 it moves the `lane`-th of
-    that many equal parts of every unit: the plan's lanes meet in every domain, which gathers what they bring.
+    that many equal parts of every unit: the plan's lanes meet in its rings, which gather what they bring.
     """
 
     instances: tuple[InstanceId, ...]
@@ -181,12 +191,24 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
+class Ring:
+    """Targets inside one fast domain, of every lane at least one, that give each other their parts of every unit."""
+
+    instances: tuple[InstanceId, ...]
+    generation: int  # as a chain's
+
+
+@dataclass(frozen=True, slots=True)
 class MulticastPlan:
-    """Chains that move one model's parameters; `ticket` identifies the plan cluster-wide and only grows."""
+    """Chains that move one model's parameters; `ticket` identifies the plan cluster-wide and only grows.
+
+    Every target of a chain with lanes is in one ring.
+    """
 
     ticket: int
     model: str
     chains: tuple[Chain, ...]
+    rings: tuple[Ring, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

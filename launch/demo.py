@@ -162,12 +162,14 @@ class Demo:
 
 
 def config(cores: int) -> Config:
-    """One core per instance, float32 so that tokens must be equal; the demo itself plays the operator."""
+    """One core per instance, float32 so that tokens must be equal, and every round runs its prompts: no prefix cache. The
+    demo itself plays the operator.
+    """
     pool = 2 if cores < 3 else 3
     return configs.load(None, (
         "serve.port=0", "engine.dtype=float32", "engine.max_model_len=768", "engine.max_num_seqs=16",
-        "engine.max_num_batched_tokens=512", "scale.policy=manual", f"scale.max_instances={pool}",
-        f"cluster.pool={pool}", "cluster.threads=1", "cluster.pin_cores=true"))
+        "engine.max_num_batched_tokens=512", "engine.prefix_caching=false", "scale.policy=manual",
+        f"scale.max_instances={pool}", f"cluster.pool={pool}", "cluster.threads=1", "cluster.pin_cores=true"))
 
 
 def wait_pool(client: Client) -> None:

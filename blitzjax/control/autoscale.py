@@ -6,7 +6,7 @@ down one by one and only after the load asked for fewer during `down_after_s`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from blitzjax.config import ScaleConfig
@@ -15,9 +15,12 @@ from blitzjax.control.load import Load
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`low_since`: when the load began to ask for fewer instances, in seconds; None while it does not."""
+    """`low_since`: when the load began to ask for fewer instances, in seconds; None while it does not. `backlogs`: what
+    was queued, as (seconds, tokens), during the last `forecast_s`.
+    """
 
     low_since: float | None = None
+    backlogs: tuple[tuple[float, int], ...] = ()
 
 
 def band(load: Load, config: ScaleConfig) -> tuple[int, int]:
@@ -52,8 +55,19 @@ def split_bands(load: Load, config: ScaleConfig) -> tuple[tuple[int, int], tuple
     return (prefill_low, prefill_high), (decode_low, decode_high)
 
 
+def foresee(load: Load, memory: Memory, config: ScaleConfig) -> tuple[Load, Memory]:
+    """The load in `forecast_s`, if the backlog goes on growing as it did during the last `forecast_s`."""
+    if not config.forecast_s:
+        return load, memory
+    kept = [(at, tokens) for at, tokens in memory.backlogs if at >= load.at - config.forecast_s - 1e-9]
+    growth = max(0, load.backlog_tokens - kept[0][1]) if kept else 0
+    memory = replace(memory, backlogs=(*kept, (load.at, load.backlog_tokens)))
+    return replace(load, backlog_tokens=load.backlog_tokens + growth), memory
+
+
 def step(load: Load, memory: Memory, config: ScaleConfig) -> tuple[int, Memory]:
     """The number of instances to have now, within [min_instances, max_instances]."""
+    load, memory = foresee(load, memory, config)
     return _follow(load.instances, band(load, config), config.min_instances, config.max_instances, load.at, memory,
                    config.down_after_s)
 
@@ -61,6 +75,7 @@ def step(load: Load, memory: Memory, config: ScaleConfig) -> tuple[int, Memory]:
 def step_split(load: Load, prefill: Memory, decode: Memory,
                config: ScaleConfig) -> tuple[tuple[int, Memory], tuple[int, Memory]]:
     """Instances that should run prompts, and that should decode, together at most max_instances: decode goes first."""
+    load, prefill = foresee(load, prefill, config)
     prefill_band, decode_band = split_bands(load, config)
     most = config.max_instances - config.min_instances
     decoding, decode = _follow(load.decoding, decode_band, config.min_decode, most, load.at, decode,
@@ -78,10 +93,10 @@ def _follow(n: int, wanted: tuple[int, int], least: int, most: int, at: float, m
 
     low, high = wanted
     if low > n:
-        return clamp((low + high + 1) // 2), Memory()
+        return clamp((low + high + 1) // 2), replace(memory, low_since=None)
     if clamp(high) >= n:
-        return clamp(n), Memory()
+        return clamp(n), replace(memory, low_since=None)
     since = at if memory.low_since is None else memory.low_since
     if at - since < down_after_s:
-        return clamp(n), Memory(since)
-    return clamp(n - 1), Memory(at)
+        return clamp(n), replace(memory, low_since=since)
+    return clamp(n - 1), replace(memory, low_since=at)

@@ -12,7 +12,7 @@ from typing import assert_never
 
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.control.blocks import pages_for
+from blitzjax.control.blocks import answer_share
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.migrations import Migrations
 from blitzjax.control.provision import Provisioner
@@ -31,7 +31,7 @@ _ONLY_REQUESTS = (types.RequestArrived, types.PrefillDone, types.LayerLoaded)
 class Cluster:
     """All instances and requests of one model. One caller: each command is carried out before the next event.
 
-    `ports` says where instances sit in the network; one that it does not name has 100 Gbps and a domain per host.
+    `ports` says where instances sit in the network; one that it does not name has 100 Gbps and its host's domain.
     """
 
     def __init__(self, config: Config, spec: ModelSpec,
@@ -40,11 +40,12 @@ class Cluster:
         self._ports = dict(ports)
         self._spec = spec
         self._fleet = Fleet(spec.units)
-        self._book = RequestBook(config.serve.max_attempts)
+        share = answer_share(config)
+        self._book = RequestBook(config.serve.max_attempts, share)
         self._provisioner = Provisioner(config, spec, self._fleet, self._book)
         self._migrations = Migrations(self._fleet, self._book)
         self._scaler = Scaler(config, self._fleet, self._book, self._provisioner, self._migrations.inbound)
-        self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens)
+        self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens, share)
 
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
@@ -73,7 +74,7 @@ class Cluster:
             assert not (entries and m.releasing), f"{m.id} forgets its requests"
             # What a live partner hands over waits inside the instance if need be; what we assigned must fit.
             assert sum(not e.handed for e in entries) <= m.slots, f"{m.id} has more requests than slots"
-            assigned = sum(pages_for(e.request.total_tokens, m.page_size) for e in entries if not e.handed)
+            assigned = sum(self._book.need(e.request, m.page_size) for e in entries if not e.handed)
             assert assigned <= m.pages, f"{m.id} is short of pages"
 
     # ---- events
@@ -240,7 +241,7 @@ class Cluster:
         self._fleet.join(event)
         self._book.open(event.instance, event.page_size)
         self._scaler.place(self._fleet.members[event.instance])
-        here = Port(event.host, event.host)
+        here = Port(event.host, event.host, fast_gbps=self._config.cluster.fast_gbps)
         self._provisioner.topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
 
@@ -278,11 +279,16 @@ class Cluster:
 
     def _refresh_seats(self) -> None:
         """The router hears of the instances whose requests, phase or pair changed."""
-        changed = self._book.changed | self._fleet.changed | self._provisioner.pairs.changed
-        for instance in sorted(changed | {p for p in map(self._provisioner.pairs.partner, changed) if p is not None}):
+        changed = self._book.changed
+        for source in (self._fleet.changed, self._provisioner.pairs.changed):
+            if source:
+                changed |= source
+                source.clear()
+        if not changed:
+            return
+        for instance in sorted(changed.union(*map(self._provisioner.pairs.sides, changed))):
             self._router.update(self._seat(self._fleet.members[instance]))
-        for source in (self._book.changed, self._fleet.changed, self._provisioner.pairs.changed):
-            source.clear()
+        changed.clear()
 
     def _seat(self, m: Member) -> Seat:
         """LIVE and SERVING members are never being released."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blitzjax.control.blocks import pages_for
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.requests import Entry, RequestBook
 from blitzjax.types import Command, InstanceId, Migrate, Phase, RequestId, Role
@@ -90,7 +89,7 @@ class Migrations:
         """The decode instance with the fewest pages in use, among those that have room and receive nothing else."""
         free = [m for m in self._fleet.serving(Role.DECODE) if m.id not in self._inbound
                 and self._book.owns(m.id) < m.slots
-                and self._book.pages(m.id) + pages_for(entry.request.total_tokens, m.page_size) <= m.pages]
+                and self._book.pages(m.id) + self._book.need(entry.request, m.page_size) <= m.pages]
         return min(free, key=lambda m: (self._book.pages(m.id), m.id), default=None)
 
     def check(self) -> None:
@@ -100,5 +99,5 @@ class Migrations:
         for target, move in self._inbound.items():
             m = self._fleet.members[target]
             if self._holds(move) and self._may_decode(m):
-                need = pages_for(move.entry.request.total_tokens, m.page_size)
+                need = self._book.need(move.entry.request, m.page_size)
                 assert self._book.pages(target) + need <= m.pages, f"{target} has no room for what comes"

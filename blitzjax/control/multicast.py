@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from blitzjax.control.topology import Topology
-from blitzjax.types import Chain, InstanceId, MulticastPlan
+from blitzjax.types import Chain, InstanceId, MulticastPlan, Ring
 
 Held = tuple[InstanceId, int]  # an instance and its watermark in units
 
@@ -41,7 +41,7 @@ def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Hel
     groups = [group for group in groups if all(group[0] not in draft.members for draft in inner)]
     if not usable and inner:  # the first targets send on to the others
         drafts = _deal(inner, [i for group in groups for i in group], topology)
-        return _finish(ticket, model, drafts, units, stop_unit, generation_of)
+        return _finish(ticket, model, drafts, [], units, stop_unit, generation_of)
     if not usable or not targets:
         return MulticastPlan(ticket, model, ())
     lanes, sharded = _choose_lanes(len(usable), groups, topology)
@@ -49,17 +49,19 @@ def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Hel
     seeds = _seeds(usable, [i for group in groups for i in group], topology)
     whole = _deal([_Draft([seed]) for seed in seeds[lanes:][: len(ordered)]], ordered, topology)
     drafts = _deal_lanes(seeds[:lanes], sharded) + whole + inner
-    return _finish(ticket, model, drafts, units, stop_unit, generation_of)
+    rings = [ring for group in sharded for ring in _rings(group, lanes)]
+    return _finish(ticket, model, drafts, rings, units, stop_unit, generation_of)
 
 
-def _finish(ticket: int, model: str, drafts: list[_Draft], units: dict[InstanceId, int], stop_unit: int,
+def _finish(ticket: int, model: str, drafts: list[_Draft], rings: list[tuple[InstanceId, ...]],
+            units: dict[InstanceId, int], stop_unit: int,
             generation_of: Callable[[tuple[InstanceId, ...]], int]) -> MulticastPlan:
     """A chain begins where its least complete target does; lanes, which are gathered unit by unit, begin together."""
     start = {id(draft): min(units[i] for i in draft.members[1:]) for draft in drafts}
     together = min((start[id(draft)] for draft in drafts if draft.lanes > 1), default=0)
     return MulticastPlan(ticket, model, tuple(
         Chain(tuple(d.members), together if d.lanes > 1 else start[id(d)], stop_unit, generation_of(tuple(d.members)),
-              d.lane, d.lanes) for d in drafts))
+              d.lane, d.lanes) for d in drafts), tuple(Ring(ring, generation_of(ring)) for ring in rings))
 
 
 def _deal_inside(local: list[InstanceId], usable: list[InstanceId], groups: list[list[InstanceId]],
@@ -107,6 +109,12 @@ def _deal_lanes(seeds: list[InstanceId], groups: list[list[InstanceId]]) -> list
         for k, instance in enumerate(group):
             drafts[k % len(drafts)].members.append(instance)
     return drafts
+
+
+def _rings(group: list[InstanceId], lanes: int) -> list[tuple[InstanceId, ...]]:
+    """The group as `_deal_lanes` deals it, one member of each lane a ring; what is left over joins the last ring."""
+    starts = range(0, len(group) - lanes + 1, lanes)
+    return [tuple(group[start:] if start == starts[-1] else group[start:start + lanes]) for start in starts]
 
 
 def _seeds(sources: list[InstanceId], targets: list[InstanceId], topology: Topology) -> list[InstanceId]:

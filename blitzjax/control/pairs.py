@@ -25,6 +25,11 @@ class LivePairs:
     def of(self, instance: InstanceId) -> LivePair | None:
         return self._of.get(instance)
 
+    def sides(self, instance: InstanceId) -> tuple[InstanceId, ...]:
+        """Both sides of the instance's pair, if it is in one."""
+        pair = self._of.get(instance)
+        return () if pair is None else (pair.old, pair.new)
+
     def partner(self, instance: InstanceId) -> InstanceId | None:
         pair = self._of.get(instance)
         if pair is None:

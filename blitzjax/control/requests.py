@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
-from blitzjax.control.blocks import pages_for
+from blitzjax.control.blocks import admitted_tokens, pages_for
 from blitzjax.types import Command, InstanceId, Reject, Request, RequestId
 
 
@@ -18,7 +18,7 @@ class Entry:
     """One accepted request."""
 
     request: Request
-    rank: tuple[int, int]  # (-priority, arrival): lower is earlier; kept over attempts
+    rank: tuple[float, int]  # (Request.rank_s, arrival): lower is earlier; kept over attempts
     attempt: int = 0  # the running or last attempt; 0: never assigned
     owner: InstanceId | None = None  # None: queued
     giver: InstanceId | None = None  # live partner that says it handed the request to `owner`, which has not confirmed
@@ -38,15 +38,17 @@ class _Account:
 
 
 class RequestBook:
-    """All accepted requests. `max_attempts` bounds how often one is run.
+    """All accepted requests. `max_attempts` bounds how often one is run; one counts for the pages of its prompt and
+    `answer_share` of its answer, which its instance admits it with.
 
     `changed` collects the instances whose requests changed, for whoever keeps a picture of them.
     """
 
-    def __init__(self, max_attempts: int) -> None:
+    def __init__(self, max_attempts: int, answer_share: float = 1.0) -> None:
         self._max_attempts = max_attempts
+        self._answer_share = answer_share
         self._entries: dict[RequestId, Entry] = {}
-        self._queue: list[tuple[tuple[int, int], RequestId]] = []  # sorted by rank
+        self._queue: list[tuple[tuple[float, int], RequestId]] = []  # sorted by rank
         self._accounts: dict[InstanceId, _Account] = {}
         self._arrivals = 0
         self._backlog_tokens = 0  # of all entries
@@ -73,7 +75,7 @@ class RequestBook:
         return entry if entry is not None and entry.attempt == attempt >= 1 else None
 
     def head(self) -> Entry | None:
-        """The queued request that goes next: highest priority, then earliest arrival, whatever its attempt."""
+        """The queued request that goes next: first in rank, whatever its attempt."""
         return self._entries[self._queue[0][1]] if self._queue else None
 
     @property
@@ -100,8 +102,12 @@ class RequestBook:
         return self._accounts[instance].backlog_tokens
 
     def pages(self, instance: InstanceId) -> int:
-        """KV pages that the requests of `instance` can need."""
+        """KV pages that the requests of `instance` are admitted with."""
         return self._accounts[instance].pages
+
+    def need(self, request: Request, page_size: int) -> int:
+        """KV pages of an instance that `request` is admitted with."""
+        return pages_for(admitted_tokens(request, self._answer_share), page_size)
 
     @property
     def total_pages(self) -> int:
@@ -117,7 +123,7 @@ class RequestBook:
     def arrive(self, request: Request) -> None:
         assert request.id not in self._entries
         self._arrivals += 1
-        entry = self._entries[request.id] = Entry(request, (-request.priority, self._arrivals))
+        entry = self._entries[request.id] = Entry(request, (request.rank_s, self._arrivals))
         self._backlog_tokens += request.prompt_tokens
         self._enqueue(entry)
 
@@ -180,7 +186,7 @@ class RequestBook:
             held = account.entries.values()
             assert all(e.owner == instance and e.attempt >= 1 for e in held)
             assert account.backlog_tokens == sum(e.request.prompt_tokens for e in held if not e.answered)
-            assert account.pages == sum(pages_for(e.request.total_tokens, account.page_size) for e in held)
+            assert account.pages == sum(self.need(e.request, account.page_size) for e in held)
         assert self._pages == sum(account.pages for account in self._accounts.values())
         assert self._backlog_tokens == sum(e.request.prompt_tokens for e in self._entries.values() if not e.answered)
         for i in queued:
@@ -219,7 +225,7 @@ class RequestBook:
 
     def _charge(self, entry: Entry, account: _Account, sign: int) -> None:
         """An entry comes to its owner's account (1) or leaves it (-1)."""
-        pages = sign * pages_for(entry.request.total_tokens, account.page_size)
+        pages = sign * self.need(entry.request, account.page_size)
         account.pages += pages
         self._pages += pages
         if not entry.answered:

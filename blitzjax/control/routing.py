@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from blitzjax.control.blocks import pages_for
+from blitzjax.control.blocks import admitted_tokens, pages_for
 from blitzjax.types import InstanceId, Phase, Request
 
 
@@ -36,8 +36,8 @@ class Router:
     was asked for last) or neither (takes nothing until it changes).
     """
 
-    def __init__(self, serving_tokens: int, live_tokens: int) -> None:
-        self._serving_tokens, self._live_tokens = serving_tokens, live_tokens
+    def __init__(self, serving_tokens: int, live_tokens: int, answer_share: float = 1.0) -> None:
+        self._serving_tokens, self._live_tokens, self._answer_share = serving_tokens, live_tokens, answer_share
         self._seats: dict[InstanceId, Seat] = {}
         self._order: list[_Place] = []  # heap; void unless it holds the seat's last picture
         self._passed: list[_Place] = []
@@ -84,7 +84,7 @@ class Router:
         return seat.phase is Phase.LIVE
 
     def _has_room(self, seat: Seat, request: Request) -> bool:
-        if pages_for(request.total_tokens, seat.page_size) > seat.free_pages:
+        if pages_for(admitted_tokens(request, self._answer_share), seat.page_size) > seat.free_pages:
             return False
         fits = seat.backlog_tokens + request.prompt_tokens <= self._live_tokens
         return seat.phase is Phase.SERVING or fits or seat.backlog_tokens == 0

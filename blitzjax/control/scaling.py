@@ -51,6 +51,7 @@ class Scaler:
         self._memory = self._decode_memory = autoscale.Memory()
         self._split = config.scale.roles == "split"
         self._prefill = Role.PREFILL if self._split else Role.MIXED  # the role of instances that run prompts
+        self._settled: tuple[int, int, Goal] | None = None  # versions at which there was nothing left to do
         self.goal = Goal(config.scale.min_instances, config.scale.min_decode if self._split else 0, self._means)
 
     # ---- what is wanted
@@ -97,6 +98,9 @@ class Scaler:
 
     def reconcile(self, at: float) -> list[Command]:
         """The next steps towards the goal. Repeating it without a new event does nothing."""
+        state = (self._fleet.version, self._provisioner.transfers.version, self.goal)
+        if state == self._settled:
+            return []
         commands = self._give_up_hopeless(at)
         if not self._fleet.count(Phase.SERVING):
             self._revive(self._prefill, 1)
@@ -123,8 +127,10 @@ class Scaler:
         commands += self._release_drained()
         needy = self._provisioner.stranded() + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
-        if not needy and not self._fleet.loading():
+        if not needy and not self._fleet.loading() and self.goal.means is not self._means:
             self.goal = replace(self.goal, means=self._means)
+        if signs == (0, 0) and not commands and not needy and not self._fleet.count(Phase.DRAINING):
+            self._settled = state
         return commands
 
     def _missing(self, role: Role) -> int:
@@ -192,6 +198,8 @@ class Scaler:
         return commands
 
     def _release_drained(self) -> list[Command]:
+        if not self._fleet.count(Phase.DRAINING):
+            return []
         return [self._release(m) for m in self._fleet.in_phase(Phase.DRAINING)
                 if not m.releasing and not self._book.owns(m.id) and not self._receiving(m.id)]
 

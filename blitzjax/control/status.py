@@ -9,7 +9,7 @@ from blitzjax.types import Chain, InstanceId, Phase
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """`waiting` and `running` count requests without and with a first token; pages are what they may need."""
+    """`waiting` and `running` count requests without and with a first token; pages are what they were admitted with."""
 
     id: InstanceId
     phase: Phase

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from blitzjax.control import multicast
 from blitzjax.control.topology import Topology
 from blitzjax.types import (
-    CancelTransfer, Chain, Command, InstanceId, LiveMode, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer,
+    CancelTransfer, Chain, Command, InstanceId, LiveMode, LoadFromDisk, MulticastPlan, PrepareTransfer, Ring,
+    StartTransfer,
 )
 
 DISK_TICKET = -1  # a worker may report the end of a disk load with this ticket
@@ -29,6 +30,7 @@ class Run:
     live: LiveMode  # how its tail may execute meanwhile
     unready: set[InstanceId]  # have not answered PrepareTransfer
     active: set[InstanceId]  # have not left
+    rings: tuple[Ring, ...]  # that this chain and its fellow lanes meet in
     broken: bool = False  # cancelled: what its targets miss comes with another plan
 
     @property
@@ -83,19 +85,20 @@ class Transfers:
         """
         plan = multicast.plan(self._last_ticket + 1, model, sources, targets, self.topology, stop_unit,
                               lambda members: self._generations.setdefault(members, 0), local)
-        spent = [chain for chain in plan.chains if chain.generation >= self.max_generations]
+        spent = self._spent(plan)
         chains = tuple(chain for chain in plan.chains if chain not in spent)
+        rings = plan.rings if any(chain.lanes > 1 for chain in chains) else ()
         if chains:
             self._last_ticket += 1
-            self._open([self._run(chain, False, live) for chain in chains])
-        plan = MulticastPlan(plan.ticket, model, chains)
+            self._open([self._run(chain, False, live, rings if chain.lanes > 1 else ()) for chain in chains])
+        plan = MulticastPlan(plan.ticket, model, chains, rings)
         prepare: list[Command] = [PrepareTransfer(i, plan) for chain in chains for i in chain.instances]
         return prepare, [i for chain in spent for i in chain.instances[1:]]
 
     def load(self, instance: InstanceId, start_unit: int, stop_unit: int, live: LiveMode) -> tuple[Run, Command]:
         """Begins a load from the instance's own disk."""
         self._last_ticket += 1
-        run = self._run(Chain((instance,), start_unit, stop_unit, 0), True, live)
+        run = self._run(Chain((instance,), start_unit, stop_unit, 0), True, live, ())
         self._open([run])
         self._flights[run.ticket].started = True
         return run, LoadFromDisk(instance, run.ticket, start_unit)
@@ -141,12 +144,15 @@ class Transfers:
         """The chain cannot go on, nor can its fellow lanes: cancels those still in them, and the same members form
         another clique next time."""
         commands: list[Command] = []
+        if run.broken:
+            return commands
+        for ring in run.rings:
+            self._generations[ring.instances] += 1
         for other in self._gang(run):
-            if not other.broken:
-                other.broken = True
-                if not other.disk:
-                    self._generations[other.chain.instances] += 1
-                commands += [CancelTransfer(i, other.ticket) for i in other.chain.instances if i in other.active]
+            other.broken = True
+            if not other.disk:
+                self._generations[other.chain.instances] += 1
+            commands += [CancelTransfer(i, other.ticket) for i in other.chain.instances if i in other.active]
         return commands
 
     def lose(self, instance: InstanceId) -> tuple[list[int], list[Command]]:
@@ -159,7 +165,7 @@ class Transfers:
         for run in runs:
             self.leave(run, instance)
             commands += self.break_off(run)
-        broken = {run.chain.instances for run in runs}
+        broken = {clique.instances for run in runs for clique in (run.chain, *run.rings)}
         for members in self._generations:
             if instance in members and members not in broken:
                 self._generations[members] += 1
@@ -176,6 +182,7 @@ class Transfers:
             for run in flight.runs:
                 assert run.unready <= run.active <= set(run.chain.instances)
                 assert 0 <= run.chain.start_unit < run.chain.stop_unit
+                assert all(other.broken == run.broken for other in self._gang(run)), "lanes break together"
                 assert not (flight.started and run.unready and not run.broken)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -187,9 +194,16 @@ class Transfers:
             return [run]
         return [other for other in flight.runs if other.chain.lanes > 1]
 
-    def _run(self, chain: Chain, disk: bool, live: LiveMode) -> Run:
+    def _spent(self, plan: MulticastPlan) -> list[Chain]:
+        """Chains that would need one clique more than the world allows; lanes go together or not at all."""
+        gang = [*plan.rings, *(chain for chain in plan.chains if chain.lanes > 1)]
+        gang_spent = any(clique.generation >= self.max_generations for clique in gang)
+        return [chain for chain in plan.chains
+                if (gang_spent if chain.lanes > 1 else chain.generation >= self.max_generations)]
+
+    def _run(self, chain: Chain, disk: bool, live: LiveMode, rings: tuple[Ring, ...]) -> Run:
         members = set(chain.instances)
-        return Run(self._last_ticket, chain, disk, live, set() if disk else set(members), members)
+        return Run(self._last_ticket, chain, disk, live, set() if disk else set(members), members, rings)
 
     def _open(self, runs: list[Run]) -> None:
         self._flights[self._last_ticket] = _Flight(runs)

@@ -24,9 +24,10 @@ class ExecutableCache:
     """Compiles ahead of time, one file per stage and shape. Several processes may share the directory."""
 
     def __init__(self, directory: Path, fingerprint: str, devices: Sequence[jax.Device]):
-        """Stages run on `devices`; `fingerprint` stands for what they compute: spec and source of the traced code."""
-        self.directory = directory.expanduser()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """`directory` exists. Stages run on `devices`; `fingerprint` stands for what they compute: spec and source of the
+        traced code.
+        """
+        self.directory = directory
         self.fingerprint = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
         self._devices = list(devices)
         self.compiled = 0
@@ -74,10 +75,10 @@ class ExecutableCache:
 def _machine() -> str:
     device = jax.local_devices()[0]
     return "\n".join([jax.__version__, device.platform, device.device_kind, str(jax.local_device_count()),
-                      _cpu_features(), os.environ.get("XLA_FLAGS", "")])
+                      cpu_features(), os.environ.get("XLA_FLAGS", "")])
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
     """XLA:CPU compiles for the features of the machine it runs on."""
     try:
         with open("/proc/cpuinfo") as f:

@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-import numpy as np
 from jax import Array
 
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk
-from blitzjax.control.blocks import PageLedger
+from blitzjax.control.blocks import PageLedger, answer_share, pages_of
 from blitzjax.engine import live, messages as m
+from blitzjax.engine.decoding import DecodeBatch
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore
-from blitzjax.engine.runner import Runner
-from blitzjax.engine.sampling import Drawn, end_tokens
+from blitzjax.engine.prefixes import PrefixCache, kept_pages
+from blitzjax.engine.runner import Prefill, Runner
+from blitzjax.engine.sampling import Drawn
 from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
@@ -42,7 +43,7 @@ class Instance:
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
-        self.slots, self.pages = slots_of(config), pages_of(config)
+        self.slots, self.pages = config.engine.max_num_seqs, pages_of(config.engine)
         self._stages, self._handoff, self._emit, self._connect, self._now = stages, handoff, emit, connect, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
@@ -70,6 +71,7 @@ class Instance:
     def check(self) -> None:
         """Asserts the invariants of the parts; for tests and idle moments."""
         self._batcher.check()
+        self._prefixes.check()
         placed = {s for s in self._cache.slots if s is not None}
         assert placed <= self._sequences.keys(), (placed, self._sequences.keys())
 
@@ -133,10 +135,10 @@ class Instance:
             self._leave(self._sequences[work.request.id])
         sequence = sequence_of(work)
         loading = self.store.units < self.spec.units
-        if self._new is not None and loading and self._batcher.hold(work.request):
+        if self._new is not None and loading and self._batcher.hold(work.request, len(sequence.tokens)):
             self._new.add(sequence)
         else:
-            self._batcher.add(work.request, len(sequence.tokens))
+            self._batcher.add(work.request, len(sequence.tokens), self._prefixes.keys(sequence))
         self._sequences[sequence.id] = sequence
 
     def _abort(self, request_id: RequestId) -> None:
@@ -160,8 +162,11 @@ class Instance:
         self._awaited_until = 0.0
         self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
-        self._batcher = Batcher(self.slots, self._stages.shapes.chunk_tokens,
-                                PageLedger(self.pages, self.config.engine.page_size))
+        engine, shapes = self.config.engine, self._stages.shapes
+        ledger = PageLedger(self.pages, engine.page_size, kept_pages(self._stages, engine, self.pages))
+        self._batcher = Batcher(self.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
+        self._prefixes = PrefixCache(self._stages, self._batcher, engine)
+        self._decoding = DecodeBatch(self.runner, self._cache, self._batcher, self._prefixes)
 
     # ---- live pairs -------------------------------------------------------------------------------------------------
 
@@ -233,10 +238,10 @@ class Instance:
             return
         work = answer.work
         self._emit(RequestHanded(self._now(), self.name, work.request.id, work.attempt, self.name))
-        if not self._batcher.hold(work.request):
+        sequence = sequence_of(work)
+        if not self._batcher.hold(work.request, len(sequence.tokens)):
             self._fail(work, f"{self.name} has no room for a request handed over by {message.partner}")
             return
-        sequence = sequence_of(work)
         sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
         self._sequences[sequence.id] = sequence
         sequence.prefill = self._old.take(answer)
@@ -277,7 +282,8 @@ class Instance:
         prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
         sequence.partner_kv = []
         if sequence.answered > len(sequence.work.generated):
-            self._join_batch(sequence)
+            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+            self._decoding.join(sequence)
 
     def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
         sequence = self._sequences.get(request_id)
@@ -291,6 +297,7 @@ class Instance:
         if self.store.units < self.spec.units:
             return progress
         self._maybe_pull(layers_left=0)
+        self._decoding.make_room(self._sequences)
         step = self._batcher.next_step()
         if step is not None and step.decode and (self._decode_due <= 0 or not self._prompt_is_near()):
             self._decode()
@@ -368,71 +375,64 @@ class Instance:
         return tokens * (self.spec.layers - prefill.next_layer) / self.spec.layers
 
     def _run_chunk(self, chunk: Chunk, sequence: Sequence) -> None:
+        """All layers over the pieces that the chunk is cut into."""
         if not self._here(sequence):  # aborted between the layers of an earlier chunk
             return
-        if sequence.prefill is None:
-            sequence.prefill = self.runner.begin(sequence.tokens)
-        index = chunk.start // self._stages.shapes.chunk_tokens
-        before = sequence.prefill.x[index]
-        for layer in self.runner.layers_of_chunk(sequence.prefill, index):
-            if not self._between_layers(sequence, before):
-                return
-            before = sequence.prefill.x[index]
-            if index == len(sequence.prefill.chunks) - 1:
-                self._maybe_pull(self.spec.layers - layer - 1)
+        prefill = sequence.prefill = sequence.prefill or self._begin_prompt(sequence, chunk.start)
+        last = len(prefill.chunks) - 1
+        for index in [i for i, piece in enumerate(prefill.chunks) if chunk.start <= piece.start < chunk.stop]:
+            before = prefill.x[index]
+            for layer in self.runner.layers_of_chunk(prefill, index):
+                if not self._between_layers(sequence, before):
+                    return
+                before = prefill.x[index]
+                if index == last:
+                    self._maybe_pull(self.spec.layers - layer - 1)
+            if sequence.scored:
+                self.runner.score_chunk(prefill)
         self._batcher.chunk_done(chunk)
-        if self._scored(sequence):
-            self.runner.score_chunk(sequence.prefill)
-        if index == len(sequence.prefill.chunks) - 1:
+        if prefill.next_layer == self.spec.layers:
             self._first_token(sequence)
 
+    def _begin_prompt(self, sequence: Sequence, hit: int) -> Prefill:
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = hit
+        return self.runner.begin(sequence.tokens, hit, self._prefixes.staged(sequence, hit) if hit else None)
+
     def _first_token(self, sequence: Sequence) -> None:
+        """The prompt is through; of one that was preempted, a later token."""
         sampling, prefill = sequence.work.sampling, sequence.prefill
         drawn = self.runner.first_token(prefill, sampling, sequence.answered)
-        prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if self._scored(sequence) else ()
-        self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
-        if self._answer(sequence, drawn, 0, prompt) and not sequence.kv_missing:
-            self._join_batch(sequence)
-
-    def _scored(self, sequence: Sequence) -> bool:
-        """The prompt's logprobs are wanted and were not sent; they travel with the answer's first token."""
-        return sequence.work.sampling.prompt_logprobs >= 0 and not sequence.answered
-
-    def _join_batch(self, sequence: Sequence) -> None:
-        self._cache.place(sequence.id, sequence.prefill.kv)
-        sequence.prefill = None
-        self._batcher.prefilled(sequence.id)
+        prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if sequence.scored else ()
+        if sequence.answered == len(sequence.work.generated):
+            self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
+        reason = self._say(sequence, drawn, 0, prompt)
+        if not sequence.kv_missing:
+            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+        if reason:
+            self._end(sequence, reason)
+        elif not sequence.kv_missing:
+            self._decoding.join(sequence)
 
     def _decode(self) -> None:
-        cache = self._cache
-        rows = [(i, self._sequences[s]) for i, s in enumerate(cache.slots) if s is not None]
-        longest = max(len(sequence.tokens) for _, sequence in rows)
-        cache.reserve(longest)
-        rows = [(cache.slots.index(sequence.id), sequence) for _, sequence in rows]
-        tokens, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
-        draws = self._stages.draws(cache.batch, any(s.answered < s.edits_until for _, s in rows))
-        for i, sequence in rows:
-            sampling, step = sequence.work.sampling, sequence.answered
-            tokens[i], lengths[i] = sequence.tokens[-1], len(sequence.tokens) - 1
-            draws.set(i, sampling, step)
-            if draws.edits is not None:
-                draws.edits.set(i, sampling, step, sequence.history, end_tokens(sampling, self.spec))
-        drawn = self.runner.decode(cache, tokens, lengths, draws)
-        for i, sequence in rows:
-            self._answer(sequence, drawn, i)
-        cache.shrink(longest + 1)
+        rows, drawn = self._decoding.step(self._sequences)
+        for row, sequence in rows:
+            if reason := self._say(sequence, drawn, row):
+                self._end(sequence, reason)
+        self._cache.shrink(max(len(sequence.tokens) for _, sequence in rows))
 
-    def _answer(self, sequence: Sequence, drawn: Drawn, row: int, prompt: tuple[TokenLogprob, ...] = ()) -> bool:
-        """Appends and emits a token. → whether the sequence goes on; otherwise it has left."""
+    def _say(self, sequence: Sequence, drawn: Drawn, row: int, prompt: tuple[TokenLogprob, ...] = ()) -> str:
+        """Appends and emits a token. → why the sequence ends with it, if so."""
         start, token = sequence.answered, int(drawn.tokens[row])
         sequence.append(token)
         reason = sequence.finish_reason(self.spec)
         self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
-                            drawn.logprobs(row, sequence.work.sampling.logprobs), prompt))
-        if reason:
-            self._leave(sequence)
-            self._emit(RequestFinished(self._now(), self.name, sequence.id, sequence.work.attempt, reason))
-        return not reason
+                            drawn.logprobs(row, sequence.work.sampling.logprobs), prompt, sequence.cached_tokens or 0))
+        return reason
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        self._leave(sequence)
+        self._emit(RequestFinished(self._now(), self.name, sequence.id, sequence.work.attempt, reason))
 
     def _leave(self, sequence: Sequence) -> None:
         """Frees everything the sequence holds here."""
@@ -440,8 +440,7 @@ class Instance:
             self._new.remove(sequence.id)
         if sequence in self._ready:
             self._ready.remove(sequence)
-        if sequence.id in self._cache.slots:
-            self._cache.free(sequence.id)
+        self._decoding.leave(sequence)
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
@@ -450,13 +449,3 @@ class Instance:
 
     def _fail(self, work: Work, why: str) -> None:
         self._emit(RequestFailed(self._now(), self.name, work.request.id, work.attempt, why))
-
-
-def slots_of(config: Config) -> int:
-    return config.engine.max_num_seqs
-
-
-def pages_of(config: Config) -> int:
-    """KV pages of one instance: configured, or every slot at full length."""
-    engine = config.engine
-    return engine.kv_pages or engine.max_num_seqs * -(-engine.max_model_len // engine.page_size)

@@ -1,7 +1,8 @@
 """The decode batch's KV memory: dense slots, one row per sequence, sized in buckets.
 
 Invariant: `slots[i]` is the sequence whose keys and values are in row i of every layer's arrays; no sequence has two.
-The length is the physical one: slicing a longer cache would copy it on every step.
+The length is the physical one: slicing a longer cache would copy it on every step. So the ledger's pages, which say who
+is admitted and who gives way, bound these arrays only loosely: every row is as long as the longest sequence needs.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class NewSide:
         self._sequences[sequence.id] = sequence
         self._loans.discard(sequence.id)
         request = sequence.work.request
-        self._queue.add(sequence.id, self._has_embedding, (-request.priority, request.arrival_s))
+        self._queue.add(sequence.id, self._has_embedding, (request.rank_s,))
 
     def remove(self, request_id: RequestId) -> None:
         self._queue.remove(request_id)

@@ -66,14 +66,25 @@ class Loader:
     def _prepare(self, plan: MulticastPlan) -> None:
         chain = next(c for c in plan.chains if self.name in c.instances)
         ranks = [self._ranks[i] for i in chain.instances]
-        chunk = broadcast.chunk_size(self.store.slab_bytes(0), self._config.transfer.chunk_bytes)
+        share = self._share(plan, chain)
+        chunk = broadcast.chunk_size(self.store.slab_bytes(0), self._config.transfer.chunk_bytes, share.part)
         try:
-            session = broadcast.prepare(self._world, ranks, chain.generation, self.store.lanes, chunk)
+            session = broadcast.prepare(self._world, ranks, chain.generation, self.store.lanes, chunk, share)
         except TransferError as e:
             self._ended(plan.ticket, str(e))
             return
         self._prepared[plan.ticket] = (session, chain)
         self._emit(TransferReady(self._now(), self.name, plan.ticket))
+
+    def _share(self, plan: MulticastPlan, chain: Chain) -> broadcast.Share:
+        """What this instance moves of every unit, and with whom it gathers the rest."""
+        part = broadcast.Part(chain.lane, chain.lanes)
+        ring = next((ring for ring in plan.rings if self.name in ring.instances), None)
+        if ring is None:
+            return broadcast.Share(part)
+        lane_of = {i: c.lane for c in plan.chains for i in c.instances}
+        return broadcast.Share(part, tuple(self._ranks[i] for i in ring.instances),
+                               tuple(lane_of[i] for i in ring.instances), ring.generation)
 
     def _start(self, ticket: int) -> None:
         found = self._prepared.pop(ticket, None)

@@ -22,6 +22,7 @@ class Tokens:
     layers_helped: int
     logprobs: tuple[TokenLogprob, ...] = ()  # of each token, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with token 0, of the prompt but its first token, if asked for
+    cached_tokens: int = 0  # of the prompt, that the prefix cache had
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,18 +17,21 @@ from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, unit_kind
 from blitzjax.engine.sampling import Drawn, Draws, edits_until, end_tokens, token_logprob
 from blitzjax.engine.shapes import Chunk
-from blitzjax.engine.stages import Params, Stages
+from blitzjax.engine.stages import KV, Params, Stages
 from blitzjax.types import Sampling, Span, TokenLogprob
 
 
 @dataclass(slots=True)
 class Prefill:
-    """One prompt on its way through the layers. `x[c]` is the residual of chunk c, `kv[l]` the keys, values of layer l."""
+    """One prompt on its way through the layers. `x[c]` is the residual of chunk c, `kv[l]` the keys, values of layer l.
+
+    The first chunk starts where the prefix-cache hit ends, of which only the KV is there.
+    """
 
     tokens: np.ndarray  # i32[prompt]
     chunks: tuple[Chunk, ...]
     context: int  # KV length of the staging arrays
-    kv: list[tuple[Array, Array] | None]
+    kv: list[KV | None]
     next_layer: int = 0
     x: list[Array | None] = field(default_factory=list)
     aux: list[object] = field(default_factory=list)
@@ -41,11 +44,12 @@ class Runner:
     def __init__(self, stages: Stages, store: LayerStore):
         self.stages, self.store, self.spec = stages, store, stages.spec
 
-    def begin(self, tokens: list[int]) -> Prefill:
+    def begin(self, tokens: list[int], hit: int = 0, kv: list[KV] | None = None) -> Prefill:
+        """`kv`: the staging arrays of every layer, whose first `hit` tokens are known."""
         shapes = self.stages.shapes
-        chunks = shapes.chunks(len(tokens))
-        return Prefill(np.asarray(tokens, np.int32), chunks, shapes.staging(len(tokens)), [None] * self.spec.layers,
-                       x=[None] * len(chunks), aux=[None] * len(chunks))
+        chunks = shapes.chunks(len(tokens), hit)
+        return Prefill(np.asarray(tokens, np.int32), chunks, shapes.staging(len(tokens)),
+                       kv or [None] * self.spec.layers, x=[None] * len(chunks), aux=[None] * len(chunks))
 
     def run_span(self, prefill: Prefill, span: Span) -> None:
         """Runs layers [span.start, span.stop) over the whole prompt, layer by layer. Needs units of the span loaded."""
@@ -120,7 +124,7 @@ class Runner:
         if prefill.aux[index] is None:
             self._embed(prefill, index)
         x, aux = prefill.x[index], prefill.aux[index]
-        if index == 0:
+        if chunk.start == 0:
             x, k, v = self.stages.first(kind, weights, x, aux, prefill.context)
         else:
             x, k, v = self.stages.next(kind, weights, x, aux, prefill.kv[layer], chunk.start)

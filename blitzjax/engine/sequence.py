@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax import Array
 
+from blitzjax.control.prefixes import PageKey
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
 from blitzjax.types import ModelSpec, RequestId, Work
@@ -24,6 +25,8 @@ class Sequence:
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
     awaited: bool = False  # its residuals are on their way from a partner
     kv_missing: bool = False  # the partner's layers of KV are still on their way
+    keys: list[PageKey] = field(default_factory=list)  # of its full pages so far, see PrefixCache
+    cached_tokens: int | None = None  # of the prompt, that the prefix cache had when it was first run here
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
 
     @property
@@ -34,6 +37,11 @@ class Sequence:
     def answered(self) -> int:
         """Tokens of the answer so far, those of earlier attempts included."""
         return len(self.tokens) - len(self.work.prompt)
+
+    @property
+    def scored(self) -> bool:
+        """The prompt's logprobs are wanted and were not sent; they travel with the answer's first token."""
+        return self.work.sampling.prompt_logprobs >= 0 and not self.answered
 
     @property
     def history(self) -> np.ndarray:

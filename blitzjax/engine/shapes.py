@@ -1,7 +1,7 @@
 """Which shapes exist: every bucket that is compiled ahead, listed in one place. No array is ever made here.
 
-Invariant: a prompt is always cut at the same places and padded to the same buckets, whatever else runs beside it, so
-its numbers do not depend on load.
+Invariant: a prompt is always cut at the same places behind what the prefix cache has of it, and padded to the same
+buckets, whatever else runs beside it, so its numbers do not depend on load.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Shapes:
     batches: tuple[int, ...]  # decode rows
     contexts: tuple[int, ...]  # KV lengths
     widths: tuple[int, ...]  # prefill rows; the last one is the chunk size
+    hits: bool  # also short prompts may begin behind a prefix-cache hit
 
     @property
     def chunk_tokens(self) -> int:
@@ -42,26 +43,37 @@ class Shapes:
     def context(self, tokens: int) -> int:
         return _first_at_least(self.contexts, tokens)
 
-    def chunks(self, tokens: int) -> tuple[Chunk, ...]:
-        """Cuts a prompt: full chunks, then a tail padded to the smallest width that later chunks are compiled for."""
-        size = self.chunk_tokens
-        if tokens <= size:
+    @property
+    def hit_tokens(self) -> int:
+        """What the prefix cache has of a prompt is used in multiples of this."""
+        return self.tail_widths[0]
+
+    def chunks(self, tokens: int, start: int = 0) -> tuple[Chunk, ...]:
+        """Cuts prompt tokens [start, tokens): full chunks, then a tail, in pieces of widths that are compiled for it."""
+        assert start < tokens and start % self.hit_tokens == 0
+        if start == 0 and tokens <= self.chunk_tokens:
             return (Chunk(0, tokens, _first_at_least(self.widths, tokens)),)
-        full = tuple(Chunk(a, b, size) for a, b in pairwise(range(0, tokens + 1, size)))
-        start = full[-1].stop
-        if start == tokens:
-            return full
-        return (*full, Chunk(start, tokens, _first_at_least(self.tail_widths, tokens - start)))
+        cut, end = [], self.staging(tokens)
+        while start < tokens:
+            width = self._width(tokens - start, end - start)
+            cut.append(Chunk(start, min(start + width, tokens), width))
+            start += width
+        return tuple(cut)
+
+    def _width(self, rest: int, room: int) -> int:
+        """The next chunk's: the widest that `rest` fills by more than half, and the context has `room` for."""
+        return max(w for w in self.tail_widths if w == self.tail_widths[0] or (w < 2 * rest and w <= room))
 
     @property
     def tail_widths(self) -> tuple[int, ...]:
-        """Widths of chunks that do not start the prompt: a short one and the full one."""
-        return tuple(sorted({self.widths[min(2, len(self.widths) - 1)], self.chunk_tokens}))
+        """Widths of chunks that do not start the prompt: the shortest, a short one and the full one."""
+        return tuple(sorted({self.widths[0], self.widths[min(2, len(self.widths) - 1)], self.chunk_tokens}))
 
     def staging(self, tokens: int) -> int:
         """KV length that a prompt of `tokens` tokens is prefilled into: it holds every chunk with its padding."""
-        last = self.chunks(tokens)[-1]
-        return self.context(last.start + last.width)
+        if tokens <= self.chunk_tokens:
+            return self.context(_first_at_least(self.widths, tokens))
+        return self.context(-(-tokens // self.widths[0]) * self.widths[0])
 
     def first_chunks(self) -> tuple[tuple[int, int], ...]:
         """(width, staging length) of every first chunk."""
@@ -69,7 +81,8 @@ class Shapes:
         return tuple(sorted(single | {(self.chunk_tokens, s) for s in self._long_contexts()}))
 
     def next_chunks(self) -> tuple[tuple[int, int], ...]:
-        return tuple((w, s) for s in self._long_contexts() for w in self.tail_widths)
+        contexts = self.contexts if self.hits else self._long_contexts()
+        return tuple((w, s) for s in contexts for w in self.tail_widths if w < s)
 
     def _long_contexts(self) -> tuple[int, ...]:
         return tuple(s for s in self.contexts if s > self.chunk_tokens)
@@ -86,6 +99,7 @@ def shapes_for(spec: ModelSpec, config: EngineConfig) -> Shapes:
         batches=_powers(_MIN_BATCH, max(_MIN_BATCH, config.max_num_seqs)),
         contexts=contexts,
         widths=_powers(min(_MIN_CHUNK, chunk), chunk),
+        hits=config.prefix_caching,
     )
 
 

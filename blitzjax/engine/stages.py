@@ -18,8 +18,8 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine import params, sampling
-from blitzjax.engine.executables import ExecutableCache
+from blitzjax.engine import native, params, sampling
+from blitzjax.engine.executables import ExecutableCache, cpu_features
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.models import blocks, family, own
 from blitzjax.types import MAX_LOGPROBS, ModelSpec
@@ -39,7 +39,12 @@ class Stages:
         heads = params.ArrayInfo("kv", (spec.kv_heads,), np.dtype(np.float32), ("kv_heads",))
         self.kv_sharding = NamedSharding(mesh, P(None, *self.rules.partition(heads)))  # [rows, KV, ...]
         self.replicated = NamedSharding(mesh, P())
-        self.cache = ExecutableCache(Path(config.executable_cache), _fingerprint(spec), mesh.devices.flatten().tolist())
+        devices = mesh.devices.flatten().tolist()
+        directory = Path(config.executable_cache).expanduser()
+        directory.mkdir(parents=True, exist_ok=True)
+        fits = config.native_matmul and mesh.size == 1 and devices[0].platform == "cpu" and spec.dtype == "bfloat16"
+        self._product = native.product(directory, cpu_features()) if fits else None
+        self.cache = ExecutableCache(directory, _fingerprint(spec, self._product), devices)
         self._found: dict[tuple, object] = {}
 
     # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
@@ -138,7 +143,8 @@ class Stages:
         if found is None:
             fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
             name = "-".join([kind, *map(str, sizes)])
-            found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
+            with blocks.few_rows(self._product):
+                found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
         return found
 
     def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:
@@ -332,7 +338,7 @@ def _batched_dot(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), precision=lax.Precision.HIGHEST)
 
 
-def _fingerprint(spec: ModelSpec) -> str:
+def _fingerprint(spec: ModelSpec, product: native.Product | None) -> str:
     """The spec and the source of everything that a stage traces through."""
     family(spec.family)  # imports it
     packages = [blocks.__package__, *([own.package(spec.family)] if own.is_reference(spec.family) else [])]
@@ -340,4 +346,4 @@ def _fingerprint(spec: ModelSpec) -> str:
              if any(name == package or name.startswith(f"{package}.") for package in packages)]
     files += [module.__file__ for module in (sys.modules[__name__], sampling, params)]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
-    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", *sources])
+    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", product.source() if product else "", *sources])

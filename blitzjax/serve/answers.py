@@ -56,6 +56,7 @@ class Progress:
     attempt: int
     attempts: int
     layers_helped: int
+    cached_tokens: int
     assigned_s: float | None
     first_token_s: float | None
     finish_reason: FinishReason | None
@@ -80,6 +81,7 @@ class Answer:
         self.attempt = -1  # no attempt yet
         self.attempts = 0
         self.layers_helped = 0
+        self.cached_tokens = 0
         self.assigned_s: float | None = None
         self.first_token_s: float | None = None
         self.finish_reason: FinishReason | None = None
@@ -145,8 +147,8 @@ class Answer:
 
     def progress(self) -> Progress:
         return Progress(tuple(self.generated), tuple(self._logprobs), tuple(self._prompt_logprobs), self.attempt,
-                        self.attempts, self.layers_helped, self.assigned_s, self.first_token_s, self.finish_reason,
-                        self.failure)
+                        self.attempts, self.layers_helped, self.cached_tokens, self.assigned_s, self.first_token_s,
+                        self.finish_reason, self.failure)
 
     def restore(self, past: Progress) -> None:
         """Makes a new answer what another one was; all of it can be taken again."""
@@ -155,7 +157,8 @@ class Answer:
             self.push(0, list(past.generated), reason, past.first_token_s, past.logprobs, past.prompt_logprobs)
         if past.finish_reason is not None:
             self.end(past.finish_reason)
-        self.attempt, self.attempts, self.layers_helped = past.attempt, past.attempts, past.layers_helped
+        self.attempt, self.attempts = past.attempt, past.attempts
+        self.layers_helped, self.cached_tokens = past.layers_helped, past.cached_tokens
         self.assigned_s, self.first_token_s, self.failure = past.assigned_s, past.first_token_s, past.failure
 
     def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:

@@ -50,7 +50,7 @@ class Options(TypedDict, total=False):
     echo: bool
     model: str
     request_id: str
-    priority: int
+    priority: int  # lower goes first
     timeout_s: float
 
 

@@ -64,10 +64,15 @@ def read_header(path: Path) -> dict[str, object]:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Every event and command of a log. Raises ValueError for a record of an unknown kind."""
+    """Every event and command of a log, without a last line that was not finished.
+
+    Raises ValueError for a record of an unknown kind.
+    """
     with path.open(encoding="utf-8") as file:
         next(file)
         for line in file:
+            if not line.endswith("\n"):
+                return
             record = json.loads(line)
             yield Record(record["at"], item_of(record))
 

@@ -153,7 +153,7 @@ def _usage(answer: Answer, controller: Controller) -> pb.Usage:
     first = 0.0 if answer.first_token_s is None else answer.first_token_s - arrival
     return pb.Usage(prompt_tokens=answer.request.prompt_tokens, completion_tokens=len(answer.generated),
                     seed=answer.sampling.seed, queue_s=assigned - arrival, ttft_s=first,
-                    layers_helped=answer.layers_helped, attempts=answer.attempts)
+                    layers_helped=answer.layers_helped, attempts=answer.attempts, cached_tokens=answer.cached_tokens)
 
 
 def _choice(name: str, value: str, kind: object) -> typing.Any:

@@ -47,6 +47,7 @@ class Replica:
         if answer is None or tokens.attempt != answer.attempt:
             return []  # the client left, or a later attempt runs elsewhere
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
+        answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
         try:
             answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, at,
                         codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))

@@ -24,7 +24,8 @@ class Clock:
         heapq.heappush(self._agenda, (max(when, self.now), self._scheduled, action, args))
 
     def after(self, delay_s: float, action: Callable[..., None], *args: object) -> None:
-        self.at(self.now + delay_s, action, *args)
+        self._scheduled += 1
+        heapq.heappush(self._agenda, (self.now + max(delay_s, 0.0), self._scheduled, action, args))
 
     def run(self, until: float = inf) -> bool:
         """Lets everything happen that is due before or at `until`. → whether something is left."""

@@ -1,7 +1,7 @@
 """What does everything cost? Machines, models on them, and the time that computing and moving takes.
 
 The built-in rows are the paper's (sections 3.4, 7.1, 8 and 10.1 of our notes) and what follows from the data sheet of
-the GPU; `bench calibrate` writes rows of the same form for the machine it runs on.
+the GPU; `blitzjax bench calibrate` writes rows of the same form for the machine it runs on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from blitzjax.errors import ConfigError
-from blitzjax.types import ModelSpec
+from blitzjax.types import ModelSpec, frozen
 
 _GBPS = 1e9 / 8  # bytes per second
 _HBM = 0.8 * 2039e9  # bytes per second that decoding reads: A100/A800-80GB data sheet, 80 % of it achieved
@@ -37,14 +37,16 @@ class MachineCosts:
     uplink_gbps: float = float("inf")  # of a leaf, all its hosts together; infinite: not modelled, as in the paper
     rpc_s: float = 0.001  # a command or an event between controller and worker
     chunk_bytes: float = 2e6  # what a chain forwards at a time
+    setup_s: float = 0.0  # of a transfer, until all of its members are ready
+    handoff_s: float = 0.0  # of a prompt between live partners, besides its bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
     """One model on `tensor_parallel` GPUs. Rates and seconds are those of the whole instance.
 
-    Prefill of n tokens: max(n / prefill_tokens_per_s, step_s), equally divided over the layers. A decode step of b
-    sequences with k tokens of KV in all: step_s + b x sequence_s + k x kv_token_s.
+    Prefill of n tokens: max(n / prefill_tokens_per_s, step_s), or as measured, equally divided over the layers. A decode
+    step of b sequences with k tokens of KV in all: step_s + b x sequence_s + k x kv_token_s.
     """
 
     spec: ModelSpec
@@ -55,6 +57,11 @@ class ModelCosts:
     sequence_s: float
     kv_token_s: float
     kv_tokens: int  # capacity
+    slots: int = 256  # sequences of one instance
+    step_tokens: int = 2048  # prompt tokens of one step
+    page_size: int = 64  # tokens, as the authors' engine
+    chunk_s: tuple[tuple[int, float], ...] = ()  # measured: a chunk of up to so many tokens takes so long
+    unit_sizes: tuple[float, ...] = ()  # bytes; empty: bfloat16 tables, and the layers share the rest
 
     @property
     def kv_token_bytes(self) -> int:
@@ -63,20 +70,26 @@ class ModelCosts:
 
     @property
     def unit_bytes(self) -> tuple[float, ...]:
-        """Layers, embedding, head: bfloat16 tables, and the layers share the rest."""
+        """Layers, embedding, head."""
+        if self.unit_sizes:
+            return self.unit_sizes
         s = self.spec
         table = 2.0 * s.vocab * s.dim
         return (*[(self.param_bytes - 2 * table) / s.layers] * s.layers, table, table)
 
     def prefill_s(self, tokens: int) -> float:
-        return max(tokens / self.prefill_tokens_per_s, self.step_s)
+        if not self.chunk_s:
+            return max(tokens / self.prefill_tokens_per_s, self.step_s)
+        widest, widest_s = self.chunk_s[-1]
+        full, rest = divmod(tokens, widest)
+        return full * widest_s + (next(s for most, s in self.chunk_s if most >= rest) if rest else 0.0)
 
     def decode_s(self, sequences: int, kv_tokens: float) -> float:
         return self.step_s + sequences * self.sequence_s + kv_tokens * self.kv_token_s
 
-    def seconds_per_request(self, prompt: float, answer: float, slots: int) -> float:
+    def seconds_per_request(self, prompt: float, answer: float) -> float:
         """Of a full mixed instance, per request of this mean size: prefill and its share of decode steps."""
-        batch = max(1.0, min(slots, self.kv_tokens / (prompt + answer)))
+        batch = max(1.0, min(self.slots, self.kv_tokens / (prompt + answer)))
         step = self.step_s / batch + self.sequence_s + (prompt + answer / 2) * self.kv_token_s
         return prompt / self.prefill_tokens_per_s + answer * step
 
@@ -113,8 +126,8 @@ def read(path: Path) -> tuple[MachineCosts, ModelCosts]:
     """A row as `write` leaves it. Raises ConfigError."""
     try:
         row = json.loads(path.read_text())
-        model = dict(row["model"])
-        spec = {k: tuple(v) if isinstance(v, list) else v for k, v in model.pop("spec").items()}
+        model = {key: frozen(value) for key, value in row["model"].items()}
+        spec = {key: frozen(value) for key, value in model.pop("spec").items()}
         return MachineCosts(**row["machine"]), ModelCosts(spec=ModelSpec(**spec), **model)
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise ConfigError(f"cannot read costs {path}: {e}") from e

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from blitzjax.config import Config
-from blitzjax.control.batching import Batcher, State, Step
+from blitzjax.control.batching import Batcher, Chunk, State
 from blitzjax.control.blocks import PageLedger
 from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
@@ -73,7 +73,7 @@ class SimInstance:
     def _queue_live(self, new: NewSide, request: Request) -> None:
         """Until the embedding is here, OLD lends the prompt's embedded rows."""
         has_embedding = self.units > self._costs.spec.embed_unit
-        new.queue.add(request.id, has_embedding, (-request.priority, request.arrival_s))
+        new.queue.add(request.id, has_embedding, (request.rank_s,))
         if not has_embedding:
             rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
             self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
@@ -305,13 +305,13 @@ class SimInstance:
         if not self.complete:
             return
         self._maybe_pull()
-        step = self._batcher.next_step()
+        chunks = self._batcher.next_chunks()
         if self._ready:
             self._run_ready(self._ready.pop(0))
-        elif step is not None and step.prefill:
-            tokens = sum(chunk.stop - chunk.start for chunk in step.prefill)
+        elif chunks:
+            passes = self._passes(chunks)
             decode_s = self._decode_s() if self._ends else 0.0
-            self._run(decode_s + self._costs.prefill_s(tokens), self._stepped, step)
+            self._run(decode_s + self._pass_s(passes[0]), self._stepped, passes)
         elif self._ends:
             self._run_decode()
         elif self._regular_turn:
@@ -357,13 +357,26 @@ class SimInstance:
         if self._sequences.get(sequence.request.id) is sequence:
             self._first_token(sequence)
 
-    def _stepped(self, step: Step) -> None:
+    def _passes(self, chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, ...]]:
+        """What runs through the layers together: one chunk in our engine, all of a step in the paper's."""
+        return [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]
+
+    def _pass_s(self, chunks: tuple[Chunk, ...]) -> float:
+        return self._costs.prefill_s(sum(chunk.stop - chunk.start for chunk in chunks))
+
+    def _stepped(self, passes: list[tuple[Chunk, ...]]) -> None:
+        """The decode step is over, and the first pass."""
         self._count_steps(1)
-        for chunk in step.prefill:
+        self._ran_pass(passes)
+
+    def _ran_pass(self, passes: list[tuple[Chunk, ...]]) -> None:
+        for chunk in passes[0]:
             self._batcher.chunk_done(chunk)
             sequence = self._sequences.get(chunk.request_id)
             if sequence is not None and chunk.stop == sequence.request.prompt_tokens:
                 self._first_token(sequence)
+        if passes[1:]:
+            self._run(self._pass_s(passes[1]), self._ran_pass, passes[1:])
 
     def _run_decode(self) -> None:
         prompts_wait = self._new is not None and len(self._new.queue) > 0

@@ -37,13 +37,16 @@ class Loading:
         match command:
             case PrepareTransfer(instance=name, plan=plan):
                 self._plans[plan.ticket] = plan
-                self._emit(TransferReady(self._clock.now, name, plan.ticket))
+                self._clock.after(self._machine.setup_s, self._prepared, name, plan.ticket)
             case StartTransfer(ticket=ticket):
                 plan = self._plans.pop(ticket, None)  # its members get the command together; the first one starts it
                 if plan is not None:
                     self._begin(plan)
             case LoadFromDisk(instance=name, ticket=ticket, start_unit=start):
                 self._begin_load(ticket, name, start)
+
+    def _prepared(self, name: InstanceId, ticket: int) -> None:
+        self._emit(TransferReady(self._clock.now, name, ticket))
 
     def _begin(self, plan: MulticastPlan) -> None:
         gather = _Gather([chain for chain in plan.chains if chain.lanes > 1], self._ports)

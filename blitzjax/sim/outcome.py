@@ -53,7 +53,7 @@ class Outcome:
     instance_s: float = 0.0  # that instances held or received the model
     host_copy_s: float = 0.0
     end_s: float = 0.0
-    link_bytes: dict[str, float] = field(default_factory=dict)  # kind of link → bytes, all instances
+    links: dict[str, float] = field(default_factory=dict)  # "nic_out:i0003" → bytes that it carried
     _first: dict[str, float] = field(default_factory=dict)
     _since: dict[InstanceId, float] = field(default_factory=dict)  # instances that hold or receive the model
     _told: dict[tuple[int, InstanceId], float] = field(default_factory=dict)
@@ -116,11 +116,18 @@ class Outcome:
     def close(self, at: float, links: Iterable[Link]) -> None:
         self.end_s = at
         self.instance_s += sum(at - since for since in self._since.values())
-        for link in links:
-            kind = link.name.partition(":")[0]
-            self.link_bytes[kind] = self.link_bytes.get(kind, 0.0) + link.carried
+        self.links = {link.name: link.carried for link in links}
 
     # ---- afterwards
+
+    @property
+    def link_bytes(self) -> dict[str, float]:
+        """By kind of link, all instances together."""
+        found: dict[str, float] = {}
+        for name, carried in self.links.items():
+            kind = name.partition(":")[0]
+            found[kind] = found.get(kind, 0.0) + carried
+        return found
 
     def violations(self, ttft_s: float, tpot_s: float) -> float:
         """Share of requests that missed either limit, or were rejected."""

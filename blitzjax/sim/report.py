@@ -54,7 +54,8 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_json(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str:
-    """Arguments, table, and per system: CDFs (percentiles 0..100), one-second samples, scale events."""
+    """Arguments, table, and per system: CDFs (percentiles 0..100), one-second samples, scale events, bytes of every
+    link that carried some."""
     return json.dumps({"arguments": arguments, "table": table(outcomes), "systems": {
         o.setup.system.name: {
             "ttft_s_percentiles": quantiles(o.ttft_s, range(101)),
@@ -62,7 +63,8 @@ def to_json(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str
             "ttft_s_by_arrival_second": _by_second(o),
             "samples": [[s.at, s.instances, s.host_copies, s.requests] for s in o.samples],
             "scale_ups": [[up.ticket, up.instance, up.start, up.stop] for up in o.scale_ups],
-            "releases": [list(release) for release in o.releases]} for o in outcomes}})
+            "releases": [list(release) for release in o.releases],
+            "link_bytes": {name: moved for name, moved in o.links.items() if moved}} for o in outcomes}})
 
 
 def to_html(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str:
@@ -103,9 +105,17 @@ def to_text(rows: Sequence[Row]) -> str:
 
 
 def _table_html(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{key.removesuffix('_s')}" for key in _SHOWN)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_short(row[key]))}" for key in _SHOWN) for row in rows)
-    return f"<table><tr>{head}{body}</table><p>Seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
+    moved = [key for key in rows[0] if key.endswith("_bytes") and key != "host_bytes"]
+    gigabytes = [{"system": row["system"]} | {key.removesuffix("_bytes"): row[key] / 1e9 for key in moved} for row in rows]
+    return (f"{_cells_html(rows, _SHOWN)}<p>Seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
+            f"<h2>Moved, GB</h2>{_cells_html(gigabytes, list(gigabytes[0]))}<p>All instances together, by kind of link: "
+            "each hop counts where it leaves and where it arrives.</p>")
+
+
+def _cells_html(rows: Sequence[Row], keys: Sequence[str]) -> str:
+    head = "".join(f"<th>{key.removesuffix('_s')}" for key in keys)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(_short(row[key]))}" for key in keys) for row in rows)
+    return f"<table><tr>{head}{body}</table>"
 
 
 def _short(value: str | int | float) -> str:

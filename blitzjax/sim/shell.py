@@ -26,11 +26,6 @@ from blitzjax.types import (
     StartTransfer, Ticked, TransferEnded, WorldJoined,
 )
 
-PAGE_SIZE = 64  # tokens, as the authors' engine
-SLOTS = 256  # sequences of one instance
-STEP_TOKENS = 2048  # prompt tokens of one step
-
-
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What runs where. `instances` is the size of the pool, `start` how many of them serve at the beginning."""
@@ -44,6 +39,8 @@ class Setup:
     tick_s: float = 0.05
     roles: Roles = "mixed"
     decode_share: float = 0.375  # split roles: of a fixed provision; the authors' 3 of 8, 6 of 16
+    scale: ScaleConfig = ScaleConfig()  # policy knobs that nothing else here says
+    most: int | None = None  # instances that may hold the model; None: all
 
     @property
     def serving(self) -> int:
@@ -62,32 +59,36 @@ class Setup:
 def config_of(setup: Setup) -> Config:
     """The configuration of the live cluster that this setup means."""
     model, system, n = setup.model, setup.system, setup.serving
-    most = setup.instances if system.share is None else n
+    most = (setup.most or setup.instances) if system.share is None else n
     return Config(
         serve=ServeConfig(max_queued_requests=1 << 30),
-        engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=SLOTS, max_num_batched_tokens=STEP_TOKENS,
-                            page_size=PAGE_SIZE, kv_pages=model.kv_tokens // PAGE_SIZE,
+        engine=EngineConfig(max_model_len=model.spec.max_len, max_num_seqs=model.slots,
+                            max_num_batched_tokens=model.step_tokens, page_size=model.page_size,
+                            kv_pages=model.kv_tokens // model.page_size, answer_share=1.0,
                             tensor_parallel=model.tensor_parallel),
-        scale=ScaleConfig(policy="auto", min_instances=n - setup.decoding, max_instances=most, live=system.live,
-                          source=system.source,
-                          prefill_tokens_per_s=model.prefill_tokens_per_s, down_after_s=setup.down_after_s,
-                          roles=setup.roles, min_decode=max(1, setup.decoding),
-                          migrate_tokens_per_s=setup.model.tensor_parallel * bytes_per_s(setup.machine.nic_gbps)
-                          / model.kv_token_bytes),
+        scale=replace(setup.scale, policy="auto", min_instances=n - setup.decoding, max_instances=most,
+                      live=system.live, source=system.source, forecast_s=system.forecast_s,
+                      prefill_tokens_per_s=model.prefill_tokens_per_s,
+                      down_after_s=setup.down_after_s, roles=setup.roles, min_decode=max(1, setup.decoding),
+                      migrate_tokens_per_s=setup.model.tensor_parallel * bytes_per_s(setup.machine.nic_gbps)
+                      / model.kv_token_bytes),
         cluster=ClusterConfig(pool=setup.instances, max_world=1 << 30))
 
 
 def simulate(setup: Setup, arrivals: Iterator[Arrival],
-             progress: Callable[[float, int], None] | None = None) -> Outcome:
-    """Runs until the last request ended. `progress(virtual seconds, requests ended)` is called every virtual minute."""
-    return _Run(setup, arrivals, progress).run()
+             progress: Callable[[float, int], None] = lambda at_s, ended: None,
+             watch: Callable[[Event, list[Command]], None] | None = None) -> Outcome:
+    """Runs until the last request ended. `progress(virtual seconds, requests ended)` is called every virtual minute,
+    `watch(event, commands)` with all that the brain hears and says."""
+    return _Run(setup, arrivals, progress, watch).run()
 
 
 class _Run:
     def __init__(self, setup: Setup, arrivals: Iterator[Arrival],
-                 progress: Callable[[float, int], None] | None) -> None:
+                 progress: Callable[[float, int], None],
+                 watch: Callable[[Event, list[Command]], None] | None) -> None:
         self.setup = setup
-        self._arrivals, self._progress = iter(arrivals), progress
+        self._arrivals, self._progress, self._watch = iter(arrivals), progress, watch
         self._config = config_of(setup)
         self._clock = Clock()
         self._ports = Fleetports(setup.machine, setup.model.tensor_parallel)
@@ -129,7 +130,8 @@ class _Run:
             self._copies.hold(ports.host)
             self.outcome.occupy(name, 0.0)
         engine = self._config.engine
-        self._handle(InstanceJoined(0.0, name, "1", ports.host, instance.units, engine.kv_pages, PAGE_SIZE, SLOTS))
+        self._handle(InstanceJoined(0.0, name, "1", ports.host, instance.units, engine.kv_pages, engine.page_size,
+                                    engine.max_num_seqs))
         self._handle(WorldJoined(0.0, name))
 
     def _arrive_next(self, number: int) -> None:
@@ -150,10 +152,10 @@ class _Run:
     def _tick(self) -> None:
         now = self._clock.now
         self._handle(Ticked(now))
-        hosts = list(dict.fromkeys(ports.host for ports in self._ports.of.values()))
         if self.outcome.sample_is_due(now):
+            hosts = list(dict.fromkeys(ports.host for ports in self._ports.of.values()))
             self.outcome.sample(now, self._copies.count(hosts, now), len(self._requests))
-            if self._progress is not None and round(now) % 60 == 0:
+            if round(now) % 60 == 0:
                 self._progress(now, self.outcome.ended)
         if not self._exhausted or self._requests:
             self._clock.after(self.setup.tick_s, self._tick)
@@ -181,7 +183,7 @@ class _Run:
         route = self._ports.route(source, target)
         for link in route:
             link.carried += residuals + kv
-        return residuals / min(link.capacity for link in route)
+        return self.setup.machine.handoff_s + residuals / min(link.capacity for link in route)
 
     def _send_kv(self, source: InstanceId, target: InstanceId, tokens: int, then: Callable[[], None]) -> None:
         """Migration: shares the ports with whatever else moves."""
@@ -192,6 +194,8 @@ class _Run:
 
     def _handle(self, event: Event) -> None:
         commands = self._brain.handle(event)
+        if self._watch is not None:
+            self._watch(event, commands)
         if commands:
             for command in commands:
                 if isinstance(command, PrepareTransfer | LoadFromDisk):

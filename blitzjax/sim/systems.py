@@ -21,12 +21,15 @@ class System:
     source: Source = "multicast"
     live: LiveMode = "off"
     host_ttl_s: float = 0.0
+    forecast_s: float = 0.0  # as in scale.forecast_s
     share: float | None = None  # fixed provision: this part of all instances serves, for ever; None: scales
 
 
 SYSTEMS: Mapping[str, System] = MappingProxyType({s.name: s for s in (
     System("blitz", "multicast, live with ZigZag", live="zigzag"),
     System("blitz-best-effort", "multicast, live without ZigZag", live="best_effort"),
+    System("blitz-forecast", "blitz, scaling for the backlog that a trend of 0.2 s foresees", live="zigzag",
+           forecast_s=0.2),
     System("multicast", "multicast, stop the world", live="off"),
     System("network", "from peers one by one over the network, stop the world", source="unicast"),
     System("sllm", "ServerlessLLM: host memory for 30 s after the last use, else SSD", source="disk", host_ttl_s=30.0),

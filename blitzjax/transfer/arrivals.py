@@ -1,6 +1,7 @@
 """A receiver's second thread: copies chunks out of the collective's buffers into slabs while the next tick runs.
 
-A unit is committed only when all its lanes match their checksums; units complete in order.
+A unit is committed only when all its lanes match their checksums; units complete in order. Where a chain brings only a
+part of every unit, the ring that gathers the parts commits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import xxhash
 
 from blitzjax.errors import TransferError
+from blitzjax.transfer.gathering import Gathering
 from blitzjax.transfer.pieces import Piece, Slabs, Trailer
 from blitzjax.transfer.program import chunks_of
 
@@ -26,8 +28,9 @@ class Arrivals:
     After the first failure it goes on taking pieces and drops them, so that the chain behind it is not disturbed.
     """
 
-    def __init__(self, slabs: Slabs, on_unit: Callable[[int], None]) -> None:
+    def __init__(self, slabs: Slabs, on_unit: Callable[[int], None], gathering: Gathering | None) -> None:
         self._slabs = slabs
+        self._gathering = gathering
         self._held = slabs.units  # live arrays alias these units: forward, never write
         self._on_unit = on_unit
         self._error: BaseException | None = None
@@ -38,7 +41,7 @@ class Arrivals:
 
     def put(self, piece: Piece, y: jax.Array) -> None:
         """Blocks while the copies lag behind."""
-        if piece.unit >= self._held:
+        if piece.unit >= self._held or self._gathering is not None:
             self._queue.put((piece, y))
 
     def close(self) -> None:
@@ -61,24 +64,34 @@ class Arrivals:
 
     def _take(self, piece: Piece, y: jax.Array) -> None:
         chunks = chunks_of(y)
-        for lane, chunk in enumerate(chunks):
-            payload = chunk[:piece.payload]
-            slab = self._slabs.slab(piece.unit, lane)
-            np.copyto(slab[piece.offset:piece.offset + piece.payload], payload)
-            self._digests[lane].update(payload)
-        if piece.last:
-            checksums = tuple(found.intdigest() for found in self._digests)
+        if piece.unit >= self._held:
             for lane, chunk in enumerate(chunks):
-                self._digests[lane].reset()
-                _verify(piece.unit, lane, checksums[lane], Trailer.read(chunk))
-            self._slabs.commit(piece.unit, checksums)
-            self._on_unit(piece.unit)
+                payload = chunk[:piece.payload]
+                slab = self._slabs.slab(piece.unit, lane)
+                np.copyto(slab[piece.offset:piece.offset + piece.payload], payload)
+                if self._gathering is None:
+                    self._digests[lane].update(payload)
+        wanted = tuple(_checksum(piece.unit, lane, chunk) for lane, chunk in enumerate(chunks)) if piece.last else ()
+        if self._gathering is not None:
+            self._gathering.put(wanted)
+        elif piece.last:
+            self._complete(piece.unit, wanted)
+
+    def _complete(self, unit: int, wanted: tuple[int, ...]) -> None:
+        for lane, (digest, checksum) in enumerate(zip(self._digests, wanted, strict=True)):
+            if digest.intdigest() != checksum:
+                raise TransferError(f"unit {unit}, lane {lane}: checksum {digest.intdigest():016x}, the source has "
+                                    f"{checksum:016x}")
+            digest.reset()
+        self._slabs.commit(unit, wanted)
+        self._on_unit(unit)
 
 
-def _verify(unit: int, lane: int, checksum: int, trailer: Trailer | None) -> None:
+def _checksum(unit: int, lane: int, chunk: np.ndarray) -> int:
+    """What the source says that the slab's is."""
+    trailer = Trailer.read(chunk)
     if trailer is None:
         raise TransferError(f"unit {unit}, lane {lane}: no trailer where one is due; the chain is out of step")
     if trailer.unit != unit:
         raise TransferError(f"unit {unit}, lane {lane}: received unit {trailer.unit} instead")
-    if trailer.checksum != checksum:
-        raise TransferError(f"unit {unit}, lane {lane}: checksum {checksum:016x}, the source has {trailer.checksum:016x}")
+    return trailer.checksum

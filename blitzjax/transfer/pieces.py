@@ -4,6 +4,8 @@ A unit of one lane is a slab of bytes, cut at multiples of the chunk size; the l
 trailer, zero or more bytes of padding before it. Every member of a chain computes the same pieces from the same model.
 
     unit u:   [ chunk ][ chunk ][ rest of slab | padding | trailer ]
+
+A chain that is one of several moves its part of every slab in the same way. Lanes here are an instance's devices.
 """
 
 from __future__ import annotations
@@ -54,6 +56,26 @@ class Slabs(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """The `index`-th of `count` equal parts of a slab, which begin at multiples of 64; the last may be smaller."""
+
+    index: int = 0
+    count: int = 1
+
+    def share(self, slab_bytes: int) -> int:
+        """Bytes of every part but the last."""
+        return round_up(-(-slab_bytes // self.count))
+
+    def bounds(self, slab_bytes: int) -> tuple[int, int]:
+        """(start, stop) in the slab."""
+        share = self.share(slab_bytes)
+        return min(self.index * share, slab_bytes), min((self.index + 1) * share, slab_bytes)
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Bytes [offset, offset + payload) of every slab of `unit`: the content of one chunk per lane."""
 
@@ -65,7 +87,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """`checksum` is the `digest` of the slab; `end` says that the source sends no further unit."""
+    """`checksum` is the `digest` of the whole slab; `end` says that its sender has nothing further."""
 
     unit: int
     checksum: int
@@ -86,24 +108,24 @@ def digest(data: np.ndarray) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def chunk_size(layer_bytes: int, target_bytes: int) -> int:
-    """The chunk nearest below `target_bytes` that cuts a layer's slab and its trailer evenly; a multiple of 64."""
-    total = layer_bytes + TRAILER_BYTES
+def chunk_size(layer_bytes: int, target_bytes: int, part: Part = WHOLE) -> int:
+    """The chunk nearest below `target_bytes` that cuts a layer's part and its trailer evenly; a multiple of 64."""
+    total = part.share(layer_bytes) + TRAILER_BYTES
     chunks = -(-total // max(target_bytes, TRAILER_BYTES))
     return round_up(-(-total // chunks))
 
 
-def cut(slabs: Slabs, start_unit: int, stop_unit: int, chunk_bytes: int) -> list[Piece]:
-    """Pieces of units [start_unit, stop_unit) in the order in which they travel."""
+def cut(slabs: Slabs, start_unit: int, stop_unit: int, chunk_bytes: int, part: Part = WHOLE) -> list[Piece]:
+    """Pieces of units [start_unit, stop_unit) in the order in which they travel; of every part equally many."""
     return [piece for unit in range(start_unit, stop_unit)
-            for piece in _cut_unit(unit, slabs.slab_bytes(unit), chunk_bytes)]
+            for piece in _cut_unit(unit, slabs.slab_bytes(unit), chunk_bytes, part)]
 
 
-def _cut_unit(unit: int, slab_bytes: int, chunk_bytes: int) -> list[Piece]:
-    count = -(-(slab_bytes + TRAILER_BYTES) // chunk_bytes)
-    offsets = [min(i * chunk_bytes, slab_bytes) for i in range(count)]
-    return [Piece(unit, offset, min(chunk_bytes, slab_bytes - offset), i == count - 1)
-            for i, offset in enumerate(offsets)]
+def _cut_unit(unit: int, slab_bytes: int, chunk_bytes: int, part: Part) -> list[Piece]:
+    start, stop = part.bounds(slab_bytes)
+    count = -(-(part.share(slab_bytes) + TRAILER_BYTES) // chunk_bytes)
+    offsets = [min(start + i * chunk_bytes, stop) for i in range(count)]
+    return [Piece(unit, offset, min(chunk_bytes, stop - offset), i == count - 1) for i, offset in enumerate(offsets)]
 
 
 def round_up(size: int) -> int:

@@ -1,4 +1,4 @@
-"""The one program of a multicast: every member passes a chunk per lane to the next hop.
+"""The one program of a multicast: every member passes a chunk per lane to the next hop, and around in a ring.
 
 It moves bytes, whatever the parameters are: bfloat16 would travel as float32 on CPU.
 """
@@ -18,17 +18,20 @@ from blitzjax.transfer import compat
 class Tick:
     """A compiled `y = ppermute(x, hop → hop + 1)` over uint8[hop, lane, chunk] for one clique.
 
-    Called by all members the same number of times, each from one thread. Hop 0 receives zeros.
+    Called by all members the same number of times, each from one thread. Hop 0 of a chain receives zeros, that of a
+    ring what the last hop sends.
     """
 
-    def __init__(self, mesh: Mesh, hop: int, chunk_bytes: int) -> None:
+    def __init__(self, mesh: Mesh, hop: int, chunk_bytes: int, ring: bool) -> None:
         """Traces and compiles (about 20 ms); runs nothing, so the other members need not be there."""
         hops, lanes = mesh.devices.shape
         spec = PartitionSpec(*mesh.axis_names)
         self._sharding = NamedSharding(mesh, spec)
         self._shape = (hops, lanes, chunk_bytes)
         self._devices = list(mesh.devices[hop])
-        self._executable = _compile(mesh, spec, jax.ShapeDtypeStruct(self._shape, jnp.uint8, sharding=self._sharding))
+        pairs = [(h, (h + 1) % hops) for h in range(hops if ring else hops - 1)]
+        x = jax.ShapeDtypeStruct(self._shape, jnp.uint8, sharding=self._sharding)
+        self._executable = _compile(mesh, spec, x, pairs)
 
     def put(self, chunks: Sequence[np.ndarray]) -> jax.Array:
         """One uint8[chunk] per lane → the input of a tick; zero-copy: `chunks` must not change before it is over."""
@@ -45,9 +48,9 @@ def chunks_of(y: jax.Array) -> list[np.ndarray]:
     return [np.asarray(shard.data).reshape(-1) for shard in y.addressable_shards]
 
 
-def _compile(mesh: Mesh, spec: PartitionSpec, x: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
+def _compile(mesh: Mesh, spec: PartitionSpec, x: jax.ShapeDtypeStruct, pairs: list[tuple[int, int]]
+             ) -> jax.stages.Compiled:
     hop_axis = mesh.axis_names[0]
-    pairs = [(hop, hop + 1) for hop in range(mesh.devices.shape[0] - 1)]
 
     def forward(chunk: jax.Array) -> jax.Array:  # [1, 1, chunk]
         return jax.lax.ppermute(chunk, hop_axis, pairs)

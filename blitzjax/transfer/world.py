@@ -47,7 +47,7 @@ class World:
         self._heartbeat_s = heartbeat_s
         self._distributed: compat.Distributed | None = None
         self._devices: dict[int, list[jax.Device]] = {}  # rank → its devices by ordinal
-        self._ticks: dict[tuple[Clique, int], Tick] = {}  # (clique, chunk bytes) → its program
+        self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → its program
         self._met: set[Clique] = set()
         self._broken: set[Clique] = set()
         self._joined = False
@@ -98,12 +98,18 @@ class World:
         start = generation * self.lanes
         return Mesh(np.array([self._devices[r][start:start + self.lanes] for r in ranks]), (HOP, LANE))
 
-    def tick(self, ranks: Sequence[int], generation: int, chunk_bytes: int) -> Tick:
-        """The clique's program, compiled at its first use. Raises TransferError like `mesh`."""
+    def tick(self, ranks: Sequence[int], generation: int, chunk_bytes: int, ring: bool = False) -> Tick:
+        """The clique's program, compiled at its first use; a ring's moves one lane. Raises TransferError like `mesh`.
+
+        With one device it runs in the calling thread; with several, the library runs one program at a time, which
+        would make a chain wait for a ring.
+        """
         mesh = self.mesh(ranks, generation)
-        key = ((tuple(ranks), generation), chunk_bytes)
+        if ring:
+            mesh = Mesh(mesh.devices[:, :1], mesh.axis_names)
+        key = ((tuple(ranks), generation), chunk_bytes, ring)
         if key not in self._ticks:
-            self._ticks[key] = Tick(mesh, list(ranks).index(self.rank), chunk_bytes)
+            self._ticks[key] = Tick(mesh, list(ranks).index(self.rank), chunk_bytes, ring)
         return self._ticks[key]
 
     def meet(self, ranks: Sequence[int], generation: int) -> None:
@@ -143,5 +149,5 @@ class World:
         """The first trace and compile of a process cost 0.2 s more than the next: pay now, not in a scale-up."""
         peer = (self.rank + 1) % self._size
         if peer != self.rank:
-            tick = Tick(self.mesh([self.rank, peer], 0), 0, ALIGNMENT)
+            tick = Tick(self.mesh([self.rank, peer], 0), 0, ALIGNMENT, ring=False)
             tick.put([aligned_empty(ALIGNMENT)] * self.lanes)

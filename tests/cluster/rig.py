@@ -29,6 +29,7 @@ class Rig:
 
     def __init__(self, cluster: LocalCluster):
         self.cluster, self.client = cluster, cluster.client()
+        self.event_log = Path(cluster.config.serve.event_log)
         self._senders = ThreadPoolExecutor(32)
 
     def send(self, prompt: list[int], **options) -> Future[Result]:
@@ -79,15 +80,21 @@ def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
 
 
 @pytest.fixture(scope="package")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("models") / "tiny"
     write_random(directory, SPEC, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="package")
+def rig(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
         "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64",
         "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", "transfer.handoff_timeout_s=5.0",
+        f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
-    with LocalCluster(config, directory) as cluster:
+    with LocalCluster(config, model_dir) as cluster:
         cluster.wait_ready(120)
         rig = Rig(cluster)
         rig.settle(1)

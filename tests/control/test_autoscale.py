@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from blitzjax.config import ScaleConfig
@@ -44,3 +46,14 @@ def test_a_burst_in_between_starts_the_wait_again() -> None:
     assert (target, memory) == (2, Memory())
     assert step(load(2, at=6.0), memory, CONFIG) == (2, Memory(6.0))
     assert step(load(2, at=11.0), Memory(6.0), CONFIG)[0] == 1
+
+
+def test_a_forecast_follows_the_growth_of_the_backlog_and_nothing_else() -> None:
+    config = replace(CONFIG, forecast_s=0.2)
+    assert step(load(1, 400, at=9.0), Memory(), config)[0] == 1  # the first look has no past
+    memory = Memory()
+    for at, tokens, target in [(0.0, 200, 1), (0.1, 300, 1), (0.2, 460, 2), (0.3, 460, 1), (0.5, 460, 1), (0.6, 0, 1)]:
+        # at 0.2: 460 and what came since 0.0 make 720; at 0.3: 460 and what came since 0.1 make 620
+        got, memory = step(load(1, tokens, at=at), memory, config)
+        assert got == target, at
+    assert [at for at, _ in memory.backlogs] == [0.5, 0.6]

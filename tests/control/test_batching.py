@@ -11,8 +11,8 @@ from blitzjax.control.blocks import PageLedger
 from blitzjax.types import Request
 
 
-def request(name: str, prompt: int = 8, answer: int = 8, priority: int = 0) -> Request:
-    return Request(name, "toy", prompt, answer, 0.0, priority)
+def request(name: str, prompt: int = 8, answer: int = 8, priority: int = 0, arrival_s: float = 0.0) -> Request:
+    return Request(name, "toy", prompt, answer, arrival_s, priority)
 
 
 def batcher(slots: int = 4, chunk: int = 8, pages: int = 64) -> Batcher:
@@ -58,13 +58,13 @@ def test_the_next_prompt_waits_for_the_chunks_of_the_earlier_one_even_with_prior
     b = batcher()
     b.add(request("first", prompt=16))
     b.chunk_done(b.next_step().prefill[0])
-    b.add(request("urgent", priority=5))
+    b.add(request("urgent", priority=-5))
     assert b.next_step().prefill == (Chunk("first", 8, 16),)
 
 
 def test_priority_goes_before_arrival() -> None:
     b = batcher()
-    for name, priority in (("a", 0), ("b", 1), ("c", 1)):
+    for name, priority in (("a", 0), ("b", -1), ("c", -1)):
         b.add(request(name, priority=priority))
     assert [run_prompt(b) for _ in range(3)] == ["b", "c", "a"]
 
@@ -113,13 +113,13 @@ def test_held_requests_own_slot_and_pages_but_no_chunk() -> None:
     assert b.next_step() == Step(("h",), ())
 
 
-def test_a_requeued_request_goes_first() -> None:
+def test_a_requeued_request_goes_where_it_would_have_gone() -> None:
     b = batcher()
-    b.add(request("w"))
-    assert b.hold(request("h")) and b.hold(request("g"))
+    assert b.hold(request("h", arrival_s=1.0)) and b.hold(request("g", arrival_s=3.0))
+    b.add(request("w", arrival_s=2.0))
     b.requeue("g")
     b.requeue("h")
-    assert [run_prompt(b) for _ in range(3)] == ["h", "g", "w"]
+    assert [run_prompt(b) for _ in range(3)] == ["h", "w", "g"]
 
 
 def test_abort_frees_everything_in_every_state() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fake_world import SLOTS, SPEC, World, config, serving
+from dataclasses import replace
+
+from fake_world import PAGE_SIZE, SLOTS, SPEC, World, config, serving
 
 from blitzjax import types as t
 from blitzjax.types import Abort, Assign, Reject
@@ -34,12 +36,21 @@ def test_a_full_queue_says_so() -> None:
 
 def test_requests_go_in_order_of_priority_and_arrival_while_there_is_room() -> None:
     world = World(1, config())
-    for name, priority in (("a", 0), ("b", 2), ("c", 2), ("d", 1), ("e", 0)):
+    for name, priority in (("a", 0), ("b", -2), ("c", -2), ("d", -1), ("e", 0)):
         world.arrive(name, prompt=8, priority=priority)
     commands = world.join("i0", SPEC.units)
     assert [c.request_id for c in commands] == ["b", "c", "d", "a"] and SLOTS == 4
     assert all(c == Assign("i0", c.request_id, 1) for c in commands)
     assert world.send(t.RequestFinished(0.0, "i0", "b", 1, "stop")) == [Assign("i0", "e", 1)]
+
+
+def test_waiting_outweighs_priority_in_the_end() -> None:
+    world = World(1, config())
+    world.arrive("patient", prompt=8, priority=1)
+    for name, later_s in (("overtakes", t.PRIORITY_S - 1), ("comes too late", 2)):
+        world.at += later_s
+        world.arrive(name, prompt=8)
+    assert [c.request_id for c in world.join("i0", SPEC.units)] == ["overtakes", "patient", "comes too late"]
 
 
 def test_a_lost_instance_gives_its_requests_back_to_the_head_of_the_queue() -> None:
@@ -50,6 +61,17 @@ def test_a_lost_instance_gives_its_requests_back_to_the_head_of_the_queue() -> N
     assert world.brain.status().queued == 6
     commands = world.join("i0", SPEC.units)
     assert commands == [Assign("i0", "r0", 2), Assign("i0", "r1", 2), Assign("i0", "r2", 2), Assign("i0", "r3", 2)]
+
+
+def test_a_request_counts_for_its_prompt_and_a_share_of_its_answer() -> None:
+    tokens = 4 * PAGE_SIZE
+    for share, together in ((1.0, 1), (0.5, 2), (0.0, 4)):
+        world = World(1, replace(config(), engine=replace(config().engine, answer_share=share)))
+        world.send(t.InstanceJoined(0.0, "i0", "1", "h", SPEC.units, 4, PAGE_SIZE, SLOTS))
+        for k in range(6):
+            world.arrive(f"r{k}", prompt=tokens // 4, answer=tokens // 2)
+        assert world.brain.status().running == together
+        world.brain.check()
 
 
 def test_after_max_attempts_the_request_ends_with_the_reason() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from blitzjax.control import multicast
 from blitzjax.control.topology import Port, Topology
-from blitzjax.types import Chain
+from blitzjax.types import Chain, MulticastPlan, Ring
 
 UNITS = 6
 
@@ -73,15 +73,27 @@ def test_a_source_that_sends_kv_serves_its_own_fast_domain_and_nothing_else() ->
     assert made("q") == []  # nothing faster than the network joins q to e
 
 
+def sharded(top: Topology, sources: dict[str, int], targets: dict[str, int]) -> MulticastPlan:
+    return multicast.plan(1, "toy", [*sources.items()], [*targets.items()], top, UNITS, lambda members: 0)
+
+
 def lanes(top: Topology, sources: dict[str, int], targets: dict[str, int]) -> tuple[Chain, ...]:
-    return multicast.plan(1, "toy", [*sources.items()], [*targets.items()], top, UNITS, lambda members: 0).chains
+    return sharded(top, sources, targets).chains
 
 
 def test_two_sources_are_two_lanes_into_every_wide_domain() -> None:
     """Figure 14: each sends half of every unit, the domain gathers; six targets take half the time of one."""
     top = topology(s="F0", t="F0", a="F1", b="F1", c="F1", d="F2", e="F2", f="F2")
-    assert lanes(top, {"s": 6, "t": 6}, {"a": 2, "b": 0, "c": 0, "d": 0, "e": 0, "f": 0}) == (
+    plan = sharded(top, {"s": 6, "t": 6}, {"a": 2, "b": 0, "c": 0, "d": 0, "e": 0, "f": 0})
+    assert plan.chains == (
         Chain(("s", "a", "c", "d", "f"), 0, 6, 0, 0, 2), Chain(("t", "b", "e"), 0, 6, 0, 1, 2))
+    assert plan.rings == (Ring(("a", "b", "c"), 0), Ring(("d", "e", "f"), 0))
+
+
+def test_a_ring_has_one_member_of_each_lane_and_the_last_takes_what_is_left_over() -> None:
+    top = topology(s="F0", t="F0", **{i: "F1" for i in "abcdefg"})
+    rings = sharded(top, {"s": 6, "t": 6}, dict.fromkeys("abcdefg", 0)).rings
+    assert [ring.instances for ring in rings] == [("a", "b"), ("c", "d"), ("e", "f", "g")]
 
 
 def test_domains_too_narrow_for_the_lanes_have_a_source_of_their_own_or_no_lanes_are_made() -> None:
@@ -132,7 +144,13 @@ def test_plans_cover_every_target_once_and_ignore_argument_order(sources: int, t
     held, missing = {n: UNITS for n in names[:sources]}, {n: 0 for n in names[sources:]}
     made = chains(top, held, missing)
     assert len(made) == min(sources, targets) if sources and kind == "h" else len(made) <= min(sources, targets)
-    gang = [c for c in lanes(top, held, missing) if c.lanes > 1]
+    plan = sharded(top, held, missing)
+    gang = [c for c in plan.chains if c.lanes > 1]
+    lane_of = {i: c.lane for c in gang for i in c.instances[1:]}
+    assert sorted(itertools.chain(*(ring.instances for ring in plan.rings))) == sorted(lane_of)
+    for ring in plan.rings:
+        assert {lane_of[i] for i in ring.instances} == set(range(len(gang)))
+        assert len({top.ports[i].domain for i in ring.instances}) == 1
     reached = [{top.ports[i].domain for i in c.instances[1:]} for c in gang]
     assert all(domains == reached[0] for domains in reached) and len(gang) in (0, *(c.lanes for c in gang))
     assert sorted(itertools.chain(*(c[1:] for c in made))) == (sorted(missing) if sources else [])

@@ -39,9 +39,10 @@ class Rig:
     """An Instance with its thread; collects what it emits."""
 
     def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"]):
-        self.store = LayerStore(SPEC, jax.local_devices()[:1])
+        devices = jax.local_devices()[: config.engine.tensor_parallel]
+        self.store = LayerStore(SPEC, devices)
         stages = Stages(SPEC, config.engine, self.store.mesh)
-        self.handoff = HandOff("127.0.0.1", jax.local_devices()[:1])
+        self.handoff = HandOff("127.0.0.1", devices)
         self.events: list[object] = []
         self.changed = threading.Condition()
         self.partner: DirectPartner | None = None  # of an OLD side

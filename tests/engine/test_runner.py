@@ -152,8 +152,13 @@ def test_every_prompt_fits_compiled_shapes(limit: int, chunk: int) -> None:
     first, later = set(shapes.first_chunks()), set(shapes.next_chunks())
     for tokens in range(1, limit + 1):
         chunks, context = shapes.chunks(tokens), shapes.staging(tokens)
-        assert chunks[0].start == 0 and chunks[-1].stop == tokens
-        assert all(a.stop == b.start for a, b in zip(chunks, chunks[1:]))
         assert (chunks[0].width, context) in first
-        assert all((c.width, context) in later for c in chunks[1:])
-        assert chunks[-1].start + chunks[-1].width <= context
+        for hit in range(0, tokens, shapes.hit_tokens):
+            chunks = shapes.chunks(tokens, hit)
+            assert chunks[0].start == hit and chunks[-1].stop == tokens
+            assert all(a.stop == b.start == a.start + a.width for a, b in zip(chunks, chunks[1:]))
+            assert all((c.width, context) in later for c in chunks if c.start)
+            assert chunks[-1].start + chunks[-1].width <= context
+            # Full chunks first, as the batcher hands them out, and no piece is mostly padding but the shortest.
+            assert all(c.width == shapes.chunk_tokens for c in chunks if tokens - c.start >= shapes.chunk_tokens)
+            assert all(c.width < 2 * (c.stop - c.start) for c in chunks[hit == 0:] if c.width > shapes.widths[0])

@@ -84,3 +84,10 @@ def test_violations_grow_with_the_time_that_scaling_stops_the_world() -> None:
     limits = 5 * mean(full.ttft_s), 5 * mean(full.tpot_s)
     shares = [outcome("conv-24b", "allcache", gbps).violations(*limits) for gbps in (256, 64, 16, 4)]
     assert shares == sorted(shares) and shares[0] < 0.15 < 0.3 < shares[-1]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_forecast_buys_ttft_with_gpu_time(row: str) -> None:
+    """Scaling before the band is crossed: a twelfth or more off the mean, for at most 15 % of GPU time more."""
+    plain, ahead = outcome(row, "blitz"), outcome(row, "blitz-forecast")
+    assert mean(ahead.ttft_s) < 0.92 * mean(plain.ttft_s) and ahead.gpu_s < 1.15 * plain.gpu_s

@@ -86,9 +86,20 @@ def test_link_bytes_are_those_of_the_parameters_moved() -> None:
     assert out.link_bytes["nic_in"] == pytest.approx(len(out.scale_ups) * M24.param_bytes, rel=1e-3)
 
 
+def test_measured_chunks_run_one_after_another_and_a_transfer_waits_for_its_members() -> None:
+    measured = replace(M24, chunk_s=((64, 0.1), (128, 0.15)), step_tokens=128)
+    assert [measured.prefill_s(n) for n in (1, 64, 65, 128, 300)] == pytest.approx([0.1, 0.1, 0.15, 0.15, 0.4])
+    together = run("full", [Arrival(1.0, 60, 1), Arrival(1.0, 60, 1)], instances=1, model=measured)
+    assert list(together.ttft_s) == pytest.approx([A.rpc_s + 0.1, A.rpc_s + 0.2])
+    (fast,), (slow,) = (run("multicast", machine=replace(A, setup_s=s), instances=2).scale_ups for s in (0.0, 0.5))
+    assert (slow.stop - slow.start) - (fast.stop - fast.start) == pytest.approx(0.5)
+
+
 def test_a_measured_row_is_read_back(tmp_path: Path) -> None:
-    costs.write(tmp_path / "row.json", A, M24)
-    assert costs.read(tmp_path / "row.json") == (A, M24)
+    measured = replace(M24, chunk_s=((64, 0.1), (128, 0.15)), unit_sizes=(1e6,) * M24.spec.units, slots=8)
+    for model in (M24, measured):
+        costs.write(tmp_path / "row.json", A, model)
+        assert costs.read(tmp_path / "row.json") == (A, model)
     (tmp_path / "row.json").write_text("{}")
     with pytest.raises(ConfigError, match="row.json"):
         costs.read(tmp_path / "row.json")
@@ -105,7 +116,10 @@ def test_the_command_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "ttft_p99_s" in capsys.readouterr().out
     data = json.loads((tmp_path / "report.json").read_text())
     assert [row["system"] for row in data["table"]] == ["full", "blitz"]
-    assert len(data["systems"]["blitz"]["ttft_s_percentiles"]) == 101
+    blitz = data["systems"]["blitz"]
+    assert len(blitz["ttft_s_percentiles"]) == 101 and blitz["scale_ups"]
+    sent = sum(moved for name, moved in blitz["link_bytes"].items() if name.startswith("fast_out:"))
+    assert sent == pytest.approx(data["table"][1]["fast_out_bytes"]) and sent > 4e10
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 6 and "http" not in page and "src=" not in page
     assert (tmp_path / "table.csv").read_text().startswith("system,requests,")

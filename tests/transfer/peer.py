@@ -32,7 +32,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from blitzjax.errors import TransferError  # noqa: E402
-from blitzjax.transfer.broadcast import prepare  # noqa: E402
+from blitzjax.transfer.broadcast import Part, Share, prepare  # noqa: E402
 from blitzjax.transfer.handoff import HandOff  # noqa: E402
 from blitzjax.transfer.pieces import aligned_empty, digest  # noqa: E402
 from blitzjax.transfer.world import World  # noqa: E402
@@ -119,11 +119,13 @@ class Peer:
         return self.slabs.crcs()
 
     def multicast(self, ranks: list[int], generation: int, start: int, stop: int, chunk: int = 65536,
-                  pace_s: float = 0.0) -> dict[str, object]:
+                  pace_s: float = 0.0, part: tuple[int, int] = (0, 1), ring: tuple[int, ...] = (),
+                  parts: tuple[int, ...] = (), ring_generation: int = 0) -> dict[str, object]:
         self.cancel.clear()
         touched: list[int] = []
         began = time.perf_counter()
-        session = prepare(self.world, ranks, generation, args.lanes, chunk)
+        share = Share(Part(*part), tuple(ring), tuple(parts), ring_generation)
+        session = prepare(self.world, ranks, generation, args.lanes, chunk, share)
         prepared_s = time.perf_counter() - began
 
         def on_unit(unit: int) -> None:

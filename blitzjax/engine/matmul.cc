@@ -1,0 +1,364 @@
+// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times bfloat16 weights [out, in], float32 sums.
+//
+// Reads the weights in place, once from memory: XLA repacks or widens them on every call, which costs more than the
+// product when there are few rows. x is rounded to bfloat16 first, to nearest even, as XLA's form does. A row's sums
+// are added in the same order whatever the number of threads and of rows is, up to kFewRows and beyond: an answer does
+// not depend on its batch.
+// The instruction set is chosen by the compiler's flags (native.py): AVX-512 with bfloat16, AVX-512, or AVX2 with FMA.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+#define UNROLLED _Pragma("GCC unroll 32")  // arrays of registers stay in registers
+
+namespace {
+
+// The bits of a float32, rounded to a bfloat16's, to nearest even; NaN stays NaN.
+inline uint32_t Rounded(uint32_t bits) {
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return (nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+}
+
+#ifdef __AVX512F__
+
+using Vector = __m512;
+using Words = __m512i;
+
+inline Vector Zero() { return _mm512_setzero_ps(); }
+inline Vector Broadcast(float x) { return _mm512_set1_ps(x); }
+
+// The sums of 16 registers, in one.
+inline Vector Sums(const Vector* s) {
+  Vector a[8], b[4];
+  UNROLLED for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(s[2 * i], s[2 * i + 1]), _mm512_unpackhi_ps(s[2 * i], s[2 * i + 1]));
+  UNROLLED for (int i = 0; i < 4; ++i) {
+    const __m512d even = _mm512_castps_pd(a[2 * i]), odd = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+  }
+  // b[i] holds, in each 128-bit lane, partial sums of registers 4 i .. 4 i + 3.
+  const Vector c = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
+  const Vector d = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x44), _mm512_shuffle_f32x4(b[2], b[3], 0xee));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+}
+
+inline void Store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+
+#else
+
+using Vector = __m256;
+using Words = __m256i;
+
+inline Vector Zero() { return _mm256_setzero_ps(); }
+inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
+
+// The sums of 8 registers, in one.
+inline Vector Sums(const Vector* s) {
+  const Vector a = _mm256_hadd_ps(_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3]));
+  const Vector b = _mm256_hadd_ps(_mm256_hadd_ps(s[4], s[5]), _mm256_hadd_ps(s[6], s[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+inline void Store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+
+#endif
+
+constexpr int kLanes = sizeof(Vector) / sizeof(float);
+constexpr int64_t kStep = 2 * kLanes;  // weights of one register
+
+// A step has kHalves multiply-adds: all of its weights at once, or those at even places, then those at odd ones, each
+// widened to float32. Keep writes x as they take it, kStep values at a time.
+#ifdef __AVX512BF16__
+
+using Kept = uint16_t;
+constexpr int kHalves = 1;
+
+inline __m512bh Weights(const uint16_t* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
+inline __m512bh Activations(const Kept* x) { return (__m512bh)_mm512_loadu_si512(x); }
+inline Vector MultiplyAdd(Vector sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
+inline void Keep(const float* from, Kept* to) {
+  uint32_t bits[kStep];
+  std::memcpy(bits, from, sizeof bits);
+  for (int i = 0; i < kStep; ++i) to[i] = static_cast<Kept>(Rounded(bits[i]) >> 16);
+}
+
+#else
+
+using Kept = float;
+constexpr int kHalves = 2;
+
+#ifdef __AVX512F__
+inline Words Load(const uint16_t* w) { return _mm512_loadu_si512(w); }
+inline Vector Widened(Words pairs, int half) {
+  if (half) return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+inline Vector Activations(const Kept* x) { return _mm512_loadu_ps(x); }
+inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm512_fmadd_ps(x, w, sum); }
+#else
+inline Words Load(const uint16_t* w) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(w)); }
+inline Vector Widened(Words pairs, int half) {
+  if (half) return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+}
+inline Vector Activations(const Kept* x) { return _mm256_loadu_ps(x); }
+inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm256_fmadd_ps(x, w, sum); }
+#endif
+inline Vector Weights(const uint16_t* w, int half) { return Widened(Load(w), half); }
+
+inline void Keep(const float* from, Kept* to) {
+  uint32_t bits[kStep], kept[kStep];
+  std::memcpy(bits, from, sizeof bits);
+  for (int i = 0; i < kLanes; ++i) kept[i] = Rounded(bits[2 * i]), kept[kLanes + i] = Rounded(bits[2 * i + 1]);
+  std::memcpy(to, kept, sizeof kept);
+}
+
+#endif
+
+template <int kRows, int kOuts>
+inline void Step(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, Vector* sums) {
+  UNROLLED for (int half = 0; half < kHalves; ++half) {
+    decltype(Weights(w, 0)) b[kOuts];
+    UNROLLED for (int o = 0; o < kOuts; ++o) b[o] = Weights(w + o * k, half);
+    UNROLLED for (int r = 0; r < kRows; ++r) {
+      const auto a = Activations(x + r * stride + half * kLanes);
+      UNROLLED for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = MultiplyAdd(sums[r * kOuts + o], a, b[o]);
+    }
+  }
+}
+
+// kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n]. The next kOuts rows of w are fetched if `kFetch`.
+template <int kRows, int kOuts, bool kFetch>
+inline void Block(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, float* y, int64_t n) {
+  constexpr int kSums = (kRows * kOuts + kLanes - 1) / kLanes * kLanes;
+  Vector sums[kSums];
+  UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Zero();
+  int64_t i = 0;
+  for (; i + kStep <= k; i += kStep) {
+    if constexpr (kFetch)
+      UNROLLED for (int o = 0; o < kOuts; ++o)
+        _mm_prefetch(reinterpret_cast<const char*>(w + (o + kOuts) * k + i), _MM_HINT_T0);
+    Step<kRows, kOuts>(x + i, stride, w + i, k, sums);
+  }
+  if (i < k) {
+    uint16_t rest[kOuts * kStep] = {};
+    for (int o = 0; o < kOuts; ++o) std::memcpy(rest + o * kStep, w + o * k + i, (k - i) * sizeof(uint16_t));
+    Step<kRows, kOuts>(x + i, stride, rest, kStep, sums);
+  }
+  float out[kSums];
+  UNROLLED for (int s = 0; s < kSums; s += kLanes) Store(out + s, Sums(sums + s));
+  for (int r = 0; r < kRows; ++r)
+    for (int o = 0; o < kOuts; ++o) y[r * n + o] = out[r * kOuts + o];
+}
+
+// Many rows, where there is no instruction for bfloat16: kPanel rows of weights at a time are widened and turned, so
+// that a register has the same place of several rows. Sums are then added along k, without any across a register.
+#ifndef __AVX512BF16__
+
+constexpr int kPanelVectors = 3, kPanel = kPanelVectors * kLanes;
+
+// Turns kLanes registers of kLanes words.
+inline void Turn(Words* w) {
+  Words t[kLanes], u[kLanes];
+#ifdef __AVX512F__
+  UNROLLED for (int i = 0; i < 16; i += 2)
+    t[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+  UNROLLED for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  UNROLLED for (int i = 0; i < 4; ++i) {  // lane l of u[4 j + i] has word 4 l + i of rows 4 j .. 4 j + 3
+    const Words a = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88), b = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
+    const Words c = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd), d = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
+    w[i] = _mm512_shuffle_i32x4(a, b, 0x88), w[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    w[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88), w[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+#else
+  UNROLLED for (int i = 0; i < 8; i += 2)
+    t[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
+  UNROLLED for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  UNROLLED for (int i = 0; i < 4; ++i) {  // lane l of u[4 j + i] has word 4 l + i of rows 4 j .. 4 j + 3
+    w[i] = _mm256_permute2x128_si256(u[i], u[4 + i], 0x20), w[4 + i] = _mm256_permute2x128_si256(u[i], u[4 + i], 0x31);
+  }
+#endif
+}
+
+// kPanel rows of w [kPanel, k] into panel [stride, kPanel], in the order in which x is kept.
+void Pack(const uint16_t* w, int64_t k, int64_t stride, float* panel) {
+  for (int64_t i = 0; i < stride; i += kStep)
+    for (int v = 0; v < kPanelVectors; ++v) {
+      Words words[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const uint16_t* from = w + (v * kLanes + lane) * k + i;
+        uint16_t rest[kStep] = {};
+        if (i + kStep > k) from = static_cast<uint16_t*>(std::memcpy(rest, from, (k - i) * sizeof(uint16_t)));
+        words[lane] = Load(from);
+      }
+      Turn(words);
+      for (int half = 0; half < kHalves; ++half)
+        for (int place = 0; place < kLanes; ++place) {
+          const Vector wide = Widened(words[place], half);
+          std::memcpy(panel + (i + half * kLanes + place) * kPanel + v * kLanes, &wide, sizeof wide);
+        }
+    }
+}
+
+// kRows rows of x times a panel into y [kRows, n].
+template <int kRows>
+inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, float* y, int64_t n) {
+  Vector sums[kRows * kPanelVectors];
+  UNROLLED for (int s = 0; s < kRows * kPanelVectors; ++s) sums[s] = Zero();
+  for (int64_t i = 0; i < stride; ++i, panel += kPanel) {
+    Vector b[kPanelVectors];
+    UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
+    UNROLLED for (int r = 0; r < kRows; ++r) {
+      const Vector a = Broadcast(x[r * stride + i]);
+      UNROLLED for (int v = 0; v < kPanelVectors; ++v)
+        sums[r * kPanelVectors + v] = MultiplyAdd(sums[r * kPanelVectors + v], a, b[v]);
+    }
+  }
+  UNROLLED for (int r = 0; r < kRows; ++r)
+    UNROLLED for (int v = 0; v < kPanelVectors; ++v)
+      std::memcpy(y + r * n + v * kLanes, &sums[r * kPanelVectors + v], sizeof(Vector));
+}
+
+#endif
+
+// Registers for sums, so that there are some left for operands.
+#ifdef __AVX512F__
+constexpr int kMostRows = 4, kMostOuts = 6, kPanelRows = 8;
+#else
+constexpr int kMostRows = 4, kMostOuts = 2, kPanelRows = 4;
+#endif
+
+constexpr size_t kLine = 64;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <typename T>
+using Array = std::unique_ptr<T[], Free>;
+
+// Aligned: a load that crosses a line takes twice as long. `count` is a multiple of kStep.
+template <typename T>
+Array<T> Allocated(int64_t count) {
+  return Array<T>(static_cast<T*>(std::aligned_alloc(kLine, count * sizeof(T))));
+}
+
+constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
+constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
+constexpr int64_t kFewRows = 32;      // more are worth a panel
+
+// Tasks are taken by whoever is free; the caller takes them too, so it never waits for one that nobody has begun.
+struct Work {
+  const uint16_t* w;
+  float* y;
+  int64_t m, k, n, stride;
+  Array<Kept> x;  // [m, stride]
+  int64_t tasks;
+  std::atomic<int64_t> next{0}, done{0};
+
+  Work(const float* from, const uint16_t* w, float* y, int64_t m, int64_t k, int64_t n)
+      : w(w), y(y), m(m), k(k), n(n), stride((k + kStep - 1) / kStep * kStep),
+        x(Allocated<Kept>(m * stride)), tasks((n + kTaskColumns - 1) / kTaskColumns) {
+    for (int64_t r = 0; r < m; ++r, from += k) {
+      Kept* to = x.get() + r * stride;
+      int64_t i = 0;
+      for (; i + kStep <= k; i += kStep) Keep(from + i, to + i);
+      if (i < k) {
+        float rest[kStep] = {};
+        std::memcpy(rest, from + i, (k - i) * sizeof(float));
+        Keep(rest, to + i);
+      }
+    }
+  }
+
+  // Rows [first, last) with rows j .. j + kOuts of weights.
+  template <int kOuts>
+  void Rows(int64_t first, int64_t last, int64_t j) const {
+    const bool fetch = first == 0;
+    int64_t r = first;
+    if (fetch && r + kMostRows <= last) Tile<kMostRows, kOuts, true>(r, j), r += kMostRows;
+    for (; r + kMostRows <= last; r += kMostRows) Tile<kMostRows, kOuts, false>(r, j);
+    for (; r + 2 <= last; r += 2) Tile<2, kOuts, true>(r, j);
+    if (r < last) Tile<1, kOuts, true>(r, j);
+  }
+
+  template <int kRows, int kOuts, bool kFetch>
+  void Tile(int64_t r, int64_t j) const {
+    Block<kRows, kOuts, kFetch>(x.get() + r * stride, stride, w + j * k, k, y + r * n + j, n);
+  }
+
+  void Columns(int64_t begin, int64_t end) const {
+#ifndef __AVX512BF16__
+    if (m > kFewRows) begin = Panels(begin, end);
+#endif
+    for (int64_t first = 0; first < m; first += kChunk) {
+      const int64_t last = std::min(m, first + kChunk);
+      int64_t j = begin;
+      for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j);
+      for (; j < end; ++j) Rows<1>(first, last, j);
+    }
+  }
+
+#ifndef __AVX512BF16__
+  // Returns the end of the last whole panel.
+  int64_t Panels(int64_t begin, int64_t end) const {
+    const Array<float> panel = Allocated<float>(stride * kPanel);
+    for (; begin + kPanel <= end; begin += kPanel) {
+      Pack(w + begin * k, k, stride, panel.get());
+      int64_t r = 0;
+      for (; r + kPanelRows <= m; r += kPanelRows) PanelTile<kPanelRows>(r, begin, panel.get());
+      for (; r < m; ++r) PanelTile<1>(r, begin, panel.get());
+    }
+    return begin;
+  }
+
+  template <int kRows>
+  void PanelTile(int64_t r, int64_t j, const float* panel) const {
+    PanelBlock<kRows>(x.get() + r * stride, stride, panel, y + r * n + j, n);
+  }
+#endif
+
+  void Run() {
+    for (int64_t task; (task = next.fetch_add(1)) < tasks; done.fetch_add(1, std::memory_order_release))
+      Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
+  }
+};
+
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> w,
+                  ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
+  auto work = std::make_shared<Work>(x.typed_data(), reinterpret_cast<const uint16_t*>(w.untyped_data()),
+                                     y->typed_data(), m, k, n);
+  for (int64_t helper = 1; helper < std::min<int64_t>(pool.num_threads(), work->tasks); ++helper)
+    pool.Schedule([work] { work->Run(); });
+  work->Run();
+  while (work->done.load(std::memory_order_acquire) < work->tasks) std::this_thread::yield();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmul, Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());

@@ -1,0 +1,88 @@
+"""Automatic prefix caching on one instance: the KV behind the page keys that the batcher knows, in host memory.
+
+Invariant: the pages kept are those whose keys the batcher has not forgotten. A page is a pure function of the tokens
+that its key stands for and of the parameters; whoever drops the parameters drops the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import Array
+
+from blitzjax.config import EngineConfig
+from blitzjax.control.batching import Batcher
+from blitzjax.control.prefixes import PageKey, page_keys
+from blitzjax.engine.params import ALIGNMENT_BYTES
+from blitzjax.engine.sequence import Sequence as Running
+from blitzjax.engine.stages import KV, Stages
+
+
+class PrefixCache:
+    """Owned by the engine thread. Copies pages from the arrays of prompts and of the decode batch, and back."""
+
+    def __init__(self, stages: Stages, batcher: Batcher, config: EngineConfig):
+        self._stages, self._batcher = stages, batcher
+        self._page_size, self._on = config.page_size, config.prefix_caching
+        self._pages: dict[PageKey, tuple[np.ndarray, np.ndarray]] = {}  # [L, KV, hd, P], [L, KV, P, hd]
+
+    def check(self) -> None:
+        """Asserts the invariant."""
+        assert self._pages.keys() == self._batcher.known() | set(self._batcher.forgotten), "pages and their keys differ"
+
+    def keys(self, sequence: Running) -> list[PageKey]:
+        """Of the full pages of what the sequence has so far; none when all of its prompt must be run."""
+        if not self._on or sequence.scored:
+            return []
+        sequence.keys = page_keys(sequence.tokens, self._page_size, sequence.keys)
+        return sequence.keys
+
+    def keep(self, sequence: Running, tokens: int, layers: Sequence[KV], row: int) -> None:
+        """The first `tokens` tokens of the sequence have KV in row `row` of every layer's arrays. It keeps its seat."""
+        if not self._on:
+            return
+        sequence.keys = page_keys(sequence.tokens, self._page_size, sequence.keys)
+        keys = sequence.keys[: tokens // self._page_size]
+        news = self._batcher.remember(sequence.id, keys)
+        while self._batcher.forgotten:
+            del self._pages[self._batcher.forgotten.pop()]
+        rows = [(_row(k, row), _row(v, row)) for k, v in layers] if news else []
+        for index in news:
+            at = slice(index * self._page_size, (index + 1) * self._page_size)
+            self._pages[keys[index]] = np.stack([k[..., at] for k, _ in rows]), np.stack([v[:, at] for _, v in rows])
+
+    def staged(self, sequence: Running, hit: int) -> list[KV]:
+        """Every layer's staging arrays for its prompt, with the first `hit` tokens in them, which its seat owns."""
+        specs = self._stages.kv_specs(1, self._stages.shapes.staging(len(sequence.tokens)))
+        k, v = (_zeros((self._stages.spec.layers, *spec.shape[1:])) for spec in specs)
+        for index, key in enumerate(sequence.keys[: hit // self._page_size]):
+            at = slice(index * self._page_size, (index + 1) * self._page_size)
+            k[..., at], v[:, :, at] = self._pages[key]
+        sharding = self._stages.kv_sharding
+        return [tuple(jax.device_put((k[layer : layer + 1], v[layer : layer + 1]), sharding)) for layer in range(len(k))]
+
+
+def kept_pages(stages: Stages, config: EngineConfig, pages: int) -> int:
+    """How many pages the prefix cache may hold: all `pages`, or those that its memory suffices for."""
+    if not config.prefix_caching:
+        return 0
+    arrays = stages.kv_specs(1, config.page_size)
+    return min(pages, config.prefix_cache_bytes // (stages.spec.layers * sum(a.size * a.dtype.itemsize for a in arrays)))
+
+
+def _row(array: Array, row: int) -> np.ndarray:
+    """[KV, ...] on the host; a view where the device's memory is the host's, so it must not outlive the next step."""
+    shards = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
+    parts = [np.asarray(shards[start])[row] for start in sorted(shards)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Aligned, so that a device whose memory is the host's takes it as it is; numpy asks for huge pages."""
+    size, item = math.prod(shape), np.dtype(np.float32).itemsize
+    memory = np.zeros(size + ALIGNMENT_BYTES // item, np.float32)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES // item
+    return memory[start : start + size].reshape(shape)

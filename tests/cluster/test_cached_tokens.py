@@ -1,0 +1,34 @@
+"""Clients see what the prefix cache saved them, and the same tokens, wherever an answer runs."""
+
+from __future__ import annotations
+
+from rig import Rig, prompts
+
+
+def test_cached_tokens_are_reported_and_change_no_token_while_instances_come(rig: Rig) -> None:
+    rig.only(1)
+    system = prompts(1, seed=41, longest=0)[0] + [7] * 100
+    asked = [system + prompt for prompt in prompts(12, seed=42, longest=40)]
+    alone = [rig.send(prompt, prompt_logprobs=0).result() for prompt in asked]  # runs the whole prompt
+    assert not any(a.usage.cached_tokens for a in alone)
+    rig.scale(3, live="zigzag")
+    for expected, answer in zip(alone, [rig.send(prompt) for prompt in asked], strict=True):
+        assert answer.result().token_ids == expected.token_ids
+    rig.settle(3)
+    again = [answer.result() for answer in [rig.send(prompt) for prompt in asked]]
+    assert [a.token_ids for a in again] == [a.token_ids for a in alone]
+    assert all(a.usage.cached_tokens % 32 == 0 and a.usage.cached_tokens < a.usage.prompt_tokens for a in again)
+    rig.only(1)
+    last = rig.send(asked[0]).result()
+    assert last.usage.cached_tokens == (len(asked[0]) - 1) // 32 * 32 and last.token_ids == alone[0].token_ids
+
+
+def test_priorities_order_what_waits(rig: Rig) -> None:
+    rig.only(1)
+    busy = [rig.send([n] * 20, max_tokens=200) for n in range(8)]  # every slot
+    rig.wait(lambda s: s.running_requests == 8, "busy")
+    waiting = [rig.send([n] * 20, max_tokens=200, priority=n % 3) for n in range(24)]
+    answers = [answer.result() for answer in waiting]
+    queued = {p: [a.usage.queue_s for n, a in enumerate(answers) if n % 3 == p] for p in range(3)}
+    assert max(queued[0]) <= min(queued[1]) + 0.5 and max(queued[1]) <= min(queued[2]) + 0.5, queued
+    assert all(len(answer.result().token_ids) == 200 for answer in busy)

@@ -1,0 +1,67 @@
+"""The ledger of transfers: lanes of a plan break together, and nobody meets in a clique that failed."""
+
+from __future__ import annotations
+
+from blitzjax.control.topology import Port, Topology
+from blitzjax.control.transfers import Transfers
+from blitzjax.types import CancelTransfer, MulticastPlan, PrepareTransfer, Ring
+
+UNITS = 6
+SOURCES, TARGETS = ("s", "t"), ("a", "b")
+
+
+def two_and_two(max_generations: int) -> Transfers:
+    """Two sources in one fast domain, two targets in another."""
+    topology = Topology()
+    for name in (*SOURCES, *TARGETS):
+        host = "h0" if name in SOURCES else "h1"
+        topology.add(name, Port(host, host, "", 100.0, 1600.0))
+    return Transfers(topology, max_generations)
+
+
+def prepare(transfers: Transfers) -> tuple[MulticastPlan | None, list[str]]:
+    commands, spent = transfers.plan("toy", [(i, UNITS) for i in SOURCES], [(i, 0) for i in TARGETS], UNITS, "off")
+    transfers.check()
+    return next((c.plan for c in commands if isinstance(c, PrepareTransfer)), None), spent
+
+
+def leave(transfers: Transfers, *members: str) -> None:
+    for member in members:
+        run = transfers.run_of(member)
+        assert run is not None
+        transfers.leave(run, member)
+    transfers.check()
+
+
+def test_lanes_that_failed_form_other_chains_and_another_ring() -> None:
+    transfers = two_and_two(max_generations=2)
+    first, _ = prepare(transfers)
+    assert first is not None and first.rings == (Ring(("a", "b"), 0),)
+    run = transfers.run_of("a")
+    assert run is not None
+    leave(transfers, "a")
+    cancelled = transfers.break_off(run)
+    assert {c.instance for c in cancelled if isinstance(c, CancelTransfer)} == {"s", "t", "b"}
+    assert transfers.break_off(run) == []
+    leave(transfers, "s", "t", "b")
+    second, spent = prepare(transfers)
+    assert second is not None and spent == []
+    assert [chain.generation for chain in second.chains] == [1, 1] and second.rings == (Ring(("a", "b"), 1),)
+
+
+def test_a_ring_that_the_world_has_no_clique_for_takes_its_lanes_with_it() -> None:
+    transfers = two_and_two(max_generations=2)
+    prepare(transfers)
+    for victim in ("a", "b"):  # each is a member of the ring, and of one chain
+        transfers.lose(victim)
+        leave(transfers, *(i for i in (*SOURCES, *TARGETS) if transfers.busy(i)))
+    assert prepare(transfers) == (None, ["a", "b"])
+
+
+def test_a_ring_that_lost_a_member_is_counted_once() -> None:
+    transfers = two_and_two(max_generations=64)
+    prepare(transfers)
+    transfers.lose("a")
+    leave(transfers, "s", "t", "b")
+    plan, _ = prepare(transfers)
+    assert plan is not None and plan.rings == (Ring(("a", "b"), 1),)

@@ -1,0 +1,132 @@
+"""The C++ product is NumPy's, a row's sums are its own, and where it cannot be built XLA's product serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from blitzjax.engine import native
+from blitzjax.engine.executables import cpu_features
+from blitzjax.models import blocks
+
+RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]
+PROCESS = Path(__file__).with_name("native_process.py")
+
+pytestmark = pytest.mark.skipif(not RUNNABLE, reason="the CPU has none of the instruction sets")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture(params=RUNNABLE, ids=lambda v: v.name)
+def product(request, directory: Path) -> native.Product:
+    found = native._registered(request.param, directory)
+    assert found is not None, "needs a C++ compiler"
+    return found
+
+
+def operands(rows: int, k: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(rows * 1000 + k + out)
+    return rng.normal(size=(rows, k)).astype(np.float32), rng.normal(size=(out, k)).astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("rows, k, out", [(1, 1, 1), (1, 64, 6), (2, 31, 7), (3, 33, 13), (5, 576, 100), (8, 100, 97),
+                                          (37, 65, 195), (64, 200, 3), (67, 15, 50), (130, 96, 64),
+                                          (33, 31, 49), (75, 333, 200)])
+def test_product_is_numpys(product: native.Product, rows: int, k: int, out: int) -> None:
+    x, w = operands(rows, k, out)
+    exact = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ w.astype(np.float64).T
+    got = np.asarray(jax.jit(product)(x, w))
+    assert got.shape == (rows, out)
+    np.testing.assert_allclose(got, exact, atol=1e-6 * k, rtol=1e-5)
+
+
+def test_x_is_rounded_as_xla_rounds_it(product: native.Product) -> None:
+    ties = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1e-40, -0.0, np.inf, 3.4e38, np.nan], np.float32)
+    x, one = ties[:, None], np.ones((1, 1), ml_dtypes.bfloat16)
+    got = np.asarray(jax.jit(product)(x, one))
+    usual = np.abs(ties) > 1e-38  # the instruction for bfloat16 takes denormals for zeros
+    np.testing.assert_array_equal(got[usual], x.astype(ml_dtypes.bfloat16).astype(np.float32)[usual])
+
+
+def test_a_row_does_not_depend_on_its_batch(product: native.Product) -> None:
+    x, w = operands(130, 100, 205)
+    few, many = np.asarray(jax.jit(product)(x[:1], w)), np.asarray(jax.jit(product)(x, w))
+    for rows in (1, 2, 3, 5, 8, 11, 31, 32, 33, 64, 67, 129):
+        got = np.asarray(jax.jit(product)(x[:rows], w))
+        if rows <= native.FEW_ROWS:
+            np.testing.assert_array_equal(got[: len(few)], few)
+            few = got
+        else:
+            np.testing.assert_array_equal(got, many[:rows])
+    for row in (5, 30):
+        np.testing.assert_array_equal(np.asarray(jax.jit(product)(x[row : row + 1], w))[0], few[row])
+
+
+def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) -> None:
+    def calls(product: native.Product, rows: int, dtype) -> bool:
+        with blocks.few_rows(product):
+            traced = jax.make_jaxpr(blocks.matmul)(jnp.zeros((rows, 1, 32)), jnp.zeros((2, 3, 32), dtype))
+        return "ffi_call" in str(traced)
+
+    limited = dataclasses.replace(product, max_rows=8)
+    assert calls(product, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
+    assert not calls(limited, 9, jnp.bfloat16) and not calls(product, 1, jnp.float32)
+    x, w = operands(6, 35, 12)
+    with blocks.few_rows(product):
+        fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
+    plain = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
+    np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_programs_kept_on_disk_load_in_a_new_process_with_any_number_of_threads(tmp_path: Path) -> None:
+    def run(threads: int) -> list[str]:
+        done = subprocess.run([sys.executable, PROCESS, tmp_path], env=os.environ | {"NPROC": str(threads)},
+                              capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first, again, threads = run(1), run(1), run(2)
+    assert first[:2] == ["compiled", "native"] and again[:2] == threads[:2] == ["loaded", "native"]
+    assert first[2] == again[2] == threads[2]
+
+
+def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
+    command = [sys.executable, PROCESS, tmp_path]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [p.communicate(timeout=100)[0].split() for p in started]
+    assert all(p.returncode == 0 for p in started)
+    assert len({a[2] for a in answers}) == 1 and all(a[1] == "native" for a in answers)
+    assert len(list(tmp_path.glob("matmul-*.so"))) == 1 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_without_a_compiler_xla_multiplies_and_the_log_says_so_once(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, PROCESS, tmp_path], env=os.environ | {"PATH": "/nowhere"},
+                          capture_output=True, text=True, timeout=100)
+    assert done.stdout.split()[:2] == ["compiled", "plain"]
+    assert done.stderr.count("no native matmul") == 1 and "c++" in done.stderr
+
+
+def test_what_does_not_compile_is_not_used(directory: Path, monkeypatch, caplog) -> None:
+    bad = dataclasses.replace(RUNNABLE[0], name="bad", flags=("-DXLA_FFI_DEFINE_HANDLER_SYMBOL=?",))
+    monkeypatch.setattr(native, "VARIANTS", (bad,))
+    with caplog.at_level(logging.WARNING):
+        assert native.product(directory, cpu_features()) is None
+    assert "no native matmul" in caplog.text and "matmul.cc" in caplog.text
+
+
+def test_a_cpu_without_the_instructions_has_none(directory: Path) -> None:
+    assert native.product(directory, "flags : fpu sse4_2 avx fma") is None
+    assert native.product(directory, "") is None

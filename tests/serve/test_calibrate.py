@@ -1,0 +1,54 @@
+"""How a calibration reads an event log, on readings made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blitzjax import config as configs
+from blitzjax.calibrate import Seen, Transfer, fit_step, requests_of, transfers_of
+from blitzjax.cli_bench import to_toml
+from blitzjax.serve.eventlog import Record
+from blitzjax.sim import costs
+from blitzjax.types import (
+    Assign, Chain, LayerLoaded, MulticastPlan, PrefillDone, PrepareTransfer, Request, RequestArrived, RequestFinished,
+    StartTransfer, TransferEnded,
+)
+
+
+def test_a_step_is_taken_apart_and_no_part_is_negative() -> None:
+    rows = [(1.0, b, b * k) for b in (1, 2, 4, 8) for k in (50.0, 500.0)]
+    assert fit_step(rows, [0.01 + 0.002 * b + 1e-6 * k for _, b, k in rows]) == pytest.approx((0.01, 0.002, 1e-6))
+    flat = fit_step(rows, [0.03 - 1e-6 * k for _, _, k in rows])
+    assert flat == pytest.approx((0.03, 0.0, 0.0), rel=0.1) and min(flat) == 0
+
+
+def test_requests_are_read_once_they_finished() -> None:
+    def arrived(name: str, at: float) -> Record:
+        return Record(at, RequestArrived(at, Request(name, "m", 40, 9, at)))
+
+    log = [arrived("b", 1.0), arrived("a", 2.0), Record(2.0, Assign("i0", "a", 1)),
+           Record(3.0, PrefillDone(3.0, "i0", "a", 1)), Record(3.5, PrefillDone(3.5, "i0", "b", 1)),
+           Record(4.0, RequestFinished(4.0, "i0", "a", 1, "length"))]
+    assert requests_of(log) == [Seen(40, 2.0, 3.0, 4.0)]
+    log.append(Record(5.0, RequestFinished(5.0, "i0", "b", 1, "length")))
+    assert requests_of(log) == [Seen(40, 1.0, 3.5, 5.0), Seen(40, 2.0, 3.0, 4.0)]
+
+
+def test_a_transfer_ends_at_its_receiver() -> None:
+    plan = MulticastPlan(7, "m", (Chain(("i0", "i1"), 0, 6, 0),))
+    log = [Record(1.0, PrepareTransfer(i, plan)) for i in ("i0", "i1")]
+    log += [Record(1.1, StartTransfer(i, 7)) for i in ("i0", "i1")]
+    log += [Record(1.2 + k / 10, LayerLoaded(1.2 + k / 10, "i1", k + 1)) for k in range(3)]
+    log += [Record(2.0, TransferEnded(2.0, "i0", 7, 6, "")), Record(2.1, TransferEnded(2.1, "i1", 7, 6, ""))]
+    assert list(transfers_of(log)) == [
+        Transfer(1.0, 1.1, 2.1, {1: pytest.approx(1.2), 2: pytest.approx(1.3), 3: pytest.approx(1.4)})]
+
+
+def test_the_policy_reads_what_was_measured(tmp_path: Path) -> None:
+    machine, model = costs.MACHINES["A"], costs.MODELS["llama3-8b"]
+    (tmp_path / "costs.toml").write_text(to_toml(machine, model))
+    found = configs.load(tmp_path / "costs.toml").scale
+    assert found.prefill_tokens_per_s == 15000.0
+    assert found.migrate_tokens_per_s == pytest.approx(12.5e9 / model.kv_token_bytes, rel=1e-3)
