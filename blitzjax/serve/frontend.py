@@ -1,7 +1,8 @@
 """The service that clients call: streams answers, shows and scales the cluster.
 
 Invariant: every Generate ends with a final message for each of its answers or a gRPC status that says what to change,
-and whatever ends its stream (abort, deadline, a client that left) also ends its generation.
+and whatever ends its stream (abort, deadline, a client that left; not a crash of the server, resume.py) also ends its
+generation.
 """
 
 from __future__ import annotations

@@ -95,7 +95,6 @@ class WorkerLink:
         self._shell = shell
         self._unsent: asyncio.Queue[pb.WorkerCommand] | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
-        self._early: list[types.Event] = []  # came before InstanceJoined
 
     def send(self, command: pb.WorkerCommand) -> None:
         """Queues a command; without a session it is dropped, for InstanceLost then tells the brain."""
@@ -149,7 +148,6 @@ class WorkerLink:
 
     async def _session(self) -> str:
         """One connection from dial to end; returns why it ended."""
-        self._early.clear()
         configure = self._next_configure()
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             self._call = rpc.WorkerStub(channel).Run()
@@ -166,7 +164,7 @@ class WorkerLink:
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():
                     raise
-                return "the session was dropped"  # by `send`
+                return "the session was dropped"  # by us
 
     @contextlib.asynccontextmanager
     async def _writer(self, call: grpc.aio.StreamStreamCall) -> AsyncIterator[None]:
@@ -213,18 +211,12 @@ class WorkerLink:
                 self._report(replace(codec.decode_event(message), at=self._shell.now()))
 
     def _report(self, event: types.Event) -> None:
-        """The brain hears of an instance first through InstanceJoined; what came earlier follows it."""
+        """A session begins with InstanceJoined; what comes after the loss of an instance is dropped."""
         if isinstance(event, types.InstanceJoined):
             self.begin()
             self._open = True
-            early, self._early = self._early, []
-            for item in (event, *early):
-                self._shell.on_event(item)
-        elif self.joined:
+        if self.joined:
             self._shell.on_event(event)
-        else:
-            self._early.append(event)
-
 
     def _resumed(self, taken: int) -> None:
         """The last controller's session goes on: what the worker lacks of it is sent again."""
