@@ -165,8 +165,13 @@ def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
+def _private(path: str, flags: int) -> int:
+    """Prompts and answers are in the file, and who writes it can make the controller do anything."""
+    return os.open(path, flags, 0o600)
+
+
 def _locked(path: Path) -> BinaryIO:
-    file = path.open("ab", _BUFFER_BYTES)
+    file = open(path, "ab", _BUFFER_BYTES, opener=_private)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
