@@ -110,6 +110,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, help="devices per instance (engine.tensor_parallel)")
     parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="work while loading (scale.live)")
     parser.add_argument("--source", choices=("multicast", "disk"), help="where parameters come from (scale.source)")
+    parser.add_argument("--roles", choices=("mixed", "split"),
+                        help="split: prompts run on some instances, others decode (scale.roles)")
     parser.add_argument("--scaling-policy", choices=("auto", "manual"), help="who decides (scale.policy)")
     parser.add_argument("--event-log", help="JSON lines of every event and command (serve.event_log)")
     parser.add_argument("--pin-cores", action="store_true", default=None, help="a core per worker (cluster.pin_cores)")

@@ -138,7 +138,12 @@ def _show(pictures: Iterator[pb.ClusterStatus], console: Console) -> None:
 def _line(picture: pb.ClusterStatus) -> str:
     layers = _layers(picture)
     return f"target {picture.target_instances}  " + "  ".join(
-        f"{i.id} {i.phase} {i.layers_loaded}/{layers}" for i in picture.instances)
+        f"{i.id} {i.phase}{_role(i)} {i.layers_loaded}/{layers}" for i in picture.instances)
+
+
+def _role(instance: pb.InstanceStatus) -> str:
+    """What split roles use it for."""
+    return "" if instance.role in ("", "mixed") or instance.phase == "idle" else f" {instance.role}"
 
 
 def _table(picture: pb.ClusterStatus) -> Table:
@@ -149,7 +154,7 @@ def _table(picture: pb.ClusterStatus) -> Table:
     for i in picture.instances:
         full = _BAR * i.layers_loaded // layers if layers else 0
         colour = _COLOURS.get(i.phase, "white")
-        table.add_row(i.id, f"[{colour}]{i.phase}", f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}",
+        table.add_row(i.id, f"[{colour}]{i.phase}{_role(i)}", f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}",
                       f"{i.layers_loaded}/{layers}", str(i.waiting), str(i.running),
                       f"{i.pages_used}/{i.pages_total}", i.partner or "-")
     return table

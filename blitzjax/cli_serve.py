@@ -12,7 +12,7 @@ from pathlib import Path
 
 import blitzjax
 from blitzjax import config as configs
-from blitzjax.config import Config
+from blitzjax.config import Config, ScaleConfig
 from blitzjax.errors import BlitzError, CheckpointError
 
 _POOL = 3  # small enough for a laptop, large enough to scale
@@ -21,7 +21,7 @@ _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
     "dtype": "engine.dtype", "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
-    "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
+    "roles": "scale.roles", "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
 }
 
 
@@ -56,16 +56,21 @@ def configure(args: argparse.Namespace) -> Config:
     if "scale.max_instances" not in given:  # as the pool allows; never an error that nobody caused
         overrides.insert(0, f"scale.max_instances={1 << 30}")
     if "cluster.pool" not in given:
-        lowest = configs.load(args.config, overrides).scale.min_instances
+        lowest = _least(configs.load(args.config, overrides).scale)
         overrides.insert(0, f"cluster.pool={max(_POOL, lowest)}")
     config = configs.load(args.config, overrides)
-    pool = config.cluster.pool
-    if config.scale.min_instances > pool:
-        raise BlitzError(f"scale.min_instances is {config.scale.min_instances}, but the pool has {pool} workers; "
-                         f"give --pool {config.scale.min_instances}")
+    pool, least = config.cluster.pool, _least(config.scale)
+    if least > pool:
+        names = "scale.min_instances" + (" + scale.min_decode" if config.scale.roles == "split" else "")
+        raise BlitzError(f"{names} is {least}, but the pool has {pool} workers; give --pool {least}")
     if "scale.max_instances" not in given:
         config = configs.load(args.config, [*overrides, f"scale.max_instances={pool}"])
     return config
+
+
+def _least(scale: ScaleConfig) -> int:
+    """Instances that always serve."""
+    return scale.min_instances + (scale.min_decode if scale.roles == "split" else 0)
 
 
 def _given(path: Path | None) -> set[str]:
@@ -98,9 +103,10 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 def _banner(model: str, address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
+    split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
         f"blitzjax {blitzjax.__version__} is ready: {Path(model).name} on {address}, "
-        f"{scale.min_instances} of {config.cluster.pool} instances, {scale.policy} scaling, live {scale.live}\n"
+        f"{_least(scale)} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
         f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"

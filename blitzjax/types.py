@@ -261,12 +261,13 @@ class RequestHanded:
 
 @dataclass(frozen=True, slots=True)
 class KVMigrated:
-    """`instance` has the whole KV of a request after Migrate, and decodes it from now on."""
+    """`instance` has the whole KV of a request after Migrate, and decodes it from now on. `kv_bytes` were moved."""
 
     at: float
     instance: InstanceId
     request_id: RequestId
     attempt: int
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +421,8 @@ class Abort:
 class Migrate:
     """Stop decoding this request and send its KV to `target`, which answers KVMigrated. Only with split roles.
 
-    A request that is not here any more is ignored; a later Migrate of it replaces this one (its target was lost).
+    A later Migrate of it replaces this one (its target was lost); without one, the source decodes it on when the target
+    is gone. A request that is not here any more is answered by RequestFailed: its target may have died with it.
     """
 
     instance: InstanceId

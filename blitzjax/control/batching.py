@@ -3,7 +3,7 @@
         add ──► WAITING ──► PREFILLING ──► DECODING ──► finish (from any state)
                  ▲  ▲ preempt │               │ ▲
          requeue │  └─────────┴───────────────┘ │
-        hold ──► HELD ──────────────────────────┘ prefilled: its prompt is run by the live queue
+        hold ──► HELD ◄─────────────────────────┘ prefilled, pause: its prompt is run by the live queue, or its KV moves
 
 Invariant: PREFILLING, DECODING and HELD requests are at most `slots` and own pages for what they were admitted with and
 what they have; the rest own none. When pages run out the last in rank gives up its own, so the first always gets on.
@@ -209,6 +209,10 @@ class Batcher:
     def known(self) -> set[PageKey]:
         """Keys that can be hit."""
         return self._ledger.known()
+
+    def pause(self, request_id: RequestId) -> None:
+        """DECODING → HELD: it leaves the batch and keeps its slot and pages; `prefilled` lets it go on."""
+        self._enter(self._expect(request_id, State.DECODING), State.HELD)
 
     # ---- leaving
 

@@ -103,7 +103,8 @@ class Cluster:
                 return self._prefilled(member, request_id, attempt)
             case types.RequestHanded():
                 return self._handed(event)
-            case types.KVMigrated(request_id=request_id, attempt=attempt):
+            case types.KVMigrated(request_id=request_id, attempt=attempt, kv_bytes=kv_bytes):
+                self._migrations.received_bytes[member.id] += kv_bytes
                 entry = self._book.current(request_id, attempt)
                 return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
             case types.RequestFinished(request_id=request_id, attempt=attempt, reason=reason):
@@ -299,4 +300,5 @@ class Cluster:
         entries = self._book.owned(m.id)
         running = sum(e.answered for e in entries)
         return InstanceStatus(m.id, m.phase, m.units, self._provisioner.pairs.partner(m.id), len(entries) - running,
-                              running, self._book.pages(m.id), m.pages, m.in_world)
+                              running, self._book.pages(m.id), m.pages, m.in_world, m.role,
+                              self._migrations.received_bytes[m.id])

@@ -7,6 +7,7 @@ their pages and thereby hold back new prompts.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from blitzjax.control.fleet import Fleet, Member
@@ -28,6 +29,7 @@ class Migrations:
         self._fleet, self._book = fleet, book
         self._waiting: dict[RequestId, _Move] = {}
         self._inbound: dict[InstanceId, _Move] = {}  # by target
+        self.received_bytes: Counter[InstanceId] = Counter()  # KV, by target
 
     def wait(self, entry: Entry) -> None:
         """The prompt is done where the entry is."""

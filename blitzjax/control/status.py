@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blitzjax.types import Chain, InstanceId, Phase
+from blitzjax.types import Chain, InstanceId, Phase, Role
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """`waiting` and `running` count requests without and with a first token; pages are what they were admitted with."""
+    """`waiting` and `running` count requests without and with a first token; pages are what they were admitted with.
+
+    `kv_received_bytes`: of requests that came to it with their KV, since the start.
+    """
 
     id: InstanceId
     phase: Phase
@@ -20,6 +23,8 @@ class InstanceStatus:
     pages_used: int
     pages_total: int
     in_world: bool
+    role: Role
+    kv_received_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from blitzjax.engine.prefixes import PrefixCache
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import Drawn, end_tokens
 from blitzjax.engine.sequence import Sequence
+from blitzjax.engine.stages import KV
 from blitzjax.types import RequestId
 
 
@@ -25,10 +26,9 @@ class DecodeBatch:
     def __init__(self, runner: Runner, cache: SlotCache, batcher: Batcher, prefixes: PrefixCache):
         self._runner, self._cache, self._batcher, self._prefixes = runner, cache, batcher, prefixes
 
-    def join(self, sequence: Sequence) -> None:
-        """Its prompt is through: the KV moves into a row."""
-        self._cache.place(sequence.id, sequence.prefill.kv)
-        sequence.prefill = None
+    def join(self, sequence: Sequence, kv: list[KV]) -> None:
+        """Its prompt is through: the KV of every layer moves into a row."""
+        self._cache.place(sequence.id, kv)
         self._batcher.prefilled(sequence.id)
 
     def leave(self, sequence: Sequence) -> None:

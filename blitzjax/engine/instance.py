@@ -16,7 +16,7 @@ from jax import Array
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk
 from blitzjax.control.blocks import PageLedger, answer_share, pages_of
-from blitzjax.engine import live, messages as m
+from blitzjax.engine import live, messages as m, migration
 from blitzjax.engine.decoding import DecodeBatch
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore
@@ -24,10 +24,10 @@ from blitzjax.engine.prefixes import PrefixCache, kept_pages
 from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sampling import Drawn
 from blitzjax.engine.sequence import Sequence, sequence_of
-from blitzjax.engine.stages import Stages
+from blitzjax.engine.stages import KV, Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.types import (
-    Abort, Drained, EndLive, Event, InstanceId, LiveDrained, LivePair, PrefillDone, Release, RequestFailed,
+    Abort, Drained, EndLive, Event, InstanceId, LiveDrained, LivePair, Migrate, PrefillDone, Release, RequestFailed,
     RequestFinished, RequestHanded, RequestId, RequestReturned, Span, StartLive, TokenLogprob, Work,
 )
 
@@ -38,8 +38,8 @@ _NEAR_S = 0.2  # how long decode may pause for a partner's residuals
 class Instance:
     def __init__(self, name: InstanceId, config: Config, store: LayerStore, stages: Stages, handoff: HandOff,
                  emit: Callable[[Output], None], connect: Callable[[InstanceId], m.Partner],
-                 now: Callable[[], float] = time.time):
-        """`emit` must not block; `connect` opens OLD's connection to a live partner."""
+                 send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time):
+        """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request."""
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
@@ -52,6 +52,7 @@ class Instance:
         self._old: live.OldSide | None = None
         self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # came before their StartLive
         self._stopped = False
+        self._moves = migration.Moves(self, handoff, send_kv, emit, now, config.transfer.handoff_timeout_s)
         self._reset()
 
     def post(self, message: object) -> None:
@@ -114,6 +115,8 @@ class Instance:
                 self._activations_taken(message)
             case m.KVTaken():
                 self._kv_taken(message)
+            case (Migrate() | m.KVOffered() | m.KVWithdrawn() | m.KVArrived() | m.KVAnswered() | m.KVUnanswered()):
+                self._moves.handle(message)
             case StartLive():
                 self._start_live(message.pair)
             case EndLive():
@@ -157,6 +160,7 @@ class Instance:
             self._old.close()
         if self._new is not None:
             self._new.close()
+        self._moves.close()
         self._old = self._new = None
         self._sequences, self._ready, self._early = {}, [], {}
         self._awaited_until = 0.0
@@ -186,7 +190,8 @@ class Instance:
     def _return_untouched(self) -> None:
         """What this side has not begun goes to the pair's queue, where NEW helps with it."""
         for sequence in list(self._sequences.values()):
-            if sequence.prefill is None and not sequence.awaited and sequence.id not in self._cache.slots:
+            begun = sequence.prefill is not None or sequence.id in self._cache.slots or self._moves.leaving(sequence)
+            if not begun and not sequence.awaited:
                 self._forget(sequence)
                 self._emit(RequestReturned(self._now(), self.name, sequence.id, sequence.work.attempt))
 
@@ -283,11 +288,35 @@ class Instance:
         sequence.partner_kv = []
         if sequence.answered > len(sequence.work.generated):
             self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
-            self._decoding.join(sequence)
+            self._join_batch(sequence)
 
     def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
         sequence = self._sequences.get(request_id)
         return sequence if sequence is not None and sequence.work.attempt == attempt else None
+
+    # ---- KV on the move: what Moves asks for, see migration.Host -----------------------------------------------------
+
+    def find(self, request_id: RequestId) -> Sequence | None:
+        return self._sequences.get(request_id)
+
+    def lift(self, sequence: Sequence) -> list[KV] | None:
+        if sequence.id not in self._cache.slots:
+            return None
+        self._batcher.pause(sequence.id)
+        return self._cache.lift(sequence.id)
+
+    def admit(self, sequence: Sequence) -> bool:
+        complete = self.store.units == self.spec.units
+        if not complete or not self._batcher.hold(sequence.work.request, len(sequence.tokens)):
+            return False
+        self._sequences[sequence.id] = sequence
+        return True
+
+    def join(self, sequence: Sequence, kv: list[KV]) -> None:
+        self._decoding.join(sequence, kv)
+
+    def leave(self, sequence: Sequence) -> None:
+        self._leave(sequence)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -412,7 +441,12 @@ class Instance:
         if reason:
             self._end(sequence, reason)
         elif not sequence.kv_missing:
-            self._decoding.join(sequence)
+            self._join_batch(sequence)
+
+    def _join_batch(self, sequence: Sequence) -> None:
+        kv, sequence.prefill = sequence.prefill.kv, None
+        if not self._moves.send_if_wanted(sequence, kv):
+            self.join(sequence, kv)
 
     def _decode(self) -> None:
         rows, drawn = self._decoding.step(self._sequences)
@@ -426,8 +460,11 @@ class Instance:
         start, token = sequence.answered, int(drawn.tokens[row])
         sequence.append(token)
         reason = sequence.finish_reason(self.spec)
-        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
-                            drawn.logprobs(row, sequence.work.sampling.logprobs), prompt, sequence.cached_tokens or 0))
+        logprobs = drawn.logprobs(row, sequence.work.sampling.logprobs)
+        sequence.logprobs += logprobs
+        sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
+        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped, logprobs,
+                            prompt, sequence.cached_tokens or 0))
         return reason
 
     def _end(self, sequence: Sequence, reason: str) -> None:
@@ -436,6 +473,7 @@ class Instance:
 
     def _leave(self, sequence: Sequence) -> None:
         """Frees everything the sequence holds here."""
+        self._moves.left(sequence.id)
         if self._new is not None:
             self._new.remove(sequence.id)
         if sequence in self._ready:

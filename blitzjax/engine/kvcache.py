@@ -46,6 +46,12 @@ class SlotCache:
         if tokens > self.context:
             self._resize(self.batch, self._stages.shapes.context(tokens))
 
+    def lift(self, sequence: RequestId) -> list[tuple[Array, Array]]:
+        """Takes a sequence out: copies of its keys and values, [1, ..., context], per layer."""
+        row = np.array([self.slots.index(sequence)], np.int32)
+        self.free(sequence)
+        return [self._stages.resize(k, v, row, self.context) for k, v in self.layers]
+
     def free(self, sequence: RequestId) -> None:
         self.slots[self.slots.index(sequence)] = None
 

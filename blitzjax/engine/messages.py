@@ -42,6 +42,60 @@ class HandOver:
 
 
 @dataclass(frozen=True, slots=True)
+class KVOffer:
+    """What the source of a Migrate says to the target. `said`: all tokens of this attempt, in one message.
+
+    Keys and values of `layers_per_piece` layers, `width` tokens long, wait at `address` under each of `uuids`, in order.
+    """
+
+    work: Work
+    said: Tokens
+    address: str
+    width: int
+    layers_per_piece: int
+    uuids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVOffered:
+    """A request's KV may be taken, in the target's inbox. `source` waits for the answer."""
+
+    offer: KVOffer
+    source: KVSource
+
+
+@dataclass(frozen=True, slots=True)
+class KVWithdrawn:
+    """The source of an offer ended its session, in the target's inbox; nothing changes when it was answered before."""
+
+    offer: KVOffer
+
+
+@dataclass(frozen=True, slots=True)
+class KVArrived:
+    """Keys and values of every layer are here, or `error` says why not."""
+
+    offer: KVOffer
+    arrays: list[Array]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVAnswered:
+    """The target has the KV and decodes the request, or `error` says why not, in the source's inbox."""
+
+    offer: KVOffer
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class KVUnanswered:
+    """The session with the target broke, or was closed, before it answered."""
+
+    offer: KVOffer
+
+
+@dataclass(frozen=True, slots=True)
 class UnitsArrived:
     """The store's watermark moved."""
 
@@ -148,6 +202,18 @@ class ForgetRequests:
 @dataclass(frozen=True, slots=True)
 class Stop:
     pass
+
+
+class KVSource(Protocol):
+    """The target's side of a session about one request's KV."""
+
+    def answer(self, error: str) -> None: ...
+
+
+class KVSession(Protocol):
+    """The source's side. The answer arrives in the inbox as KVAnswered, a break as KVUnanswered."""
+
+    def close(self) -> None: ...
 
 
 class Old(Protocol):

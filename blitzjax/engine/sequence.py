@@ -8,9 +8,10 @@ import numpy as np
 from jax import Array
 
 from blitzjax.control.prefixes import PageKey
+from blitzjax.engine.messages import Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
-from blitzjax.types import ModelSpec, RequestId, Work
+from blitzjax.types import ModelSpec, RequestId, TokenLogprob, Work
 
 
 @dataclass(slots=True)
@@ -28,6 +29,8 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)  # of its full pages so far, see PrefixCache
     cached_tokens: int | None = None  # of the prompt, that the prefix cache had when it was first run here
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of this attempt's tokens, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # as they went with the first token
 
     @property
     def id(self) -> RequestId:
@@ -52,6 +55,20 @@ class Sequence:
         if len(self._array):
             self._array[len(self.tokens)] = token
         self.tokens.append(token)
+
+    @property
+    def said(self) -> Tokens:
+        """Every token of this attempt, in one message."""
+        start = len(self.work.generated)
+        return Tokens(self.id, self.work.attempt, start, tuple(self.tokens[len(self.work.prompt) + start :]), "",
+                      self.layers_helped, tuple(self.logprobs), self.prompt_logprobs, self.cached_tokens or 0)
+
+    def repeat(self, said: Tokens) -> None:
+        """Continues an attempt after the tokens that another instance said."""
+        for token in said.token_ids:
+            self.append(token)
+        self.layers_helped, self.cached_tokens = said.layers_helped, said.cached_tokens
+        self.logprobs, self.prompt_logprobs = list(said.logprobs), said.prompt_logprobs
 
     def finish_reason(self, spec: ModelSpec) -> str:
         """ "stop", "length", or "" to go on; looks at the last token."""

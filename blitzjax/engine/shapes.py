@@ -75,6 +75,14 @@ class Shapes:
             return self.context(_first_at_least(self.widths, tokens))
         return self.context(-(-tokens // self.widths[0]) * self.widths[0])
 
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """KV lengths that travel between instances: shorter ones than a cache has, too."""
+        return (*_powers(_MIN_CHUNK, self.contexts[0])[:-1], *self.contexts)
+
+    def moved(self, tokens: int) -> int:
+        return _first_at_least(self.moves, tokens)
+
     def first_chunks(self) -> tuple[tuple[int, int], ...]:
         """(width, staging length) of every first chunk."""
         single = {(w, self.context(w)) for w in self.widths}

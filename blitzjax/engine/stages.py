@@ -138,6 +138,19 @@ class Stages:
             for rows in s.batches:
                 self._stage("resize", rows, a, rows, b)
 
+    def compile_moves(self) -> None:
+        """What sequences that move between instances need besides: out of a cache, cut to travel, padded again."""
+        s = self.shapes
+        for context in s.contexts:
+            for rows in s.batches:
+                self._stage("resize", rows, context, 1, context)
+            for width in s.moves:
+                if width < context:
+                    self._stage("resize", 1, context, 1, width)
+        for width in s.moves:
+            if width < s.contexts[0]:
+                self._stage("resize", 1, width, 1, s.contexts[0])
+
     def _stage(self, kind: str, *sizes: int | str):
         found = self._found.get((kind, *sizes))
         if found is None:

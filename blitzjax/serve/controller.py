@@ -55,8 +55,6 @@ class Controller:
 
     def __init__(self, config: Config, model: ServedModel, workers: Mapping[types.InstanceId, str]):
         """`workers` maps instance ids to addresses, in rank order."""
-        if config.scale.roles != "mixed":
-            raise ConfigError("scale.roles = \"split\" is only simulated so far: workers do not move KV yet")
         self.config, self.model = config, model
         self.context_tokens = min(config.engine.max_model_len, model.spec.max_len)
         self.draining = False
@@ -102,6 +100,12 @@ class Controller:
     @property
     def serving(self) -> int:
         return sum(i.phase is types.Phase.SERVING for i in self.status().instances)
+
+    @property
+    def ready(self) -> bool:
+        """Prompts are answered to the end: an instance that runs them can decode as well, one that decodes cannot."""
+        return any(i.phase is types.Phase.SERVING and i.role is not types.Role.DECODE
+                   for i in self.status().instances)
 
     @property
     def busy(self) -> bool:
@@ -351,7 +355,7 @@ async def _keep_health(controller: Controller, checker: health.aio.HealthService
         while True:
             await changed.wait()
             changed.clear()
-            if ready != (controller.serving > 0):
+            if ready != controller.ready:
                 ready = not ready
                 await _set_health(checker, ready)
 

@@ -177,7 +177,8 @@ def picture(controller: Controller) -> pb.ClusterStatus:
         instances=[pb.InstanceStatus(
             id=i.id, phase=i.phase.value, layers_loaded=model.spec.layers_loaded(i.units), units_loaded=i.units,
             partner=i.partner or "", waiting=i.waiting, running=i.running, pages_used=i.pages_used,
-            pages_total=i.pages_total, in_world=i.in_world) for i in status.instances],
+            pages_total=i.pages_total, in_world=i.in_world, role=i.role.value, kv_received_bytes=i.kv_received_bytes)
+            for i in status.instances],
         queued_requests=status.queued, running_requests=status.running, target_instances=status.target,
         live=scale.live, source=scale.source,
         chains=[pb.ChainStatus(ticket=ticket, instances=chain.instances) for ticket, chain in status.chains])

@@ -30,6 +30,7 @@ from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError, TransferError
 from blitzjax.serve import codec
+from blitzjax.serve.couriers import KVCourier, KVReply
 from blitzjax.serve.links import CHANNEL_OPTIONS
 from blitzjax.serve.sessions import Outbox, Session
 from blitzjax.transfer.handoff import HandOff
@@ -59,8 +60,10 @@ class Node:
             self.store = LayerStore(spec, devices)
             stages = Stages(spec, self.config.engine, self.store.mesh)
             stages.compile_all()
+            if self.config.scale.roles == "split":
+                stages.compile_moves()
         self.instance = Instance(self.name, self.config, self.store, stages, HandOff(args.host_ip, devices), self._emit,
-                                 self._connect)
+                                 self._connect, self._send_kv)
         self.world = World(args.coordinator, args.rank, args.world, args.host_ip, self.store.lanes,
                            self.config.cluster.max_world, self.config.transfer.collective_timeout_s,
                            self.config.cluster.heartbeat_s)
@@ -130,6 +133,14 @@ class Node:
     def partner_left(self, partner: types.InstanceId) -> None:
         self.instance.post(m.PartnerLost(partner))
 
+    def kv_offered(self, message: pb.KVOffer, outbox) -> m.KVOffer:
+        offer = codec.decode(m.KVOffer, message)
+        self.instance.post(m.KVOffered(offer, KVReply(outbox)))
+        return offer
+
+    def kv_withdrawn(self, offer: m.KVOffer) -> None:
+        self.instance.post(m.KVWithdrawn(offer))
+
     # ---- threads ----------------------------------------------------------------------------------------------------
 
     def _run_engine(self) -> None:
@@ -160,6 +171,9 @@ class Node:
 
     def _connect(self, partner: types.InstanceId) -> PartnerLink:
         return PartnerLink(self._addresses[partner], self.name, partner, self.instance.post)
+
+    def _send_kv(self, target: types.InstanceId, offer: m.KVOffer) -> KVCourier:
+        return KVCourier(self._addresses[target], offer, self.instance.post)
 
 
 class OldLink:

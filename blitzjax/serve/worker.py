@@ -1,7 +1,8 @@
 """The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Instance.
 
-The controller's session configures it and feeds it; a live partner's session pulls from it. Invariant: parameters and
-compiled stages outlive sessions, requests do not; a session outlives its controller if another one resumes it in time.
+The controller's session configures it and feeds it, a live partner's session pulls from it, a third kind brings the KV
+of one request. Invariant: parameters and compiled stages outlive sessions, requests do not; a session outlives its
+controller if another one resumes it in time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Worker(rpc.WorkerServicer):
                 return self._control(first.configure, requests, context)
             case "partner":
                 return self._partner(first, requests, context)
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure or Partner")
+            case "kv_offer":
+                return self._receive_kv(first, context)
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure, Partner or KVOffer")
 
     def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
         outbox = Outbox()
@@ -79,9 +82,7 @@ class Worker(rpc.WorkerServicer):
         outbox.close()
 
     def _partner(self, first: pb.WorkerCommand, requests, context) -> Iterator[pb.WorkerEvent]:
-        node = self._node
-        if node is None:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
+        node = self._configured(context)
         outbox, old = Outbox(), first.partner.instance
         context.add_callback(outbox.close)
 
@@ -97,6 +98,24 @@ class Worker(rpc.WorkerServicer):
 
         threading.Thread(target=feed, name="partner", daemon=True).start()
         yield from outbox
+
+
+    def _receive_kv(self, first: pb.WorkerCommand, context) -> Iterator[pb.WorkerEvent]:
+        node, outbox = self._configured(context), Outbox()
+        offer = node.kv_offered(first.kv_offer, outbox)
+
+        def ended() -> None:
+            node.kv_withdrawn(offer)
+            outbox.close()
+
+        if not context.add_callback(ended):
+            ended()
+        yield from outbox
+
+    def _configured(self, context):
+        if self._node is None:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
+        return self._node
 
 
 def main(argv: list[str] | None = None) -> int:

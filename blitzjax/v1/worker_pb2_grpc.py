@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class WorkerStub(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
-    a live partner opens another (it starts with Partner). Field names equal those of blitzjax/types.py.
+    a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
+    (KVOffer). Field names equal those of blitzjax/types.py.
     """
 
     def __init__(self, channel):
@@ -45,7 +46,8 @@ class WorkerStub(object):
 
 class WorkerServicer(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
-    a live partner opens another (it starts with Partner). Field names equal those of blitzjax/types.py.
+    a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
+    (KVOffer). Field names equal those of blitzjax/types.py.
     """
 
     def Run(self, request_iterator, context):
@@ -72,7 +74,8 @@ def add_WorkerServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Worker(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
-    a live partner opens another (it starts with Partner). Field names equal those of blitzjax/types.py.
+    a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
+    (KVOffer). Field names equal those of blitzjax/types.py.
     """
 
     @staticmethod

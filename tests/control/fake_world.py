@@ -166,8 +166,10 @@ class World:
                 if request_id in worker.requests:
                     self.leave(worker, request_id, "abort")
             case t.Migrate(request_id=request_id, attempt=attempt, target=target):
-                if worker.requests.get(request_id) == attempt and request_id in worker.answered:
+                if worker.requests.get(request_id) == attempt:
                     worker.sending[request_id] = target
+                else:
+                    say(t.RequestFailed(self.at, worker.id, request_id, attempt, "its KV is not here any more"))
             case t.LoadFromDisk(ticket=ticket, start_unit=start):
                 assert start == worker.units < SPEC.units
                 worker.jobs.append(Job(ticket, t.Chain((worker.id,), start, SPEC.units, 0), True, True))
@@ -232,9 +234,12 @@ class World:
         return True
 
     def compute(self, name: str) -> bool:
-        """The worker's first request gets its first token, or its last; a complete instance only."""
+        """The worker's first request gets its first token, or its last; a complete instance only. What was sent to an
+        instance that is gone is decoded on.
+        """
         worker = self.workers[name]
-        request_id = next((r for r in worker.requests if r not in worker.sending), None)
+        request_id = next((r for r in worker.requests
+                           if r not in worker.sending or not self.workers[worker.sending[r]].up), None)
         if worker.units < SPEC.units or request_id is None:
             return False
         if request_id in worker.answered:

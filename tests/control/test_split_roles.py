@@ -95,6 +95,25 @@ def test_a_dead_target_means_another_one_and_the_kv_stays() -> None:
     assert world.ended == {"r": "length"} and not world.sent(Assign)
 
 
+def test_kv_that_died_with_its_target_before_it_said_so_is_made_again() -> None:
+    world = split(3, 1, 2)
+    prefilled(world, "r")
+    (first,) = world.sent(Migrate)
+    world.migrate("i0")
+    world.kill(first.target)  # KVMigrated is lost with it: the brain believes that the KV is where it was
+    world.log.clear()
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"} and [c.attempt for c in world.sent(Assign)] == [2]
+
+
+def test_the_source_decodes_on_when_nobody_else_can() -> None:
+    world = split(2, 1, 1, max_instances=2)
+    prefilled(world, "r")
+    world.kill("i1")
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"} and not world.sent(Assign)[1:]
+
+
 def test_short_decode_is_filled_by_prefill_in_place_and_prefill_is_scaled_live() -> None:
     """Section 5.4: decode cannot be scaled live, so a prefill instance becomes one and its replacement is live."""
     world = split(4, 2, 1, policy="auto", max_instances=4, prefill_tokens_per_s=1e9)

@@ -46,8 +46,10 @@ class Rig:
         self.events: list[object] = []
         self.changed = threading.Condition()
         self.partner: DirectPartner | None = None  # of an OLD side
+        self.session: DirectSession | None = None  # the last one in which it sent KV
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
-                                 lambda partner: DirectPartner(self, rigs[partner]))
+                                 lambda partner: DirectPartner(self, rigs[partner]),
+                                 lambda target, offer: DirectSession(self, rigs[target], offer))
         self.thread = threading.Thread(target=self.instance.run, daemon=True)
         self.thread.start()
 
@@ -99,6 +101,22 @@ class DirectPartner:
 
     def close(self) -> None:
         self._new.instance.post(m.PartnerLost(self._old.instance.name))
+
+
+class DirectSession:
+    """A session about one request's KV between two rigs of this process, both ends of it."""
+
+    def __init__(self, source: Rig, target: Rig, offer: m.KVOffer):
+        self.source, self.target, self.offer = source, target, offer
+        source.session = self
+        target.instance.post(m.KVOffered(offer, self))
+
+    def answer(self, error: str) -> None:
+        self.source.instance.post(m.KVAnswered(self.offer, error))
+
+    def close(self) -> None:
+        self.target.instance.post(m.KVWithdrawn(self.offer))
+        self.source.instance.post(m.KVUnanswered(self.offer))
 
 
 @pytest.fixture

@@ -89,6 +89,14 @@ def test_instances_are_bounded_by_the_pool_unless_said_otherwise():
     assert configure("--pool", "8", "--set", "scale.max_instances=2").scale.max_instances == 2
 
 
+def test_split_roles_need_an_instance_of_each():
+    config = configure("--roles", "split")
+    assert (config.scale.roles, config.cluster.pool, config.scale.max_instances) == ("split", 3, 3)
+    assert configure("--roles", "split", "--instances", "3").cluster.pool == 4
+    with pytest.raises(BlitzError, match="min_decode is 2.*--pool 2"):
+        configure("--roles", "split", "--pool", "1")
+
+
 def test_set_wins_over_flags_and_flags_over_the_file(tmp_path: Path):
     file = tmp_path / "c.toml"
     file.write_text("[cluster]\npool = 2\n[engine]\nmax_model_len = 64\npage_size = 8\n")

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blitzjax import types
+from blitzjax.engine.messages import KVOffer
 from blitzjax.serve import codec, eventlog
 from blitzjax.v1 import worker_pb2 as pb
 
 _I32 = st.integers(-(2**31), 2**31 - 1)
-_INTS = {"seed": st.integers(0, 2**63 - 1)}
-_FLOAT32 = st.floats(width=32, allow_nan=False)  # Sampling's floats travel as float
+_INTS = {"seed": st.integers(0, 2**63 - 1), "uuids": st.integers(0, 2**64 - 1), "kv_bytes": st.integers(0, 2**63 - 1)}
+_FLOAT32 = st.floats(width=32, allow_nan=False)  # floats of these travel as float
+_NARROW = (types.Sampling, types.TokenLogprob)
 _SHELL_ONLY = (types.RequestArrived, types.RequestCancelled, types.InstanceLost, types.ScaleRequested, types.Ticked)
 EVENTS = [e for e in typing.get_args(types.Event) if e not in _SHELL_ONLY]
 COMMANDS = [c for c in typing.get_args(types.Command) if c not in (types.Reject, types.Assign)]
@@ -34,7 +36,7 @@ def _value(name: str, hint: object, owner: type) -> st.SearchStrategy:
     if typing.get_origin(hint) is not None:  # X | None
         return st.none() | st.sampled_from([v for a in typing.get_args(hint) for v in typing.get_args(a)])
     simple = {int: _INTS.get(name, _I32), str: st.text(max_size=8), bool: st.booleans(),
-              float: _FLOAT32 if owner is types.Sampling else st.floats(allow_nan=False)}
+              float: _FLOAT32 if owner in _NARROW else st.floats(allow_nan=False)}
     return simple[hint]
 
 
@@ -47,6 +49,14 @@ def test_every_worker_event_survives_the_wire(kind):
         assert codec.decode_event(pb.WorkerEvent.FromString(wire)) == event
 
     check()
+
+
+@settings(max_examples=30, deadline=None)
+@given(values(KVOffer))
+def test_an_offer_of_kv_survives_the_wire(offer):
+    command = pb.WorkerCommand()
+    codec.fill(command.kv_offer, offer)
+    assert codec.decode(KVOffer, pb.WorkerCommand.FromString(command.SerializeToString()).kv_offer) == offer
 
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda k: k.__name__)

@@ -1,0 +1,238 @@
+"""KV on the move: requests that leave this instance after Migrate, and those that come from others.
+
+The source stops decoding and offers keys and values in pieces of some layers; the target takes them while it decodes
+others, joins the request to its batch, and answers. Invariant: the source keeps the KV until the target has answered.
+Without an answer the target is gone: then the source decodes on, and a later Migrate starts anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from jax import Array
+
+from blitzjax.engine import messages as m
+from blitzjax.engine.runner import Runner
+from blitzjax.engine.sequence import Sequence, sequence_of
+from blitzjax.engine.stages import KV, Stages
+from blitzjax.errors import TransferError
+from blitzjax.transfer.handoff import HandOff
+from blitzjax.types import Event, InstanceId, KVMigrated, Migrate, RequestFailed, RequestId
+
+_PIECE_BYTES = 1 << 20  # so many layers travel together that a round trip is worth it
+
+Message = Migrate | m.KVOffered | m.KVWithdrawn | m.KVArrived | m.KVAnswered | m.KVUnanswered
+
+
+class Host(Protocol):
+    """The instance whose requests come and go. All of it is called by its engine thread."""
+
+    name: InstanceId
+    runner: Runner
+
+    def post(self, message: object) -> None: ...
+
+    def find(self, request_id: RequestId) -> Sequence | None: ...
+
+    def lift(self, sequence: Sequence) -> list[KV] | None:
+        """Stops decoding it: its seat stays, its keys and values are copied out. None: it is not in the batch."""
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives a sequence from elsewhere a seat. False: there is none, or the parameters are not here."""
+
+    def join(self, sequence: Sequence, kv: list[KV]) -> None:
+        """Decodes a seated sequence from now on."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """Frees everything that the sequence holds."""
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A request whose KV was offered to another instance."""
+
+    sequence: Sequence
+    kv: list[KV]
+    offer: m.KVOffer
+    session: m.KVSession
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A request whose KV is being taken; the thread that takes it stops after `withdrawn`."""
+
+    offer: m.KVOffer
+    source: m.KVSource
+    withdrawn: threading.Event = field(default_factory=threading.Event)
+
+
+class Moves:
+    """Owned by the engine thread. `open_session` must not block; what the target says comes back into the inbox."""
+
+    def __init__(self, host: Host, handoff: HandOff, open_session: Callable[[InstanceId, m.KVOffer], m.KVSession],
+                 emit: Callable[[Event | m.Tokens], None], now: Callable[[], float], timeout_s: float):
+        self._host, self._handoff, self._open_session, self._timeout_s = host, handoff, open_session, timeout_s
+        self._emit, self._now = emit, now
+        self._stages = host.runner.stages
+        self._leaving: dict[RequestId, _Leaving] = {}
+        self._wanted: dict[RequestId, InstanceId] = {}  # where to, once a partner's layers of KV are here
+        self._coming: dict[int, _Coming] = {}  # by first uuid
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case Migrate():
+                self._migrate(message)
+            case m.KVAnswered() | m.KVUnanswered():
+                self._answered(message)
+            case m.KVOffered(offer=offer, source=source):
+                coming = self._coming[offer.uuids[0]] = _Coming(offer, source)
+                threading.Thread(target=self._take, args=(coming,), name="take-moved-kv").start()
+            case m.KVWithdrawn(offer=offer):
+                self._forget(offer)
+            case m.KVArrived():
+                self._arrived(message)
+
+    def leaving(self, sequence: Sequence) -> bool:
+        """Its KV is on its way, or will be when it is whole."""
+        return sequence.id in self._leaving or sequence.id in self._wanted
+
+    def send_if_wanted(self, sequence: Sequence, kv: list[KV]) -> bool:
+        """The KV of a prompt is whole: whether it leaves at once, since its Migrate came before."""
+        target = self._wanted.pop(sequence.id, None)
+        if target is not None:
+            self._send(sequence, kv, target)
+        return target is not None
+
+    def left(self, request_id: RequestId) -> None:
+        """The request is over here: nobody may have its KV any more."""
+        self._wanted.pop(request_id, None)
+        self._retract(request_id)
+
+    def close(self) -> None:
+        """Every request is forgotten."""
+        for request_id in list(self._leaving):
+            self._retract(request_id)
+        for coming in list(self._coming.values()):
+            self._forget(coming.offer)
+        self._wanted.clear()
+
+    # ---- the source
+
+    def _migrate(self, command: Migrate) -> None:
+        sequence = self._host.find(command.request_id)
+        if sequence is None or sequence.work.attempt != command.attempt:
+            self._fail(command.request_id, command.attempt, "its KV is not here any more")
+            return
+        before = self._retract(sequence.id)
+        kv = before.kv if before is not None else self._host.lift(sequence)
+        if kv is None:
+            self._wanted[sequence.id] = command.target
+        else:
+            self._send(sequence, kv, command.target)
+
+    def _send(self, sequence: Sequence, kv: list[KV], target: InstanceId) -> None:
+        width = self._stages.shapes.moved(len(sequence.tokens) - 1)  # the last token has no KV yet
+        kv = fitted(self._stages, kv, width)
+        group = max(1, _PIECE_BYTES // sum(a.nbytes for a in kv[0]))
+        uuids = tuple(self._handoff.offer([a for pair in kv[start : start + group] for a in pair])
+                      for start in range(0, len(kv), group))
+        offer = m.KVOffer(sequence.work, sequence.said, self._handoff.address, width, group, uuids)
+        self._leaving[sequence.id] = _Leaving(sequence, kv, offer, self._open_session(target, offer))
+
+    def _answered(self, message: m.KVAnswered | m.KVUnanswered) -> None:
+        """The target has it, cannot have it, or is gone."""
+        request_id = message.offer.work.request.id
+        leaving = self._leaving.get(request_id)
+        if leaving is None or leaving.offer.uuids != message.offer.uuids:
+            return  # retracted meanwhile
+        if isinstance(message, m.KVAnswered) and not message.error:
+            del self._leaving[request_id]
+            self._host.leave(leaving.sequence)
+            return
+        self._retract(request_id)
+        if isinstance(message, m.KVUnanswered):
+            self._host.join(leaving.sequence, self._placeable(leaving.kv))
+        else:
+            self._host.leave(leaving.sequence)
+            self._fail(request_id, leaving.sequence.work.attempt, message.error)
+
+    def _retract(self, request_id: RequestId) -> _Leaving | None:
+        """Ends the session, if there is one, and frees what its target has not taken."""
+        leaving = self._leaving.pop(request_id, None)
+        if leaving is not None:
+            leaving.session.close()
+            threading.Thread(target=self._withdraw, args=(leaving.offer.uuids,), name="withdraw-kv").start()
+        return leaving
+
+    def _withdraw(self, uuids: tuple[int, ...]) -> None:
+        """Pieces are taken in order: those before one that was taken are gone, too."""
+        for uuid in reversed(uuids):
+            if not self._handoff.withdraw(uuid):
+                return
+
+    def _fail(self, request_id: RequestId, attempt: int, why: str) -> None:
+        self._emit(RequestFailed(self._now(), self._host.name, request_id, attempt, why))
+
+    # ---- the target
+
+    def _take(self, coming: _Coming) -> None:
+        """Keys and values of every layer, piece by piece. In a thread of its own."""
+        offer, layers = coming.offer, self._stages.spec.layers
+        specs = self._stages.kv_specs(1, offer.width)
+        arrays: list[Array] = []
+        error = ""
+        try:
+            for index, uuid in enumerate(offer.uuids):
+                if coming.withdrawn.is_set():
+                    return
+                count = min(offer.layers_per_piece, layers - index * offer.layers_per_piece)
+                arrays += self._handoff.take(offer.address, uuid, specs * count, self._timeout_s)
+        except TransferError as e:
+            error = str(e)
+        self._host.post(m.KVArrived(offer, arrays, error))
+
+    def _forget(self, offer: m.KVOffer) -> None:
+        coming = self._coming.pop(offer.uuids[0], None)
+        if coming is not None:
+            coming.withdrawn.set()
+
+    def _arrived(self, message: m.KVArrived) -> None:
+        coming = self._coming.pop(message.offer.uuids[0], None)
+        if coming is not None:
+            coming.source.answer(message.error or self._adopt(coming.offer, message.arrays))
+
+    def _adopt(self, offer: m.KVOffer, arrays: list[Array]) -> str:
+        """The request is this instance's from now on, unless the text that comes back says why not.
+
+        What the source said of it is said again: its own words may be lost with it, or come later than ours.
+        """
+        work = offer.work
+        here = self._host.find(work.request.id)
+        if here is not None and here.work.attempt >= work.attempt:
+            return f"{self._host.name} runs attempt {here.work.attempt} of it"
+        if here is not None:
+            self._host.leave(here)
+        sequence = sequence_of(work)
+        sequence.repeat(offer.said)
+        if not self._host.admit(sequence):
+            return f"{self._host.name} has no room for a request that was sent to it"
+        moved = sum(a.nbytes for a in arrays)
+        self._emit(KVMigrated(self._now(), self._host.name, sequence.id, work.attempt, moved))
+        self._emit(offer.said)
+        self._host.join(sequence, self._placeable(list(zip(arrays[::2], arrays[1::2], strict=True))))
+        return ""
+
+    def _placeable(self, kv: list[KV]) -> list[KV]:
+        """As long as a decode cache can take."""
+        return fitted(self._stages, kv, self._stages.shapes.context(kv[0][0].shape[3]))
+
+
+def fitted(stages: Stages, kv: list[KV], length: int) -> list[KV]:
+    """Keys and values of one sequence, cut or padded to `length` tokens."""
+    if kv[0][0].shape[3] == length:
+        return kv
+    return [stages.resize(k, v, np.zeros(1, np.int32), length) for k, v in kv]

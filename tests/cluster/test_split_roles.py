@@ -1,0 +1,140 @@
+"""Prompts on some workers, decoding on others: the tokens of a mixed instance, whatever is scaled and whoever dies.
+
+The reference is the package's mixed cluster; a second one with split roles serves the same model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blitzjax.engine.convert import write_random
+from blitzjax.serve.client import Result
+from blitzjax.serve.local import LocalCluster
+from blitzjax.v1 import inference_pb2 as pb
+from rig import SPEC, Rig, phases, prompts
+
+LONG = 32  # tokens: an answer is still being decoded when its instance dies
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "repetition_penalty": 1.3, "presence_penalty": 0.4}
+
+
+@pytest.fixture(scope="module")
+def split(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    directory: Path = tmp_path_factory.mktemp("split")
+    write_random(directory / "tiny", SPEC, seed=3)
+    mixed = rig.cluster.config
+    config = replace(mixed, scale=replace(mixed.scale, roles="split"),
+                     serve=replace(mixed.serve, port=0, event_log=str(directory / "events.jsonl")))
+    with LocalCluster(config, directory / "tiny") as cluster:
+        cluster.wait_ready(120)
+        split = Rig(cluster)
+        split.settle(2)
+        yield split
+
+
+@pytest.fixture(scope="module")
+def answers(rig: Rig) -> dict[int, tuple[list[int], dict[str, object], tuple[int, ...]]]:
+    """Prompt, options and what a mixed instance answers."""
+    rig.only(1)
+    options = [{"max_tokens": LONG}, {"max_tokens": LONG, **SAMPLED}]
+    asked = [(prompt, options[n % 3 == 1]) for n, prompt in enumerate(prompts(20, seed=11))]
+    sent = [rig.send(prompt, **options) for prompt, options in asked]
+    return {n: (*pair, f.result(90).token_ids) for n, (pair, f) in enumerate(zip(asked, sent, strict=True))}
+
+
+def burst(split: Rig, answers: dict) -> Callable[[], list[Result]]:
+    """Sends everything; the call waits for it, and every token is right."""
+    sent: dict[int, Future[Result]] = {n: split.send(prompt, **options) for n, (prompt, options, _) in answers.items()}
+
+    def results() -> list[Result]:
+        got = {n: future.result(90) for n, future in sent.items()}
+        wrong = [n for n, result in got.items() if result.token_ids != answers[n][2]]
+        assert not wrong, [(n, got[n].token_ids, answers[n][2], got[n].usage) for n in wrong]
+        return list(got.values())
+
+    return results
+
+
+def roles(status: pb.ClusterStatus) -> list[str]:
+    return sorted(i.role for i in status.instances if i.phase == "serving")
+
+
+def received(status: pb.ClusterStatus) -> int:
+    return sum(i.kv_received_bytes for i in status.instances)
+
+
+def worker(split: Rig, role: str) -> int:
+    return next(int(i.id[1:]) for i in split.client.status().instances if i.phase == "serving" and i.role == role)
+
+
+def settle(split: Rig, prefill: int) -> pb.ClusterStatus:
+    """`prefill` instances and one that decodes; nothing else holds parameters."""
+    split.client.scale(prefill + 1, live="off", source="multicast")
+    status = split.settle(prefill + 1)
+    assert roles(status) == ["decode"] + ["prefill"] * prefill
+    return status
+
+
+def test_prompts_run_on_one_instance_and_are_decoded_on_the_other(split: Rig, answers) -> None:
+    before = settle(split, 1)
+    results = burst(split, answers)()
+    status = split.settle(2)
+    assert all(result.usage.attempts == 1 for result in results)
+    moved = {i.role: i.kv_received_bytes for i in status.instances if i.phase == "serving"}
+    least = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4 * sum(len(prompt) for prompt, _, _ in answers.values())
+    assert moved["decode"] - received(before) >= least and moved["prefill"] == 0
+
+
+def test_prefill_grows_live_under_a_burst(split: Rig, answers) -> None:
+    before = settle(split, 1)
+    split.scale(3, live="zigzag")
+    split.wait(lambda s: any(i.phase == "live" and i.layers_loaded for i in s.instances), "live")
+    results = burst(split, answers)()
+    status = split.settle(3)
+    assert roles(status) == ["decode", "prefill", "prefill"]
+    assert any(0 < result.usage.layers_helped < SPEC.layers for result in results), "nobody was helped"
+    assert received(status) > received(before)
+    lines = [json.loads(line) for line in Path(split.cluster.config.serve.event_log).read_text().splitlines()]
+    logged = sum(line["kv_bytes"] for line in lines if "kv_bytes" in line)
+    assert logged == received(status)
+
+
+def test_the_decode_instance_dies(split: Rig, answers) -> None:
+    """With two instances for prompts, one of them takes its place, with the KV that it has."""
+    settle(split, 2)
+    results = burst(split, answers)
+    victim = worker(split, "decode")
+    split.wait(lambda s: any(i.role == "decode" and i.running > 2 for i in s.instances), "decoding")
+    split.cluster.signal_worker(victim)
+    split.wait(lambda s: any(i.role == "decode" and i.phase == "serving" and i.id != f"i{victim}" for i in s.instances),
+               "another decode instance")
+    assert any(result.usage.attempts > 1 for result in results())
+    settle(split, 2)
+
+
+def test_the_prefill_instance_dies(split: Rig, answers) -> None:
+    settle(split, 1)
+    results = burst(split, answers)
+    split.wait(lambda s: any(i.role == "decode" and i.running > 2 for i in s.instances), "decoding")
+    split.cluster.signal_worker(worker(split, "prefill"))
+    assert any(result.usage.attempts > 1 for result in results())
+    settle(split, 1)
+
+
+def test_a_stopped_decode_instance_keeps_nobody_waiting(split: Rig, answers) -> None:
+    import signal
+
+    settle(split, 2)
+    results = burst(split, answers)
+    split.wait(lambda s: any(i.role == "decode" and i.running > 2 for i in s.instances), "decoding")
+    hung = worker(split, "decode")
+    split.cluster.signal_worker(hung, signal.SIGSTOP)
+    results()
+    split.cluster.signal_worker(hung, signal.SIGKILL)
+    settle(split, 2)
+    assert "failed" not in phases(split.client.status())
