@@ -221,6 +221,8 @@ class LocalCluster:
                         worker.signal(signal.SIGKILL)
                 for process in supervised:
                     process.start_when_due()
+                if self._terminating and self._controller.pid is None:
+                    self._controller.ended.set()
                 if not self._controller.ended.is_set():
                     self._controller.start_when_due()
             for process in dead:
@@ -231,8 +233,7 @@ class LocalCluster:
 
     def _controller_died(self) -> None:
         """Killed, it starts again and resumes. What killed it again and again may be in the journal: that goes."""
-        killed = self._controller.code < 0 and not self._terminating
-        if not killed or not self.config.serve.resume_timeout_s:
+        if self._controller.code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
             self._controller.ended.set()
             return
         print(f"blitzjax: the controller was killed by signal {-self._controller.code}; it starts again and resumes",
