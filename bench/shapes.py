@@ -5,8 +5,8 @@
     iii   a chain takes as long however long it is         vii   host copies: below one, against one per host
     iv    ZigZag > best effort > stopping the world        viii  violations grow with the time that the world stops
 
-Pure simulation with the paper's costs, no model and no process; --quick takes two minutes of each trace. Writes one HTML
-page with all figures. Last line: one JSON object.
+Pure simulation with the paper's costs, no model and no process; --quick takes two minutes of each trace. Writes one
+HTML page with all figures. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def outcomes(row: Row, trace: Sequence[Arrival], roles: Roles) -> dict[str, Outc
     for name in _SYSTEMS:
         setup = Setup(row.machine, row.model, SYSTEMS[name], row.instances, roles=roles)
         found[name] = simulate(setup, iter(trace))
-        print(f"  {row.name} {roles} {name}: {found[name].ended} requests, TTFT {mean(found[name].ttft_s):.3f} s", flush=True)
+        ttft_s = mean(found[name].ttft_s)
+        print(f"  {row.name} {roles} {name}: {found[name].ended} requests, TTFT {ttft_s:.3f} s", flush=True)
     return found
 
 

@@ -1,7 +1,8 @@
 """How fast is this machine? Costs of a model, measured on a running cluster: what `blitzjax sim --costs` reads.
 
 Everything is read from the controller's event log, so that a simulated brain hears what a live one does: overheads of
-sockets and processes are in the figures. Invariant: one thing is measured at a time, and nothing else runs.
+sockets and processes are in the figures. Two instances compute at once, and parameters move while both do, as in every
+scale-up: what they share on this machine, be it cores, counts. Invariant: nothing else is asked meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -35,12 +36,14 @@ _POLL_S = 0.02
 _TIMEOUT_S = 120.0
 _ANSWER = 33  # tokens: 32 decode steps
 _SMALLEST = 32  # tokens of a prompt
+_BURST = 12  # prompts that wait when an instance is added
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One request, in seconds of the controller's clock."""
+    """One request, in seconds of the controller's clock. `instance` gave its first token."""
 
+    instance: InstanceId
     tokens: int
     arrived: float
     first: float
@@ -74,13 +77,13 @@ class Calibration:
 
     def run(self, name: str) -> tuple[MachineCosts, ModelCosts]:
         """Takes about a minute on a small CPU. Raises BlitzError or TimeoutError when the cluster does not follow."""
-        self._settle(1)
-        self._ask([self._longest(), _SMALLEST] * 2, 4)  # caches and connections have grown
+        self._settle(2)
+        self._ask([self._longest(), _SMALLEST] * 4, 4)  # caches and connections have grown
         chunk_s, rpc_s = self._prefill()
         step_s, sequence_s, kv_token_s = self._decode()
-        nic, setup_s = self._multicast(rpc_s)
+        self._settle(1)
+        nic, setup_s, handoff_s = self._scale_ups(chunk_s[-1], rpc_s)
         disk = self._disk(rpc_s)
-        handoff_s = self._hand_off(chunk_s)
         (widest, widest_s), joined, tp = chunk_s[-1], self._joined, self._config.engine.tensor_parallel
         gpus = -(-self._config.cluster.pool // self._hosts) * tp
         machine = MachineCosts(
@@ -100,10 +103,10 @@ class Calibration:
         while size <= self._longest():
             times = []
             for _ in range(self._repeats):
-                seen = self._ask([size] * 4, 1)
-                firsts = sorted(s.first for s in seen)
-                times.append((firsts[-1] - firsts[0]) / (len(firsts) - 1))
-                ways.append(firsts[0] - seen[0].arrived - times[-1])
+                for seen in by_instance(self._ask([size] * 8, 1)):
+                    if len(seen) > 1:
+                        times.append((seen[-1].first - seen[0].first) / (len(seen) - 1))
+                        ways.append(seen[0].first - seen[0].arrived - times[-1])
             found.append((size, statistics.median(times)))
             self._say(f"prefill of {size} tokens: {found[-1][1] * 1e3:.1f} ms")
             size *= 2
@@ -123,26 +126,44 @@ class Calibration:
         most = self._config.engine.max_num_seqs
         for batch in sorted({1, max(1, most // 4), most}):
             for tokens in (_SMALLEST, self._longest()):
-                seen = self._ask([tokens] * batch, _ANSWER)
-                last = max(seen, key=lambda s: s.first)  # all others are in the batch before it is
-                rows.append((1.0, batch, batch * (tokens + _ANSWER / 2)))
-                times.append((last.finished - last.first) / (_ANSWER - 1))
+                for seen in by_instance(self._ask([tokens] * 2 * batch, _ANSWER)):
+                    last = seen[-1]  # all others are in the batch before it is
+                    rows.append((1.0, len(seen), len(seen) * (tokens + _ANSWER / 2)))
+                    times.append((last.finished - last.first) / (_ANSWER - 1))
                 self._say(f"decode step of {batch} sequences of {tokens} tokens: {times[-1] * 1e3:.1f} ms")
         return fit_step(rows, times)
 
-    def _multicast(self, rpc_s: float) -> tuple[float, float]:
-        """Bytes per second from one instance to another, and seconds until the first byte, less the commands' way."""
-        rates, setups = [], []
+    def _scale_ups(self, widest: tuple[int, float], rpc_s: float) -> tuple[float, float, float]:
+        """Live ones, with prompts of the widest chunk waiting. → bytes per second from one instance to another; seconds
+        until the first byte, less the commands' way; seconds of a hand-off."""
+        rates, setups, waits = [], [], []
         prefix = list(accumulate(self._sizes))
         for _ in range(self._repeats):
-            transfer = next(transfers_of(self._scale(2, "multicast")))
+            mark = self._log.mark()
+            helped = self._scale_under_load(mark, widest[0])
+            records = self._log.since(mark)
+            transfer = next(transfers_of(records))
             first, since = min(transfer.loaded.items(), default=(0, transfer.started))
             rates.append((prefix[-1] - prefix[first - 1] * (first > 0)) / (transfer.ended - since))
             whole_s = transfer.ended - transfer.prepared
             setups.append(whole_s - sum(self._sizes) / rates[-1] - 2 * rpc_s)
-            self._say(f"multicast: {rates[-1] * 8e-9:.2f} Gbit/s, {whole_s:.2f} s in all")
+            self._say(f"scale-up under load: {rates[-1] * 8e-9:.2f} Gbit/s, {whole_s:.2f} s in all")
+            waits += hand_offs(records, helped, self._model.spec.layers, widest[1])
             self._settle(1)
-        return statistics.median(rates), max(0.0, statistics.median(setups))
+        handoff_s = max(0.0, min(waits, default=0.0))  # of the others, OLD had something else to finish first
+        self._say(f"hand-off between live partners: {handoff_s * 1e3:.1f} ms, the least of {len(waits)}")
+        return statistics.median(rates), max(0.0, statistics.median(setups)), handoff_s
+
+    def _scale_under_load(self, mark: int, tokens: int) -> dict[RequestId, int]:
+        """Two instances instead of one, while prompts wait. → layers that NEW ran of each."""
+        with ThreadPoolExecutor(_BURST) as pool:
+            answers = [pool.submit(self._client.generate, self._prompt(tokens), max_tokens=2, ignore_eos=True,
+                                   timeout_s=_TIMEOUT_S, request_id=f"burst-{mark}-{k}") for k in range(_BURST)]
+            self._client.scale(2, live="zigzag", source="multicast")
+            helped = {f"burst-{mark}-{k}": answer.result().usage.layers_helped for k, answer in enumerate(answers)}
+        self._wait_serving(2)
+        self._log.mark()
+        return helped
 
     def _disk(self, rpc_s: float) -> float:
         """Bytes per second from the checkpoint, which the system may hold in its memory."""
@@ -154,36 +175,6 @@ class Calibration:
             self._settle(1)
         self._say(f"load from disk: {statistics.median(times):.2f} s")
         return sum(self._sizes) / max(statistics.median(times), 1e-3)
-
-    def _hand_off(self, chunk_s: tuple[tuple[int, float], ...]) -> float:
-        """From NEW's word that it handed a prompt over to OLD's first token, less the layers that OLD ran.
-
-        The least over all prompts: of the others, OLD had something else to finish first.
-        """
-        size, whole_s = chunk_s[-1]
-        mark = self._log.mark()
-        with ThreadPoolExecutor(12) as pool:
-            answers = [pool.submit(self._client.generate, self._prompt(size), max_tokens=2, ignore_eos=True,
-                                   request_id=f"handed-{mark}-{k}") for k in range(12)]
-            self._client.scale(2, live="zigzag", source="multicast")
-            helped = {f"handed-{mark}-{k}": answer.result(_TIMEOUT_S).usage.layers_helped
-                      for k, answer in enumerate(answers)}
-        self._wait_serving(2)
-        waits = []
-        handed: dict[RequestId, float] = {}
-        for record in self._log.since(mark):
-            match record.item:
-                case RequestHanded(at, instance, request_id, _, target) if instance != target:
-                    handed[request_id] = at
-                case PrefillDone(at, _, request_id) if request_id in handed:
-                    layers = helped[request_id.rpartition("#")[0]]
-                    if layers:
-                        rest = 1 - layers / self._model.spec.layers
-                        waits.append(at - handed[request_id] - rest * whole_s)
-        self._settle(1)
-        found = max(0.0, min(waits, default=0.0))
-        self._say(f"hand-off between live partners: {found * 1e3:.1f} ms ({len(waits)} prompts)")
-        return found
 
     # ---- the cluster
 
@@ -253,17 +244,41 @@ def _pause(deadline: float, why: str) -> None:
 def requests_of(records: list[Record]) -> list[Seen]:
     """Those that finished."""
     arrived: dict[RequestId, tuple[int, float]] = {}
-    first: dict[RequestId, float] = {}
+    first: dict[RequestId, tuple[InstanceId, float]] = {}
     seen = {}
     for record in records:
         match record.item:
             case RequestArrived(at, request):
                 arrived[request.id] = (request.prompt_tokens, at)
-            case PrefillDone(at, _, request_id):
-                first[request_id] = at
+            case PrefillDone(at, instance, request_id):
+                first[request_id] = (instance, at)
             case RequestFinished(at, _, request_id) if request_id in arrived:
-                seen[request_id] = Seen(*arrived[request_id], first[request_id], at)
+                instance, began = first[request_id]
+                seen[request_id] = Seen(instance, *arrived[request_id], began, at)
     return [seen[request_id] for request_id in arrived if request_id in seen]
+
+
+def by_instance(seen: list[Seen]) -> list[list[Seen]]:
+    """In order of their first tokens."""
+    found: dict[InstanceId, list[Seen]] = {}
+    for one in sorted(seen, key=lambda s: s.first):
+        found.setdefault(one.instance, []).append(one)
+    return list(found.values())
+
+
+def hand_offs(records: list[Record], helped: Mapping[RequestId, int], layers: int, whole_s: float) -> Iterator[float]:
+    """Seconds from NEW's word that it handed a prompt over to OLD's first token, less the layers that OLD ran.
+
+    `helped`: how many of the `layers` NEW ran; a whole prompt takes `whole_s`.
+    """
+    handed: dict[RequestId, float] = {}
+    for record in records:
+        match record.item:
+            case RequestHanded(at, instance, request_id, _, target) if instance != target:
+                handed[request_id] = at
+            case PrefillDone(at, _, request_id) if request_id in handed and helped[request_id.rpartition("#")[0]]:
+                rest = 1 - helped[request_id.rpartition("#")[0]] / layers
+                yield at - handed[request_id] - rest * whole_s
 
 
 def transfers_of(records: list[Record]) -> Iterator[Transfer]:

@@ -58,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(_command(commands, "serve", "a whole cluster on this machine", ("blitzjax.cli_serve", "serve")))
     _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
     _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
+    _add_deploy(_command(commands, "deploy", "serve one more model over the same workers",
+                         ("blitzjax.cli_serve", "deploy")))
+    undeploy = _command(commands, "undeploy", "stop serving a model", ("blitzjax.cli_client", "undeploy"))
+    undeploy.add_argument("name", metavar="NAME", help="as `blitzjax status` shows it")
+    _add_address(undeploy)
     status = _command(commands, "status", "instances, layers, requests", ("blitzjax.cli_client", "status"))
     _add_address(status)
     status.add_argument("--json", action="store_true", help="the whole picture as JSON")
@@ -87,8 +92,8 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str,
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL",
+def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="+" if several else None,
                         help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, a built-in name, "
                              "or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
@@ -100,8 +105,10 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("--instances", type=int, help="instances that always serve (scale.min_instances; default 1)")
+    _add_model(parser, several=True)
+    parser.add_argument("--instances", type=int,
+                        help="instances of each model that always serve; 0: none while nobody asks "
+                             "(scale.min_instances; default 1)")
     parser.add_argument("--pool", type=int, help="worker processes (cluster.pool; default 3)")
     parser.add_argument("--host", help="listen here (serve.host)")
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
@@ -120,8 +127,16 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
                         help="any knob; wins over everything else; may be repeated")
 
 
+def _add_deploy(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--instances", type=int, metavar="N", help="that always serve (default: as the cluster has it)")
+    parser.add_argument("--max-instances", type=int, metavar="N", help="default: as the cluster has it")
+    _add_address(parser)
+
+
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("message", nargs="?", help="one question; without it, a conversation")
+    parser.add_argument("--model", metavar="NAME", help="which of several; default: the one deployed first")
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int)
@@ -140,6 +155,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=int, required=True, metavar="N", help="instances")
+    parser.add_argument("--model", default="", metavar="NAME", help="which of several")
     parser.add_argument("--watch", action="store_true", help="show layers arriving")
     parser.add_argument("--no-wait", action="store_true", help="return when the change is accepted")
     parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="for this change only")

@@ -33,8 +33,8 @@ def calibrate(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     costs.write(args.out / "costs.json", machine, costed)
     (args.out / "costs.toml").write_text(to_toml(machine, costed))
-    print(f"one instance: {costed.prefill_tokens_per_s:.0f} prompt tokens/s, decode step {costed.step_s * 1e3:.1f} ms + "
-          f"{costed.sequence_s * 1e3:.2f} ms a sequence + {costed.kv_token_s * 1e6:.2f} us a token of KV\n"
+    print(f"one instance: {costed.prefill_tokens_per_s:.0f} prompt tokens/s, decode step {costed.step_s * 1e3:.1f} ms "
+          f"+ {costed.sequence_s * 1e3:.2f} ms a sequence + {costed.kv_token_s * 1e6:.2f} us a token of KV\n"
           f"between instances: {machine.nic_gbps * costed.tensor_parallel:.2f} Gbit/s after {machine.setup_s:.3f} s\n"
           f"wrote {args.out / 'costs.json'} (blitzjax sim --costs) and {args.out / 'costs.toml'} "
           "(blitzjax serve --config)")

@@ -17,7 +17,7 @@ from blitzjax.serve.client import Client, Options, Prompt
 from blitzjax.v1 import inference_pb2 as pb
 
 _BAR = 24  # a table of 80 columns
-_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+_OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed", "stop", "priority")
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
 
@@ -72,7 +72,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 def scale(args: argparse.Namespace) -> int:
     with _client(args.address) as client:
         if not args.watch:
-            reply = client.scale(args.to, live=args.live, source=args.source, wait=not args.no_wait,
+            reply = client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=not args.no_wait,
                                  timeout_s=args.timeout_s)
             print(_scaled(reply))
             return 0
@@ -99,7 +99,7 @@ class _Change(threading.Thread):
     def run(self) -> None:
         args = self._args
         try:
-            self._reply = self._client.scale(args.to, live=args.live, source=args.source, wait=True,
+            self._reply = self._client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=True,
                                              timeout_s=args.timeout_s)
         except BlitzError as e:
             self._error = e
@@ -136,9 +136,9 @@ def _show(pictures: Iterator[pb.ClusterStatus], console: Console) -> None:
 
 
 def _line(picture: pb.ClusterStatus) -> str:
-    layers = _layers(picture)
     return f"target {picture.target_instances}  " + "  ".join(
-        f"{i.id} {i.phase}{_role(i)} {i.layers_loaded}/{layers}" for i in picture.instances)
+        " ".join([i.id, f"{i.phase}{_role(i)}", *_names(picture, i), f"{i.layers_loaded}/{_layers(picture, i)}"])
+        for i in picture.instances)
 
 
 def _role(instance: pb.InstanceStatus) -> str:
@@ -146,15 +146,23 @@ def _role(instance: pb.InstanceStatus) -> str:
     return "" if instance.role in ("", "mixed") or instance.phase == "idle" else f" {instance.role}"
 
 
+def _names(picture: pb.ClusterStatus, i: pb.InstanceStatus) -> list[str]:
+    """Which models it is about, where that is not plain: with one model it goes without saying."""
+    model = [i.model] if i.model and len(picture.models) > 1 else []
+    return model + [f"(keeps {', '.join(i.copies)})"] * bool(i.copies)
+
+
 def _table(picture: pb.ClusterStatus) -> Table:
-    layers = _layers(picture)
     table = Table(title=_title(picture), title_justify="left")
-    for name in ("", "phase", "layers", "", "wait", "run", "KV pages", "with"):
+    named = any(_names(picture, i) for i in picture.instances)
+    for name in ("", "phase", *["model"] * named, "layers", "", "wait", "run", "KV pages", "with"):
         table.add_column(name, no_wrap=True)
     for i in picture.instances:
+        layers = _layers(picture, i)
         full = _BAR * i.layers_loaded // layers if layers else 0
         colour = _COLOURS.get(i.phase, "white")
-        table.add_row(i.id, f"[{colour}]{i.phase}{_role(i)}", f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}",
+        bar = f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}"
+        table.add_row(i.id, f"[{colour}]{i.phase}{_role(i)}", *[" ".join(_names(picture, i))] * named, bar,
                       f"{i.layers_loaded}/{layers}", str(i.waiting), str(i.running),
                       f"{i.pages_used}/{i.pages_total}", i.partner or "-")
     return table
@@ -167,8 +175,17 @@ def _title(picture: pb.ClusterStatus) -> str:
             f"{picture.running_requests} running{chains}")
 
 
-def _layers(picture: pb.ClusterStatus) -> int:
-    return picture.models[0].layers if picture.models else 0
+def _layers(picture: pb.ClusterStatus, i: pb.InstanceStatus) -> int:
+    """Of the instance's model; of the first one while it is idle."""
+    layers = {m.name: m.layers for m in picture.models}
+    return layers.get(i.model) or next(iter(layers.values()), 0)
+
+
+def undeploy(args: argparse.Namespace) -> int:
+    with _client(args.address) as client:
+        reply = client.undeploy(args.name)
+    print(f"{args.name} is gone after {reply.seconds:.2f} s")
+    return 0
 
 
 def status(args: argparse.Namespace) -> int:

@@ -78,8 +78,8 @@ def fresh(path: Path) -> Cluster:
     """A brain as the one that wrote the log, before its first event. Raises ConfigError."""
     try:
         header = eventlog.read_header(path)
-        spec = ModelSpec(**{key: frozen(value) for key, value in header["spec"].items()})
-        return Cluster(configs.from_tables(header["config"]), spec)
+        specs = [ModelSpec(**{key: frozen(value) for key, value in spec.items()}) for spec in header["specs"]]
+        return Cluster(configs.from_tables(header["config"]), specs)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path} is no event log of this version of blitzjax: {e!r}") from e
 

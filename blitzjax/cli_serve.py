@@ -1,4 +1,4 @@
-"""`blitzjax serve` and `blitzjax convert`: flags to configuration, model to checkpoint directory, a local cluster."""
+"""`blitzjax serve`, `deploy` and `convert`: flags to configuration, model to checkpoint directory, a local cluster."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def serve(args: argparse.Namespace) -> int:
     """Runs until Ctrl-C, SIGTERM, or the controller's end; returns the controller's exit code."""
     from blitzjax.serve.local import Launch, LocalCluster
 
-    config = configure(args)
-    cluster = LocalCluster(config, checkpoint(args.model, config.engine.dtype, args.checkpoint), Launch(console=True))
+    config = configure(args, len(args.model))
+    if args.checkpoint is not None and len(args.model) > 1:
+        raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
+    models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
+    cluster = LocalCluster(config, models, Launch(console=True))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
@@ -43,26 +46,40 @@ def serve(args: argparse.Namespace) -> int:
         return cluster.wait()
 
 
+def deploy(args: argparse.Namespace) -> int:
+    from blitzjax.serve.client import Client
+
+    directory = checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint)
+    with Client(args.address) as client:
+        reply = client.deploy(directory, min_instances=args.instances, max_instances=args.max_instances)
+    print(f"{reply.model} is deployed after {reply.seconds:.2f} s")
+    return 0
+
+
 def convert(args: argparse.Namespace) -> int:
     print(checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint))
     return 0
 
 
-def configure(args: argparse.Namespace) -> Config:
-    """File, then flags, then --set. Sizes that nobody gave follow each other: the pool bounds the instances."""
+def configure(args: argparse.Namespace, models: int = 1) -> Config:
+    """File, then flags, then --set. Sizes that nobody gave follow each other: the pool bounds the instances of so many
+    models.
+    """
     flags = [f"{key}={json.dumps(value)}" for name, key in _KNOBS.items() if (value := getattr(args, name)) is not None]
     given = _given(args.config) | {text.partition("=")[0].strip() for text in (*flags, *args.set)}
     overrides = [*flags, *args.set]
     if "scale.max_instances" not in given:  # as the pool allows; never an error that nobody caused
         overrides.insert(0, f"scale.max_instances={1 << 30}")
     if "cluster.pool" not in given:
-        lowest = _least(configs.load(args.config, overrides).scale)
+        lowest = _least(configs.load(args.config, overrides).scale) * models
         overrides.insert(0, f"cluster.pool={max(_POOL, lowest)}")
     config = configs.load(args.config, overrides)
     pool, least = config.cluster.pool, _least(config.scale)
-    if least > pool:
+    needed = least * models
+    if needed > pool:
         names = "scale.min_instances" + (" + scale.min_decode" if config.scale.roles == "split" else "")
-        raise BlitzError(f"{names} is {least}, but the pool has {pool} workers; give --pool {least}")
+        each = f", of each of {models} models" if models > 1 else ""
+        raise BlitzError(f"{names} is {least}{each}, but the pool has {pool} workers; give --pool {needed}")
     if "scale.max_instances" not in given:
         config = configs.load(args.config, [*overrides, f"scale.max_instances={pool}"])
     return config
@@ -100,13 +117,14 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
     return Path(path)
 
 
-def _banner(model: str, address: str, config: Config) -> str:
+def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
+    each = " each" if len(models) > 1 else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
-        f"blitzjax {blitzjax.__version__} is ready: {Path(model).name} on {address}, "
-        f"{_least(scale)} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
+        f"blitzjax {blitzjax.__version__} is ready: {', '.join(Path(model).name for model in models)} on {address}, "
+        f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
         f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"

@@ -49,7 +49,7 @@ class ScaleConfig:
 
     policy: str = "auto"  # "auto" | "manual"
     roles: Roles = "mixed"  # "split": prompts run on some instances, which send their KV to others that decode
-    min_instances: int = 1  # with split roles: that run prompts
+    min_instances: int = 1  # of each model; with split roles: that run prompts; 0: none while nobody asks
     min_decode: int = 1  # with split roles
     max_instances: int = 4
     live: LiveMode = "zigzag"
@@ -64,6 +64,7 @@ class ScaleConfig:
     prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; measure it on the machine that serves
     forecast_s: float = 0.0  # the policy looks so far ahead along the growth of the backlog; 0: not at all
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
+    zero_after_s: float = 30.0  # with min_instances 0: the last one drains when nobody has asked for this long
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
 
 
@@ -167,7 +168,9 @@ def _check_ranges(c: Config) -> None:
 
     want(c.engine.dtype in ("bfloat16", "float32"), f"engine.dtype must be bfloat16 or float32, got {c.engine.dtype!r}")
     want(c.scale.policy in ("auto", "manual"), f"scale.policy must be auto or manual, got {c.scale.policy!r}")
-    want(1 <= c.scale.min_instances <= c.scale.max_instances, "scale.min_instances must be in [1, scale.max_instances]")
+    least = 1 if c.scale.roles == "split" else 0
+    want(least <= c.scale.min_instances <= c.scale.max_instances and c.scale.max_instances >= 1,
+         f"scale.min_instances must be in [{least}, scale.max_instances], scale.max_instances at least 1")
     want(0 < c.scale.prefill_lower < c.scale.prefill_upper, "scale.prefill_lower must be in (0, scale.prefill_upper)")
     want(0 < c.scale.kv_lower < c.scale.kv_upper <= 1, "scale.kv_lower must be in (0, scale.kv_upper], kv_upper <= 1")
     want(0 < c.scale.migrate_lower < c.scale.migrate_upper, "scale.migrate_lower must be in (0, scale.migrate_upper)")

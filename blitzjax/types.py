@@ -37,7 +37,7 @@ class Role(enum.Enum):
 class Phase(enum.Enum):
     """What an instance is doing with its parameters; see control/lifecycle.py for the legal moves."""
 
-    IDLE = "idle"  # process up, compiled, no parameters
+    IDLE = "idle"  # process up, compiled, an instance of no model; may keep host copies
     LOADING = "loading"  # parameters arriving, executes nothing
     LIVE = "live"  # parameters arriving, executes the layers it has with an overloaded partner
     SERVING = "serving"  # holds every unit
@@ -202,13 +202,15 @@ class Ring:
 class MulticastPlan:
     """Chains that move one model's parameters; `ticket` identifies the plan cluster-wide and only grows.
 
-    Every target of a chain with lanes is in one ring.
+    Every target of a chain with lanes is in one ring. Receivers become instances of `model`, or, of a plan that is a
+    `copy`, keep what they receive in host memory.
     """
 
     ticket: int
     model: str
     chains: tuple[Chain, ...]
     rings: tuple[Ring, ...] = ()
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +349,9 @@ class Drained:
 
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
-    """A worker is up, compiled, and holds `units` units. `pages` x `page_size` tokens of KV, `slots` sequences."""
+    """A worker is up, compiled, and an instance that holds `units` units. `pages` x `page_size` tokens of KV, `slots`
+    sequences. Names may be left out where there is one model.
+    """
 
     at: float
     instance: InstanceId
@@ -357,6 +361,18 @@ class InstanceJoined:
     pages: int
     page_size: int
     slots: int
+    model: str = ""  # that the units are of
+    models: tuple[str, ...] = ()  # that it is compiled for; empty: every one deployed now
+    copies: tuple[str, ...] = ()  # that it keeps whole in host memory
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReady:
+    """`instance` is compiled for one more model."""
+
+    at: float
+    instance: InstanceId
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +391,24 @@ class InstanceLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDeployed:
+    """An operator wants one more model served; None keeps the configured bound of its instances."""
+
+    at: float
+    spec: ModelSpec
+    min_instances: int | None = None
+    max_instances: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUndeployed:
+    """An operator wants a model gone: it takes nothing new, finishes what it has, and leaves no copy."""
+
+    at: float
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleRequested:
     """An operator wants `target` instances; None keeps the configured mode or source."""
 
@@ -382,6 +416,7 @@ class ScaleRequested:
     target: int
     live: LiveMode | None = None
     source: Source | None = None
+    model: str = ""  # empty: the only one
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,8 +427,8 @@ class Ticked:
 Event: TypeAlias = (
     RequestArrived | RequestCancelled | PrefillDone | RequestHanded | KVMigrated | RequestFinished | RequestFailed
     | RequestReturned | LayerLoaded
-    | TransferReady | TransferEnded | LiveDrained | Drained | InstanceJoined | WorldJoined | InstanceLost
-    | ScaleRequested | Ticked
+    | TransferReady | TransferEnded | LiveDrained | Drained | InstanceJoined | ModelReady | WorldJoined | InstanceLost
+    | ModelDeployed | ModelUndeployed | ScaleRequested | Ticked
 )
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,6 +482,33 @@ class LoadFromDisk:
     instance: InstanceId
     ticket: int
     start_unit: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeepCopy:
+    """Read the whole model from the own checkpoint into host memory, and keep it; ends in TransferEnded(ticket)."""
+
+    instance: InstanceId
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class UseCopy:
+    """Become an instance of the own host copy, which is used up; ends in TransferEnded(ticket)."""
+
+    instance: InstanceId
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropCopy:
+    """Forget what is kept of a model in host memory, whole or in part."""
+
+    instance: InstanceId
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,12 +549,13 @@ class EndLive:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Drop the parameters; answered by Drained."""
+    """Be no instance any more: drop the parameters, or `keep` them as a host copy; answered by Drained."""
 
     instance: InstanceId
+    keep: bool = False
 
 
 Command: TypeAlias = (
-    Assign | Abort | Migrate | Reject | LoadFromDisk | PrepareTransfer | StartTransfer | CancelTransfer | StartLive | EndLive
-    | Release
+    Assign | Abort | Migrate | Reject | LoadFromDisk | KeepCopy | UseCopy | DropCopy | PrepareTransfer | StartTransfer
+    | CancelTransfer | StartLive | EndLive | Release
 )

@@ -1,7 +1,7 @@
 """How many instances does the load ask for? The policy of BlitzScale's scheduler, for mixed and for split roles.
 
 `step(load, memory) -> (target, memory)`: a pure function with explicit memory. Up at once to the middle of the band,
-down one by one and only after the load asked for fewer during `down_after_s`.
+down one by one and only after the load asked for fewer during `down_after_s`, to none after `zero_after_s`.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def foresee(load: Load, memory: Memory, config: ScaleConfig) -> tuple[Load, Memo
 def step(load: Load, memory: Memory, config: ScaleConfig) -> tuple[int, Memory]:
     """The number of instances to have now, within [min_instances, max_instances]."""
     load, memory = foresee(load, memory, config)
+    patience_s = config.zero_after_s if load.instances <= 1 else config.down_after_s
     return _follow(load.instances, band(load, config), config.min_instances, config.max_instances, load.at, memory,
-                   config.down_after_s)
+                   patience_s)
 
 
 def step_split(load: Load, prefill: Memory, decode: Memory,

@@ -85,7 +85,8 @@ class Migrations:
         return self._fleet.members[move.source].role is Role.PREFILL
 
     def _may_decode(self, m: Member) -> bool:
-        return m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
+        return (m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
+                and self._fleet.alive(m.id) is not None)
 
     def _choose(self, entry: Entry) -> Member | None:
         """The decode instance with the fewest pages in use, among those that have room and receive nothing else."""

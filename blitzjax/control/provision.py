@@ -1,7 +1,8 @@
 """How do parameters get into the instances that lack them, and who executes with them meanwhile?
 
-From a serving instance by multicast if there is one in the world, else from disk. What a broken transfer left behind
-stays valid: the rest comes with another plan. Invariant: a LIVE instance is the NEW side of exactly one pair.
+From a serving instance, else from the host copy, by multicast if it is in the world, else from disk; who keeps the
+host copy becomes an instance at no cost. What a broken transfer left behind stays valid: the rest comes with another
+plan. Invariant: a LIVE instance is the NEW side of exactly one pair.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 
 from blitzjax.config import Config
 from blitzjax.control.fleet import Fleet, Member
+from blitzjax.control.hostcache import HostCache
 from blitzjax.control.pairs import LivePairs
 from blitzjax.control.requests import RequestBook
-from blitzjax.control.topology import Topology
 from blitzjax.control.transfers import Run, Transfers
 from blitzjax.types import (
-    Command, InstanceId, LiveMode, ModelSpec, Phase, PrepareTransfer, Role, Source, TransferEnded,
+    Command, DropCopy, InstanceId, LiveMode, ModelSpec, Phase, PrepareTransfer, Role, Source, TransferEnded,
 )
 
 WORLD_WAIT_S = 5.0  # how long an instance waits for WorldJoined before it reads its own disk
@@ -30,14 +31,18 @@ class Means:
 
 
 class Provisioner:
-    """Owns transfers and pairs; moves instances from IDLE over LOADING and LIVE to SERVING."""
+    """Owns the pairs of one model; moves instances from IDLE over LOADING and LIVE to SERVING.
 
-    def __init__(self, config: Config, spec: ModelSpec, fleet: Fleet, book: RequestBook) -> None:
+    `transfers` and `copies` are those of all models.
+    """
+
+    def __init__(self, spec: ModelSpec, fleet: Fleet, book: RequestBook, transfers: Transfers,
+                 copies: HostCache) -> None:
         self._spec = spec
         self._fleet = fleet
         self._book = book
-        self.topology = Topology()
-        self.transfers = Transfers(self.topology, config.cluster.max_world)
+        self._copies = copies
+        self.transfers = transfers
         self.pairs = LivePairs()
         self._waiting_since: dict[InstanceId, float] = {}  # for the world
         self._stranded: tuple[tuple[int, int], list[Member]] = ((-1, -1), [])  # as of these versions
@@ -63,14 +68,44 @@ class Provisioner:
         """Begins whatever transfers can begin now for `needy` (IDLE or stranded) instances; the rest stays as it is."""
         needy_ids = {m.id for m in needy}
         self._waiting_since = {i: since for i, since in self._waiting_since.items() if i in needy_ids}
-        if not needy or means.source == "disk":
-            return [c for m in needy for c in self._load(m, means)]
+        if not needy:
+            return []
+        begun, needy = self._use_copy(needy)
+        if means.source == "disk":
+            return begun + [c for m in needy for c in self._load(m, means)]
         sources = self._sources(means)
         if sources:
-            return self._multicast(at, needy, sources, means)
-        if any(self.transfers.busy(m.id) for m in self._fleet.loading()):
-            return []  # the others follow it by multicast
-        return self._load(max(needy, key=lambda m: m.units), means)
+            return begun + self._multicast(at, needy, sources, means)
+        if any(self.transfers.busy(m.id) for m in self._fleet.loading()) or self._copies.coming(self._spec.name):
+            return begun  # the others follow it by multicast
+        keeper = self._copies.where(self._spec.name)
+        if keeper is not None:
+            return self._multicast(at, needy, [self._fleet.members[keeper]], means)
+        return self._load(max(needy, key=self._held), means)
+
+    def _use_copy(self, needy: list[Member]) -> tuple[list[Command], list[Member]]:
+        """The needy one that keeps the host copy becomes an instance of it. → (commands, the others)."""
+        model = self._spec.name
+        member = next((m for m in needy if m.id in (self._copies.where(model), self._copies.coming(model))), None)
+        if member is None:
+            return [], needy
+        if self._copies.coming(model) is not None:  # broken in the making, and what is there is no part of an instance
+            return self._copies.drop(model), needy
+        self._copies.use(model)
+        commands = self._take(member)
+        return [*commands, self.transfers.use_copy(member.id, model, self._spec.units)], [
+            m for m in needy if m is not member]
+
+    def _held(self, member: Member) -> int:
+        """Units of this model on an IDLE or stranded instance."""
+        return member.units if member.model == self._spec.name else 0
+
+    def _take(self, member: Member) -> list[Command]:
+        """An IDLE instance begins to load; what it had of another model is dropped."""
+        if member.phase is not Phase.IDLE:
+            return []
+        stale = self._fleet.take(member)
+        return [DropCopy(member.id, stale)] if stale else []
 
     def _multicast(self, at: float, needy: list[Member], sources: list[Member], means: Means) -> list[Command]:
         """Plans for the targets in the world; the others read their disks once they waited long enough."""
@@ -91,15 +126,14 @@ class Provisioner:
         if not free or not targets:
             return commands
         prepare, spent = self.transfers.plan(
-            self._spec.name, [(m.id, m.units) for m in free], [(m.id, m.units) for m in targets],
+            self._spec.name, [(m.id, self._spec.units) for m in free], [(m.id, self._held(m)) for m in targets],
             self._spec.units, means.live, local)
         plan = next((c.plan for c in prepare if isinstance(c, PrepareTransfer)), None)
         for chain in plan.chains if plan is not None else ():
             members = [self._fleet.members[i] for i in chain.instances[1:]]
             self._prefer_prefill_tail(members)
             for member in members:
-                if member.phase is Phase.IDLE:
-                    member.move(Phase.LOADING)
+                commands += self._take(member)
         return commands + [c for i in spent for c in self._load(self._fleet.members[i], means)] + prepare
 
     def _prefer_prefill_tail(self, targets: list[Member]) -> None:
@@ -118,18 +152,11 @@ class Provisioner:
         return roots if roots and means.source == "unicast" else serving
 
     def _load(self, member: Member, means: Means) -> list[Command]:
-        if member.phase is Phase.IDLE:
-            member.move(Phase.LOADING)
-        run, command = self.transfers.load(member.id, member.units, self._spec.units, means.live)
-        return [command, *self._go_live(run)]
+        commands = self._take(member)
+        run, command = self.transfers.load(member.id, self._spec.name, member.units, self._spec.units, means.live)
+        return [*commands, command, *self.go_live(run)]
 
-    def _start(self, ticket: int) -> list[Command]:
-        runs, commands = self.transfers.start(ticket)
-        for run in runs:
-            commands += self._go_live(run)
-        return commands
-
-    def _go_live(self, run: Run) -> list[Command]:
+    def go_live(self, run: Run) -> list[Command]:
         """Pairs the chain's tail, whose out-link is free (section 3.3), with the chain's source or the busiest other.
 
         An instance that still owns requests of an earlier pair finishes them alone.
@@ -146,24 +173,17 @@ class Provisioner:
 
     # ---- events
 
-    def ready(self, instance: InstanceId, ticket: int) -> list[Command]:
-        self.transfers.ready(ticket, instance)
-        return self._start(ticket)
-
     def arrived(self, member: Member, units: int) -> None:
         """Units [0, units) are on a loading instance."""
         if member.phase in (Phase.LOADING, Phase.LIVE):
             member.units = max(member.units, min(units, self._spec.units))
 
-    def ended(self, member: Member, event: TransferEnded) -> list[Command]:
+    def ended(self, run: Run, member: Member, event: TransferEnded) -> list[Command]:
         """A source or target left its transfer: a complete target serves, an incomplete one breaks its chain."""
-        run = self.transfers.find(event.ticket, member.id)
-        if run is None:
-            return []
         is_target = member.id in run.targets
         if is_target:
             member.units = max(0, min(event.units, self._spec.units))
-        complete = member.units == self._spec.units
+        complete = not is_target or member.units == self._spec.units
         self._blame(run, member, is_target, failed=bool(event.error) or not complete)
         self.transfers.leave(run, member.id)
         commands = self.transfers.break_off(run) if event.error or not complete else []
@@ -171,7 +191,7 @@ class Provisioner:
             member.move(Phase.SERVING)
             member.failures = 0
             commands += self._end_if_drained(member.id)
-        return commands + self._start(run.ticket)
+        return commands
 
     def _blame(self, run: Run, member: Member, is_target: bool, failed: bool) -> None:
         """Counts a failure that no loss explains: against the target that reports it, or all if the source does."""
@@ -203,15 +223,8 @@ class Provisioner:
             new.move(Phase.LOADING)
         return self.pairs.end(pair, instance if lost else None)
 
-    def lost(self, instance: InstanceId) -> list[Command]:
-        """The instance died: its chain is cancelled, its pair ends. Call before it is marked FAILED."""
-        commands = self.unpair(instance, lost=True)
-        tickets, cancels = self.transfers.lose(instance)
-        return commands + cancels + [command for ticket in tickets for command in self._start(ticket)]
-
     def check(self) -> None:
-        """Asserts the invariant and those of transfers and pairs."""
-        self.transfers.check()
+        """Asserts the invariant and those of pairs."""
         self.pairs.check()
         for pair in self.pairs:
             old, new = self._fleet.alive(pair.old), self._fleet.alive(pair.new)
@@ -220,6 +233,3 @@ class Provisioner:
         for member in self._fleet.in_phase(Phase.LIVE):
             pair = self.pairs.of(member.id)
             assert pair is not None and pair.new == member.id, f"{member.id} is LIVE without a partner"
-        for run in self.transfers.runs():
-            assert all(self._fleet.alive(i) is not None for i in run.active), "a FAILED instance is in a transfer"
-            assert all(i in self._fleet.members for i in run.chain.instances)

@@ -1,7 +1,8 @@
 """How many instances should serve, and which ones come or go to get there?
 
 `reconcile` compares the goal with the fleet after every event and takes the next steps, so nothing that was lost, late
-or repeated needs a case of its own. Invariant: the last serving instance never drains.
+or repeated needs a case of its own. Invariant: the last serving instance only drains when the goal is none, or when
+another model needs it more and nobody asks for this one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from blitzjax.config import Config
 from blitzjax.control import autoscale
 from blitzjax.control.executor import MATRIX, Action
 from blitzjax.control.fleet import Fleet, Member
+from blitzjax.control.hostcache import HostCache
 from blitzjax.control.load import Load
 from blitzjax.control.provision import Means, Provisioner
 from blitzjax.control.requests import RequestBook
+from blitzjax.control.sharing import Want
 from blitzjax.types import Command, InstanceId, Phase, Release, Role, ScaleRequested
 
 MAX_FAILURES = 3  # of one instance's transfers within a scale-up
@@ -38,14 +41,19 @@ class Goal:
 
 
 class Scaler:
-    """Owns the goal; changes phases and roles to approach it. `receiving(i)`: KV is on its way to i."""
+    """Owns the goal of one model; changes phases and roles to approach it. `receiving(i)`: KV is on its way to i.
 
-    def __init__(self, config: Config, fleet: Fleet, book: RequestBook, provisioner: Provisioner,
+    `closing`: the model is to go, once the requests that it has have ended.
+    """
+
+    def __init__(self, config: Config, fleet: Fleet, book: RequestBook, provisioner: Provisioner, copies: HostCache,
                  receiving: Callable[[InstanceId], bool]) -> None:
         self._config = config
         self._fleet = fleet
         self._book = book
         self._provisioner = provisioner
+        self._copies = copies
+        self.closing = False
         self._receiving = receiving
         self._means = Means(config.scale.live, config.scale.source)
         self._memory = self._decode_memory = autoscale.Memory()
@@ -57,21 +65,48 @@ class Scaler:
     # ---- what is wanted
 
     def request(self, event: ScaleRequested) -> None:
-        """An operator's wish, within [1, instances]; it stands for `down_after_s` whatever the load is.
+        """An operator's wish, at most all instances; it stands for `down_after_s` whatever the load is.
 
-        With split roles it is about all instances; those that decode stay as many as they are, if that leaves one.
+        None only if min_instances allows it. With split roles it is about all instances; those that decode stay as
+        many as they are, if that leaves one.
         """
         pool = max(len(self._fleet.members), self._config.cluster.pool)
         means = Means(event.live or self._means.live, event.source or self._means.source)
-        target = max(1 + self._split, min(event.target, pool))
-        decode = min(self.goal.decode, target - 1)
+        target = max(1 + self._split if self._config.scale.min_instances else 0, min(event.target, pool))
+        decode = max(0, min(self.goal.decode, target - 1))
         self.goal = Goal(target - decode, decode, means, event.at + self._config.scale.down_after_s)
         self._memory = self._decode_memory = autoscale.Memory()
         for member in self._fleet.members.values():
-            member.failures, member.barred_until = 0, float("-inf")
+            member.barred_until.pop(self._fleet.model, None)
+            if member.model == self._fleet.model:
+                member.failures = 0
+
+    @property
+    def missing(self) -> int:
+        """How many more instances are wanted, of whatever role."""
+        return max(0, self._missing(self._prefill)) + max(0, self._missing(Role.DECODE))
+
+    @property
+    def asleep(self) -> bool:
+        """No instance is wanted: a request must wake the model."""
+        return not self.goal.target
+
+    def wake(self) -> None:
+        """A request waits for a model that has no instance, and wants none: it wants one, whatever the policy."""
+        if self.asleep and self._book.queued:
+            self.goal = replace(self.goal, prefill=1, decode=int(self._split))
+
+    def close(self) -> None:
+        """The model is to go: it keeps one instance, of each role, as long as it has requests."""
+        self.closing = True
+        needed = int(self._book.queued + self._book.running > 0)
+        self.goal = Goal(needed, needed * self._split, self._means)
 
     def tick(self, at: float) -> None:
         """Lets the policy look at the load."""
+        if self.closing:
+            self.close()
+            return
         if self._config.scale.policy != "auto" or at < self.goal.held_until or not self._fleet.members:
             return
         load, decode = self.load(at), 0
@@ -86,7 +121,24 @@ class Scaler:
     def load(self, at: float) -> Load:
         held = sum(self._book.pages(m.id) * m.page_size for m in self._fleet.serving(Role.PREFILL))  # mixed: none
         return Load(at, self._fleet.counted(self._prefill), self._book.total_backlog_tokens, self._book.total_pages,
-                    self._fleet.pages, self._fleet.counted(Role.DECODE), held)
+                    self._fleet.roster.pages, self._fleet.counted(Role.DECODE), held)
+
+    def want(self) -> Want:
+        """This model's side when workers are short. The operator's goal is not to be taken from."""
+        has = self._fleet.counted(self._prefill) + self._fleet.counted(Role.DECODE)
+        scale, waiting = self._config.scale, self._book.queued > 0
+        least = max(scale.min_instances + scale.min_decode * self._split, 1 + self._split if waiting else 0)
+        busy = 1 + self._split if waiting or self._book.running else 0
+        floor = max(least, busy, self.goal.target if scale.policy != "auto" else 0)
+        return Want(self._fleet.model, has, self.missing, min(least, self.goal.target),
+                    self._book.total_backlog_tokens, len(self._drainable()[: max(0, has - floor)]))
+
+    def give_up_one(self, wished: InstanceId | None) -> None:
+        """Another model needs an instance more: `wished` if possible, else the one with the fewest requests."""
+        able = self._drainable()
+        member = min(able, key=lambda m: (m.id != wished, self._book.owns(m.id)))
+        member.move(Phase.DRAINING)
+        member.yielded = True
 
     def place(self, member: Member) -> None:
         """Gives an instance that joined its role: what is missing, prefill first."""
@@ -96,13 +148,21 @@ class Scaler:
 
     # ---- getting there
 
-    def reconcile(self, at: float) -> list[Command]:
-        """The next steps towards the goal. Repeating it without a new event does nothing."""
+    def waits_for(self, instance: InstanceId) -> bool:
+        """Whether the next step may wait for the end of a request of `instance`; the next tick would find it too."""
+        member = self._fleet.members.get(instance)
+        return self._split or (member is not None and member.phase is Phase.DRAINING)
+
+    def reconcile(self, at: float, idle: list[Member], quota: int) -> list[Command]:
+        """The next steps towards the goal. Repeating it without a new event does nothing.
+
+        Of the `idle` workers it takes at most `quota`, which leave the list.
+        """
         state = (self._fleet.version, self._provisioner.transfers.version, self.goal)
         if state == self._settled:
             return []
         commands = self._give_up_hopeless(at)
-        if not self._fleet.count(Phase.SERVING):
+        if not self._fleet.count(Phase.SERVING) and not self.asleep:
             self._revive(self._prefill, 1)
         signs = _sign(self._missing(self._prefill)), _sign(self._missing(Role.DECODE))
         recruits: list[Member] = []
@@ -117,14 +177,14 @@ class Scaler:
                 case Action.REUSE_DECODE:
                     self._reuse_decode()
                 case Action.RECRUIT:
-                    recruits = self._recruits(at)
+                    recruits = self._recruits(at, idle, quota)
                 case Action.DRAIN_PREFILL:
                     commands += self._drain(self._prefill)
                 case Action.DRAIN_DECODE:
                     commands += self._drain(Role.DECODE)
                 case _:
                     assert_never(action)
-        commands += self._release_drained()
+        commands += self._release_drained(at)
         needy = self._provisioner.stranded() + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
         if not needy and not self._fleet.loading() and self.goal.means is not self._means:
@@ -147,7 +207,7 @@ class Scaler:
                     self.goal = replace(self.goal, decode=max(1, self.goal.decode - 1))
                 else:
                     self.goal = replace(self.goal, prefill=max(1, self.goal.prefill - 1))
-                member.failures, member.barred_until = 0, at + RETRY_S
+                member.failures, member.barred_until[self._fleet.model] = 0, at + RETRY_S
                 commands += self._abandon(member, f"{member.id} could not load the model")
         return commands
 
@@ -160,7 +220,7 @@ class Scaler:
 
     def _revive(self, role: Role, count: int) -> None:
         """Instances that still drain hold every unit: nothing is faster than keeping them, whatever they did before."""
-        draining = [m for m in self._fleet.in_phase(Phase.DRAINING) if not m.releasing]
+        draining = [m for m in self._fleet.in_phase(Phase.DRAINING) if not m.releasing and not m.yielded]
         for member in sorted(draining, key=lambda m: (m.role is not role, m.id))[: max(0, count)]:
             member.move(Phase.SERVING)
             if member.role is not role:
@@ -186,37 +246,62 @@ class Scaler:
         commands: list[Command] = []
         for member in self._provisioner.stranded():
             idle = member.phase is Phase.LOADING and member.role is role and not self._book.owns(member.id)
-            if idle and self._missing(role) < 0 and self._fleet.count(Phase.SERVING):
+            if idle and self._missing(role) < 0 and (self._fleet.count(Phase.SERVING) or self.asleep):
                 commands += self._abandon(member, "scaled down")
         while self._missing(role) < 0:
-            serving = self._fleet.serving(role)
-            able = [m for m in serving
-                    if self._provisioner.pairs.of(m.id) is None and not self._provisioner.transfers.busy(m.id)]
-            if len(serving) <= 1 or not able:
+            able = [m for m in self._drainable() if m.role is role]
+            if len(self._fleet.serving(role)) <= (not self.asleep) or not able:
                 break
             min(able, key=lambda m: self._book.owns(m.id)).move(Phase.DRAINING)
         return commands
 
-    def _release_drained(self) -> list[Command]:
-        if not self._fleet.count(Phase.DRAINING):
-            return []
-        return [self._release(m) for m in self._fleet.in_phase(Phase.DRAINING)
-                if not m.releasing and not self._book.owns(m.id) and not self._receiving(m.id)]
+    def _drainable(self) -> list[Member]:
+        """SERVING instances that nobody executes with or loads from."""
+        return [m for m in self._fleet.in_phase(Phase.SERVING)
+                if self._provisioner.pairs.of(m.id) is None and not self._provisioner.transfers.busy(m.id)]
 
-    def _release(self, member: Member) -> Command:
+    def _release_drained(self, at: float) -> list[Command]:
+        """Drained instances forget their parameters; the last one becomes the host copy, or waits for one."""
+        commands: list[Command] = []
+        for member in self._fleet.in_phase(Phase.DRAINING):
+            if member.releasing or self._book.owns(member.id) or self._receiving(member.id):
+                continue
+            if self._provisioner.transfers.busy(member.id):
+                continue  # it is what a host copy is made of
+            keep: bool | None = False
+            if self._is_last(member) and not self.closing:
+                keep, copying = self._copies.retire(at, self._fleet, member)
+                commands += copying
+            if keep is not None:
+                commands.append(self._release(member, keep))
+        return commands
+
+    def _is_last(self, member: Member) -> bool:
+        """No other instance holds every unit, or will go on to."""
+        return not self._fleet.count(Phase.SERVING) and all(
+            m is member or m.releasing for m in self._fleet.in_phase(Phase.DRAINING))
+
+    def _release(self, member: Member, keep: bool = False) -> Command:
         member.release()
-        return Release(member.id)
+        return Release(member.id, keep)
 
-    def _recruits(self, at: float) -> list[Member]:
-        """As many IDLE instances as are missing: in the world first, then those that hold most. Decode goes first."""
-        decode, prefill = max(0, self._missing(Role.DECODE)), max(0, self._missing(self._prefill))
-        if not decode + prefill:
+    def _recruits(self, at: float, idle: list[Member], quota: int) -> list[Member]:
+        """As many IDLE instances as are missing: who keeps the host copy, then those in the world, then those that hold
+        most; those that keep copies of other models go last. Decode goes first.
+        """
+        if not self.missing or not idle:
             return []
-        idle = [m for m in self._fleet.in_phase(Phase.IDLE) if at >= m.barred_until]
-        idle.sort(key=lambda m: (not m.in_world, -m.units, m.id))
-        chosen = idle[: decode + prefill]
+        decode = max(0, self._missing(Role.DECODE))
+        model = self._fleet.model
+        keeper = self._copies.where(model)
+        able = [m for m in idle if model in m.ready and at >= m.barred_until.get(model, at)
+                and not self._provisioner.transfers.settling(m.id)]
+        able.sort(key=lambda m: (m.id != keeper, not m.in_world, -m.units if m.model == model else 0,
+                                 self._copies.count(m.id), m.id))
+        chosen = able[: min(self.missing, quota)]
         for k, member in enumerate(chosen):
             member.assume(Role.DECODE if k < decode else self._prefill)
+            idle.remove(member)
         return chosen
 
 

@@ -11,7 +11,9 @@ from blitzjax.types import Chain, InstanceId, Phase, Role
 class InstanceStatus:
     """`waiting` and `running` count requests without and with a first token; pages are what they were admitted with.
 
-    `kv_received_bytes`: of requests that came to it with their KV, since the start.
+    `kv_received_bytes`: of requests that came to it with their KV, since the start. `units` are those of `model`, which
+    is empty while it is an instance of none; `copies` are models that it keeps in host memory besides, whole or in the
+    making.
     """
 
     id: InstanceId
@@ -25,14 +27,32 @@ class InstanceStatus:
     in_world: bool
     role: Role
     kv_received_bytes: int
+    model: str
+    copies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """`queued` requests have no instance, `running` ones have. `copy`: who keeps it in host memory; `coming`: who will."""
+
+    name: str
+    serving: int
+    target: int
+    queued: int
+    running: int
+    copy: InstanceId | None
+    coming: InstanceId | None
+    least: int  # min_instances
+    closing: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """`queued` requests have no instance, `running` ones have; `chains` are (ticket, chain), disk included."""
+    """`queued`, `running` and `target` are sums over the models; `chains` are (ticket, chain), disk included."""
 
     instances: tuple[InstanceStatus, ...]
     queued: int
     running: int
     target: int
     chains: tuple[tuple[int, Chain], ...]
+    models: tuple[ModelStatus, ...]

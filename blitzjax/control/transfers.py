@@ -1,7 +1,8 @@
 """Which parameter transfers are in flight, who takes part, and who has left them?
 
-A plan's chains are prepared together, start together and end one by one; a load from disk is a chain of one. Invariant:
-an instance takes part in at most one run at a time, as source or as target.
+A plan's chains are prepared together, start together and end one by one; a load from an instance's own disk or host
+copy is a chain of one. Invariant: an instance takes part in at most one run at a time, as source or as target, whatever
+models they move.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from blitzjax.control import multicast
 from blitzjax.control.topology import Topology
 from blitzjax.types import (
-    CancelTransfer, Chain, Command, InstanceId, LiveMode, LoadFromDisk, MulticastPlan, PrepareTransfer, Ring,
-    StartTransfer,
+    CancelTransfer, Chain, Command, InstanceId, KeepCopy, LiveMode, LoadFromDisk, MulticastPlan, PrepareTransfer, Ring,
+    StartTransfer, UseCopy,
 )
 
 DISK_TICKET = -1  # a worker may report the end of a disk load with this ticket
@@ -22,11 +23,13 @@ DISK_TICKET = -1  # a worker may report the end of a disk load with this ticket
 
 @dataclass(slots=True)
 class Run:
-    """One chain, or one disk load, from its command to the last TransferEnded."""
+    """One chain, or one load of an instance alone, from its command to the last TransferEnded."""
 
     ticket: int
+    model: str
     chain: Chain
-    disk: bool
+    alone: bool
+    copy: bool  # into host memory: its targets are no instances of the model
     live: LiveMode  # how its tail may execute meanwhile
     unready: set[InstanceId]  # have not answered PrepareTransfer
     active: set[InstanceId]  # have not left
@@ -35,7 +38,7 @@ class Run:
 
     @property
     def targets(self) -> tuple[InstanceId, ...]:
-        return self.chain.instances if self.disk else self.chain.instances[1:]
+        return self.chain.instances if self.alone else self.chain.instances[1:]
 
 
 @dataclass(slots=True)
@@ -78,7 +81,8 @@ class Transfers:
     # ---- beginning
 
     def plan(self, model: str, sources: list[multicast.Held], targets: list[multicast.Held], stop_unit: int,
-             live: LiveMode, local: Collection[InstanceId] = ()) -> tuple[list[Command], list[InstanceId]]:
+             live: LiveMode, local: Collection[InstanceId] = (), copy: bool = False
+             ) -> tuple[list[Command], list[InstanceId]]:
         """Prepares chains from `sources` to `targets`; those in `local` send inside their fast domain only.
 
         Second result: targets whose chain would need one clique more than the world allows; they must use their disks.
@@ -90,18 +94,24 @@ class Transfers:
         rings = plan.rings if any(chain.lanes > 1 for chain in chains) else ()
         if chains:
             self._last_ticket += 1
-            self._open([self._run(chain, False, live, rings if chain.lanes > 1 else ()) for chain in chains])
-        plan = MulticastPlan(plan.ticket, model, chains, rings)
+            self._open([self._run(model, chain, False, copy, live, rings if chain.lanes > 1 else ()) for chain in chains])
+        plan = MulticastPlan(plan.ticket, model, chains, rings, copy)
         prepare: list[Command] = [PrepareTransfer(i, plan) for chain in chains for i in chain.instances]
         return prepare, [i for chain in spent for i in chain.instances[1:]]
 
-    def load(self, instance: InstanceId, start_unit: int, stop_unit: int, live: LiveMode) -> tuple[Run, Command]:
+    def load(self, instance: InstanceId, model: str, start_unit: int, stop_unit: int,
+             live: LiveMode) -> tuple[Run, Command]:
         """Begins a load from the instance's own disk."""
-        self._last_ticket += 1
-        run = self._run(Chain((instance,), start_unit, stop_unit, 0), True, live, ())
-        self._open([run])
-        self._flights[run.ticket].started = True
-        return run, LoadFromDisk(instance, run.ticket, start_unit)
+        run = self._alone(instance, model, start_unit, stop_unit, False, live)
+        return run, LoadFromDisk(instance, run.ticket, start_unit, model)
+
+    def use_copy(self, instance: InstanceId, model: str, stop_unit: int) -> Command:
+        """Begins to make an instance of its own host copy."""
+        return UseCopy(instance, self._alone(instance, model, 0, stop_unit, False, "off").ticket, model)
+
+    def keep_copy(self, instance: InstanceId, model: str, stop_unit: int) -> Command:
+        """Begins to make a host copy from the instance's own disk."""
+        return KeepCopy(instance, self._alone(instance, model, 0, stop_unit, True, "off").ticket, model)
 
     def ready(self, ticket: int, instance: InstanceId) -> None:
         """`instance` answered PrepareTransfer; late answers are ignored."""
@@ -122,7 +132,7 @@ class Transfers:
     def find(self, ticket: int, instance: InstanceId) -> Run | None:
         """The run that a TransferEnded of `instance` is about; None when it is stale."""
         run = self.run_of(instance)
-        if run is None or (ticket != run.ticket and not (run.disk and ticket == DISK_TICKET)):
+        if run is None or (ticket != run.ticket and not (run.alone and ticket == DISK_TICKET)):
             return None
         return run
 
@@ -150,15 +160,15 @@ class Transfers:
             self._generations[ring.instances] += 1
         for other in self._gang(run):
             other.broken = True
-            if not other.disk:
+            if not other.alone:
                 self._generations[other.chain.instances] += 1
             commands += [CancelTransfer(i, other.ticket) for i in other.chain.instances if i in other.active]
         return commands
 
-    def lose(self, instance: InstanceId) -> tuple[list[int], list[Command]]:
+    def lose(self, instance: InstanceId) -> tuple[list[Run], list[Command]]:
         """`instance` died: breaks its chains, even those that it has left (others may still wait for its bytes).
 
-        → (their tickets, cancellations). The cliques that it was in are never joined again.
+        → (they, cancellations). The cliques that it was in are never joined again.
         """
         runs = [run for run in self.runs() if instance in run.chain.instances]
         commands = []
@@ -169,7 +179,7 @@ class Transfers:
         for members in self._generations:
             if instance in members and members not in broken:
                 self._generations[members] += 1
-        return [run.ticket for run in runs], commands
+        return runs, commands
 
     def check(self) -> None:
         """Asserts the invariant."""
@@ -201,9 +211,17 @@ class Transfers:
         return [chain for chain in plan.chains
                 if (gang_spent if chain.lanes > 1 else chain.generation >= self.max_generations)]
 
-    def _run(self, chain: Chain, disk: bool, live: LiveMode, rings: tuple[Ring, ...]) -> Run:
+    def _alone(self, instance: InstanceId, model: str, start_unit: int, stop_unit: int, copy: bool,
+               live: LiveMode) -> Run:
+        self._last_ticket += 1
+        run = self._run(model, Chain((instance,), start_unit, stop_unit, 0), True, copy, live, ())
+        self._open([run])
+        self._flights[run.ticket].started = True
+        return run
+
+    def _run(self, model: str, chain: Chain, alone: bool, copy: bool, live: LiveMode, rings: tuple[Ring, ...]) -> Run:
         members = set(chain.instances)
-        return Run(self._last_ticket, chain, disk, live, set() if disk else set(members), members, rings)
+        return Run(self._last_ticket, model, chain, alone, copy, live, set() if alone else set(members), members, rings)
 
     def _open(self, runs: list[Run]) -> None:
         self._flights[self._last_ticket] = _Flight(runs)

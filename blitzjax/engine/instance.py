@@ -123,8 +123,9 @@ class Instance:
                 self._end_live(message.pair)
             case m.PartnerLost():
                 self._partner_lost(message.partner)
-            case Release():
-                self._release()
+            case Release(keep=keep):
+                self._reset()
+                self.store.keep() if keep else self.store.release()
                 self._emit(Drained(self._now(), self.name))
             case m.ForgetRequests():
                 self._reset()
@@ -149,10 +150,6 @@ class Instance:
         if sequence is not None:
             self._leave(sequence)
             self._emit(RequestFinished(self._now(), self.name, request_id, sequence.work.attempt, "abort"))
-
-    def _release(self) -> None:
-        self._reset()
-        self.store.release()
 
     def _reset(self) -> None:
         """Forgets every request and pair; parameters stay."""
@@ -272,12 +269,14 @@ class Instance:
     def _kv_taken(self, message: m.KVTaken) -> None:
         sequence = self._current(message.request_id, message.attempt)
         if sequence is None:
+            if message.rest is not None:
+                message.rest.settled(False)
             return
         if message.error:
             self._leave(sequence)
             self._fail(sequence.work, message.error)
             return
-        sequence.partner_kv, sequence.kv_missing = message.arrays, False
+        sequence.partner_kv, sequence.partner_rest, sequence.kv_missing = message.arrays, message.rest, False
         if sequence.prefill is not None:
             self._adopt_kv(sequence)
 
@@ -287,7 +286,8 @@ class Instance:
         prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
         sequence.partner_kv = []
         if sequence.answered > len(sequence.work.generated):
-            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+            if sequence.partner_rest is None:
+                self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
             self._join_batch(sequence)
 
     def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
@@ -301,6 +301,8 @@ class Instance:
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
         if sequence.id not in self._cache.slots:
+            if self._old is not None:
+                self._old.leave_rest(sequence.id)
             return None
         self._batcher.pause(sequence.id)
         return self._cache.lift(sequence.id)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import numpy as np
 from jax import Array
 
 from blitzjax.control.zigzag import Handed, LiveQueue
-from blitzjax.engine.messages import ActivationsTaken, Borrow, HandOver, KVTaken, Loan, Old, Partner, Pulled
+from blitzjax.engine.messages import ActivationsTaken, Borrow, HandOver, KVRest, KVTaken, Loan, Old, Partner, Pulled
 from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sequence import Sequence
 from blitzjax.errors import TransferError
@@ -168,6 +169,10 @@ class OldSide:
         self._kv = ThreadPoolExecutor(1, thread_name_prefix="take-kv")
         self._link_free = threading.Event()  # no residuals are on their way
         self._link_free.set()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._leaving: set[RequestId] = set()  # their KV that is not here yet stays with NEW
+        self._elsewhere: set[int] = set()  # hand-overs whose KV others take from NEW
 
     def pull(self) -> None:
         assert not self.waiting
@@ -193,11 +198,41 @@ class OldSide:
             rows = narrow
         self.partner.lend(Loan(borrow.request_id, borrow.attempt, rows.dtype.name, rows.tobytes()))
 
+    def leave_rest(self, request_id: RequestId) -> None:
+        """The request leaves this instance: what is not here of its KV need not come, while the pair goes on."""
+        with self._lock:
+            self._leaving.add(request_id)
+
     def close(self) -> None:
         """Nothing is pulled any more; arrays on their way still arrive, then the connection closes."""
+        with self._lock:
+            self._closed = True
+            over = not self._elsewhere
+        self._activations.shutdown(wait=False)
+        if over:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
         self._kv.submit(self.partner.close)
         self._kv.shutdown(wait=False)
-        self._activations.shutdown(wait=False)
+
+    def _settle(self, seq: int, taken: bool) -> None:
+        """Nobody needs NEW's KV of hand-over `seq` any more; NEW frees it now, or with the connection."""
+        if taken:
+            self.partner.taken(seq)
+        with self._lock:
+            self._elsewhere.remove(seq)
+            over = self._closed and not self._elsewhere
+        if over:
+            self._hang_up()
+
+    def _stays(self, answer: HandOver) -> bool:
+        """The rest of the KV is left to whoever gets the request; the connection stays open for it."""
+        with self._lock:
+            stays = answer.work.request.id in self._leaving and not self._closed
+            if stays:
+                self._elsewhere.add(answer.seq)
+        return stays
 
     def _take_activations(self, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
         arrays, error = self._fetch(answer.address, answer.activation_uuid, specs)
@@ -205,18 +240,21 @@ class OldSide:
         self._post(ActivationsTaken(answer.work, answer.seq, answer.next_layer, arrays, error))
 
     def _take_kv(self, answer: HandOver, specs: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]) -> None:
-        """Keys and values of every layer that NEW ran, layer by layer."""
+        """Keys and values of every layer that NEW ran, layer by layer, unless the request leaves meanwhile."""
         arrays: list[Array] = []
-        error = ""
-        for uuid in answer.kv_uuids:
+        error, rest = "", None
+        for index, uuid in enumerate(answer.kv_uuids):
             self._link_free.wait()
+            if self._stays(answer):
+                rest = KVRest(answer.address, answer.kv_uuids[index:], specs[0].shape[3], partial(self._settle, answer.seq))
+                break
             taken, error = self._fetch(answer.address, uuid, list(specs))
             if error:
                 break
             arrays += taken
         else:
             self.partner.taken(answer.seq)
-        self._post(KVTaken(answer.work.request.id, answer.work.attempt, arrays, error))
+        self._post(KVTaken(answer.work.request.id, answer.work.attempt, arrays, error, rest))
 
     def _fetch(self, address: str, uuid: int, specs: list[jax.ShapeDtypeStruct]) -> tuple[list[Array], str]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,18 +43,31 @@ class HandOver:
 
 
 @dataclass(frozen=True, slots=True)
+class KVPiece:
+    """Keys and values of layers [start, stop), `width` tokens long, wait at `address` under `uuid`."""
+
+    address: str
+    uuid: int
+    start: int
+    stop: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class KVOffer:
     """What the source of a Migrate says to the target. `said`: all tokens of this attempt, in one message.
 
-    Keys and values of `layers_per_piece` layers, `width` tokens long, wait at `address` under each of `uuids`, in order.
+    The pieces are every layer once; those that a live partner ran and the source never got wait at the partner.
     """
 
     work: Work
     said: Tokens
-    address: str
-    width: int
-    layers_per_piece: int
-    uuids: tuple[int, ...]
+    pieces: tuple[KVPiece, ...]
+
+    @property
+    def key(self) -> int:
+        """No other offer has it."""
+        return self.pieces[0].uuid
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,7 @@ class KVArrived:
     """Keys and values of every layer are here, or `error` says why not."""
 
     offer: KVOffer
-    arrays: list[Array]
+    layers: list[tuple[Array, Array]]
     error: str
 
 
@@ -179,12 +193,28 @@ class ActivationsTaken:
 
 @dataclass(frozen=True, slots=True)
 class KVTaken:
-    """Keys and values of layers [0, n) of a handed-over prompt are here, or `error` says why not."""
+    """Keys and values of layers [0, n) of a handed-over prompt are here, or `error` says why not. n is all of the
+    partner's layers, or `rest` says where the others are.
+    """
 
     request_id: RequestId
     attempt: int
     arrays: list[Array]
     error: str
+    rest: KVRest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVRest:
+    """KV that stayed with a live partner, one of `uuids` per layer, for whoever gets the request.
+
+    `settled(taken)` must be called once; until then the connection to the partner stays open.
+    """
+
+    address: str
+    uuids: tuple[int, ...]
+    width: int
+    settled: Callable[[bool], None]
 
 
 @dataclass(frozen=True, slots=True)

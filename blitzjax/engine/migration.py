@@ -1,19 +1,21 @@
 """KV on the move: requests that leave this instance after Migrate, and those that come from others.
 
 The source stops decoding and offers keys and values in pieces of some layers; the target takes them while it decodes
-others, joins the request to its batch, and answers. Invariant: the source keeps the KV until the target has answered.
-Without an answer the target is gone: then the source decodes on, and a later Migrate starts anew.
+others, joins the request to its batch, and answers. Invariant: the source keeps what it has until the target has
+answered. Without an answer the target is gone: then the source decodes on, and a later Migrate starts anew.
+
+Of a prompt that two instances ran, the first layers may still be with the live partner when Migrate comes: the target
+takes them from there, and the source never has the whole.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from jax import Array
 
 from blitzjax.engine import messages as m
 from blitzjax.engine.runner import Runner
@@ -39,7 +41,9 @@ class Host(Protocol):
     def find(self, request_id: RequestId) -> Sequence | None: ...
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
-        """Stops decoding it: its seat stays, its keys and values are copied out. None: it is not in the batch."""
+        """Stops decoding it: its seat stays, its keys and values are copied out. None: its KV is not whole yet, and
+        those layers that have still to come from a partner stay there, see `Sequence.partner_rest`.
+        """
 
     def admit(self, sequence: Sequence) -> bool:
         """Gives a sequence from elsewhere a seat. False: there is none, or the parameters are not here."""
@@ -56,7 +60,7 @@ class _Leaving:
     """A request whose KV was offered to another instance."""
 
     sequence: Sequence
-    kv: list[KV]
+    kv: list[KV | None]  # None: with the live partner that ran the layer
     offer: m.KVOffer
     session: m.KVSession
 
@@ -79,8 +83,8 @@ class Moves:
         self._emit, self._now = emit, now
         self._stages = host.runner.stages
         self._leaving: dict[RequestId, _Leaving] = {}
-        self._wanted: dict[RequestId, InstanceId] = {}  # where to, once a partner's layers of KV are here
-        self._coming: dict[int, _Coming] = {}  # by first uuid
+        self._wanted: dict[RequestId, InstanceId] = {}  # where to, once it is known where each layer of KV is
+        self._coming: dict[int, _Coming] = {}  # by the offer's key
 
     def handle(self, message: Message) -> None:
         match message:
@@ -89,7 +93,7 @@ class Moves:
             case m.KVAnswered() | m.KVUnanswered():
                 self._answered(message)
             case m.KVOffered(offer=offer, source=source):
-                coming = self._coming[offer.uuids[0]] = _Coming(offer, source)
+                coming = self._coming[offer.key] = _Coming(offer, source)
                 threading.Thread(target=self._take, args=(coming,), name="take-moved-kv").start()
             case m.KVWithdrawn(offer=offer):
                 self._forget(offer)
@@ -97,11 +101,11 @@ class Moves:
                 self._arrived(message)
 
     def leaving(self, sequence: Sequence) -> bool:
-        """Its KV is on its way, or will be when it is whole."""
+        """Its KV is on its way, or will be."""
         return sequence.id in self._leaving or sequence.id in self._wanted
 
-    def send_if_wanted(self, sequence: Sequence, kv: list[KV]) -> bool:
-        """The KV of a prompt is whole: whether it leaves at once, since its Migrate came before."""
+    def send_if_wanted(self, sequence: Sequence, kv: list[KV | None]) -> bool:
+        """A prompt is done, and no more of its KV comes here: whether it leaves, since its Migrate came before."""
         target = self._wanted.pop(sequence.id, None)
         if target is not None:
             self._send(sequence, kv, target)
@@ -110,12 +114,14 @@ class Moves:
     def left(self, request_id: RequestId) -> None:
         """The request is over here: nobody may have its KV any more."""
         self._wanted.pop(request_id, None)
-        self._retract(request_id)
+        leaving = self._retract(request_id)
+        if leaving is not None:
+            _settle(leaving.sequence, taken=False)
 
     def close(self) -> None:
         """Every request is forgotten."""
         for request_id in list(self._leaving):
-            self._retract(request_id)
+            self.left(request_id)
         for coming in list(self._coming.values()):
             self._forget(coming.offer)
         self._wanted.clear()
@@ -134,43 +140,57 @@ class Moves:
         else:
             self._send(sequence, kv, command.target)
 
-    def _send(self, sequence: Sequence, kv: list[KV], target: InstanceId) -> None:
+    def _send(self, sequence: Sequence, kv: list[KV | None], target: InstanceId) -> None:
         width = self._stages.shapes.moved(len(sequence.tokens) - 1)  # the last token has no KV yet
-        kv = fitted(self._stages, kv, width)
-        group = max(1, _PIECE_BYTES // sum(a.nbytes for a in kv[0]))
-        uuids = tuple(self._handoff.offer([a for pair in kv[start : start + group] for a in pair])
-                      for start in range(0, len(kv), group))
-        offer = m.KVOffer(sequence.work, sequence.said, self._handoff.address, width, group, uuids)
+        kv = [None if pair is None else fitted(self._stages, pair, width) for pair in kv]
+        offer = m.KVOffer(sequence.work, sequence.said, tuple(self._pieces(kv, sequence.partner_rest)))
         self._leaving[sequence.id] = _Leaving(sequence, kv, offer, self._open_session(target, offer))
+
+    def _pieces(self, kv: list[KV | None], rest: m.KVRest | None) -> Iterator[m.KVPiece]:
+        """Ours are offered; then come those that a partner offers: the layers that are None."""
+        absent = [layer for layer, pair in enumerate(kv) if pair is None]
+        first, last = (absent[0], absent[-1] + 1) if absent else (len(kv), len(kv))
+        for start, stop in ((0, first), (last, len(kv))):
+            group = max(1, _PIECE_BYTES // sum(a.nbytes for a in kv[start])) if start < stop else 1
+            for layer in range(start, stop, group):
+                upper = min(layer + group, stop)
+                uuid = self._handoff.offer([a for pair in kv[layer:upper] for a in pair])
+                yield m.KVPiece(self._handoff.address, uuid, layer, upper, kv[layer][0].shape[3])
+        for layer, uuid in zip(absent, rest.uuids if rest is not None else (), strict=True):
+            yield m.KVPiece(rest.address, uuid, layer, layer + 1, rest.width)
 
     def _answered(self, message: m.KVAnswered | m.KVUnanswered) -> None:
         """The target has it, cannot have it, or is gone."""
         request_id = message.offer.work.request.id
         leaving = self._leaving.get(request_id)
-        if leaving is None or leaving.offer.uuids != message.offer.uuids:
+        if leaving is None or leaving.offer.key != message.offer.key:
             return  # retracted meanwhile
-        if isinstance(message, m.KVAnswered) and not message.error:
+        sequence, answered = leaving.sequence, isinstance(message, m.KVAnswered)
+        if answered and not message.error:
             del self._leaving[request_id]
-            self._host.leave(leaving.sequence)
+            _settle(sequence, taken=True)
+            self._host.leave(sequence)
             return
         self._retract(request_id)
-        if isinstance(message, m.KVUnanswered):
-            self._host.join(leaving.sequence, self._placeable(leaving.kv))
-        else:
-            self._host.leave(leaving.sequence)
-            self._fail(request_id, leaving.sequence.work.attempt, message.error)
+        if not answered and None not in leaving.kv:
+            self._host.join(sequence, self._placeable(leaving.kv))
+            return
+        _settle(sequence, taken=False)
+        self._host.leave(sequence)
+        self._fail(request_id, sequence.work.attempt, message.error if answered else "its target left with a part of it")
 
     def _retract(self, request_id: RequestId) -> _Leaving | None:
         """Ends the session, if there is one, and frees what its target has not taken."""
         leaving = self._leaving.pop(request_id, None)
         if leaving is not None:
             leaving.session.close()
-            threading.Thread(target=self._withdraw, args=(leaving.offer.uuids,), name="withdraw-kv").start()
+            threading.Thread(target=self._withdraw, args=(leaving.offer.pieces,), name="withdraw-kv").start()
         return leaving
 
-    def _withdraw(self, uuids: tuple[int, ...]) -> None:
+    def _withdraw(self, pieces: tuple[m.KVPiece, ...]) -> None:
         """Pieces are taken in order: those before one that was taken are gone, too."""
-        for uuid in reversed(uuids):
+        own = [piece.uuid for piece in pieces if piece.address == self._handoff.address]
+        for uuid in reversed(own):
             if not self._handoff.withdraw(uuid):
                 return
 
@@ -181,31 +201,30 @@ class Moves:
 
     def _take(self, coming: _Coming) -> None:
         """Keys and values of every layer, piece by piece. In a thread of its own."""
-        offer, layers = coming.offer, self._stages.spec.layers
-        specs = self._stages.kv_specs(1, offer.width)
-        arrays: list[Array] = []
+        layers: dict[int, KV] = {}
         error = ""
         try:
-            for index, uuid in enumerate(offer.uuids):
+            for piece in coming.offer.pieces:
                 if coming.withdrawn.is_set():
                     return
-                count = min(offer.layers_per_piece, layers - index * offer.layers_per_piece)
-                arrays += self._handoff.take(offer.address, uuid, specs * count, self._timeout_s)
+                specs = self._stages.kv_specs(1, piece.width) * (piece.stop - piece.start)
+                arrays = self._handoff.take(piece.address, piece.uuid, specs, self._timeout_s)
+                layers |= dict(zip(range(piece.start, piece.stop), zip(arrays[::2], arrays[1::2], strict=True), strict=True))
         except TransferError as e:
             error = str(e)
-        self._host.post(m.KVArrived(offer, arrays, error))
+        self._host.post(m.KVArrived(coming.offer, [layers[layer] for layer in sorted(layers)], error))
 
     def _forget(self, offer: m.KVOffer) -> None:
-        coming = self._coming.pop(offer.uuids[0], None)
+        coming = self._coming.pop(offer.key, None)
         if coming is not None:
             coming.withdrawn.set()
 
     def _arrived(self, message: m.KVArrived) -> None:
-        coming = self._coming.pop(message.offer.uuids[0], None)
+        coming = self._coming.pop(message.offer.key, None)
         if coming is not None:
-            coming.source.answer(message.error or self._adopt(coming.offer, message.arrays))
+            coming.source.answer(message.error or self._adopt(coming.offer, message.layers))
 
-    def _adopt(self, offer: m.KVOffer, arrays: list[Array]) -> str:
+    def _adopt(self, offer: m.KVOffer, kv: list[KV]) -> str:
         """The request is this instance's from now on, unless the text that comes back says why not.
 
         What the source said of it is said again: its own words may be lost with it, or come later than ours.
@@ -220,19 +239,24 @@ class Moves:
         sequence.repeat(offer.said)
         if not self._host.admit(sequence):
             return f"{self._host.name} has no room for a request that was sent to it"
-        moved = sum(a.nbytes for a in arrays)
+        moved = sum(a.nbytes for pair in kv for a in pair)
         self._emit(KVMigrated(self._now(), self._host.name, sequence.id, work.attempt, moved))
         self._emit(offer.said)
-        self._host.join(sequence, self._placeable(list(zip(arrays[::2], arrays[1::2], strict=True))))
+        self._host.join(sequence, self._placeable(kv))
         return ""
 
     def _placeable(self, kv: list[KV]) -> list[KV]:
         """As long as a decode cache can take."""
-        return fitted(self._stages, kv, self._stages.shapes.context(kv[0][0].shape[3]))
+        length = self._stages.shapes.context(max(k.shape[3] for k, _ in kv))
+        return [fitted(self._stages, pair, length) for pair in kv]
 
 
-def fitted(stages: Stages, kv: list[KV], length: int) -> list[KV]:
-    """Keys and values of one sequence, cut or padded to `length` tokens."""
-    if kv[0][0].shape[3] == length:
-        return kv
-    return [stages.resize(k, v, np.zeros(1, np.int32), length) for k, v in kv]
+def fitted(stages: Stages, kv: KV, length: int) -> KV:
+    """Keys and values of one layer of one sequence, cut or padded to `length` tokens."""
+    return kv if kv[0].shape[3] == length else stages.resize(*kv, np.zeros(1, np.int32), length)
+
+
+def _settle(sequence: Sequence, taken: bool) -> None:
+    rest, sequence.partner_rest = sequence.partner_rest, None
+    if rest is not None:
+        rest.settled(taken)

@@ -1,7 +1,8 @@
 """Where do an instance's parameters live? One contiguous slab of bytes per unit and device, and arrays that view it.
 
 Slabs are what disk readers and the multicast write into; `LayerStore.commit` turns a full slab into sharded jax.Arrays
-without copying on CPU. Invariant: units [0, store.units) are committed, and their slabs are never written again.
+without copying on CPU; a host copy stays bytes until it is used. Invariant: units [0, store.units) are committed, and
+their slabs are never written again.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ def _allocate(nbytes: int) -> np.ndarray:
 
 
 class LayerStore:
-    """The parameters of one instance on its devices. One owner commits, in unit order; others may read `params`."""
+    """The parameters of one instance on its devices, or a model's copy in host memory. One owner commits, in unit
+    order; others may read `params`.
+    """
 
     def __init__(self, spec: ModelSpec, devices: Sequence[jax.Device]) -> None:
         assert devices
@@ -191,6 +194,7 @@ class LayerStore:
         self.mesh = Mesh(np.array(devices), (TP_AXIS,), axis_types=(AxisType.Auto,))
         self.rules = ShardingRules(len(devices))
         self.units = 0  # units [0, units) are committed
+        self.is_copy = False  # kept in host memory only
         self._devices = tuple(devices)
         self._slabs: dict[tuple[int, int], np.ndarray] = {}
         self._params: list[dict[str, jax.Array]] = []
@@ -216,21 +220,40 @@ class LayerStore:
         return self._slabs[key]
 
     def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
-        """All lanes of `unit` are written: afterwards `params(unit)` is valid and `units == unit + 1`.
+        """All lanes of `unit` are written: afterwards `units == unit + 1` and, but in a copy, `params(unit)` is valid.
 
         `checksums` are the lanes' digests where they are known already.
-
-        On CPU the arrays alias the slabs; elsewhere they are copied to the devices.
         """
         assert unit == self.units, f"unit {unit} committed, unit {self.units} is next"
+        if not self.is_copy:
+            self._params.append(self._arrays(unit))
+        self._checksums.update({(unit, lane): value for lane, value in enumerate(checksums)})
+        self.units = unit + 1
+
+    def keep(self) -> None:
+        """What is here, and what will be committed, is a host copy from now on: no array is left."""
+        self.is_copy = True
+        self._params.clear()
+
+    def use(self) -> None:
+        """What is here, and what will be committed, is an instance's from now on."""
+        if self.is_copy:
+            self._params.extend(map(self._arrays, range(self.units)))
+            self.is_copy = False
+
+    def _arrays(self, unit: int) -> dict[str, jax.Array]:
+        """On CPU they alias the slabs; elsewhere they are copied to the devices."""
         lanes = [self.layout(unit).views(self.slab(unit, lane)) for lane in range(self.lanes)]
-        self._params.append({
+        return {
             info.name: jax.make_array_from_single_device_arrays(
                 info.shape, NamedSharding(self.mesh, self.rules.partition(info)),
                 [jax.device_put(views[info.name], device) for views, device in zip(lanes, self._devices, strict=True)])
-            for info in unit_arrays(self.spec, unit)})
-        self._checksums.update({(unit, lane): value for lane, value in enumerate(checksums)})
-        self.units = unit + 1
+            for info in unit_arrays(self.spec, unit)}
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all slabs, complete or not."""
+        return sum(slab.nbytes for slab in list(self._slabs.values()))
 
     def params(self, unit: int) -> dict[str, jax.Array]:
         assert 0 <= unit < self.units, f"unit {unit} is not loaded; {self.units} are"
@@ -248,7 +271,7 @@ class LayerStore:
 
     def release(self) -> None:
         """Drops every array and slab; memory goes back once the last jax.Array that a caller kept is gone."""
-        self.units = 0
+        self.units, self.is_copy = 0, False
         self._params.clear()
         self._slabs.clear()
         self._checksums.clear()

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from blitzjax.control.prefixes import PageKey
-from blitzjax.engine.messages import Tokens
+from blitzjax.engine.messages import KVRest, Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
 from blitzjax.types import ModelSpec, RequestId, TokenLogprob, Work
@@ -29,6 +29,7 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)  # of its full pages so far, see PrefixCache
     cached_tokens: int | None = None  # of the prompt, that the prefix cache had when it was first run here
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
+    partner_rest: KVRest | None = None  # those of the partner's layers that stay there: the request is about to leave
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of this attempt's tokens, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # as they went with the first token
 

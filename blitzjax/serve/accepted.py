@@ -8,7 +8,7 @@ causes an event; what follows for the brain is returned, so that a journal can b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from blitzjax import types
@@ -44,7 +44,7 @@ class PastOrder:
 class Accepted:
     """Owned by the controller."""
 
-    model: ServedModel
+    models: Mapping[str, ServedModel]
     _running: dict[types.RequestId, Answer] = field(default_factory=dict)
     _visits: dict[str, _Visit] = field(default_factory=dict)  # by the client's request id
     _unclaimed: set[str] = field(default_factory=set)
@@ -79,7 +79,8 @@ class Accepted:
         """New answers, numbered from `first` on: unlike the client's id such a number never comes back."""
         assert not self.running(order.request_id)
         changed = asyncio.Event()
-        answers = tuple(Answer(f"{order.request_id}#{first + index}", order, index, self.model, at, changed)
+        model = self.models[order.model]
+        answers = tuple(Answer(f"{order.request_id}#{first + index}", order, index, model, at, changed)
                         for index in range(order.n))
         self.next_number = first + order.n
         self._visits[order.request_id] = _Visit(at, first, answers)
@@ -144,6 +145,8 @@ class Accepted:
 
     def restore(self, past: list[PastOrder], next_number: int) -> None:
         for known in past:
+            if known.order.model not in self.models:
+                continue  # undeployed; its client has everything
             answers = self.admit(known.order, known.first, known.at)
             self._visits[known.order.request_id].left_s = known.left_s
             for answer, progress, running in zip(answers, known.answers, known.running, strict=True):

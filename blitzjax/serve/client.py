@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias, TypedDict, Unpack
 
 import grpc
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
     model: str
     request_id: str
     priority: int  # lower goes first
+    progress: bool
     timeout_s: float
 
 
@@ -67,6 +69,7 @@ class Chunk:
     usage: pb.Usage | None
     prompt_token_ids: tuple[int, ...]  # with echo
     prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
+    progress: pb.Progress | None  # what the request waits for, if asked for; such a chunk has nothing else
     at_s: float  # since the call began, on this side
 
 
@@ -139,11 +142,21 @@ class Client:
     def status(self, timeout_s: float | None = 10.0) -> pb.ClusterStatus:
         return self._unary(self._stub.Status, pb.StatusRequest(), timeout_s)
 
-    def scale(self, target: int, *, live: LiveMode | None = None, source: Source | None = None, wait: bool = False,
-              timeout_s: float | None = None) -> pb.ScaleResponse:
-        """Asks for `target` instances; with `wait`, returns when exactly that many serve."""
-        return self._unary(self._stub.Scale, pb.ScaleRequest(target=target, live=live, source=source, wait=wait),
-                           timeout_s)
+    def scale(self, target: int, *, model: str = "", live: LiveMode | None = None, source: Source | None = None,
+              wait: bool = False, timeout_s: float | None = None) -> pb.ScaleResponse:
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve. One model needs no name."""
+        return self._unary(
+            self._stub.Scale,
+            pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
+
+    def deploy(self, directory: str | Path, *, min_instances: int | None = None, max_instances: int | None = None,
+               timeout_s: float | None = None) -> pb.DeployResponse:
+        """Serves one more converted checkpoint; returns when the workers are compiled for it."""
+        return self._unary(self._stub.Deploy, deploy_request(directory, min_instances, max_instances), timeout_s)
+
+    def undeploy(self, model: str, timeout_s: float | None = None) -> pb.UndeployResponse:
+        """Returns when the model's requests have ended and no worker holds it."""
+        return self._unary(self._stub.Undeploy, pb.UndeployRequest(model=model), timeout_s)
 
     def watch(self, timeout_s: float | None = None) -> Iterator[pb.ClusterStatus]:
         """The cluster now and after every change; closing the iterator ends the call."""
@@ -156,7 +169,7 @@ class Client:
             call.cancel()
 
     def ready(self) -> bool:
-        """True when at least one instance serves."""
+        """True when at least one instance serves, or a model that has none can have one at once."""
         try:
             answer = self._health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
         except grpc.RpcError:
@@ -230,11 +243,22 @@ class AsyncClient:
     async def status(self, timeout_s: float | None = 10.0) -> pb.ClusterStatus:
         return await self._unary(self._stub.Status, pb.StatusRequest(), timeout_s)
 
-    async def scale(self, target: int, *, live: LiveMode | None = None, source: Source | None = None,
-                    wait: bool = False, timeout_s: float | None = None) -> pb.ScaleResponse:
-        """Asks for `target` instances; with `wait`, returns when exactly that many serve."""
+    async def scale(self, target: int, *, model: str = "", live: LiveMode | None = None,
+                    source: Source | None = None, wait: bool = False,
+                    timeout_s: float | None = None) -> pb.ScaleResponse:
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve. One model needs no name."""
         return await self._unary(
-            self._stub.Scale, pb.ScaleRequest(target=target, live=live, source=source, wait=wait), timeout_s)
+            self._stub.Scale,
+            pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
+
+    async def deploy(self, directory: str | Path, *, min_instances: int | None = None,
+                     max_instances: int | None = None, timeout_s: float | None = None) -> pb.DeployResponse:
+        """Serves one more converted checkpoint; returns when the workers are compiled for it."""
+        return await self._unary(self._stub.Deploy, deploy_request(directory, min_instances, max_instances), timeout_s)
+
+    async def undeploy(self, model: str, timeout_s: float | None = None) -> pb.UndeployResponse:
+        """Returns when the model's requests have ended and no worker holds it."""
+        return await self._unary(self._stub.Undeploy, pb.UndeployRequest(model=model), timeout_s)
 
     async def watch(self, timeout_s: float | None = None) -> AsyncIterator[pb.ClusterStatus]:
         """The cluster now and after every change; closing the iterator ends the call."""
@@ -248,7 +272,7 @@ class AsyncClient:
             call.cancel()
 
     async def ready(self) -> bool:
-        """True when at least one instance serves."""
+        """True when at least one instance serves, or a model that has none can have one at once."""
         try:
             answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
         except grpc.RpcError:
@@ -270,14 +294,19 @@ class AsyncClient:
             raise error_of(e) from e
 
 
+def deploy_request(directory: str | Path, min_instances: int | None, max_instances: int | None) -> pb.DeployRequest:
+    return pb.DeployRequest(directory=str(Path(directory).resolve()), min_instances=min_instances,
+                            max_instances=max_instances)
+
+
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     """Raises TypeError for an option that does not exist."""
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    outside = ("model", "request_id", "priority", "timeout_s")
+    outside = ("model", "request_id", "priority", "progress", "timeout_s")
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
-                             priority=options.get("priority", 0),
+                             priority=options.get("priority", 0), progress=options.get("progress", False),
                              sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))
     if isinstance(prompt, str):
         out.text = prompt
@@ -291,6 +320,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
 
 def collect(chunks: Sequence[Chunk]) -> Result:
     """Joins the chunks of one complete answer. Raises ValueError when they are of several."""
+    chunks = [chunk for chunk in chunks if chunk.progress is None]
     first, last = chunks[0], chunks[-1]
     if any(chunk.index != last.index for chunk in chunks):
         raise ValueError("these are several answers (n > 1); use generate_all")
@@ -305,6 +335,7 @@ def collect(chunks: Sequence[Chunk]) -> Result:
 
 def collect_all(chunks: Sequence[Chunk]) -> list[Result]:
     """Joins the chunks of all answers to one request, by index."""
+    chunks = [chunk for chunk in chunks if chunk.progress is None]
     return [collect([c for c in chunks if c.index == index]) for index in sorted({c.index for c in chunks})]
 
 
@@ -313,4 +344,5 @@ def _chunk(message: pb.GenerateResponse, started: float) -> Chunk:
         request_id=message.request_id, index=message.index, text=message.text, token_ids=tuple(message.token_ids),
         logprobs=tuple(message.logprobs), finish_reason=message.finish_reason,
         usage=message.usage if message.HasField("usage") else None, prompt_token_ids=tuple(message.prompt_token_ids),
-        prompt_logprobs=tuple(message.prompt_logprobs), at_s=time.monotonic() - started)
+        prompt_logprobs=tuple(message.prompt_logprobs),
+        progress=message.progress if message.HasField("progress") else None, at_s=time.monotonic() - started)

@@ -11,82 +11,67 @@ import asyncio
 import contextlib
 import json
 import logging
-import signal
 import sys
 import time
-import typing
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from blitzjax import config as configs
 from blitzjax import types
 from blitzjax.config import Config
-from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable
+from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable, UnknownModel
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.eventlog import EventLog
-from blitzjax.serve.frontend import SERVICE, Frontend
 from blitzjax.serve.journal import Journal
 from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import ServedModel, load_model
-from blitzjax.serve.replica import Replica
+from blitzjax.serve.replica import Replica, message_of
 from blitzjax.serve.resume import compact, with_journal
-from blitzjax.v1 import inference_pb2_grpc as rpc
+from blitzjax.serve.server import background, serve
 from blitzjax.v1 import worker_pb2 as pb
 
 _log = logging.getLogger("blitzjax.controller")
 _TICK_S = 0.05
-_GRACE_S = 0.5  # open streams may flush their last message
-
-_SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-)
 
 
 class Controller:
     """Owns the brain, the requests' answers and the worker links. Implements links.Shell."""
 
-    def __init__(self, config: Config, model: ServedModel, workers: Mapping[types.InstanceId, str]):
+    def __init__(self, config: Config, models: Sequence[ServedModel], workers: Mapping[types.InstanceId, str]):
         """`workers` maps instance ids to addresses, in rank order."""
-        self.config, self.model = config, model
-        self.context_tokens = min(config.engine.max_model_len, model.spec.max_len)
+        self.config = config
+        if len({model.name for model in models}) < len(models):
+            raise ConfigError(f"two models have the same name; they are {', '.join(m.name for m in models)}")
         self.draining = False
         self._started = time.monotonic()  # on that clock, `now` was 0
+        self.compiled: set[tuple[types.InstanceId, str]] = set()  # workers, for models deployed since the start
+        self.refusals: dict[tuple[types.InstanceId, str], str] = {}
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
         self._served = False  # an instance has served since the start
         self._event_log: EventLog | None = None
         self.journal: Journal | None = None
         self._claims_until = 0.0  # clients of the last controller may come back
-        self._workers = dict(workers)
-        self._links = {link.instance: link for link in self._make_links(workers)}
-        self.replica = Replica(config, model, self._links)
+        self.about: dict[str, object] = {  # what a log of this controller is about
+            "specs": [asdict(model.spec) for model in models], "config": configs.to_tables(config),
+            "workers": dict(workers)}
+        self.links = {link.instance: link for link in self._make_links(models, workers)}
+        self.replica = Replica(config, models, self.links)
+        self.models = self.replica.models
         self._orders = self.replica.orders
 
-    def _make_links(self, workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
+    def _make_links(self, models: Sequence[ServedModel], workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
         peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]
         for instance, address in workers.items():
             yield WorkerLink(address, pb.Configure(
-                instance=instance, model_json=self.model.manifest_json,
-                config_json=json.dumps(configs.to_tables(self.config)), checkpoint=str(self.model.directory),
-                peers=peers), self)
+                instance=instance, models=[message_of(model) for model in models],
+                config_json=json.dumps(configs.to_tables(self.config)), peers=peers), self)
 
     # ---- time and state
 
     def now(self) -> float:
         return time.monotonic() - self._started
-
-    @property
-    def about(self) -> dict[str, object]:
-        """What a log of this controller is about."""
-        return {"spec": asdict(self.model.spec), "config": configs.to_tables(self.config), "workers": self._workers}
 
     @property
     def resume_s(self) -> float:
@@ -95,17 +80,17 @@ class Controller:
 
     @property
     def pool(self) -> int:
-        return len(self._links)
-
-    @property
-    def serving(self) -> int:
-        return sum(i.phase is types.Phase.SERVING for i in self.status().instances)
+        return len(self.links)
 
     @property
     def ready(self) -> bool:
-        """Prompts are answered to the end: an instance that runs them can decode as well, one that decodes cannot."""
-        return any(i.phase is types.Phase.SERVING and i.role is not types.Role.DECODE
-                   for i in self.status().instances)
+        """A model can answer: an instance serves that runs prompts (those can decode as well), or one is being made, or
+        can be, of its host copy.
+        """
+        status = self.status()
+        waking = self._served and any(m.target and not m.least for m in status.models)
+        return waking or any(m.copy for m in status.models) or any(
+            i.phase is types.Phase.SERVING and i.role is not types.Role.DECODE for i in status.instances)
 
     @property
     def busy(self) -> bool:
@@ -113,6 +98,16 @@ class Controller:
 
     def status(self):
         return self.replica.cluster.status()
+
+    def find(self, name: str) -> ServedModel:
+        """The model of this name; without a name, the one deployed first. Raises UnknownModel."""
+        model = self.models.get(name) if name else next(iter(self.models.values()), None)
+        if model is None:
+            raise UnknownModel(f"no model {name!r} here; served: {', '.join(self.models) or 'none'}")
+        return model
+
+    def context_tokens(self, model: ServedModel) -> int:
+        return min(self.config.engine.max_model_len, model.spec.max_len)
 
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[asyncio.Event]:
@@ -161,8 +156,23 @@ class Controller:
         for answer in answers:
             self.on_event(types.RequestCancelled(self.now(), answer.request.id))
 
-    def scale(self, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
-        self.on_event(types.ScaleRequested(self.now(), target, live, source))
+    def scale(self, model: str, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
+        self.on_event(types.ScaleRequested(self.now(), target, live, source, model))
+
+    def deploy(self, model: ServedModel, least: int | None, most: int | None) -> None:
+        """In the brain and on every worker."""
+        now = self.now()
+        if self.journal is not None:
+            self.journal.deployed(now, str(model.directory), least, most)
+        for event in self.replica.deploy(model, least, most, now):
+            self.on_event(event)
+
+    def remove(self, name: str) -> None:
+        """Nothing of the model is left in the brain."""
+        if self.journal is not None:
+            self.journal.removed(self.now(), name)
+        self.replica.remove(name)
+        self._flush()
 
     # ---- what workers say
 
@@ -190,7 +200,9 @@ class Controller:
         due = self.replica.react(event)
         if isinstance(event, types.TransferEnded) and event.error:
             self._load_failed(event)
-        self._served = self._served or self.serving > 0
+        elif isinstance(event, types.ModelReady):
+            self.compiled.add((event.instance, event.model))
+        self._served = self._served or self.ready
         for changed in self._watchers:
             changed.set()
         return due
@@ -214,9 +226,15 @@ class Controller:
         if not self._served and self._broken is not None and not self._broken.done():
             self._broken.set_exception(BlitzError(f"the model cannot be loaded: {event.error}"))
 
-    def on_refused(self, instance: types.InstanceId, message: str) -> None:
+    def on_refused(self, instance: types.InstanceId, message: str, model: str = "") -> None:
+        if model:
+            _log.error("%s cannot serve %s: %s", instance, model, message)
+            self.refusals[instance, model] = message
+            for changed in self._watchers:
+                changed.set()
+            return
         _log.error("%s refused to serve: %s", instance, message)
-        if self._broken is not None and not self._broken.done() and all(link.refused for link in self._links.values()):
+        if self._broken is not None and not self._broken.done() and all(link.refused for link in self.links.values()):
             self._broken.set_exception(BlitzError(f"no worker can serve: {message}"))
 
     # ---- life
@@ -226,7 +244,7 @@ class Controller:
         what it had to tell the brain yet.
         """
         self.journal, self._started = journal, time.monotonic() - at
-        for link in self._links.values():
+        for link in self.links.values():
             link.outlive("" if journal is None else journal.name, at)
         if self.config.serve.event_log:
             self._event_log = EventLog(Path(self.config.serve.event_log), self.about, resumed)
@@ -240,8 +258,8 @@ class Controller:
     async def run(self) -> None:
         """Ticks and talks to workers until cancelled. Raises what broke the brain; BlitzError if no worker serves."""
         self._broken = asyncio.get_running_loop().create_future()
-        links = (link.run() for link in self._links.values())
-        async with _background(*links, self._tick(), _result(self._broken)) as ended:
+        links = (link.run() for link in self.links.values())
+        async with background(*links, self._tick(), _result(self._broken)) as ended:
             await ended
 
     async def _tick(self) -> None:
@@ -265,7 +283,7 @@ class Controller:
     def _keep(self) -> None:
         """All that was heard is written down: workers may forget it. What nobody came back for ends."""
         self._flush()
-        for link in self._links.values():
+        for link in self.links.values():
             link.confirm()
         self._orders.prune(self.now())
         if self.now() >= self._claims_until:
@@ -295,98 +313,10 @@ async def _result(future: asyncio.Future[None]) -> None:
     await future
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The process: server, health, signals.
-
-
-class Stop:
-    """SIGTERM and SIGINT: the first asks to drain, the second to leave at once."""
-
-    def __init__(self):
-        self.drain, self.now = asyncio.Event(), asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
-
-    def _signalled(self) -> None:
-        (self.now if self.drain.is_set() else self.drain).set()
-
-
-async def serve(controller: Controller, host: str, port: int) -> None:
-    """Serves until signalled or broken. Raises BlitzError when it cannot listen or no worker can serve."""
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
-    checker = health.aio.HealthServicer()
-    rpc.add_InferenceServicer_to_server(Frontend(controller), server)
-    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    stop = Stop()
-    await _set_health(checker, False)
-    try:
-        port = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as e:
-        raise BlitzError(f"cannot listen on {host}:{port}: is the port in use?") from e
-    await server.start()
-    print(f"controller of {controller.model.name} listens on {host}:{port}", flush=True)
-    try:
-        async with _background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
-            await ended  # raises what broke
-            await _drain(controller, checker, stop)
-            controller.give_up()
-            await server.stop(0 if stop.now.is_set() else _GRACE_S)
-    finally:
-        await server.stop(0)
-    controller.close()
-
-
-async def _drain(controller: Controller, checker: health.aio.HealthServicer, stop: Stop) -> None:
-    """Unready at once; answers in flight may finish until the timeout or a second signal."""
-    controller.draining = True
-    await checker.enter_graceful_shutdown()
-    _log.info("shutting down; a second signal leaves at once")
-    left = asyncio.get_running_loop().time() + controller.config.serve.shutdown_timeout_s
-    with controller.subscribe() as changed:
-        while controller.busy and not stop.now.is_set() and asyncio.get_running_loop().time() < left:
-            changed.clear()
-            await changed.wait()  # at the latest the next tick
-
-
-async def _keep_health(controller: Controller, checker: health.aio.HealthServicer) -> None:
-    ready = False
-    with controller.subscribe() as changed:
-        while True:
-            await changed.wait()
-            changed.clear()
-            if ready != controller.ready:
-                ready = not ready
-                await _set_health(checker, ready)
-
-
-async def _set_health(checker: health.aio.HealthServicer, ready: bool) -> None:
-    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-    for name in ("", SERVICE):
-        await checker.set(name, status)
-
-
-@contextlib.asynccontextmanager
-async def _background(*work: typing.Coroutine[None, None, object]) -> AsyncIterator[typing.Awaitable[None]]:
-    """Runs coroutines beside the block; yields a wait for whichever ends first. All are cancelled at the end."""
-    tasks = [asyncio.ensure_future(item) for item in work]
-    try:
-        yield _first(tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _first(tasks: Sequence[asyncio.Future[object]]) -> None:
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", required=True, help="i0=HOST:PORT,i1=HOST:PORT,... in rank order")
-    parser.add_argument("--model-dir", required=True, type=Path, help="converted checkpoint (see: blitzjax convert)")
+    parser.add_argument("--model-dir", required=True, type=Path, action="append",
+                        help="converted checkpoint (see: blitzjax convert); again for every further model")
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
     parser.add_argument("--journal", type=Path, help="what a crashed controller leaves behind, to be resumed from there")
@@ -405,8 +335,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _config(args)
         workers = _workers(args.workers)
-        model = load_model(args.model_dir)
-        controller = with_journal(lambda: Controller(config, model, workers), args.journal)
+        models = [load_model(directory) for directory in args.model_dir]
+        controller = with_journal(lambda: Controller(config, models, workers), args.journal)
     except (BlitzError, OSError) as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """What happened and what was decided, as JSON lines: a run can be read, measured and replayed.
 
-The first line describes the run (`spec`, `config`); every other one is an event or a command, in the order in which the
-brain saw or gave them: feeding the events to a fresh Cluster gives the commands again.
+The first line describes the run (`specs`, `config`); every other one is an event or a command, in the order in which
+the brain saw or gave them: feeding the events to a fresh Cluster gives the commands again.
 """
 
 from __future__ import annotations
@@ -103,4 +103,4 @@ def _value(hint: object, value: object):
         return build(hint, value)
     if typing.get_origin(hint) is tuple:
         return tuple(_value(typing.get_args(hint)[0], item) for item in value)
-    return value
+    return types.frozen(value)

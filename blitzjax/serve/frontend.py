@@ -8,12 +8,14 @@ generation.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import typing
 from collections.abc import Iterable, Sequence
 
 import grpc
 
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of
 from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
@@ -22,7 +24,9 @@ from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 if typing.TYPE_CHECKING:
+    from blitzjax.control.status import ModelStatus
     from blitzjax.serve.controller import Controller
+    from blitzjax.serve.model import ServedModel
     from blitzjax.serve.tokenizer import Tokenizer
 
 SERVICE = "blitzjax.v1.Inference"
@@ -42,11 +46,12 @@ class Frontend(rpc.InferenceServicer):
         try:
             if self._controller.draining:
                 raise Unavailable("the server is shutting down; try another one")
-            order = await order_of(request, self._controller.model, self._controller.context_tokens)
+            model = self._controller.find(request.model)
+            order = await order_of(request, model, self._controller.context_tokens(model))
             answers = self._controller.submit(order, request.resume)
             if self._controller.resume_s:
                 await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
-            await _stream(answers, self._controller, context)
+            await _stream(answers, model, self._controller, context, request.progress)
         except BlitzError as e:
             await _abort(context, e)
         finally:
@@ -67,6 +72,18 @@ class Frontend(rpc.InferenceServicer):
         except BlitzError as e:
             await _abort(context, e)
 
+    async def Deploy(self, request: pb.DeployRequest, context: grpc.aio.ServicerContext) -> pb.DeployResponse:
+        try:
+            return await deployments.deploy(self._controller, request)
+        except BlitzError as e:
+            await _abort(context, e)
+
+    async def Undeploy(self, request: pb.UndeployRequest, context: grpc.aio.ServicerContext) -> pb.UndeployResponse:
+        try:
+            return await deployments.undeploy(self._controller, request.model)
+        except BlitzError as e:
+            await _abort(context, e)
+
     async def WatchScale(self, request: pb.WatchScaleRequest, context: grpc.aio.ServicerContext) -> None:
         sent, sent_at = pb.ClusterStatus(), -_WATCH_PERIOD_S
         while True:
@@ -82,22 +99,29 @@ class Frontend(rpc.InferenceServicer):
         target, pool = request.target, controller.pool
         if controller.draining:
             raise Unavailable("the server is shutting down")
-        if not 1 <= target <= pool:
-            raise InvalidRequest(f"target must be in [1, {pool}]: the pool has {pool} workers; got {target}")
+        if not request.model and len(controller.models) > 1:
+            raise InvalidRequest(f"say which model to scale: {', '.join(controller.models)}")
+        name = controller.find(request.model).name
+
+        def now() -> ModelStatus:
+            return next(m for m in controller.status().models if m.name == name)
+
+        least = min(1, now().least)
+        if not least <= target <= pool:
+            raise InvalidRequest(f"target must be in [{least}, {pool}]: the pool has {pool} workers; got {target}")
         joined = len(controller.status().instances)
         if target > joined:
             raise Unavailable(f"only {joined} of the pool's {pool} workers have joined so far; got target {target}")
         live = _choice("live", request.live, LiveMode) if request.HasField("live") else None
         source = _choice("source", request.source, Source) if request.HasField("source") else None
         with controller.subscribe() as changed:
-            controller.scale(target, live, source)
-            while request.wait and controller.serving != target:
+            controller.scale(name, target, live, source)
+            while request.wait and now().serving != target:
                 await changed.wait()
                 changed.clear()
-                if controller.status().target != target:
-                    raise Superseded(f"the target became {controller.status().target} while waiting for {target}")
-        return pb.ScaleResponse(serving=controller.serving, target=controller.status().target,
-                                seconds=controller.now() - started)
+                if now().target != target:
+                    raise Superseded(f"the target became {now().target} while waiting for {target}")
+        return pb.ScaleResponse(serving=now().serving, target=now().target, seconds=controller.now() - started)
 
 
 class Superseded(BlitzError):
@@ -106,11 +130,14 @@ class Superseded(BlitzError):
     code = "ABORTED"
 
 
-async def _stream(answers: tuple[Answer, ...], controller: Controller, context: grpc.aio.ServicerContext) -> None:
+async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: Controller,
+                  context: grpc.aio.ServicerContext, progress: bool) -> None:
     """Sends pieces as they come, joined when the client is slower than the tokens, until all answers of one order
-    have ended. The first that fails ends the others.
+    have ended. The first that fails ends the others. Before the first token, with `progress`, what they wait for.
     """
     changed, left = answers[0].changed, list(answers)
+    if progress:
+        await _tell_progress(changed, answers[0].order.request_id, model, controller, context)
     while left:
         await changed.wait()
         changed.clear()
@@ -120,13 +147,30 @@ async def _stream(answers: tuple[Answer, ...], controller: Controller, context: 
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
                 await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message, _FINAL)
             if last or piece.token_ids:
-                await context.write(_response(answer, piece, last, controller))
+                await context.write(_response(answer, piece, last, model.tokenizer, controller))
             if last:
                 left.remove(answer)
 
 
-def _response(answer: Answer, piece: Piece, last: bool, controller: Controller) -> pb.GenerateResponse:
-    tokenizer = controller.model.tokenizer
+async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,
+                         context: grpc.aio.ServicerContext) -> None:
+    """Returns when there is something to send."""
+    told = None
+    while not changed.is_set():
+        status = controller.status()
+        state = next(m for m in status.models if m.name == model.name)
+        units = max((i.units for i in status.instances if i.model == model.name), default=0)
+        now = pb.Progress(serving=state.serving, layers_loaded=model.spec.layers_loaded(units),
+                          layers=model.spec.layers, queued=state.queued)
+        if now != told:
+            told = now
+            await context.write(pb.GenerateResponse(request_id=request_id, progress=now))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), _WATCH_GAP_S)
+
+
+def _response(answer: Answer, piece: Piece, last: bool, tokenizer: Tokenizer | None,
+              controller: Controller) -> pb.GenerateResponse:
     return pb.GenerateResponse(
         request_id=answer.order.request_id, index=answer.index, text=piece.text, token_ids=piece.token_ids,
         finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None,
@@ -169,19 +213,27 @@ def _choice(name: str, value: str, kind: object) -> typing.Any:
 
 
 def picture(controller: Controller) -> pb.ClusterStatus:
-    status, model, scale = controller.status(), controller.model, controller.config.scale
+    status, models, scale = controller.status(), controller.models, controller.config.scale
     return pb.ClusterStatus(
         at=controller.now(),
-        models=[pb.ModelStatus(name=model.name, layers=model.spec.layers, max_model_len=controller.context_tokens,
-                               bytes=model.bytes)],
+        models=[_model_picture(m, models[m.name], controller) for m in status.models if m.name in models],
         instances=[pb.InstanceStatus(
-            id=i.id, phase=i.phase.value, layers_loaded=model.spec.layers_loaded(i.units), units_loaded=i.units,
+            id=i.id, phase=i.phase.value, units_loaded=i.units,
+            layers_loaded=models[i.model].spec.layers_loaded(i.units) if i.model in models else 0,
             partner=i.partner or "", waiting=i.waiting, running=i.running, pages_used=i.pages_used,
-            pages_total=i.pages_total, in_world=i.in_world, role=i.role.value, kv_received_bytes=i.kv_received_bytes)
+            pages_total=i.pages_total, in_world=i.in_world, role=i.role.value, kv_received_bytes=i.kv_received_bytes,
+            model=i.model, copies=i.copies)
             for i in status.instances],
         queued_requests=status.queued, running_requests=status.running, target_instances=status.target,
         live=scale.live, source=scale.source,
         chains=[pb.ChainStatus(ticket=ticket, instances=chain.instances) for ticket, chain in status.chains])
+
+
+def _model_picture(state: ModelStatus, model: ServedModel, controller: Controller) -> pb.ModelStatus:
+    return pb.ModelStatus(
+        name=model.name, layers=model.spec.layers, max_model_len=controller.context_tokens(model), bytes=model.bytes,
+        serving=state.serving, target=state.target, queued=state.queued, running=state.running,
+        host_copy=state.copy or state.coming or "", copying=state.coming is not None, closing=state.closing)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:

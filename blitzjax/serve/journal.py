@@ -66,6 +66,24 @@ class StreamEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Deployed:
+    """An operator wanted the model in this directory served; see types.ModelDeployed."""
+
+    at: float
+    directory: str
+    least: int | None
+    most: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Nothing is left of an undeployed model."""
+
+    at: float
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that the records before it came to; see resume.py."""
 
@@ -73,7 +91,7 @@ class Snapshot:
     state: bytes
 
 
-Record: TypeAlias = Admitted | Happened | Said | StreamEnded | Snapshot
+Record: TypeAlias = Admitted | Happened | Said | StreamEnded | Deployed | Removed | Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +138,12 @@ class Journal:
 
     def stream_ended(self, at: float, request_id: types.RequestId, delivered: bool) -> None:
         self._record({"ended": request_id, "at": at, "delivered": delivered})
+
+    def deployed(self, at: float, directory: str, least: int | None, most: int | None) -> None:
+        self._record({"deployed": directory, "at": at, "least": least, "most": most})
+
+    def removed(self, at: float, model: str) -> None:
+        self._record({"removed": model, "at": at})
 
     def flush(self) -> None:
         self._file.flush()
@@ -224,6 +248,10 @@ def _decoded(record: Mapping[str, object]) -> Record:
             return Admitted(record["at"], eventlog.build(Order, order), record["first"])
         case {"ended": request_id}:
             return StreamEnded(record["at"], request_id, record["delivered"])
+        case {"deployed": directory}:
+            return Deployed(record["at"], directory, record["least"], record["most"])
+        case {"removed": model}:
+            return Removed(record["at"], model)
         case {"snapshot": coded}:
             return Snapshot(record["at"], base64.b64decode(coded))
     raise ValueError(f"unknown record {sorted(record)}")

@@ -58,7 +58,7 @@ class Shell(Protocol):
 
     def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None: ...
 
-    def on_refused(self, instance: types.InstanceId, message: str) -> None: ...
+    def on_refused(self, instance: types.InstanceId, message: str, model: str = "") -> None: ...
 
     def on_lost(self, instance: types.InstanceId, reason: str) -> None: ...
 
@@ -91,7 +91,7 @@ class WorkerLink:
         self._unconfirmed: deque[pb.WorkerCommand] = deque()  # the last of them: the worker may not have them
         self._open = False  # the worker listens to this session
         self._confirmed = 0  # messages that the worker knows to be written down
-        self._configure = configure
+        self.configure = configure  # the next session begins with it
         self._shell = shell
         self._unsent: asyncio.Queue[pb.WorkerCommand] | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
@@ -179,7 +179,7 @@ class WorkerLink:
     def _next_configure(self) -> pb.Configure:
         """For a new session; the one that the last controller left is resumed instead."""
         configure = pb.Configure()
-        configure.CopyFrom(self._configure)
+        configure.CopyFrom(self.configure)
         configure.resume, configure.since = self.joined, self._since
         if self._journal:
             configure.session = f"{self._journal}/{self._sessions + (not self.joined)}"
@@ -202,6 +202,8 @@ class WorkerLink:
         match which:
             case "tokens":
                 self._shell.on_tokens(self.instance, message.tokens)
+            case "refused" if message.refused.model:  # the session goes on without it
+                self._shell.on_refused(self.instance, message.refused.message, message.refused.model)
             case "refused":
                 self.refused = message.refused.message or "no reason given"
                 self._shell.on_refused(self.instance, self.refused)

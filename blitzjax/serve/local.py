@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -73,8 +73,11 @@ class LocalCluster:
     One thread, the supervisor, starts and restarts processes: a child's death signal follows the thread that made it.
     """
 
-    def __init__(self, config: Config, model_dir: Path, launch: Launch = Launch()):
-        """`config.serve.port` 0 picks a free port. Nothing starts before `start`."""
+    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch()):
+        """`model_dirs`: one checkpoint or several, to begin with. `config.serve.port` 0 picks a free port.
+
+        Nothing starts before `start`.
+        """
         pool, host = config.cluster.pool, config.serve.host
         ports = free_ports(pool + 2)
         self.config = replace(config, serve=replace(config.serve, port=config.serve.port or ports[0]))
@@ -95,7 +98,7 @@ class LocalCluster:
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
         self._controller = self._process("controller", (
-            sys.executable, "-m", "blitzjax.serve.controller", "--model-dir", str(model_dir), "--workers",
+            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
             json.dumps(configs.to_tables(self.config)), *journal), to_stderr=launch.console)
 
@@ -143,7 +146,10 @@ class LocalCluster:
         return Client(self.address)
 
     def wait_ready(self, timeout_s: float = 120.0) -> None:
-        """Returns when an instance serves. Raises TimeoutError, or BlitzError if the controller ended."""
+        """Returns when an instance serves, or a model at zero can have one at once.
+
+        Raises TimeoutError, or BlitzError if the controller ended.
+        """
         deadline = time.monotonic() + timeout_s
         with self.client() as client:
             while not client.ready():
@@ -322,6 +328,11 @@ def worker_env(config: Config, k: int) -> dict[str, str]:
     elif accelerators:  # workers share devices
         env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / config.cluster.pool:.3f}")
     return env
+
+
+def _model_args(model_dirs: Path | Sequence[Path]) -> Iterator[str]:
+    for directory in [model_dirs] if isinstance(model_dirs, Path) else model_dirs:
+        yield from ("--model-dir", str(directory))
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,7 +1,9 @@
-"""What a configured worker consists of: store, stages, engine thread, loader, hand-off server, and its world.
+"""What a configured worker consists of: per model a store, stages and an engine thread; a loader, a hand-off server,
+and its world.
 
-Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped, unless it
-waits to be resumed (sessions.py), since the next session begins with InstanceJoined and everything it needs to know.
+It is an instance of at most one model at a time, the last one that a command to load named; of any other it may keep a
+host copy. Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped,
+unless it waits to be resumed (sessions.py), since the next one begins with InstanceJoined and all it needs to know.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -22,13 +26,14 @@ import jax
 
 from blitzjax import config as configs
 from blitzjax import types
+from blitzjax.control.blocks import pages_of
 from blitzjax.engine import messages as m
 from blitzjax.engine.checkpoint import with_dtype
 from blitzjax.engine.instance import Instance, Output
-from blitzjax.engine.loading import Loader
+from blitzjax.engine.loading import Holder, Loader
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
-from blitzjax.errors import ConfigError, TransferError
+from blitzjax.errors import BlitzError, ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.couriers import KVCourier, KVReply
 from blitzjax.serve.links import CHANNEL_OPTIONS
@@ -42,55 +47,123 @@ log = logging.getLogger("blitzjax.worker")
 _REJOIN_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One model that this worker is compiled for. `store` is empty unless it holds the model."""
+
+    configured: str  # model_json of its Configure or deploy
+    store: LayerStore
+    instance: Instance
+
+
 class Node:
     """Built by the first Configure; raises BlitzError when that cannot work here."""
 
     def __init__(self, configure: pb.Configure, args: Namespace):
-        started = time.monotonic()
         self.name = configure.instance
         self.incarnation = uuid.uuid4().hex
         self.config = configs.from_tables(json.loads(configure.config_json))
-        self._configured = (configure.model_json, configure.config_json)
-        spec = with_dtype(codec.model_spec(configure.model_json), self.config.engine.dtype)
+        self._configured = configure.config_json
         self._session = Session()
+        self._deploying = threading.Lock()
+        self._deployments = ThreadPoolExecutor(1, thread_name_prefix="deploy")
         self._addresses = {p.instance: p.address for p in configure.peers}
-        self._host = args.host_ip
+        self._host, self._core = args.host_ip, args.core
+        self._models: dict[str, Served] = {}
+        self._holders: dict[str, Holder] = {}
+        self._current = ""  # the model that this is an instance of, or was last
         with computing_on(args.core):
-            devices = _devices(self.config.engine.tensor_parallel)
-            self.store = LayerStore(spec, devices)
-            stages = Stages(spec, self.config.engine, self.store.mesh)
+            self._devices = _devices(self.config.engine.tensor_parallel)
+        self._handoff = HandOff(args.host_ip, self._devices)
+        for model in configure.models:
+            self._add(model)
+        self.world = World(args.coordinator, args.rank, args.world, args.host_ip, len(self._devices),
+                           self.config.cluster.max_world, self.config.transfer.collective_timeout_s,
+                           self.config.cluster.heartbeat_s)
+        self.loader = Loader(self.name, self.config, self._holders, self.world,
+                             {p.instance: p.rank for p in configure.peers}, self._emit)
+        threading.Thread(target=self._join, name="join", daemon=True).start()
+
+    # ---- models -----------------------------------------------------------------------------------------------------
+
+    def _add(self, model: pb.Model) -> None:
+        """Compiles for one model and starts its engine thread. Raises BlitzError, also if another has its name."""
+        started = time.monotonic()
+        spec = with_dtype(codec.model_spec(model.model_json), self.config.engine.dtype)
+        known = self._models.get(spec.name)
+        if known is not None:
+            if known.configured != model.model_json:
+                raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
+            return
+        with computing_on(self._core):
+            store = LayerStore(spec, self._devices)
+            stages = Stages(spec, self.config.engine, store.mesh)
             stages.compile_all()
             if self.config.scale.roles == "split":
                 stages.compile_moves()
-        self.instance = Instance(self.name, self.config, self.store, stages, HandOff(args.host_ip, devices), self._emit,
-                                 self._connect, self._send_kv)
-        self.world = World(args.coordinator, args.rank, args.world, args.host_ip, self.store.lanes,
-                           self.config.cluster.max_world, self.config.transfer.collective_timeout_s,
-                           self.config.cluster.heartbeat_s)
-        checkpoint = Path(configure.checkpoint) if configure.checkpoint else None
-        self.loader = Loader(self.name, self.config, self.store, checkpoint, self.world,
-                             {p.instance: p.rank for p in configure.peers}, self._emit,
-                             lambda: self.instance.post(m.UnitsArrived()))
-        with computing_on(args.core):
-            threading.Thread(target=self._run_engine, name="engine", daemon=True).start()
-        threading.Thread(target=self._join, name="join", daemon=True).start()
-        log.info("%s ready in %.2f s: %d stages compiled, %d loaded", self.name, time.monotonic() - started,
-                 stages.cache.compiled, stages.cache.loaded)
+            instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
+                                lambda partner: self._connect(spec.name, partner), self._send_kv)
+            threading.Thread(target=self._run_engine, args=(instance,), name="engine", daemon=True).start()
+        checkpoint = Path(model.checkpoint) if model.checkpoint else None
+        self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
+        self._models[spec.name] = Served(model.model_json, store, instance)
+        log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded", self.name, spec.name,
+                 time.monotonic() - started, stages.cache.compiled, stages.cache.loaded)
+
+    def _deploy(self, model: pb.Model) -> None:
+        """One more model, in a thread of its own: what serves goes on."""
+        name = codec.model_spec(model.model_json).name
+        try:
+            with self._deploying:
+                self._add(model)
+        except Exception as e:
+            if not isinstance(e, BlitzError):
+                log.exception("cannot deploy %s", name)
+            message = str(e) if isinstance(e, BlitzError) else repr(e)
+            self._session.put(pb.WorkerEvent(refused=pb.Refused(instance=self.name, message=message, model=name)))
+            return
+        self._emit(types.ModelReady(time.time(), self.name, name))
+
+    def _undeploy(self, name: str) -> None:
+        """Forgets what was compiled for a model of which nothing is left here."""
+        with self._deploying:
+            self._holders.pop(name, None)
+            gone = self._models.pop(name, None)
+        if gone is not None:
+            gone.instance.post(m.Stop())
+
+    def holdings(self) -> pb.Holdings:
+        """What is in memory now."""
+        return pb.Holdings(holdings=[
+            pb.Holding(model=name, units=served.store.units, bytes=served.store.held_bytes, copy=served.store.is_copy)
+            for name, served in list(self._models.items()) if served.store.held_bytes])
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
     def attach(self, configure: pb.Configure, outbox: Outbox) -> None:
-        """A controller takes over. Unless it resumes the session, earlier requests are forgotten; parameters stay."""
-        if (configure.model_json, configure.config_json) != self._configured or configure.instance != self.name:
+        """A controller takes over. Unless it resumes the session, earlier requests are forgotten, as are parts of copies.
+        """
+        if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
+        with self._deploying:
+            for model in configure.models:
+                self._add(model)
         if self._session.connect(configure, outbox, self._renewed) and self.world.joined:
             self._emit(types.WorldJoined(time.time(), self.name))
 
     def _renewed(self) -> pb.WorkerEvent:
-        self.instance.post(m.ForgetRequests())
+        self._forget_requests()
+        copies = []
+        for name, served in self._models.items():
+            if served.store.is_copy and served.store.units == served.store.spec.units:
+                copies.append(name)
+            elif served.store.is_copy:
+                self.loader.post(types.DropCopy(self.name, name))
+        engine, served = self.config.engine, self._models.get(self._current)
+        units = served.store.units if served is not None and not served.store.is_copy else 0
         return codec.encode_event(types.InstanceJoined(
-            time.time(), self.name, self.incarnation, self._host, self.store.units, self.instance.pages,
-            self.config.engine.page_size, self.instance.slots))
+            time.time(), self.name, self.incarnation, self._host, units, pages_of(engine), engine.page_size,
+            engine.max_num_seqs, self._current if units else "", tuple(self._models), tuple(copies)))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""
@@ -106,47 +179,71 @@ class Node:
 
     def _give_up(self, connection: int) -> None:
         if self._session.end(connection):
-            self.instance.post(m.ForgetRequests())
+            self._forget_requests()
+
+    def _forget_requests(self) -> None:
+        for served in list(self._models.values()):
+            served.instance.post(m.ForgetRequests())
 
     def take(self, command: pb.WorkerCommand, outbox: Outbox) -> None:
-        self._session.take(outbox, command, lambda: self.obey(codec.decode_command(command, self.name)))
+        self._session.take(outbox, command, lambda: self._told(command))
+
+    def _told(self, command: pb.WorkerCommand) -> None:
+        match command.WhichOneof("command"):
+            case "deploy":
+                self._deployments.submit(self._deploy, command.deploy)
+            case "undeploy":
+                self._deployments.submit(self._undeploy, command.undeploy.model)
+            case _:
+                self.obey(codec.decode_command(command, self.name))
 
     def obey(self, command: types.Command | types.Work) -> None:
         match command:
-            case types.PrepareTransfer() | types.StartTransfer() | types.CancelTransfer() | types.LoadFromDisk():
+            case types.PrepareTransfer(plan=plan):
+                chain = next(c for c in plan.chains if self.name in c.instances)
+                if chain.instances[0] != self.name and not plan.copy:
+                    self._current = plan.model
                 self.loader.post(command)
-            case _:
-                self.instance.post(command)
+            case types.LoadFromDisk(model=model) | types.UseCopy(model=model):
+                self._current = model
+                self.loader.post(command)
+            case types.StartTransfer() | types.CancelTransfer() | types.KeepCopy() | types.DropCopy():
+                self.loader.post(command)
+            case types.Work():
+                self._models[command.request.model].instance.post(command)
+            case _ if self._current in self._models:
+                self._models[self._current].instance.post(command)
 
-    def partnered(self, old: types.InstanceId, outbox) -> None:
-        self.instance.post(m.Partnered(old, OldLink(outbox)))
+    def partnered(self, old: types.InstanceId, model: str, outbox) -> None:
+        self._models[model].instance.post(m.Partnered(old, OldLink(outbox)))
 
-    def obey_partner(self, old: types.InstanceId, command: pb.WorkerCommand) -> None:
+    def obey_partner(self, old: types.InstanceId, model: str, command: pb.WorkerCommand) -> None:
+        post = self._models[model].instance.post
         match command.WhichOneof("command"):
             case "pull":
-                self.instance.post(m.Pulled(command.pull.seq, old))
+                post(m.Pulled(command.pull.seq, old))
             case "taken":
-                self.instance.post(m.Taken(command.taken.seq))
+                post(m.Taken(command.taken.seq))
             case "loan":
-                self.instance.post(m.Lent(old, codec.decode(m.Loan, command.loan)))
+                post(m.Lent(old, codec.decode(m.Loan, command.loan)))
 
-    def partner_left(self, partner: types.InstanceId) -> None:
-        self.instance.post(m.PartnerLost(partner))
+    def partner_left(self, partner: types.InstanceId, model: str) -> None:
+        self._models[model].instance.post(m.PartnerLost(partner))
 
     def kv_offered(self, message: pb.KVOffer, outbox) -> m.KVOffer:
         offer = codec.decode(m.KVOffer, message)
-        self.instance.post(m.KVOffered(offer, KVReply(outbox)))
+        self._models[offer.work.request.model].instance.post(m.KVOffered(offer, KVReply(outbox)))
         return offer
 
     def kv_withdrawn(self, offer: m.KVOffer) -> None:
-        self.instance.post(m.KVWithdrawn(offer))
+        self._models[offer.work.request.model].instance.post(m.KVWithdrawn(offer))
 
     # ---- threads ----------------------------------------------------------------------------------------------------
 
-    def _run_engine(self) -> None:
+    def _run_engine(self, instance: Instance) -> None:
         """A bug in the step loop must not leave a worker that looks alive: the process ends and is restarted."""
         try:
-            self.instance.run()
+            instance.run()
         except BaseException:
             log.exception("%s: the engine thread died", self.name)
             logging.shutdown()
@@ -169,11 +266,11 @@ class Node:
             event = codec.encode_event(output)
         self._session.put(event)
 
-    def _connect(self, partner: types.InstanceId) -> PartnerLink:
-        return PartnerLink(self._addresses[partner], self.name, partner, self.instance.post)
+    def _connect(self, model: str, partner: types.InstanceId) -> PartnerLink:
+        return PartnerLink(self._addresses[partner], self.name, partner, model, self._models[model].instance.post)
 
     def _send_kv(self, target: types.InstanceId, offer: m.KVOffer) -> KVCourier:
-        return KVCourier(self._addresses[target], offer, self.instance.post)
+        return KVCourier(self._addresses[target], offer, self._models[offer.work.request.model].instance.post)
 
 
 class OldLink:
@@ -194,9 +291,10 @@ class OldLink:
 class PartnerLink:
     """OLD's session with NEW: pulls and loans go out, what NEW says comes back into the inbox. See messages.Partner."""
 
-    def __init__(self, address: str, me: types.InstanceId, partner: types.InstanceId, post) -> None:
+    def __init__(self, address: str, me: types.InstanceId, partner: types.InstanceId, model: str, post) -> None:
         self._me, self._partner, self._post = me, partner, post
-        self._commands: list[pb.WorkerCommand | None] = [pb.WorkerCommand(partner=pb.Partner(instance=me))]
+        self._commands: list[pb.WorkerCommand | None] = [
+            pb.WorkerCommand(partner=pb.Partner(instance=me, model=model))]
         self._ready = threading.Condition()
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         threading.Thread(target=self._run, name=f"partner-{partner}", daemon=True).start()

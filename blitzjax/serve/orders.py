@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import Callable
 
-from blitzjax.errors import InvalidRequest, UnknownModel
+from blitzjax.errors import InvalidRequest
 from blitzjax.serve.answers import Order
 from blitzjax.serve.model import ServedModel
 from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling
@@ -34,9 +34,7 @@ _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its default
 
 
 async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int) -> Order:
-    """Raises InvalidRequest or UnknownModel. `context_tokens` bounds prompt and answer together."""
-    if request.model not in ("", model.name):
-        raise UnknownModel(f"no model {request.model!r} here; served: {model.name}")
+    """Raises InvalidRequest. `context_tokens` bounds prompt and answer together."""
     if len(request.request_id) > MAX_ID_CHARS:
         raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")
     sampling = request.sampling

@@ -68,7 +68,6 @@ class Rejoin:
     def unseen(self, message: pb.GenerateResponse) -> pb.GenerateResponse | None:
         """What of the message is new; None: nothing. The message is changed."""
         self._give_up = None
-        begun = message.index in self._seen
         seen = self._seen.setdefault(message.index, _Extent())
         sent = self._sent.setdefault(message.index, _Extent())
         chars, tokens = seen.chars - sent.chars, seen.tokens - sent.tokens  # sent now, but seen before
@@ -80,11 +79,11 @@ class Rejoin:
             message.text = message.text[chars:]
         if tokens > 0:
             del message.token_ids[:tokens], message.logprobs[:tokens]
-        if begun:  # it was in the first message
+        if seen.tokens:  # it came with the first one
             del message.prompt_token_ids[:], message.prompt_logprobs[:]
         seen.chars, seen.tokens = max(seen.chars, sent.chars), max(seen.tokens, sent.tokens)
         seen.ended = bool(message.finish_reason)
-        return message if message.text or message.token_ids or seen.ended else None
+        return message if message.text or message.token_ids or seen.ended or message.HasField("progress") else None
 
     def pause_after(self, error: grpc.RpcError, initial: Metadata | None, trailing: Metadata | None) -> float:
         """Seconds until the request is worth sending again. Raises what the error means when it never is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from blitzjax import types
 from blitzjax.config import Config
@@ -19,7 +19,7 @@ from blitzjax.serve.accepted import Accepted
 from blitzjax.serve.answers import Order
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.links import WorkerLink
-from blitzjax.serve.model import ServedModel
+from blitzjax.serve.model import ServedModel, load_model
 from blitzjax.v1 import worker_pb2 as pb
 
 _log = logging.getLogger("blitzjax.controller")
@@ -28,16 +28,32 @@ _log = logging.getLogger("blitzjax.controller")
 class Replica:
     """Owned by the controller; the links, which it shares with it, queue what they are given."""
 
-    def __init__(self, config: Config, model: ServedModel, links: Mapping[types.InstanceId, WorkerLink]):
+    def __init__(self, config: Config, models: Sequence[ServedModel], links: Mapping[types.InstanceId, WorkerLink]):
+        """The links configure their workers for `models`."""
         self.links = links
-        self.orders = Accepted(model)
-        self.cluster = Cluster(config, model.spec)
+        self.models = {model.name: model for model in models}
+        self.orders = Accepted(self.models)
+        self.cluster = Cluster(config, [model.spec for model in models])
         self.event_log: EventLog | None = None
         # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
         self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
 
     def unconfirmed(self, instance: types.InstanceId) -> list[types.RequestFinished]:
         return [event for event in self._unconfirmed.values() if event.instance == instance]
+
+    def deploy(self, model: ServedModel, least: int | None, most: int | None, at: float) -> list[types.Event]:
+        self.models[model.name] = model
+        for link in self.links.values():
+            link.configure.models.append(message_of(model))
+            link.send(pb.WorkerCommand(deploy=message_of(model)))
+        return [types.ModelDeployed(at, model.spec, least, most)]
+
+    def remove(self, name: str) -> None:
+        """The brain has forgotten the model."""
+        message = message_of(self.models.pop(name))
+        for link in self.links.values():
+            link.configure.models.remove(message)
+            link.send(pb.WorkerCommand(undeploy=pb.Undeploy(model=name)))
 
     def admit(self, order: Order, first: int, at: float) -> list[types.Event]:
         return [types.RequestArrived(at, answer.request) for answer in self.orders.admit(order, first, at)]
@@ -119,11 +135,21 @@ class Replica:
     def snapshot(self) -> bytes:
         """Raises what pickle raises, if a part of the brain cannot be pickled."""
         links = {link.instance: link.state() for link in self.links.values()}
-        return pickle.dumps((self.cluster, self.orders.past(), self._unconfirmed, links))
+        directories = [model.directory for model in self.models.values()]
+        return pickle.dumps((self.cluster, directories, self.orders.past(), self._unconfirmed, links))
 
     def restore(self, snapshot: bytes) -> None:
-        """Into a new replica."""
-        self.cluster, past, self._unconfirmed, links = pickle.loads(snapshot)
+        """Into a new replica. Raises CheckpointError when a model is not there any more."""
+        self.cluster, directories, past, self._unconfirmed, links = pickle.loads(snapshot)
+        models = [load_model(directory) for directory in directories]
+        self.models.clear()
+        self.models |= {model.name: model for model in models}
         self.orders.restore(*past)
         for instance, link in links.items():
             self.links[instance].restore(link)
+            del self.links[instance].configure.models[:]
+            self.links[instance].configure.models.extend(map(message_of, models))
+
+
+def message_of(model: ServedModel) -> pb.Model:
+    return pb.Model(model_json=model.manifest_json, checkpoint=str(model.directory))

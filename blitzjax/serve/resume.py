@@ -21,7 +21,10 @@ from pathlib import Path
 import blitzjax
 from blitzjax import types
 from blitzjax.serve import journal as journals
-from blitzjax.serve.journal import Admitted, Happened, Journal, Line, Said, Snapshot, StreamEnded
+from blitzjax.serve.journal import (
+    Admitted, Deployed, Happened, Journal, Line, Removed, Said, Snapshot, StreamEnded,
+)
+from blitzjax.serve.model import load_model
 from blitzjax.serve.replica import Replica
 
 if typing.TYPE_CHECKING:
@@ -104,6 +107,10 @@ def _replayed(replica: Replica, line: Line, due: list[types.Event]) -> Past:
         case StreamEnded(at=at, request_id=request_id, delivered=delivered):
             replica.orders.stream_ended(request_id, delivered, at)
             replica.orders.prune(at)
+        case Deployed(at=at, directory=directory, least=least, most=most):
+            due = [*due, *replica.deploy(load_model(Path(directory)), least, most, at)]
+        case Removed(at=at, model=model):
+            replica.remove(model)
         case Snapshot(at=at, state=state):
             replica.restore(state)
         case _:

@@ -1,8 +1,8 @@
-"""The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Instance.
+"""The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Node.
 
 The controller's session configures it and feeds it, a live partner's session pulls from it, a third kind brings the KV
-of one request. Invariant: parameters and compiled stages outlive sessions, requests do not; a session outlives its
-controller if another one resumes it in time.
+of one request; one that begins with Inspect is told what the worker holds. Invariant: parameters and compiled stages
+outlive sessions, requests do not; a session outlives its controller if another one resumes it in time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class Worker(rpc.WorkerServicer):
                 return self._partner(first, requests, context)
             case "kv_offer":
                 return self._receive_kv(first, context)
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure, Partner or KVOffer")
+            case "inspect":
+                holdings = pb.Holdings() if self._node is None else self._node.holdings()
+                return iter([pb.WorkerEvent(holdings=holdings)])
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with Configure, Partner, KVOffer or Inspect")
 
     def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
         outbox = Outbox()
@@ -83,17 +86,17 @@ class Worker(rpc.WorkerServicer):
 
     def _partner(self, first: pb.WorkerCommand, requests, context) -> Iterator[pb.WorkerEvent]:
         node = self._configured(context)
-        outbox, old = Outbox(), first.partner.instance
+        outbox, old, model = Outbox(), first.partner.instance, first.partner.model
         context.add_callback(outbox.close)
 
         def feed() -> None:
-            node.partnered(old, outbox)
+            node.partnered(old, model, outbox)
             try:
                 for command in requests:
-                    node.obey_partner(old, command)
+                    node.obey_partner(old, model, command)
             except grpc.RpcError:
                 pass
-            node.partner_left(old)
+            node.partner_left(old, model)
             outbox.close()
 
         threading.Thread(target=feed, name="partner", daemon=True).start()

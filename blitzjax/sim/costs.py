@@ -45,8 +45,8 @@ class MachineCosts:
 class ModelCosts:
     """One model on `tensor_parallel` GPUs. Rates and seconds are those of the whole instance.
 
-    Prefill of n tokens: max(n / prefill_tokens_per_s, step_s), or as measured, equally divided over the layers. A decode
-    step of b sequences with k tokens of KV in all: step_s + b x sequence_s + k x kv_token_s.
+    Prefill of n tokens: max(n / prefill_tokens_per_s, step_s), or as measured, equally divided over the layers. A
+    decode step of b sequences with k tokens of KV in all: step_s + b x sequence_s + k x kv_token_s.
     """
 
     spec: ModelSpec

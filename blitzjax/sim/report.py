@@ -106,9 +106,10 @@ def to_text(rows: Sequence[Row]) -> str:
 
 def _table_html(rows: Sequence[Row]) -> str:
     moved = [key for key in rows[0] if key.endswith("_bytes") and key != "host_bytes"]
-    gigabytes = [{"system": row["system"]} | {key.removesuffix("_bytes"): row[key] / 1e9 for key in moved} for row in rows]
+    gigabytes = [{"system": row["system"]} | {key.removesuffix("_bytes"): row[key] / 1e9 for key in moved}
+                 for row in rows]
     return (f"{_cells_html(rows, _SHOWN)}<p>Seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
-            f"<h2>Moved, GB</h2>{_cells_html(gigabytes, list(gigabytes[0]))}<p>All instances together, by kind of link: "
+            f"<h2>Moved, GB</h2>{_cells_html(gigabytes, list(gigabytes[0]))}<p>All instances, by kind of link; "
             "each hop counts where it leaves and where it arrives.</p>")
 
 

@@ -21,9 +21,9 @@ from blitzjax.sim.loading import Loading
 from blitzjax.sim.outcome import Outcome
 from blitzjax.sim.systems import System
 from blitzjax.types import (
-    Abort, Assign, CancelTransfer, Command, Drained, EndLive, Event, InstanceId, InstanceJoined, LoadFromDisk, Migrate,
-    PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished, Roles, StartLive,
-    StartTransfer, Ticked, TransferEnded, WorldJoined,
+    Abort, Assign, CancelTransfer, Command, Drained, DropCopy, EndLive, Event, InstanceId, InstanceJoined, KeepCopy,
+    LoadFromDisk, Migrate, PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished,
+    Roles, StartLive, StartTransfer, Ticked, TransferEnded, UseCopy, WorldJoined,
 )
 
 @dataclass(frozen=True, slots=True)
@@ -215,5 +215,7 @@ class _Run:
                     self.outcome.rejected(self._requests.pop(request_id))
                 case CancelTransfer():
                     raise AssertionError("no transfer breaks here")
+                case KeepCopy() | UseCopy() | DropCopy():
+                    raise AssertionError("one model, which always has an instance, needs no host copy")
                 case _:
                     assert_never(command)

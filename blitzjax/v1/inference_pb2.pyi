@@ -27,7 +27,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "tokens", "chat", "sampling", "priority", "resume")
+    __slots__ = ("request_id", "model", "text", "tokens", "chat", "sampling", "priority", "progress", "resume")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
@@ -43,8 +44,9 @@ class GenerateRequest(_message.Message):
     chat: Chat
     sampling: SamplingParams
     priority: int
+    progress: bool
     resume: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., resume: bool = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., progress: bool = ..., resume: bool = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "n", "logprobs", "prompt_logprobs", "echo")
@@ -94,7 +96,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: bool = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "index", "logprobs", "prompt_token_ids", "prompt_logprobs")
+    __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "index", "logprobs", "prompt_token_ids", "prompt_logprobs", "progress")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +106,7 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -113,7 +116,20 @@ class GenerateResponse(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[ScoredToken]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[ScoredToken]
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., index: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., index: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("serving", "layers_loaded", "layers", "queued")
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    serving: int
+    layers_loaded: int
+    layers: int
+    queued: int
+    def __init__(self, serving: _Optional[int] = ..., layers_loaded: _Optional[int] = ..., layers: _Optional[int] = ..., queued: _Optional[int] = ...) -> None: ...
 
 class ScoredToken(_message.Message):
     __slots__ = ("token_id", "logprob", "rank", "text", "top")
@@ -189,20 +205,64 @@ class ClusterStatus(_message.Message):
     chains: _containers.RepeatedCompositeFieldContainer[ChainStatus]
     def __init__(self, at: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., target_instances: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[ChainStatus, _Mapping]]] = ...) -> None: ...
 
+class DeployRequest(_message.Message):
+    __slots__ = ("directory", "min_instances", "max_instances")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    min_instances: int
+    max_instances: int
+    def __init__(self, directory: _Optional[str] = ..., min_instances: _Optional[int] = ..., max_instances: _Optional[int] = ...) -> None: ...
+
+class DeployResponse(_message.Message):
+    __slots__ = ("model", "seconds")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    seconds: float
+    def __init__(self, model: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class UndeployRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class UndeployResponse(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
 class ModelStatus(_message.Message):
-    __slots__ = ("name", "layers", "max_model_len", "bytes")
+    __slots__ = ("name", "layers", "max_model_len", "bytes", "serving", "target", "queued", "running", "host_copy", "copying", "closing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    HOST_COPY_FIELD_NUMBER: _ClassVar[int]
+    COPYING_FIELD_NUMBER: _ClassVar[int]
+    CLOSING_FIELD_NUMBER: _ClassVar[int]
     name: str
     layers: int
     max_model_len: int
     bytes: int
-    def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    serving: int
+    target: int
+    queued: int
+    running: int
+    host_copy: str
+    copying: bool
+    closing: bool
+    def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: _Optional[int] = ..., target: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., host_copy: _Optional[str] = ..., copying: bool = ..., closing: bool = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "role", "kv_received_bytes")
+    __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "role", "kv_received_bytes", "model", "copies")
     ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_LOADED_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +275,8 @@ class InstanceStatus(_message.Message):
     IN_WORLD_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     KV_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     id: str
     phase: str
     layers_loaded: int
@@ -227,7 +289,9 @@ class InstanceStatus(_message.Message):
     in_world: bool
     role: str
     kv_received_bytes: int
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ...) -> None: ...
+    model: str
+    copies: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ChainStatus(_message.Message):
     __slots__ = ("ticket", "instances")
@@ -238,16 +302,18 @@ class ChainStatus(_message.Message):
     def __init__(self, ticket: _Optional[int] = ..., instances: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
-    __slots__ = ("target", "live", "source", "wait")
+    __slots__ = ("target", "live", "source", "wait", "model")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     target: int
     live: str
     source: str
     wait: bool
-    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: bool = ...) -> None: ...
+    model: str
+    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("serving", "target", "seconds")

@@ -60,6 +60,16 @@ class InferenceStub(object):
                 request_serializer=blitzjax_dot_v1_dot_inference__pb2.WatchScaleRequest.SerializeToString,
                 response_deserializer=blitzjax_dot_v1_dot_inference__pb2.ClusterStatus.FromString,
                 _registered_method=True)
+        self.Deploy = channel.unary_unary(
+                '/blitzjax.v1.Inference/Deploy',
+                request_serializer=blitzjax_dot_v1_dot_inference__pb2.DeployRequest.SerializeToString,
+                response_deserializer=blitzjax_dot_v1_dot_inference__pb2.DeployResponse.FromString,
+                _registered_method=True)
+        self.Undeploy = channel.unary_unary(
+                '/blitzjax.v1.Inference/Undeploy',
+                request_serializer=blitzjax_dot_v1_dot_inference__pb2.UndeployRequest.SerializeToString,
+                response_deserializer=blitzjax_dot_v1_dot_inference__pb2.UndeployResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -104,6 +114,20 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Deploy(self, request, context):
+        """Serves one more model over the same workers. Returns once they are compiled for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undeploy(self, request, context):
+        """Takes no new requests for the model, finishes those it has, and drops it from every memory. Returns when that is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +155,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.WatchScale,
                     request_deserializer=blitzjax_dot_v1_dot_inference__pb2.WatchScaleRequest.FromString,
                     response_serializer=blitzjax_dot_v1_dot_inference__pb2.ClusterStatus.SerializeToString,
+            ),
+            'Deploy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deploy,
+                    request_deserializer=blitzjax_dot_v1_dot_inference__pb2.DeployRequest.FromString,
+                    response_serializer=blitzjax_dot_v1_dot_inference__pb2.DeployResponse.SerializeToString,
+            ),
+            'Undeploy': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undeploy,
+                    request_deserializer=blitzjax_dot_v1_dot_inference__pb2.UndeployRequest.FromString,
+                    response_serializer=blitzjax_dot_v1_dot_inference__pb2.UndeployResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +303,60 @@ class Inference(object):
             '/blitzjax.v1.Inference/WatchScale',
             blitzjax_dot_v1_dot_inference__pb2.WatchScaleRequest.SerializeToString,
             blitzjax_dot_v1_dot_inference__pb2.ClusterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deploy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blitzjax.v1.Inference/Deploy',
+            blitzjax_dot_v1_dot_inference__pb2.DeployRequest.SerializeToString,
+            blitzjax_dot_v1_dot_inference__pb2.DeployResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undeploy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blitzjax.v1.Inference/Undeploy',
+            blitzjax_dot_v1_dot_inference__pb2.UndeployRequest.SerializeToString,
+            blitzjax_dot_v1_dot_inference__pb2.UndeployResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate", "kv_offer", "received")
+    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate", "kv_offer", "keep_copy", "use_copy", "drop_copy", "deploy", "undeploy", "inspect", "received")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,12 @@ class WorkerCommand(_message.Message):
     LOAN_FIELD_NUMBER: _ClassVar[int]
     MIGRATE_FIELD_NUMBER: _ClassVar[int]
     KV_OFFER_FIELD_NUMBER: _ClassVar[int]
+    KEEP_COPY_FIELD_NUMBER: _ClassVar[int]
+    USE_COPY_FIELD_NUMBER: _ClassVar[int]
+    DROP_COPY_FIELD_NUMBER: _ClassVar[int]
+    DEPLOY_FIELD_NUMBER: _ClassVar[int]
+    UNDEPLOY_FIELD_NUMBER: _ClassVar[int]
+    INSPECT_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     configure: Configure
     assign: Assign
@@ -41,11 +47,17 @@ class WorkerCommand(_message.Message):
     loan: Loan
     migrate: Migrate
     kv_offer: KVOffer
+    keep_copy: KeepCopy
+    use_copy: UseCopy
+    drop_copy: DropCopy
+    deploy: Model
+    undeploy: Undeploy
+    inspect: Inspect
     received: int
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., kv_offer: _Optional[_Union[KVOffer, _Mapping]] = ..., received: _Optional[int] = ...) -> None: ...
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., kv_offer: _Optional[_Union[KVOffer, _Mapping]] = ..., keep_copy: _Optional[_Union[KeepCopy, _Mapping]] = ..., use_copy: _Optional[_Union[UseCopy, _Mapping]] = ..., drop_copy: _Optional[_Union[DropCopy, _Mapping]] = ..., deploy: _Optional[_Union[Model, _Mapping]] = ..., undeploy: _Optional[_Union[Undeploy, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., received: _Optional[int] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated", "kv_answer", "resumed", "taken")
+    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated", "kv_answer", "model_ready", "holdings", "resumed", "taken")
     INSTANCE_JOINED_FIELD_NUMBER: _ClassVar[int]
     WORLD_JOINED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +76,8 @@ class WorkerEvent(_message.Message):
     REQUEST_RETURNED_FIELD_NUMBER: _ClassVar[int]
     K_V_MIGRATED_FIELD_NUMBER: _ClassVar[int]
     KV_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_READY_FIELD_NUMBER: _ClassVar[int]
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     instance_joined: InstanceJoined
@@ -84,37 +98,73 @@ class WorkerEvent(_message.Message):
     request_returned: RequestReturned
     k_v_migrated: KVMigrated
     kv_answer: KVAnswer
+    model_ready: ModelReady
+    holdings: Holdings
     resumed: Resumed
     taken: int
-    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ..., kv_answer: _Optional[_Union[KVAnswer, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
+    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ..., kv_answer: _Optional[_Union[KVAnswer, _Mapping]] = ..., model_ready: _Optional[_Union[ModelReady, _Mapping]] = ..., holdings: _Optional[_Union[Holdings, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
 
 class Configure(_message.Message):
-    __slots__ = ("instance", "model_json", "config_json", "checkpoint", "peers", "session", "resume", "received", "since")
+    __slots__ = ("instance", "models", "config_json", "peers", "session", "resume", "received", "since")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
-    MODEL_JSON_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
-    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIELD_NUMBER: _ClassVar[int]
     instance: str
-    model_json: str
+    models: _containers.RepeatedCompositeFieldContainer[Model]
     config_json: str
-    checkpoint: str
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     session: str
     resume: bool
     received: int
     since: float
-    def __init__(self, instance: _Optional[str] = ..., model_json: _Optional[str] = ..., config_json: _Optional[str] = ..., checkpoint: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: bool = ..., received: _Optional[int] = ..., since: _Optional[float] = ...) -> None: ...
+    def __init__(self, instance: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., config_json: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: bool = ..., received: _Optional[int] = ..., since: _Optional[float] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("taken",)
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     taken: int
     def __init__(self, taken: _Optional[int] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("model_json", "checkpoint")
+    MODEL_JSON_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    model_json: str
+    checkpoint: str
+    def __init__(self, model_json: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class Undeploy(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class Inspect(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Holdings(_message.Message):
+    __slots__ = ("holdings",)
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
+    holdings: _containers.RepeatedCompositeFieldContainer[Holding]
+    def __init__(self, holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("model", "units", "bytes", "copy")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    units: int
+    bytes: int
+    copy: bool
+    def __init__(self, model: _Optional[str] = ..., units: _Optional[int] = ..., bytes: _Optional[int] = ..., copy: bool = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("instance", "address", "rank")
@@ -211,12 +261,36 @@ class Abort(_message.Message):
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class LoadFromDisk(_message.Message):
-    __slots__ = ("ticket", "start_unit")
+    __slots__ = ("ticket", "start_unit", "model")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     START_UNIT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     start_unit: int
-    def __init__(self, ticket: _Optional[int] = ..., start_unit: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, ticket: _Optional[int] = ..., start_unit: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+
+class KeepCopy(_message.Message):
+    __slots__ = ("ticket", "model")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    model: str
+    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+
+class UseCopy(_message.Message):
+    __slots__ = ("ticket", "model")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ticket: int
+    model: str
+    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
+
+class DropCopy(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class Chain(_message.Message):
     __slots__ = ("instances", "start_unit", "stop_unit", "generation", "lane", "lanes")
@@ -243,16 +317,18 @@ class Ring(_message.Message):
     def __init__(self, instances: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class MulticastPlan(_message.Message):
-    __slots__ = ("ticket", "model", "chains", "rings")
+    __slots__ = ("ticket", "model", "chains", "rings", "copy")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CHAINS_FIELD_NUMBER: _ClassVar[int]
     RINGS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     ticket: int
     model: str
     chains: _containers.RepeatedCompositeFieldContainer[Chain]
     rings: _containers.RepeatedCompositeFieldContainer[Ring]
-    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., rings: _Optional[_Iterable[_Union[Ring, _Mapping]]] = ...) -> None: ...
+    copy: bool
+    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., rings: _Optional[_Iterable[_Union[Ring, _Mapping]]] = ..., copy: bool = ...) -> None: ...
 
 class PrepareTransfer(_message.Message):
     __slots__ = ("plan",)
@@ -295,8 +371,10 @@ class EndLive(_message.Message):
     def __init__(self, pair: _Optional[_Union[LivePair, _Mapping]] = ...) -> None: ...
 
 class Release(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("keep",)
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    keep: bool
+    def __init__(self, keep: bool = ...) -> None: ...
 
 class Migrate(_message.Message):
     __slots__ = ("request_id", "attempt", "target")
@@ -309,10 +387,12 @@ class Migrate(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., target: _Optional[str] = ...) -> None: ...
 
 class Partner(_message.Message):
-    __slots__ = ("instance",)
+    __slots__ = ("instance", "model")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     instance: str
-    def __init__(self, instance: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, instance: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Pull(_message.Message):
     __slots__ = ("seq",)
@@ -367,20 +447,28 @@ class HandOff(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: bool = ...) -> None: ...
 
 class KVOffer(_message.Message):
-    __slots__ = ("work", "said", "address", "width", "layers_per_piece", "uuids")
+    __slots__ = ("work", "said", "pieces")
     WORK_FIELD_NUMBER: _ClassVar[int]
     SAID_FIELD_NUMBER: _ClassVar[int]
-    ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    WIDTH_FIELD_NUMBER: _ClassVar[int]
-    LAYERS_PER_PIECE_FIELD_NUMBER: _ClassVar[int]
-    UUIDS_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
     work: Work
     said: Tokens
+    pieces: _containers.RepeatedCompositeFieldContainer[KVPiece]
+    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., said: _Optional[_Union[Tokens, _Mapping]] = ..., pieces: _Optional[_Iterable[_Union[KVPiece, _Mapping]]] = ...) -> None: ...
+
+class KVPiece(_message.Message):
+    __slots__ = ("address", "uuid", "start", "stop", "width")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
     address: str
+    uuid: int
+    start: int
+    stop: int
     width: int
-    layers_per_piece: int
-    uuids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., said: _Optional[_Union[Tokens, _Mapping]] = ..., address: _Optional[str] = ..., width: _Optional[int] = ..., layers_per_piece: _Optional[int] = ..., uuids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, address: _Optional[str] = ..., uuid: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class KVAnswer(_message.Message):
     __slots__ = ("error",)
@@ -423,7 +511,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InstanceJoined(_message.Message):
-    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots")
+    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots", "model", "models", "copies")
     AT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -432,6 +520,9 @@ class InstanceJoined(_message.Message):
     PAGES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     at: float
     instance: str
     incarnation: str
@@ -440,7 +531,20 @@ class InstanceJoined(_message.Message):
     pages: int
     page_size: int
     slots: int
-    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ...) -> None: ...
+    model: str
+    models: _containers.RepeatedScalarFieldContainer[str]
+    copies: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ModelReady(_message.Message):
+    __slots__ = ("at", "instance", "model")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    instance: str
+    model: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class WorldJoined(_message.Message):
     __slots__ = ("at", "instance")
@@ -581,9 +685,11 @@ class Drained(_message.Message):
     def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ...) -> None: ...
 
 class Refused(_message.Message):
-    __slots__ = ("instance", "message")
+    __slots__ = ("instance", "message", "model")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     instance: str
     message: str
-    def __init__(self, instance: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    model: str
+    def __init__(self, instance: _Optional[str] = ..., message: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...

@@ -7,7 +7,7 @@ only with `tick`. Tests choose what happens next, `settle` lets everything happe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from blitzjax import types as t
@@ -18,6 +18,8 @@ from blitzjax.types import Phase
 
 SPEC = t.ModelSpec(name="toy", family="llama", layers=4, dim=8, heads=1, kv_heads=1, head_dim=8, ffn_dim=8, vocab=32,
                    max_len=256, rope_theta=1e4, norm_eps=1e-5, tied_embeddings=True, dtype="float32")
+SPECS = tuple(replace(SPEC, name=name, layers=layers) for name, layers in (("toy", 4), ("big", 6), ("tiny", 2)))
+UNITS = {spec.name: spec.units for spec in SPECS}
 PAGES, PAGE_SIZE, SLOTS = 64, 16, 4
 
 
@@ -33,9 +35,11 @@ class Job:
     """A transfer as one of its members sees it."""
 
     ticket: int
+    model: str
     chain: t.Chain
     disk: bool
     started: bool
+    copy: bool = False
 
 
 @dataclass(slots=True)
@@ -43,7 +47,9 @@ class Worker:
     id: str
     incarnation: int = 0
     up: bool = False
+    model: str = ""  # that it is an instance of
     units: int = 0
+    copies: dict[str, int] = field(default_factory=dict)  # units of other models, kept in host memory
     jobs: list[Job] = field(default_factory=list)
     requests: dict[str, int] = field(default_factory=dict)  # id → attempt
     answered: set[str] = field(default_factory=set)
@@ -54,13 +60,20 @@ class Worker:
     inbox: deque[t.Command] = field(default_factory=deque)
     outbox: deque[t.Event] = field(default_factory=deque)
 
+    def holds(self, model: str) -> int:
+        """Units, in an instance or in a copy."""
+        return self.units if self.model == model else self.copies.get(model, 0)
+
 
 class World:
     """A brain and its workers i0, i1, ... on two hosts. `log` keeps every command."""
 
-    def __init__(self, workers: int, config: Config, cluster: Callable[[Config, t.ModelSpec], Cluster] = Cluster):
+    def __init__(self, workers: int, config: Config,
+                 cluster: Callable[[Config, Sequence[t.ModelSpec]], Cluster] = Cluster,
+                 specs: Sequence[t.ModelSpec] = (SPEC,)):
         self.at = 0.0
-        self.brain = cluster(config, SPEC)
+        self.specs = specs
+        self.brain = cluster(config, specs)
         self.workers = {f"i{k}": Worker(f"i{k}") for k in range(workers)}
         self.log: list[t.Command] = []
         self.open: dict[str, int] = {}  # accepted and not ended → last attempt
@@ -117,17 +130,20 @@ class World:
         self.cancelled.add(request_id)
         return self.send(t.RequestCancelled(self.at, request_id))
 
-    def scale(self, target: int, live: t.LiveMode | None = None, source: t.Source | None = None) -> list[t.Command]:
-        return self.send(t.ScaleRequested(self.at, target, live, source))
+    def scale(self, target: int, live: t.LiveMode | None = None, source: t.Source | None = None,
+              model: str = "toy") -> list[t.Command]:
+        return self.send(t.ScaleRequested(self.at, target, live, source, model))
 
     # ---- workers come and go
 
-    def join(self, name: str, units: int = 0, world: bool = True) -> list[t.Command]:
+    def join(self, name: str, units: int = 0, world: bool = True, model: str = "toy",
+             copies: Sequence[str] = ()) -> list[t.Command]:
         worker = self.workers[name]
-        self.workers[name] = worker = Worker(name, worker.incarnation + 1, True, units)
+        self.workers[name] = worker = Worker(name, worker.incarnation + 1, True, model if units else "", units,
+                                             {copy: UNITS[copy] for copy in copies})
         host = f"h{int(name[1:]) % 2}"
         commands = self.send(t.InstanceJoined(self.at, name, str(worker.incarnation), host, units, PAGES, PAGE_SIZE,
-                                              SLOTS))
+                                              SLOTS, worker.model, copies=tuple(copies)))
         return commands + (self.send(t.WorldJoined(self.at, name)) if world else [])
 
     def kill(self, name: str) -> list[t.Command]:
@@ -170,12 +186,34 @@ class World:
                     worker.sending[request_id] = target
                 else:
                     say(t.RequestFailed(self.at, worker.id, request_id, attempt, "its KV is not here any more"))
-            case t.LoadFromDisk(ticket=ticket, start_unit=start):
-                assert start == worker.units < SPEC.units
-                worker.jobs.append(Job(ticket, t.Chain((worker.id,), start, SPEC.units, 0), True, True))
+            case t.LoadFromDisk(ticket=ticket, start_unit=start, model=model):
+                self.become(worker, model)
+                assert start == worker.units < UNITS[model]
+                worker.jobs.append(Job(ticket, model, t.Chain((worker.id,), start, UNITS[model], 0), True, True))
+            case t.KeepCopy(ticket=ticket, model=model):
+                assert worker.model != model
+                worker.copies.setdefault(model, 0)
+                worker.jobs.append(Job(ticket, model, t.Chain((worker.id,), 0, UNITS[model], 0), True, True, True))
+            case t.UseCopy(ticket=ticket, model=model):
+                assert worker.copies[model] == UNITS[model] and not worker.jobs
+                self.become(worker, model, worker.copies.pop(model))
+                say(t.LayerLoaded(self.at, worker.id, worker.units))
+                say(t.TransferEnded(self.at, worker.id, ticket, worker.units, ""))
+            case t.DropCopy(model=model):
+                if worker.model == model:  # a part of an instance that it never became
+                    assert not worker.requests
+                    worker.model, worker.units = "", 0
+                worker.copies.pop(model, None)
             case t.PrepareTransfer(plan=plan):
                 chain = next(c for c in plan.chains if worker.id in c.instances)
-                worker.jobs.append(Job(plan.ticket, chain, False, False))
+                if worker.id == chain.instances[0]:
+                    assert worker.holds(plan.model) == UNITS[plan.model]
+                elif plan.copy:
+                    assert worker.model != plan.model
+                    worker.copies.setdefault(plan.model, 0)
+                else:
+                    self.become(worker, plan.model)
+                worker.jobs.append(Job(plan.ticket, plan.model, chain, False, False, plan.copy))
                 say(t.TransferReady(self.at, worker.id, plan.ticket))
             case t.StartTransfer(ticket=ticket):
                 for job in worker.jobs:
@@ -192,15 +230,25 @@ class World:
             case t.EndLive(pair=pair):
                 if worker.partner == pair:
                     worker.partner = None
-            case t.Release():
-                assert not worker.jobs
-                worker.units, worker.partner = 0, None
+            case t.Release(keep=keep):
+                assert all(job.model != worker.model for job in worker.jobs)
+                if keep:
+                    assert worker.units == UNITS[worker.model] and worker.model not in worker.copies
+                    worker.copies[worker.model] = worker.units
+                worker.model, worker.units, worker.partner = "", 0, None
                 worker.requests.clear()
                 worker.answered.clear()
                 worker.sending.clear()
                 say(t.Drained(self.at, worker.id))
             case _:
                 raise AssertionError(command)
+
+    def become(self, worker: Worker, model: str, units: int = 0) -> None:
+        """It is an instance of `model` from now on; what it had of another one must be gone."""
+        assert model not in worker.copies
+        if worker.model != model:
+            assert not worker.units and not worker.requests
+            worker.model, worker.units = model, units
 
     def leave(self, worker: Worker, request_id: str, reason: t.FinishReason) -> None:
         attempt = worker.requests.pop(request_id)
@@ -210,7 +258,7 @@ class World:
 
     def leave_transfer(self, worker: Worker, job: Job, error: str) -> None:
         worker.jobs.remove(job)
-        worker.outbox.append(t.TransferEnded(self.at, worker.id, job.ticket, worker.units, error))
+        worker.outbox.append(t.TransferEnded(self.at, worker.id, job.ticket, worker.holds(job.model), error))
 
     def load(self, name: str) -> bool:
         """The worker's transfer gives it one more unit, or ends."""
@@ -225,9 +273,12 @@ class World:
         failing = worker.id in (self.disk_fails if job.disk else self.multicast_fails)
         if failing:
             self.leave_transfer(worker, job, "broken")
-        elif worker.units < SPEC.units:
-            worker.units += 1
-            worker.outbox.append(t.LayerLoaded(self.at, worker.id, worker.units))
+        elif worker.holds(job.model) < UNITS[job.model]:
+            if job.copy:
+                worker.copies[job.model] += 1
+            else:
+                worker.units += 1
+                worker.outbox.append(t.LayerLoaded(self.at, worker.id, worker.units))
         else:
             worker.served.add(job.ticket)
             self.leave_transfer(worker, job, "")
@@ -240,7 +291,7 @@ class World:
         worker = self.workers[name]
         request_id = next((r for r in worker.requests
                            if r not in worker.sending or not self.workers[worker.sending[r]].up), None)
-        if worker.units < SPEC.units or request_id is None:
+        if request_id is None or worker.units < UNITS[worker.model]:
             return False
         if request_id in worker.answered:
             self.leave(worker, request_id, "length")
@@ -273,7 +324,7 @@ class World:
             return False
         request_id = next((r for r in new.requests if r not in new.answered), None)
         if request_id is None:
-            old.said_drained = new.units == SPEC.units
+            old.said_drained = new.units == UNITS[new.model]
             if old.said_drained:
                 old.outbox.append(t.LiveDrained(self.at, name))
             return old.said_drained
@@ -312,6 +363,27 @@ class World:
 
     def sent(self, kind: type) -> list[t.Command]:
         return [c for c in self.log if isinstance(c, kind)]
+
+
+def pool(workers: int, specs: Sequence[t.ModelSpec] = SPECS[:2], **scale: object) -> World:
+    """Joined workers and several models, none of which needs an instance while nobody asks."""
+    world = World(workers, config(**{"min_instances": 0, **scale}), specs=specs)
+    for k in range(workers):
+        world.join(f"i{k}")
+    world.settle()
+    world.log.clear()
+    return world
+
+
+def copies(world: World, model: str) -> list[str]:
+    """Workers that keep bytes of the model in host memory and were not told to drop them."""
+    return [w.id for w in world.workers.values() if model in w.copies
+            and t.DropCopy(w.id, model) not in w.inbox]
+
+
+def whole(world: World, model: str) -> list[str]:
+    """Workers that hold every unit of the model, in whatever way."""
+    return [w.id for w in world.workers.values() if w.holds(model) == UNITS[model]]
 
 
 def serving(workers: int, instances: int = 1, **scale: object) -> World:

@@ -26,7 +26,7 @@ def test_the_first_instance_loads_from_disk_and_the_others_by_multicast() -> Non
     world = World(3, config(min_instances=2))
     for name in world.workers:
         world.join(name)
-    assert world.sent(LoadFromDisk) == [LoadFromDisk("i0", 1, 0)] and world.phases() == [LOADING, IDLE, IDLE]
+    assert world.sent(LoadFromDisk) == [LoadFromDisk("i0", 1, 0, "toy")] and world.phases() == [LOADING, IDLE, IDLE]
     world.settle()
     assert len(world.sent(LoadFromDisk)) == 1 and chains(world) == []
     assert [c.instance for c in world.sent(PrepareTransfer)] == ["i0", "i1"]
@@ -40,7 +40,7 @@ def test_a_worker_that_kept_its_parameters_serves_at_once() -> None:
 
 def test_a_partial_copy_is_not_loaded_again() -> None:
     world = World(1, config())
-    assert world.join("i0", 3) == [LoadFromDisk("i0", 1, 3)]
+    assert world.join("i0", 3) == [LoadFromDisk("i0", 1, 3, "toy")]
 
 
 def test_without_the_world_an_instance_waits_five_seconds_then_reads_its_disk() -> None:
@@ -48,7 +48,7 @@ def test_without_the_world_an_instance_waits_five_seconds_then_reads_its_disk() 
     world.join("i0", SPEC.units)
     assert world.join("i1", world=False) == [] and world.tick(4.9) == []
     commands = world.tick(0.1)
-    assert commands[0] == LoadFromDisk("i1", 1, 0) and world.of("i1").phase is LIVE
+    assert commands[0] == LoadFromDisk("i1", 1, 0, "toy") and world.of("i1").phase is LIVE
 
 
 def test_the_world_in_time_means_multicast() -> None:
@@ -141,7 +141,7 @@ def test_disk_source_pairs_with_the_busiest() -> None:
     world = serving(3, 2)
     world.arrive("r0"), world.arrive("r1", prompt=64)
     pair = LivePair("i1", "i2", "best_effort")
-    assert world.scale(3, "best_effort", "disk") == [LoadFromDisk("i2", 1, 0), StartLive("i2", pair),
+    assert world.scale(3, "best_effort", "disk") == [LoadFromDisk("i2", 1, 0, "toy"), StartLive("i2", pair),
                                                      StartLive("i1", pair)]
 
 
@@ -191,7 +191,7 @@ def test_the_last_source_dies_and_the_rest_comes_from_disk() -> None:
     world.kill("i0")
     assert world.phases() == [FAILED, LOADING] and world.of("i1").waiting == 1
     world.exchange()
-    assert world.sent(LoadFromDisk) == [LoadFromDisk("i1", 2, 2)]
+    assert world.sent(LoadFromDisk) == [LoadFromDisk("i1", 2, 2, "toy")]
     world.settle(compute=True)
     assert world.phases() == [FAILED, SERVING] and world.ended == {"a": "length"}
 

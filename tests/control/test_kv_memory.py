@@ -253,6 +253,7 @@ def test_memory_that_is_short_by_far_is_shared_in_turns() -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 4.0), min_size=10, max_size=400))
 def test_a_stream_of_better_priority_overtakes_for_a_bounded_time(ahead: int, gaps: list[float]) -> None:
     """One slot, a request a step; the one that waits is overtaken only by those that came soon after it."""

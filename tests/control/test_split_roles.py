@@ -26,7 +26,7 @@ def split(workers: int, prefill: int = 1, decode: int = 1, **scale: object) -> W
 
 def roles(world: World) -> str:
     """One letter an instance: P, D, or - when it does not serve."""
-    members = world.brain._fleet.members
+    members = world.brain._roster.members
     return "".join(m.role.name[0] if m.phase is Phase.SERVING else "-" for _, m in sorted(members.items()))
 
 
@@ -124,9 +124,9 @@ def test_short_decode_is_filled_by_prefill_in_place_and_prefill_is_scaled_live()
     assert roles(world).count("D") == 2 and len(world.sent(PrepareTransfer)) == 2
     world.exchange()
     (new,) = {c.pair.new for c in world.sent(StartLive)}
-    assert new == "i3" and world.brain._fleet.members[new].role is Role.PREFILL
+    assert new == "i3" and world.brain._roster.members[new].role is Role.PREFILL
     chain = world.sent(PrepareTransfer)[0].plan.chains[0]
-    assert world.brain._fleet.members[chain.instances[0]].role is Role.DECODE  # prefill's port sends KV
+    assert world.brain._roster.members[chain.instances[0]].role is Role.DECODE  # prefill's port sends KV
     world.settle(compute=True)
     assert not world.open
 
@@ -135,7 +135,7 @@ def test_an_idle_decode_instance_runs_prompts_before_anything_is_loaded() -> Non
     world = split(4, 1, 2, policy="auto", max_instances=4, prefill_tokens_per_s=100.0, down_after_s=0.0)
     for k in range(4):
         world.arrive(f"r{k}", prompt=24)
-    world.brain._scaler.goal = world.brain._scaler.goal.__class__(2, 1, world.brain._scaler.goal.means, 99.0)
+    world.brain._services["toy"].scaler.goal = world.brain._services["toy"].scaler.goal.__class__(2, 1, world.brain._services["toy"].scaler.goal.means, 99.0)
     world.tick()
     assert sorted(roles(world)) == ["-", "D", "P", "P"] and not world.sent(PrepareTransfer) + world.sent(LoadFromDisk)
 
@@ -144,7 +144,7 @@ def test_a_drained_decode_instance_is_released_after_its_last_request() -> None:
     world = split(3, 1, 2)
     prefilled(world, "a", "b")
     world.migrate("i0"), world.exchange(), world.migrate("i0"), world.exchange()
-    world.brain._scaler.goal = world.brain._scaler.goal.__class__(1, 1, world.brain._scaler.goal.means, 99.0)
+    world.brain._services["toy"].scaler.goal = world.brain._services["toy"].scaler.goal.__class__(1, 1, world.brain._services["toy"].scaler.goal.means, 99.0)
     world.tick()
     assert world.phases().count(Phase.DRAINING) == 1 and not world.sent(Release)
     world.settle(compute=True)

@@ -151,37 +151,62 @@ def test_many_requests_move_on_twice_while_others_are_decoded(make) -> None:
     assert set(ended(e).values()) == {"length"} and len(ended(e)) == len(works)
 
 
-def test_a_prompt_of_two_instances_moves_when_both_parts_are_together(make) -> None:
+@pytest.mark.parametrize("then", ["nothing", "the pair ends", "another target", "the target is gone", "abort"])
+def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
     """OLD emits the first token before NEW's layers of KV are with it; Migrate comes in between."""
-    rigs = make("old", "d")
-    old, d = rigs["old"], rigs["d"]
+    rigs = make("old", "d", "e")
+    old, d, e = rigs["old"], rigs["d"], rigs["e"]
     new = make("new", units=0)["new"]
-    item = WORKS[4]
-    wanted = expected(old, [item])
-    take = old.handoff.take
+    wanted = expected(old, WORKS[4:5])
+    kv_takes = {rig.instance.name: slowed(rig) for rig in (old, d)}
+    pair = LivePair("old", "new", "zigzag")
+    new.instance.post(StartLive("new", pair))
+    new.instance.post(WORKS[4])
+    new.load(SPEC.units - 1)  # all but the head
+    wait(lambda: (s := new.instance.find("r4")) and s.prefill and s.prefill.next_layer == SPEC.layers - 1, "layers")
+    old.moves["r4"] = (1, d)
+    old.instance.post(StartLive("old", pair))
+    wait(lambda: old.session is not None, "the offer")
+    if then == "the pair ends":
+        old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
+    elif then == "another target":
+        migrate(old, "r4", e)
+    elif then == "the target is gone":
+        old.session.close()
+    elif then == "abort":
+        old.instance.post(Abort("old", "r4"))
+    new.load(SPEC.units)
+    if then in ("the target is gone", "abort"):
+        wait(lambda: of(old, RequestFailed) if then != "abort" else of(old, RequestFinished), "its end at the source")
+        assert not of(d, KVMigrated) and old.instance.idle
+    else:
+        wait(lambda: "r4" in ended(old, new, d, e) or of(old, RequestFailed), "the end")
+    if ended(d, e):
+        got = client(old, new, d, e)["r4"]
+        assert got == wanted["r4"] and got[2] and tokens_said(old, "r4") == 1
+    if then in ("nothing", "the pair ends"):
+        assert kv_takes["old"].count(new.handoff.address) < SPEC.layers - 1, "OLD took what D should take"
+        assert set(kv_takes["d"]) == {old.handoff.address, new.handoff.address}
+        whole = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4 * 256
+        assert [moved.kv_bytes for moved in of(d, KVMigrated)] == [whole]
+    if then != "the pair ends":
+        old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
+        old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
+    wait(lambda: new.instance.idle and new.instance._new is None, "the pair is over")
 
-    def slow_kv(address, uuid, specs, timeout_s):
-        if len(specs) == 2 and specs[0].shape != specs[1].shape:
+
+def slowed(rig: Rig) -> list[str]:
+    """KV pieces take their time from now on. → where they were taken from."""
+    take, addresses = rig.handoff.take, []
+
+    def slow(address, uuid, specs, timeout_s):
+        if len(specs) >= 2 and specs[0].shape != specs[1].shape:  # keys and values, no residuals
+            addresses.append(address)
             time.sleep(0.1)
         return take(address, uuid, specs, timeout_s)
 
-    old.handoff.take = slow_kv
-    pair = LivePair("old", "new", "zigzag")
-    new.instance.post(StartLive("new", pair))
-    new.instance.post(item)
-    new.load(SPEC.units - 1)  # all but the head
-    wait(lambda: (s := new.instance.find("r4")) and s.prefill and s.prefill.next_layer == SPEC.layers - 1, "layers")
-    old.instance.post(StartLive("old", pair))
-    old.wait(lambda events: any(isinstance(e, PrefillDone) for e in events), "first token")
-    assert old.instance.find("r4").kv_missing, "nothing is missing: the test has to be slower"
-    migrate(old, "r4", d)
-    wait(lambda: "r4" in ended(old, new, d), "the end")
-    new.load(SPEC.units)
-    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
-    old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
-    got = client(old, new, d)["r4"]
-    assert got == wanted["r4"] and got[2]
-    assert len(of(d, KVMigrated)) == 1 and tokens_said(old, "r4") == 1
+    rig.handoff.take = slow
+    return addresses
 
 
 def test_the_source_decodes_on_when_its_target_is_gone_and_may_send_again(make) -> None:

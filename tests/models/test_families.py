@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 import tiny_families
+from answering import answer, token_ids, work
 
-from blitzjax.config import Config, EngineConfig
+from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
-from blitzjax.engine import messages as m
 from blitzjax.engine import params
-from blitzjax.engine.instance import Instance
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, fill, unit_kind
 from blitzjax.engine.runner import Prefill, Runner
@@ -26,7 +25,7 @@ from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import CheckpointError
 from blitzjax.models import FAMILIES, family, read_config
-from blitzjax.types import Request, RequestFinished, Sampling, Span, Work
+from blitzjax.types import Sampling, Span
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CHECKPOINTS = json.loads((REFERENCE / "families.json").read_text())
@@ -156,34 +155,22 @@ def test_decode_matches_reference(case: str, load) -> None:
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_prefix_hits_and_preemption_match_reference(case: str, load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the same prompt where pages suffice for one answer: the second begins behind a hit, gives way, goes on."""
-    model, said, preempted = load(case), [], []
-    expected = model.expected
-    prompt, greedy = tuple(expected["tokens"].tolist()), expected["greedy"].tolist()
+    model, preempted = load(case), []
+    expected, store, stages = model.expected, model.runner.store, model.runner.stages
+    prompt, greedy = expected["tokens"].tolist(), expected["greedy"].tolist()
     preempt = Batcher.preempt
     monkeypatch.setattr(Batcher, "preempt", lambda self, i, *args: (preempted.append(i), preempt(self, i, *args)))
-
-    def collect(output: object) -> None:
-        said.append(output)
-        if sum(isinstance(o, RequestFinished) for o in said) == 2:
-            instance.post(m.Stop())
-
     pages = -(-(len(prompt) + len(greedy)) // PAGE) + 1
-    config = Config(engine=EngineConfig(max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, page_size=PAGE,
-                                        kv_pages=pages, answer_share=0.0))
-    instance = Instance("one", config, model.runner.store, model.runner.stages, None, collect, None)
+    engine = EngineConfig(max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, page_size=PAGE,
+                          kv_pages=pages, answer_share=0.0)
     sampling = Sampling(max_tokens=len(greedy), ignore_eos=True, logprobs=0)
-    for name in ("first", "second"):
-        request = Request(name, case, len(prompt), len(greedy), 0.0)
-        instance.post(Work(request, 1, prompt, (), sampling))
-    instance.run()
-    instance.check()
+    said = answer(store, stages, engine, [work(name, prompt, sampling) for name in ("first", "second")])
     assert preempted == ["second"]
+    logits = np.concatenate([expected["logits"][-1:], expected["steps"][:-1]])
+    wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), expected["greedy"][:, None], 1)[:, 0]
     for name, hit in (("first", 0), ("second", CHUNK)):
-        tokens = [o for o in said if isinstance(o, m.Tokens) and o.request_id == name]
-        assert [t for o in tokens for t in o.token_ids] == greedy and tokens[0].cached_tokens == hit
-        logits = np.concatenate([expected["logits"][-1:], expected["steps"][:-1]])
-        wanted = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), expected["greedy"][:, None], 1)[:, 0]
-        np.testing.assert_allclose([o.logprobs[0].logprob for o in tokens], wanted, rtol=2e-4, atol=2e-4)
+        assert token_ids(said[name]) == greedy and said[name][0].cached_tokens == hit
+        np.testing.assert_allclose([o.logprobs[0].logprob for o in said[name]], wanted, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -119,7 +119,7 @@ def test_nothing_is_added_after_the_end():
 
 
 def test_tokens_of_a_stale_attempt_are_dropped(model):
-    controller = Controller(toy_config(), model, {"i0": "127.0.0.1:1", "i1": "127.0.0.1:2"})
+    controller = Controller(toy_config(), [model], {"i0": "127.0.0.1:1", "i1": "127.0.0.1:2"})
     [a] = controller.submit(order())
     assert a.attempt == -1  # no instance yet
     a.work(3, 0.0)
@@ -132,7 +132,7 @@ def test_tokens_of_a_stale_attempt_are_dropped(model):
 
 
 def test_a_hole_in_the_tokens_fails_the_request_instead_of_hiding_it(model):
-    controller = Controller(toy_config(), model, {"i0": "127.0.0.1:1"})
+    controller = Controller(toy_config(), [model], {"i0": "127.0.0.1:1"})
     [a] = controller.submit(order())
     a.work(1, 0.0)
     controller.on_tokens("i0", pb.Tokens(request_id=a.request.id, attempt=1, start=2, token_ids=[5]))

@@ -31,9 +31,9 @@ def test_requests_are_read_once_they_finished() -> None:
     log = [arrived("b", 1.0), arrived("a", 2.0), Record(2.0, Assign("i0", "a", 1)),
            Record(3.0, PrefillDone(3.0, "i0", "a", 1)), Record(3.5, PrefillDone(3.5, "i0", "b", 1)),
            Record(4.0, RequestFinished(4.0, "i0", "a", 1, "length"))]
-    assert requests_of(log) == [Seen(40, 2.0, 3.0, 4.0)]
+    assert requests_of(log) == [Seen("i0", 40, 2.0, 3.0, 4.0)]
     log.append(Record(5.0, RequestFinished(5.0, "i0", "b", 1, "length")))
-    assert requests_of(log) == [Seen(40, 1.0, 3.5, 5.0), Seen(40, 2.0, 3.0, 4.0)]
+    assert requests_of(log) == [Seen("i0", 40, 1.0, 3.5, 5.0), Seen("i0", 40, 2.0, 3.0, 4.0)]
 
 
 def test_a_transfer_ends_at_its_receiver() -> None:

@@ -13,10 +13,11 @@ from blitzjax.serve import codec, eventlog
 from blitzjax.v1 import worker_pb2 as pb
 
 _I32 = st.integers(-(2**31), 2**31 - 1)
-_INTS = {"seed": st.integers(0, 2**63 - 1), "uuids": st.integers(0, 2**64 - 1), "kv_bytes": st.integers(0, 2**63 - 1)}
+_INTS = {"seed": st.integers(0, 2**63 - 1), "uuid": st.integers(0, 2**64 - 1), "kv_bytes": st.integers(0, 2**63 - 1)}
 _FLOAT32 = st.floats(width=32, allow_nan=False)  # floats of these travel as float
 _NARROW = (types.Sampling, types.TokenLogprob)
-_SHELL_ONLY = (types.RequestArrived, types.RequestCancelled, types.InstanceLost, types.ScaleRequested, types.Ticked)
+_SHELL_ONLY = (types.RequestArrived, types.RequestCancelled, types.InstanceLost, types.ModelDeployed,
+               types.ModelUndeployed, types.ScaleRequested, types.Ticked)
 EVENTS = [e for e in typing.get_args(types.Event) if e not in _SHELL_ONLY]
 COMMANDS = [c for c in typing.get_args(types.Command) if c not in (types.Reject, types.Assign)]
 
@@ -34,7 +35,7 @@ def _value(name: str, hint: object, owner: type) -> st.SearchStrategy:
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from(typing.get_args(hint))
     if typing.get_origin(hint) is not None:  # X | None
-        return st.none() | st.sampled_from([v for a in typing.get_args(hint) for v in typing.get_args(a)])
+        return st.one_of([_value(name, a, owner) for a in typing.get_args(hint) if a is not type(None)] + [st.none()])
     simple = {int: _INTS.get(name, _I32), str: st.text(max_size=8), bool: st.booleans(),
               float: _FLOAT32 if owner in _NARROW else st.floats(allow_nan=False)}
     return simple[hint]

@@ -28,7 +28,7 @@ EVENTS = [
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     path, brain = tmp_path / "events.jsonl", Cluster(CONFIG, TINY)
-    writer = EventLog(path, {"spec": asdict(TINY), "config": configs.to_tables(CONFIG)})
+    writer = EventLog(path, {"specs": [asdict(TINY)], "config": configs.to_tables(CONFIG)})
     for event in EVENTS:
         writer.event(event)
         for command in brain.handle(event):
@@ -69,7 +69,7 @@ def test_a_log_that_breaks_off_is_replayed_as_far_as_it_goes(log: Path) -> None:
         assert replay(log).different is None
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", '{"blitzjax_log": 1, "spec": {}, "config": {"scale": {"x": 1}}}\n'])
+@pytest.mark.parametrize("text", ["", "{}\n", '{"blitzjax_log": 1, "specs": [{}], "config": {"scale": {"x": 1}}}\n'])
 def test_what_is_no_log_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x").write_text(text)
     assert cli.main(["replay", str(tmp_path / "x")]) == 2

@@ -31,7 +31,7 @@ from blitzjax.serve.rejoin import Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
-from blitzjax.types import Sampling
+from blitzjax.types import Phase, Sampling
 from blitzjax.v1 import inference_pb2, worker_pb2_grpc
 from blitzjax.v1 import worker_pb2 as pb
 
@@ -74,7 +74,7 @@ class Toys:
             await server.stop(0)
 
     def start(self) -> Controller:
-        self.controller = with_journal(lambda: Controller(self.config, self.model, self._addresses), self.journal)
+        self.controller = with_journal(lambda: Controller(self.config, [self.model], self._addresses), self.journal)
         self._running = asyncio.create_task(self.controller.run())
         return self.controller
 
@@ -95,7 +95,7 @@ class Toys:
     def replayed(self) -> Replica:
         """What the journal leads to now."""
         self.controller.journal.flush()
-        replica = Controller(self.config, self.model, self._addresses).replica
+        replica = Controller(self.config, [self.model], self._addresses).replica
         assert replay(replica, self.journal).due == []
         return replica
 
@@ -104,7 +104,7 @@ class Toys:
         return self.start()
 
     async def serving(self, count: int) -> None:
-        await eventually(lambda: self.controller.serving == count)
+        await eventually(lambda: [i.phase for i in self.controller.status().instances].count(Phase.SERVING) == count)
 
 
 def in_a_loop(test):
@@ -159,7 +159,7 @@ async def test_crashes_at_any_moment(toys, seed: int):
             if rng.random() < 0.5:
                 await asyncio.sleep(rng.random() * 0.1)
             if rng.random() < 0.4:
-                world.controller.scale(rng.choice((1, 2)), None, None)
+                world.controller.scale("toy", rng.choice((1, 2)), None, None)
             if rng.random() < 0.3:
                 world.compact()
             if rng.random() < 0.5:
@@ -193,6 +193,7 @@ async def test_a_client_may_come_back_for_what_it_could_have_missed(toys):
         await world.restart()
         for o, before in zip(orders, (missed, had), strict=True):
             [after] = world.controller.submit(o, resume=True)
+            await ended(after)
             assert (after.finish_reason, after.generated) == ("length", before.generated)
             assert after.take().text == ("once more" if o.echo else "") + "".join(map(chr, before.generated))
         with pytest.raises(Unavailable, match="not known any more"):  # another client has claimed it
@@ -252,7 +253,7 @@ async def test_a_worker_dies_while_no_controller_is_there(toys):
     async with toys() as world:
         world.start()
         await world.serving(1)
-        world.controller.scale(2, None, None)
+        world.controller.scale("toy", 2, None, None)
         await world.serving(2)
         orders = [order(f"r{k}", k, 60) for k in range(6)]
         answers = [world.controller.submit(o)[0] for o in orders]
@@ -287,7 +288,7 @@ def test_what_cannot_be_resumed_is_put_aside(model_dir, tmp_path, caplog):
     path, model = tmp_path / "journal", load_model(model_dir)
 
     def start(*overrides: str) -> Controller:
-        return with_journal(lambda: Controller(toy_config(*overrides), model, {"i0": "127.0.0.1:1"}), path)
+        return with_journal(lambda: Controller(toy_config(*overrides), [model], {"i0": "127.0.0.1:1"}), path)
 
     def crash(controller: Controller) -> None:
         controller.submit(order("r", 1))

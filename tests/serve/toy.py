@@ -33,10 +33,11 @@ def byte_names() -> list[str]:
     return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
 
 
-def write_model(directory: Path, tokenizer: bool = True, template: str | None = TEMPLATE) -> Path:
+def write_model(directory: Path, tokenizer: bool = True, template: str | None = TEMPLATE,
+                spec: ModelSpec = SPEC) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    units = [{"bytes": 10} for _ in range(SPEC.units)]
-    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(SPEC), "units": units}))
+    units = [{"bytes": 10} for _ in range(spec.units)]
+    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(spec), "units": units}))
     if tokenizer:
         toy = tokenizers.Tokenizer(models.BPE({name: b for b, name in enumerate(byte_names())}, []))
         toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -62,8 +62,7 @@ class ToyWorker(rpc.WorkerServicer):
         sender = asyncio.create_task(outbox.send(context))
         try:
             async for message in requests:
-                self.session.take(outbox, message, lambda: self.toy.obey(
-                    codec.decode_command(message, configure.instance)))
+                self.session.take(outbox, message, lambda: self.toy.told(message))
         finally:
             sender.cancel()
             if (connection := self.session.disconnect(outbox)) is not None:
@@ -91,11 +90,17 @@ class Toy:
         self.instance, self.session = configure.instance, session
         config = json.loads(configure.config_json)
         self.config, self.resume_timeout_s = config["engine"], config["serve"]["resume_timeout_s"]
-        spec = json.loads(configure.model_json)["spec"]
-        self.vocab, self.eos, self.all_units = spec["vocab"], set(spec["eos_token_ids"]), spec["layers"] + 2
-        self.units = 0
+        self.specs: dict[str, types.ModelSpec] = {}
+        for model in configure.models:
+            self.deploy(model)
+        self.model, self.units = "", 0  # that it is an instance of
+        self.copies: dict[str, int] = {}  # models kept in host memory, units
         self.plans: dict[int, types.MulticastPlan] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    def deploy(self, model: pb.Model) -> None:
+        spec = codec.model_spec(model.model_json)
+        self.specs[spec.name] = spec
 
     def joined(self, incarnation: str) -> types.InstanceJoined:
         slots, length, size = (self.config[k] for k in ("max_num_seqs", "max_model_len", "page_size"))
@@ -103,6 +108,16 @@ class Toy:
 
     def emit(self, event: types.Event) -> None:
         self.session.put(codec.encode_event(event))
+
+    def told(self, message: pb.WorkerCommand) -> None:
+        match message.WhichOneof("command"):
+            case "deploy":
+                self.deploy(message.deploy)
+                self.emit(types.ModelReady(0.0, self.instance, codec.model_spec(message.deploy.model_json).name))
+            case "undeploy":
+                del self.specs[message.undeploy.model]
+            case _:
+                self.obey(codec.decode_command(message, self.instance))
 
     def obey(self, command: types.Command | types.Work) -> None:
         me = self.instance
@@ -114,37 +129,65 @@ class Toy:
                     task.cancel()
                     self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
             case types.LoadFromDisk():
-                self.spawn(self.load(command.ticket, self.all_units))
-            case types.PrepareTransfer():
-                self.plans[command.plan.ticket] = command.plan
-                self.emit(types.TransferReady(0.0, me, command.plan.ticket))
+                self.become(command.model)
+                self.spawn(self.load(command.ticket, command.model))
+            case types.KeepCopy():
+                self.copies.setdefault(command.model, 0)
+                self.spawn(self.load(command.ticket, command.model))
+            case types.UseCopy():
+                units = self.copies.pop(command.model)
+                self.become(command.model)
+                self.units = units
+                self.emit(types.TransferEnded(0.0, me, command.ticket, units, ""))
+            case types.DropCopy():
+                self.copies.pop(command.model, None)
+            case types.PrepareTransfer(plan=plan):
+                self.plans[plan.ticket] = plan
+                if me != next(c for c in plan.chains if me in c.instances).instances[0]:
+                    self.copies.setdefault(plan.model, 0) if plan.copy else self.become(plan.model)
+                self.emit(types.TransferReady(0.0, me, plan.ticket))
             case types.StartTransfer():
-                stop = max(c.stop_unit for c in self.plans[command.ticket].chains if me in c.instances)
-                self.spawn(self.load(command.ticket, max(stop, self.units)))
+                self.spawn(self.load(command.ticket, self.plans[command.ticket].model))
             case types.CancelTransfer():
-                self.emit(types.TransferEnded(0.0, me, command.ticket, self.units, "cancelled"))
+                units = self.holds(self.plans[command.ticket].model)
+                self.emit(types.TransferEnded(0.0, me, command.ticket, units, "cancelled"))
             case types.Release():
-                self.units = 0
+                if command.keep:
+                    self.copies[self.model] = self.units
+                self.model, self.units = "", 0
                 self.emit(types.Drained(0.0, me))
 
     def spawn(self, work) -> None:
         self.tasks[uuid.uuid4().hex] = asyncio.create_task(work)
 
-    async def load(self, ticket: int, stop: int) -> None:
-        while self.units < stop:
+    def become(self, model: str) -> None:
+        if self.model != model:
+            assert not self.units
+            self.model = model
+
+    def holds(self, model: str) -> int:
+        return self.units if self.model == model else self.copies.get(model, 0)
+
+    async def load(self, ticket: int, model: str) -> None:
+        """Every unit that is missing, of the instance or of the copy."""
+        while self.holds(model) < self.specs[model].units:
             await asyncio.sleep(UNIT_S)
+            if self.model != model:
+                self.copies[model] += 1
+                continue
             self.units += 1
             self.emit(types.LayerLoaded(0.0, self.instance, self.units))
-        self.emit(types.TransferEnded(0.0, self.instance, ticket, self.units, ""))
+        self.emit(types.TransferEnded(0.0, self.instance, ticket, self.holds(model), ""))
 
     async def answer(self, work: types.Work) -> None:
         asyncio.current_task().attempt = work.attempt
         at = (0.0, self.instance, work.request.id, work.attempt)
-        last, sampling = (*work.prompt, *work.generated)[-1], work.sampling
-        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.eos)
+        assert work.request.model == self.model
+        last, sampling, spec = (*work.prompt, *work.generated)[-1], work.sampling, self.specs[self.model]
+        stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(spec.eos_token_ids))
         for index in range(len(work.generated), sampling.max_tokens):
             await asyncio.sleep(sampling.temperature)
-            last = (last + 1) % self.vocab
+            last = (last + 1) % spec.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
             self.session.put(pb.WorkerEvent(tokens=pb.Tokens(
                 request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason,

@@ -73,7 +73,7 @@ def test_six_24b_instances_on_cluster_a_take_about_a_second_by_two_lanes() -> No
     assert first < 0.1
     cached = Bench(A, 12, ttl_s=float("inf"))
     for k in range(6):
-        cached.loading.obey(LoadFromDisk(f"i{k}", k, 0))
+        cached.loading.obey(LoadFromDisk(f"i{k}", k, 0, "toy"))
     cached.clock.run()
     assert 1.4 < cached.clock.now < 2.2
 

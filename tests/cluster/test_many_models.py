@@ -1,0 +1,160 @@
+"""Two real models over three workers: from zero and back, one host copy each, counted where the bytes are."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from blitzjax import config as configs
+from blitzjax.engine.convert import TINY, write_random
+from blitzjax.engine.params import layout
+from blitzjax.errors import UnknownModel
+from blitzjax.serve.client import Client, Result
+from blitzjax.serve.local import LocalCluster
+from blitzjax.v1 import worker_pb2 as pb
+from blitzjax.v1 import worker_pb2_grpc as rpc
+
+SPECS = (replace(TINY, name="left", layers=6), replace(TINY, name="right", layers=4, ffn_dim=192))
+BYTES = {spec.name: sum(layout(spec, unit, 1).slab_bytes for unit in range(spec.units)) for spec in SPECS}
+POOL = 3
+
+
+class Pool:
+    """The cluster, and what its workers hold."""
+
+    def __init__(self, cluster: LocalCluster):
+        self.cluster, self.client = cluster, cluster.client()
+        self._senders = ThreadPoolExecutor(32)
+        self._known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+
+    def send(self, model: str, prompt: list[int]) -> Future[Result]:
+        return self._senders.submit(self.client.generate, prompt, model=model, max_tokens=6, ignore_eos=True,
+                                    timeout_s=60.0)
+
+    def right(self, model: str, prompt: list[int], answer: Future[Result]) -> bool:
+        """The same tokens as ever."""
+        tokens = answer.result(60).token_ids
+        return self._known.setdefault((model, tuple(prompt)), tokens) == tokens
+
+    def held(self) -> dict[str, list[pb.Holding]]:
+        """Model → what every worker that is up says it holds of it."""
+        found: dict[str, list[pb.Holding]] = {}
+        for address in self.cluster.worker_addresses:
+            with grpc.insecure_channel(address) as channel:
+                call = rpc.WorkerStub(channel).Run(iter([pb.WorkerCommand(inspect=pb.Inspect())]), timeout=5)
+                for holding in next(call).holdings.holdings:
+                    found.setdefault(holding.model, []).append(holding)
+        return found
+
+    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 40.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {self.client.status()}"
+            time.sleep(0.05)
+
+    def settle_at_zero(self) -> None:
+        """Every worker is idle in the world, and each model is in one memory, whole: its host copy."""
+        self.wait(lambda: all(i.phase == "idle" and i.in_world for i in self.client.status().instances)
+                  and len(self.client.status().instances) == POOL
+                  and all(m.host_copy and not m.copying for m in self.client.status().models), "at zero")
+        self.wait(lambda: self.one_copy_each(), "one copy each", 5)
+
+    def one_copy_each(self) -> bool:
+        try:
+            held = self.held()
+            return held.keys() == BYTES.keys() and all([(h.bytes, h.copy) for h in holdings] == [(BYTES[model], True)]
+                                                       for model, holdings in held.items())
+        except grpc.RpcError:
+            return False
+
+    def keeper(self, model: str) -> int:
+        return next(int(m.host_copy[1:]) for m in self.client.status().models if m.name == model)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    directories: list[Path] = []
+    for seed, spec in enumerate(SPECS):
+        directories.append(tmp_path_factory.mktemp("models") / spec.name)
+        write_random(directories[-1], spec, seed=seed)
+    config = configs.load(None, (
+        "serve.port=0", "scale.min_instances=0", "scale.zero_after_s=1.0", "scale.down_after_s=1.0",
+        f"cluster.pool={POOL}", f"scale.max_instances={POOL}", "cluster.threads=1", "engine.dtype=float32",
+        "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
+        "transfer.chunk_bytes=2048", "transfer.collective_timeout_s=3.0",
+        f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
+    with LocalCluster(config, directories[0]) as cluster:
+        cluster.wait_ready(120)
+        pool = Pool(cluster)
+        pool.wait(lambda: len(pool.client.status().instances) == POOL, "joined")
+        pool.client.deploy(directories[1], timeout_s=120)
+        pool.settle_at_zero()
+        yield pool
+        assert cluster.stop() == 0, cluster.tail("controller")
+
+
+def ask(pool: Pool, count: int = 6) -> list[tuple[str, list[int], Future[Result]]]:
+    """Both models at once."""
+    rng = random.Random(1)
+    prompts = [[rng.randrange(256) for _ in range(rng.choice([3, 20, 40, 55]))] for _ in range(count)]
+    return [(spec.name, prompt, pool.send(spec.name, prompt)) for prompt in prompts for spec in SPECS]
+
+
+def all_right(pool: Pool, answers: list[tuple[str, list[int], Future[Result]]]) -> bool:
+    return all(pool.right(*answer) for answer in answers)
+
+
+def test_both_models_answer_from_zero_and_go_back(pool: Pool) -> None:
+    assert pool.keeper("left") != pool.keeper("right")
+    answers = ask(pool)
+    assert all_right(pool, answers)
+    assert answers[0][2].result().token_ids != answers[1][2].result().token_ids  # another model
+    pool.settle_at_zero()
+    assert all_right(pool, ask(pool))
+    pool.settle_at_zero()
+
+
+def test_the_copy_becomes_an_instance_and_seeds_the_others(pool: Pool) -> None:
+    pool.client.scale(POOL, model="left", wait=True, timeout_s=30)
+    held = pool.held()["left"]
+    assert len(held) == POOL and not any(h.copy for h in held)
+    answers = [a for a in ask(pool) if a[0] == "left"]
+    assert all_right(pool, answers)
+    pool.settle_at_zero()
+
+
+def test_a_worker_that_keeps_a_copy_is_killed(pool: Pool) -> None:
+    victim = pool.keeper("right")
+    pool.cluster.signal_worker(victim)
+    pool.wait(lambda: any(m.name == "right" and m.host_copy not in ("", f"i{victim}") and not m.copying
+                          for m in pool.client.status().models), "kept by another worker")
+    assert all_right(pool, ask(pool))
+    pool.settle_at_zero()
+
+
+def test_a_worker_is_killed_while_its_copy_becomes_many_instances(pool: Pool) -> None:
+    source = pool.keeper("left")
+    pool.client.scale(POOL, model="left")
+    answers = ask(pool)
+    pool.wait(lambda: any(i.phase in ("loading", "live") and 0 < i.layers_loaded < 6
+                          for i in pool.client.status().instances), "loading", 20)
+    pool.cluster.signal_worker(source)
+    assert all_right(pool, answers)
+    pool.settle_at_zero()
+
+
+def test_an_undeployed_model_is_in_no_memory(pool: Pool) -> None:
+    answers = ask(pool)
+    pool.wait(lambda: any(m.name == "left" and m.running for m in pool.client.status().models), "running", 10)
+    pool.client.undeploy("left", timeout_s=30)
+    assert all_right(pool, answers)  # what it had accepted it finished
+    pool.wait(lambda: [m.name for m in pool.client.status().models] == ["right"] and "left" not in pool.held(), "gone")
+    with pytest.raises(UnknownModel):
+        pool.client.generate([1], model="left")

@@ -1,0 +1,298 @@
+"""Several models over one pool: from zero and back, one host copy each, and who gets a worker when they are short."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from fake_world import SPECS, UNITS, World, config, copies, pool, whole
+
+from blitzjax import types as t
+from blitzjax.control.sharing import Want, deal, donor
+from blitzjax.types import (
+    Assign, DropCopy, KeepCopy, LoadFromDisk, Phase, PrepareTransfer, Reject, Release, ScaleRequested, UseCopy,
+)
+
+TOY, BIG, TINY = SPECS
+SERVING, IDLE, FAILED = Phase.SERVING, Phase.IDLE, Phase.FAILED
+
+
+def model(world: World, name: str):
+    return next(m for m in world.brain.status().models if m.name == name)
+
+
+def one_copy(world: World) -> bool:
+    """A model has one host copy, whole, if no instance serves it, else none."""
+    served = {w.model for w in world.workers.values() if w.model}
+    return all(len(copies(world, s.name)) == (s.name not in served) for s in world.specs) and all(
+        whole(world, s.name) for s in world.specs)
+
+
+# ---- host copies
+
+
+def test_each_model_is_read_once_and_the_copies_are_spread() -> None:
+    world = World(3, replace(config(min_instances=0), cluster=replace(config().cluster, pool=3)), specs=SPECS)
+    world.join("i0"), world.join("i1")
+    assert world.sent(KeepCopy) == []  # the third worker is still to come
+    world.join("i2"), world.settle()
+    assert sorted(c.instance for c in world.sent(KeepCopy)) == ["i0", "i1", "i2"] and one_copy(world)
+    assert world.phases() == [IDLE] * 3 and world.sent(LoadFromDisk) == []
+
+
+def test_placement_does_not_wait_for_ever() -> None:
+    world = World(1, replace(config(min_instances=0), cluster=replace(config().cluster, pool=3)), specs=SPECS[:2])
+    world.join("i0")
+    assert world.tick(4.0) == [] and isinstance(world.tick(1.0)[0], KeepCopy)
+    world.settle()
+    assert one_copy(world)
+
+
+def test_a_request_makes_an_instance_of_the_copy_at_no_cost() -> None:
+    world = pool(2)
+    keeper = copies(world, "big")[0]
+    commands = world.arrive("r", model="big")
+    assert [(type(c), c.instance, c.model) for c in commands] == [(UseCopy, keeper, "big")]
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"} and world.of(keeper).model == "big" and one_copy(world)
+    assert world.sent(LoadFromDisk) == world.sent(PrepareTransfer) == []
+
+
+def test_the_last_instance_becomes_the_copy() -> None:
+    world = pool(2)
+    world.arrive("r", model="toy"), world.settle(compute=True)
+    keeper = world.workers[next(w.id for w in world.workers.values() if w.model == "toy")]
+    world.scale(0, model="toy"), world.settle()
+    assert world.sent(Release) == [Release(keeper.id, keep=True)] and keeper.copies["toy"] == UNITS["toy"]
+    assert world.phases() == [IDLE, IDLE] and one_copy(world)
+
+
+def test_the_last_instance_copies_itself_to_a_worker_that_keeps_less() -> None:
+    world = pool(2, specs=SPECS[:1])
+    world.scale(1, model="toy"), world.settle()
+    (keeper,) = whole(world, "toy")
+    other = next(i for i in world.workers if i != keeper)
+    world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, keeper, "big"))
+    world.settle()
+    assert copies(world, "big") == [keeper]  # the other is not compiled for it yet
+    world.scale(0, model="toy")
+    assert world.of(keeper).phase is Phase.DRAINING and world.sent(Release) == []
+    world.settle()
+    assert copies(world, "toy") == whole(world, "toy") == [other] and world.sent(Release) == [Release(keeper)]
+
+
+def test_a_busy_keeper_is_the_source_of_the_chain() -> None:
+    world = pool(2)
+    keeper = copies(world, "big")[0]
+    other = next(i for i in world.workers if i != keeper)
+    world.send(t.ScaleRequested(0.0, 2, model="toy")), world.settle()
+    assert world.phases() == [SERVING, SERVING]
+    world.kill(other), world.scale(1, model="toy"), world.join(other)
+    world.arrive("r", model="big"), world.exchange()
+    assert world.sent(PrepareTransfer)[-1].plan.chains[0].instances == (keeper, other)
+    assert world.of(other).model == "big" and copies(world, "big") == [keeper]  # it is what the chain sends
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"} and world.sent(DropCopy)[-1] == DropCopy(keeper, "big") and one_copy(world)
+
+
+def test_from_zero_to_many_is_the_copy_then_one_chain() -> None:
+    world = pool(4)
+    (keeper,) = copies(world, "toy")
+    world.scale(4, model="toy"), world.settle()
+    assert world.phases() == [SERVING] * 4 and [c.instance for c in world.sent(UseCopy)] == [keeper]
+    assert len({c.plan.ticket for c in world.sent(PrepareTransfer)}) == 1 and world.sent(LoadFromDisk) == []
+    assert one_copy(world)
+
+
+def test_a_lost_copy_is_made_again_from_disk() -> None:
+    world = pool(3)
+    (keeper,) = copies(world, "toy")
+    commands = world.kill(keeper)
+    assert [(type(c), c.model) for c in commands] == [(KeepCopy, "toy")] and commands[0].instance != keeper
+    world.settle()
+    assert one_copy(world)
+
+
+def test_a_copy_whose_source_dies_goes_on_from_disk_where_it_was() -> None:
+    world = pool(2, specs=SPECS[:1])
+    world.scale(1, model="toy"), world.settle()
+    (last,) = whole(world, "toy")
+    other = next(i for i in world.workers if i != last)
+    world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, last, "big")), world.settle()
+    world.scale(0, model="toy"), world.exchange()
+    world.load(other), world.load(other)
+    assert world.workers[other].copies == {"toy": 2}
+    world.kill(last), world.exchange()
+    assert world.workers[other].copies["toy"] == 2 and world.sent(KeepCopy)[-1].instance == other
+    world.settle()
+    assert copies(world, "toy") == [other] and whole(world, "toy") == [other]
+
+
+def test_a_worker_whose_disk_fails_is_not_asked_again_at_once() -> None:
+    world = World(2, config(min_instances=0))
+    world.disk_fails = {"i0"}
+    world.join("i0"), world.join("i1")
+    world.settle()
+    assert [c.instance for c in world.sent(KeepCopy)] == ["i0", "i1"] and one_copy(world)
+
+
+def test_a_restarted_controller_finds_copies_and_drops_one_too_many() -> None:
+    world = World(3, config(min_instances=0), specs=SPECS[:2])
+    assert world.join("i0", copies=["toy"], world=False)[0].model == "big"  # toy is here
+    world.settle()
+    assert world.join("i1", copies=["toy"])[0] == DropCopy("i1", "toy")
+    assert world.join("i2", units=UNITS["big"], model="big") == [Release("i2")]  # an instance that nobody asked for
+    world.settle()
+    assert world.phases() == [IDLE] * 3 and one_copy(world)
+
+
+# ---- requests
+
+
+def test_a_model_at_zero_serves_and_sleeps_again() -> None:
+    world = pool(1, policy="auto", zero_after_s=20.0, down_after_s=1.0)
+    for name in ("toy", "big", "toy"):
+        world.arrive(f"{name}{world.at}", model=name)
+        world.settle(compute=True)
+        assert not world.open and model(world, name).serving == 1
+        world.tick(), world.tick(15.0)
+        assert model(world, name).serving == 1
+        world.tick(6.0), world.settle()
+        assert world.phases() == [IDLE] and one_copy(world)
+
+
+def test_an_operator_may_say_zero_only_where_it_is_allowed() -> None:
+    world = World(1, config(min_instances=1), specs=SPECS[:1])
+    world.join("i0"), world.settle()
+    world.send(ScaleRequested(0.0, 0)), world.settle()
+    assert world.phases() == [SERVING]
+
+
+def test_an_unknown_model_names_those_that_there_are() -> None:
+    world = pool(1)
+    assert world.arrive("r", model="huge") == [
+        Reject("r", "NOT_FOUND", "no model 'huge' here; there is 'toy', 'big'")]
+
+
+def test_a_request_that_waits_takes_an_idle_instance_from_another_model() -> None:
+    world = pool(1, policy="auto", zero_after_s=1e6)
+    world.arrive("a", model="toy"), world.settle(compute=True)
+    world.arrive("b", model="big"), world.settle(compute=True)
+    assert world.ended == {"a": "length", "b": "length"} and world.of("i0").model == "big" and one_copy(world)
+
+
+def test_the_last_instance_of_a_model_with_requests_stays() -> None:
+    world = pool(1, policy="auto")
+    world.arrive("a", model="toy"), world.exchange()
+    world.arrive("b", model="big"), world.exchange()
+    for _ in range(5):
+        world.tick(), world.exchange()
+    assert world.of("i0").model == "toy" and world.of("i0").phase is SERVING
+    world.settle(compute=True), world.tick(), world.settle(compute=True)
+    assert set(world.ended) == {"a", "b"}
+
+
+def test_min_instances_are_not_taken() -> None:
+    world = pool(2, policy="auto", min_instances=1)
+    world.settle()
+    assert sorted(i.model for i in world.brain.status().instances) == ["big", "toy"]
+    for k in range(8):
+        world.arrive(f"r{k}", prompt=60, model="toy")
+    for _ in range(4):
+        world.tick(), world.exchange()
+    assert sorted(i.model for i in world.brain.status().instances) == ["big", "toy"]
+
+
+def test_a_worker_below_the_minimum_comes_from_who_has_more() -> None:
+    world = pool(3, policy="auto", min_instances=1, down_after_s=1e6)
+    world.settle()
+    world.send(ScaleRequested(0.0, 2, model="toy")), world.settle(compute=True)
+    assert [m.serving for m in world.brain.status().models] == [2, 1]
+    victim = next(i.id for i in world.brain.status().instances if i.model == "big")
+    world.kill(victim), world.settle(compute=True)
+    assert [m.serving for m in world.brain.status().models] == [1, 1]
+
+
+# ---- models come and go
+
+
+def test_a_model_is_deployed_and_undeployed_while_another_serves() -> None:
+    world = pool(2, specs=SPECS[:1])
+    world.scale(1, model="toy"), world.settle()
+    world.send(t.ModelDeployed(0.0, BIG, 1, 2))
+    for name in world.workers:
+        world.send(t.ModelReady(0.0, name, "big"))
+    world.settle()
+    world.arrive("r", model="big"), world.exchange()
+    world.send(t.ModelUndeployed(0.0, "big"))
+    assert world.arrive("late", model="big")[0].code == "NOT_FOUND"
+    world.settle(compute=True), world.tick(), world.settle()
+    assert world.ended["r"] == "length" and [m.name for m in world.brain.status().models] == ["toy"]
+    assert not whole(world, "big") and not copies(world, "big")
+
+
+def test_an_instance_is_only_made_where_the_model_was_compiled() -> None:
+    world = pool(2, specs=SPECS[:1])
+    world.send(t.ModelDeployed(0.0, BIG, 1))
+    assert world.sent(LoadFromDisk) == [] and world.sent(KeepCopy) == []
+    world.send(t.ModelReady(0.0, "i1", "big")), world.settle()
+    assert world.of("i1").model == "big" and world.of("i1").phase is SERVING
+
+
+def test_a_model_at_zero_is_undeployed() -> None:
+    world = pool(2)
+    world.send(t.ModelUndeployed(0.0, "toy")), world.settle()
+    assert [m.name for m in world.brain.status().models] == ["big"] and not copies(world, "toy")
+
+
+# ---- sharing
+
+
+def test_idle_workers_go_to_those_below_their_least_then_to_the_most_overloaded() -> None:
+    wants = [Want("calm", 1, 3, 1, 100), Want("hot", 2, 3, 1, 900), Want("none", 0, 2, 1, 10)]
+    assert deal(1, wants) == {"calm": 0, "hot": 0, "none": 1}
+    assert deal(3, wants) == {"calm": 0, "hot": 2, "none": 1}
+    assert deal(9, wants) == {"calm": 3, "hot": 3, "none": 2}
+
+
+@pytest.mark.parametrize(("spare", "expected"), [((0, 0), None), ((1, 0), "calm"), ((0, 1), "hot"), ((1, 1), "calm")])
+def test_who_gives_up_an_instance(spare: tuple[int, int], expected: str | None) -> None:
+    assert donor([Want("calm", 2, 0, 1, 100, spare[0]), Want("hot", 2, 0, 1, 900, spare[1])]) == expected
+
+
+# ---- a day
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_day_of_random_scale_events_keeps_one_host_copy_at_most_and_one_copy_at_least(seed: int) -> None:
+    """Counted among the workers after every step: bytes kept in host memory, and whole copies of any kind."""
+    rng = random.Random(seed)
+    world = pool(4, specs=SPECS, policy=rng.choice(["auto", "manual"]), zero_after_s=3.0, down_after_s=1.0,
+                 prefill_tokens_per_s=100.0, max_instances=4)
+    most = {s.name: 0 for s in SPECS}
+    for step in range(600):
+        name = rng.choice(SPECS).name
+        match rng.choice(["scale", "arrive", "arrive", "tick", "work", "work", "work", "settle"]):
+            case "scale":
+                world.scale(rng.randrange(5), model=name)
+            case "arrive":
+                world.arrive(f"r{step}", prompt=rng.randrange(8, 100), answer=4, model=name)
+            case "tick":
+                world.tick(rng.random() * 2)
+            case "work":
+                worker = rng.choice(list(world.workers))
+                world.obey(worker), world.deliver(worker), world.load(worker), world.compute(worker), world.pull(worker)
+            case "settle":
+                world.settle(rounds=5000, compute=True)
+                assert one_copy(world)
+        for spec in SPECS:
+            kept = sum(world.workers[i].copies[spec.name] for i in copies(world, spec.name))
+            most[spec.name] = max(most[spec.name], kept)
+            assert kept <= spec.units, f"{spec.name} is kept more than once at step {step}"
+            assert whole(world, spec.name), f"{spec.name} is nowhere at step {step}"
+    assert most == UNITS
+    for spec in SPECS:
+        world.scale(1, model=spec.name)  # with the policy "manual" nobody takes what an operator gave
+    world.settle(rounds=5000, compute=True)
+    assert not world.open and len(world.sent(Assign)) > 50

@@ -1,0 +1,117 @@
+"""Several toy models through the real controller: by name, from zero, deployed and undeployed, over two workers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy import SPEC, eventually, toy_config, toy_launch, write_model
+
+from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
+from blitzjax.serve.client import Client
+from blitzjax.serve.local import LocalCluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    root = tmp_path_factory.mktemp("many")
+    models = [write_model(root / name, spec=replace(SPEC, name=name, layers=layers))
+              for name, layers in (("left", 4), ("right", 30))]
+    config = toy_config("scale.policy=auto", "scale.min_instances=0", "scale.zero_after_s=0.5",
+                        "scale.down_after_s=0.2", "scale.max_instances=2")
+    with LocalCluster(config, models, toy_launch(root / "run")) as cluster:
+        cluster.wait_ready(30)
+        with cluster.client() as client:
+            eventually(lambda: len(kept(client)) == 2, 20)
+        yield cluster
+        assert cluster.stop() == 0, cluster.tail("controller")
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    with cluster.client() as client:
+        yield client
+
+
+def kept(client: Client) -> dict[str, str]:
+    """Model → the worker with its whole host copy."""
+    return {m.name: m.host_copy for m in client.status().models if m.host_copy and not m.copying}
+
+
+def blitzjax(cluster: LocalCluster, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv, "--address", cluster.address],
+                          capture_output=True, text=True, timeout=30)
+
+
+def test_models_at_zero_are_kept_by_different_workers_and_answer(client: Client) -> None:
+    eventually(lambda: len(kept(client)) == 2)
+    assert len(set(kept(client).values())) == 2 and client.ready()
+    for name in ("left", "right", ""):
+        assert client.generate("a", model=name, max_tokens=4).text == "bcde"
+    eventually(lambda: len(kept(client)) == 2)
+    assert all(i.phase == "idle" for i in client.status().instances)
+
+
+def test_a_waiting_caller_sees_what_it_waits_for(client: Client) -> None:
+    eventually(lambda: len(kept(client)) == 2)
+    chunks = list(client.stream("a", model="right", max_tokens=3, progress=True))
+    first, *others = chunks
+    assert first.progress.layers == 30 and first.progress.serving == 0 and not first.text
+    assert "".join(chunk.text for chunk in others) == "bcd"
+    assert client.generate("a", model="right", max_tokens=3, progress=True).text == "bcd"
+    assert all(chunk.progress is None for chunk in client.stream("a", model="right", max_tokens=3))
+
+
+def test_scaling_is_about_one_model(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match="say which model to scale: left, right"):
+        client.scale(1)
+    with pytest.raises(InvalidRequest, match=r"in \[0, 2\]"):
+        client.scale(3, model="left")
+    with pytest.raises(UnknownModel, match="no model 'middle' here; served: left, right"):
+        client.scale(1, model="middle")
+    reply = client.scale(2, model="right", wait=True, timeout_s=10)
+    assert (reply.serving, reply.target) == (2, 2)
+    assert client.scale(0, model="right", wait=True, timeout_s=10).serving == 0
+    eventually(lambda: len(kept(client)) == 2)
+
+
+def test_a_model_comes_and_goes_while_others_serve(cluster: LocalCluster, client: Client, tmp_path: Path) -> None:
+    third = write_model(tmp_path / "third", spec=replace(SPEC, name="third", layers=3))
+    done = blitzjax(cluster, "deploy", str(third), "--instances", "1")
+    assert done.returncode == 0 and done.stdout.startswith("third is deployed after"), done.stderr
+    with pytest.raises(InvalidRequest, match="deployed already"):
+        client.deploy(third)
+    eventually(lambda: any(i.model == "third" and i.phase == "serving" for i in client.status().instances))
+    assert client.generate("x", model="third", max_tokens=2).text == "yz"
+    assert re.search(r"third( \(keeps \w+\))? 3/3", blitzjax(cluster, "status").stdout)
+    assert blitzjax(cluster, "undeploy", "third").returncode == 0
+    with pytest.raises(UnknownModel):
+        client.generate("x", model="third")
+    assert [m.name for m in client.status().models] == ["left", "right"]
+    assert not any(i.model == "third" or "third" in i.copies for i in client.status().instances)
+
+
+def test_what_cannot_be_deployed_is_refused(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(BlitzError, match="not a blitzjax checkpoint"):
+        client.deploy(tmp_path)
+    greedy = write_model(tmp_path / "greedy", spec=replace(SPEC, name="greedy"))
+    with pytest.raises(InvalidRequest, match="min_instances 3 does not fit"):
+        client.deploy(greedy, min_instances=3, max_instances=3)
+    with pytest.raises(InvalidRequest, match="0 <= min"):
+        client.deploy(greedy, min_instances=2, max_instances=1)
+    with pytest.raises(UnknownModel):
+        client.undeploy("greedy")
+
+
+def test_a_killed_keeper_is_replaced(cluster: LocalCluster, client: Client) -> None:
+    eventually(lambda: len(kept(client)) == 2)
+    victim = kept(client)["left"]
+    cluster.signal_worker(int(victim[1:]))
+    eventually(lambda: kept(client).get("left", victim) != victim)
+    assert client.generate("a", model="left", max_tokens=3).text == "bcd"
+    eventually(lambda: len(client.status().instances) == 2 and len(kept(client)) == 2, 20)
