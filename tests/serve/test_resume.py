@@ -16,7 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from toy import toy_config
+from toy import SPEC, toy_config, write_model
 from toy_worker import ToyWorker
 
 from blitzjax.config import Config
@@ -31,7 +31,7 @@ from blitzjax.serve.rejoin import Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
-from blitzjax.types import Phase, Sampling
+from blitzjax.types import ModelUndeployed, Phase, Sampling
 from blitzjax.v1 import inference_pb2, worker_pb2_grpc
 from blitzjax.v1 import worker_pb2 as pb
 
@@ -265,6 +265,30 @@ async def test_a_worker_dies_while_no_controller_is_there(toys):
         await ended(*answers)
         assert [a.generated for a in answers] == [answered(k, 60) for k in range(6)]
         assert {a.attempts for a in answers} == {1, 2}
+
+
+@in_a_loop
+async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
+    """Also through a snapshot; workers are told once."""
+    second, third = (load_model(write_model(tmp_path / name, spec=replace(SPEC, name=name))) for name in ("2nd", "3rd"))
+    async with toys("cluster.pool=2") as world:
+        world.start()
+        await world.serving(1)
+        world.controller.deploy(second, 1, None)
+        world.controller.deploy(third, 0, None)
+        await world.serving(2)
+        await world.restart()
+        world.controller.on_event(ModelUndeployed(world.controller.now(), "3rd"))
+        world.controller.remove("3rd")
+        [before] = world.controller.submit(order("r", 1, 60, model="2nd"))
+        await eventually(lambda: before.generated)
+        world.compact()
+        await world.restart()
+        assert list(world.controller.models) == ["toy", "2nd"]
+        [answer] = world.controller.submit(order("r", 1, 60, model="2nd"), resume=True)
+        await ended(answer)
+        assert (answer.generated, answer.attempts) == (answered(1, 60), 1)
+        assert all(set(worker.toy.specs) == {"toy", "2nd"} for worker in world.workers)
 
 
 @in_a_loop
