@@ -40,7 +40,7 @@ class Cluster:
     def __init__(self, config: Config, specs: ModelSpec | Sequence[ModelSpec],
                  ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
         self._config = config
-        self._ports = ports
+        self._ports = dict(ports)
         self._topology = Topology()
         self._transfers = Transfers(self._topology, config.cluster.max_world)
         self._roster = Roster()
