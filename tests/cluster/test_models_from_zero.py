@@ -16,7 +16,7 @@ from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.engine.params import layout
 from blitzjax.errors import UnknownModel
-from blitzjax.serve.client import Client, Result
+from blitzjax.serve.client import Result
 from blitzjax.serve.local import LocalCluster
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc

@@ -3,7 +3,6 @@
 The reference is one instance alone; a live pair must give its tokens whatever the layers loaded when the prompts came.
 """
 
-import queue
 import threading
 import time
 from dataclasses import replace

@@ -339,7 +339,7 @@ def test_what_cannot_be_resumed_is_put_aside(model_dir, tmp_path, caplog):
 
 
 def test_a_connection_obeys_only_the_last_controller():
-    first, second, said, obeyed = [], [], [], []
+    obeyed = []
     session = Session()
 
     def connect(since: float, outbox, resume: bool) -> bool:
