@@ -190,7 +190,7 @@ def test_killed_controller_comes_back_and_its_clients_get_the_rest(start, tmp_pa
         assert client.generate([1], max_tokens=3).token_ids == (2, 3, 4)
     assert cluster.stop() == 0, cluster.tail("controller")
     assert not (cluster.run_dir / "journal").exists()
-    assert replayed(log) == [r.item for r in eventlog.read(log) if r.is_command]
+    assert replay(log).different is None
 
 
 def test_without_a_resume_timeout_a_killed_controller_is_the_end(start):
