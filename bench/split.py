@@ -1,8 +1,9 @@
 """Prompts on some instances, decoding on others: right tokens, KV bytes, and what a burst feels while prefill grows.
 
-The same burst, four times: on one mixed instance (the reference), on 1 prefill + 1 decode, on 1P+1D that grows to 2P+1D
-live at t=0, and on mixed instances that grow 2 → 3. Greedy float32, real processes, SmolLM2-135M, loopback. A difference
-that float32 rounding may decide is a near-tie, every other one a mismatch. Last line: one JSON object.
+The same burst, four times: on one mixed instance (the reference), on mixed instances that grow 2 → 3 at t=0, on
+1 prefill + 1 decode, and on 1P+1D that grows to 2P+1D live at t=0. Greedy float32, real processes, SmolLM2-135M,
+loopback. A difference that float32 rounding may decide is a near-tie, every other one a mismatch. Last line: one JSON
+object.
 """
 
 from __future__ import annotations

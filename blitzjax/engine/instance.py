@@ -465,8 +465,8 @@ class Instance:
         logprobs = drawn.logprobs(row, sequence.work.sampling.logprobs)
         sequence.logprobs += logprobs
         sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
-        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped, logprobs,
-                            prompt, sequence.cached_tokens or 0))
+        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
+                            logprobs, prompt, sequence.cached_tokens or 0))
         return reason
 
     def _end(self, sequence: Sequence, reason: str) -> None:

@@ -246,7 +246,8 @@ class OldSide:
         for index, uuid in enumerate(answer.kv_uuids):
             self._link_free.wait()
             if self._stays(answer):
-                rest = KVRest(answer.address, answer.kv_uuids[index:], specs[0].shape[3], partial(self._settle, answer.seq))
+                rest = KVRest(answer.address, answer.kv_uuids[index:], specs[0].shape[3],
+                              partial(self._settle, answer.seq))
                 break
             taken, error = self._fetch(answer.address, uuid, list(specs))
             if error:

@@ -177,7 +177,8 @@ class Moves:
             return
         _settle(sequence, taken=False)
         self._host.leave(sequence)
-        self._fail(request_id, sequence.work.attempt, message.error if answered else "its target left with a part of it")
+        why = message.error if answered else "its target left with a part of its KV"
+        self._fail(request_id, sequence.work.attempt, why)
 
     def _retract(self, request_id: RequestId) -> _Leaving | None:
         """Ends the session, if there is one, and frees what its target has not taken."""
@@ -209,7 +210,8 @@ class Moves:
                     return
                 specs = self._stages.kv_specs(1, piece.width) * (piece.stop - piece.start)
                 arrays = self._handoff.take(piece.address, piece.uuid, specs, self._timeout_s)
-                layers |= dict(zip(range(piece.start, piece.stop), zip(arrays[::2], arrays[1::2], strict=True), strict=True))
+                pairs = zip(arrays[::2], arrays[1::2], strict=True)
+                layers |= dict(zip(range(piece.start, piece.stop), pairs, strict=True))
         except TransferError as e:
             error = str(e)
         self._host.post(m.KVArrived(coming.offer, [layers[layer] for layer in sorted(layers)], error))

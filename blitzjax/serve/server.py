@@ -34,7 +34,6 @@ _SERVER_OPTIONS = (
 )
 
 
-
 class Stop:
     """SIGTERM and SIGINT: the first asks to drain, the second to leave at once."""
 

@@ -66,7 +66,7 @@ class Rig:
 
     def wait(self, condition, what: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: condition(self.events), 60), f"no {what}: {self.events[-5:]}"
+            assert self.changed.wait_for(lambda: condition(self.events), 180), f"no {what}: {self.events[-5:]}"
 
     def stop(self) -> None:
         self.instance.post(m.Stop())

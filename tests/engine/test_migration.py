@@ -11,14 +11,15 @@ import pytest
 from blitzjax.config import Config, EngineConfig, TransferConfig
 from blitzjax.engine import messages as m
 from blitzjax.types import (
-    Abort, Drained, EndLive, KVMigrated, LiveDrained, LivePair, Migrate, PrefillDone, Release, RequestFailed,
-    RequestFinished, StartLive, TokenLogprob, Work,
+    Abort, Drained, EndLive, KVMigrated, LiveDrained, LivePair, Migrate, Release, RequestFailed, RequestFinished,
+    StartLive, TokenLogprob, Work,
 )
 from test_instance import PENALISED, SPEC, Rig, answers, finished, reference, work
 
 WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tokens, sampling) in enumerate([
-    (5, {}), (40, PENALISED), (64, {"temperature": 0.8, "seed": 5, "top_k": 40}), (100, {"logprobs": 3, "min_tokens": 9}),
-    (150, {"prompt_logprobs": 2, "logprobs": 0, **PENALISED}), (9, {}), (33, {"temperature": 1.1, "seed": 1 << 40})])]
+    (5, {}), (40, PENALISED), (64, {"temperature": 0.8, "seed": 5, "top_k": 40}),
+    (100, {"logprobs": 3, "min_tokens": 9}), (150, {"prompt_logprobs": 2, "logprobs": 0, **PENALISED}), (9, {}),
+    (33, {"temperature": 1.1, "seed": 1 << 40})])]
 
 
 class Mover(Rig):
@@ -45,10 +46,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
 
     def rigs(*names: str, units: int = SPEC.units, **engine: int) -> dict[str, Mover]:
         options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
-                   "prefix_caching": False, "executable_cache": str(tmp_path_factory.getbasetemp() / "executables")} | engine
+                   "prefix_caching": False,
+                   "executable_cache": str(tmp_path_factory.getbasetemp() / "executables")} | engine
+        config = Config(engine=EngineConfig(**options), transfer=TransferConfig(handoff_timeout_s=2.0))
         for name in names:
-            made[name] = Mover(name, Config(engine=EngineConfig(**options), transfer=TransferConfig(handoff_timeout_s=2.0)),
-                               made)
+            made[name] = Mover(name, config, made)
             made[name].load(units)
         return made
 
@@ -70,7 +72,8 @@ def client(*rigs: Rig) -> dict[str, tuple[list[int], list[TokenLogprob], tuple[T
         assert e.start <= len(tokens), f"tokens before {e.start} of {e.request_id} were never said"
         known = len(tokens) - e.start
         assert e.token_ids[:known] == tuple(tokens[e.start : e.start + len(e.token_ids)])
-        out[e.request_id] = ([*tokens, *e.token_ids[known:]], [*logprobs, *e.logprobs[known:]], prompt or e.prompt_logprobs)
+        tokens, logprobs = [*tokens, *e.token_ids[known:]], [*logprobs, *e.logprobs[known:]]
+        out[e.request_id] = (tokens, logprobs, prompt or e.prompt_logprobs)
     return out
 
 
@@ -158,7 +161,7 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
     old, d, e = rigs["old"], rigs["d"], rigs["e"]
     new = make("new", units=0)["new"]
     wanted = expected(old, WORKS[4:5])
-    kv_takes = {rig.instance.name: slowed(rig) for rig in (old, d)}
+    kv_takes = {rig.instance.name: slowed(rig, lambda: tokens_said(old, "r4")) for rig in (old, d)}
     pair = LivePair("old", "new", "zigzag")
     new.instance.post(StartLive("new", pair))
     new.instance.post(WORKS[4])
@@ -195,14 +198,15 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
     wait(lambda: new.instance.idle and new.instance._new is None, "the pair is over")
 
 
-def slowed(rig: Rig) -> list[str]:
-    """KV pieces take their time from now on. → where they were taken from."""
+def slowed(rig: Rig, begin: Callable[[], object]) -> list[str]:
+    """KV is taken after `begin` only, and each piece takes its time. → where they were taken from."""
     take, addresses = rig.handoff.take, []
 
     def slow(address, uuid, specs, timeout_s):
         if len(specs) >= 2 and specs[0].shape != specs[1].shape:  # keys and values, no residuals
             addresses.append(address)
-            time.sleep(0.1)
+            wait(begin, "begun")
+            time.sleep(0.2)
         return take(address, uuid, specs, timeout_s)
 
     rig.handoff.take = slow
