@@ -91,7 +91,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
         write_random(directories[-1], spec, seed=seed)
     config = configs.load(None, (
         "serve.port=0", "scale.min_instances=0", "scale.zero_after_s=1.0", "scale.down_after_s=15.0",
-        f"cluster.pool={POOL}", f"scale.max_instances={POOL}", "cluster.threads=1", "engine.dtype=float32",
+        f"cluster.pool={POOL}", "scale.max_instances=1", "cluster.threads=1", "engine.dtype=float32",
         "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
         "transfer.chunk_bytes=2048", "transfer.collective_timeout_s=3.0",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
