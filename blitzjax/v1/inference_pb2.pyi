@@ -46,7 +46,7 @@ class GenerateRequest(_message.Message):
     priority: int
     progress: bool
     resume: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., progress: _Optional[bool] = ..., resume: _Optional[bool] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., progress: bool = ..., resume: bool = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "n", "logprobs", "prompt_logprobs", "echo")
@@ -93,7 +93,7 @@ class SamplingParams(_message.Message):
     logprobs: int
     prompt_logprobs: int
     echo: bool
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: _Optional[bool] = ...) -> None: ...
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., n: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., echo: bool = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "finish_reason", "usage", "index", "logprobs", "prompt_token_ids", "prompt_logprobs", "progress")
@@ -259,7 +259,7 @@ class ModelStatus(_message.Message):
     host_copy: str
     copying: bool
     closing: bool
-    def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: _Optional[int] = ..., target: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., host_copy: _Optional[str] = ..., copying: _Optional[bool] = ..., closing: _Optional[bool] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: _Optional[int] = ..., target: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., host_copy: _Optional[str] = ..., copying: bool = ..., closing: bool = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
     __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "role", "kv_received_bytes", "model", "copies")
@@ -291,7 +291,7 @@ class InstanceStatus(_message.Message):
     kv_received_bytes: int
     model: str
     copies: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: _Optional[bool] = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ChainStatus(_message.Message):
     __slots__ = ("ticket", "instances")
@@ -313,7 +313,7 @@ class ScaleRequest(_message.Message):
     source: str
     wait: bool
     model: str
-    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: _Optional[bool] = ..., model: _Optional[str] = ...) -> None: ...
+    def __init__(self, target: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., wait: bool = ..., model: _Optional[str] = ...) -> None: ...
 
 class ScaleResponse(_message.Message):
     __slots__ = ("serving", "target", "seconds")

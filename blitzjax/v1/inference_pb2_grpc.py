@@ -5,7 +5,7 @@ import warnings
 
 from blitzjax.v1 import inference_pb2 as blitzjax_dot_v1_dot_inference__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class InferenceStub:
+class InferenceStub(object):
     """What clients call: generation, and control of the cluster. Port 50051.
     """
 
@@ -72,7 +72,7 @@ class InferenceStub:
                 _registered_method=True)
 
 
-class InferenceServicer:
+class InferenceServicer(object):
     """What clients call: generation, and control of the cluster. Port 50051.
     """
 
@@ -174,7 +174,7 @@ def add_InferenceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Inference:
+class Inference(object):
     """What clients call: generation, and control of the cluster. Port 50051.
     """
 

@@ -122,7 +122,7 @@ class Configure(_message.Message):
     resume: bool
     received: int
     since: float
-    def __init__(self, instance: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., config_json: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: _Optional[bool] = ..., received: _Optional[int] = ..., since: _Optional[float] = ...) -> None: ...
+    def __init__(self, instance: _Optional[str] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., config_json: _Optional[str] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., session: _Optional[str] = ..., resume: bool = ..., received: _Optional[int] = ..., since: _Optional[float] = ...) -> None: ...
 
 class Resumed(_message.Message):
     __slots__ = ("taken",)
@@ -164,7 +164,7 @@ class Holding(_message.Message):
     units: int
     bytes: int
     copy: bool
-    def __init__(self, model: _Optional[str] = ..., units: _Optional[int] = ..., bytes: _Optional[int] = ..., copy: _Optional[bool] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., units: _Optional[int] = ..., bytes: _Optional[int] = ..., copy: bool = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("instance", "address", "rank")
@@ -224,7 +224,7 @@ class Sampling(_message.Message):
     min_tokens: int
     logprobs: int
     prompt_logprobs: int
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class LogitBias(_message.Message):
     __slots__ = ("token_id", "bias")
@@ -328,7 +328,7 @@ class MulticastPlan(_message.Message):
     chains: _containers.RepeatedCompositeFieldContainer[Chain]
     rings: _containers.RepeatedCompositeFieldContainer[Ring]
     copy: bool
-    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., rings: _Optional[_Iterable[_Union[Ring, _Mapping]]] = ..., copy: _Optional[bool] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[int] = ..., model: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[Chain, _Mapping]]] = ..., rings: _Optional[_Iterable[_Union[Ring, _Mapping]]] = ..., copy: bool = ...) -> None: ...
 
 class PrepareTransfer(_message.Message):
     __slots__ = ("plan",)
@@ -374,7 +374,7 @@ class Release(_message.Message):
     __slots__ = ("keep",)
     KEEP_FIELD_NUMBER: _ClassVar[int]
     keep: bool
-    def __init__(self, keep: _Optional[bool] = ...) -> None: ...
+    def __init__(self, keep: bool = ...) -> None: ...
 
 class Migrate(_message.Message):
     __slots__ = ("request_id", "attempt", "target")
@@ -444,7 +444,7 @@ class HandOff(_message.Message):
     activation_uuid: int
     kv_uuids: _containers.RepeatedScalarFieldContainer[int]
     drained: bool
-    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: _Optional[bool] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: bool = ...) -> None: ...
 
 class KVOffer(_message.Message):
     __slots__ = ("work", "said", "pieces")

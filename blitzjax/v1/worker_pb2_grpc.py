@@ -5,7 +5,7 @@ import warnings
 
 from blitzjax.v1 import worker_pb2 as blitzjax_dot_v1_dot_worker__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class WorkerStub:
+class WorkerStub(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
     a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
     (KVOffer); Inspect opens one of a single answer. Field names equal those of blitzjax/types.py.
@@ -44,7 +44,7 @@ class WorkerStub:
                 _registered_method=True)
 
 
-class WorkerServicer:
+class WorkerServicer(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
     a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
     (KVOffer); Inspect opens one of a single answer. Field names equal those of blitzjax/types.py.
@@ -72,7 +72,7 @@ def add_WorkerServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Worker:
+class Worker(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
     a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
     (KVOffer); Inspect opens one of a single answer. Field names equal those of blitzjax/types.py.
