@@ -1,8 +1,8 @@
 """How fast do parameters reach 1, 2 and 3 receivers, against a plain TCP copy between the same hosts?
 
-Hosts are network namespaces on 1 Gbit/s links; a second part gives two of them a fast link to each other, and sends them
-halves from two sources; a third runs on loopback, where the cores are the limit. Copies and multicasts are interleaved,
-between the same buffers; every byte of a multicast is checked, of a copy none. Last line: one JSON object.
+Hosts are network namespaces on 1 Gbit/s links; a second part gives two of them a fast link to each other, and sends
+them halves from two sources; a third runs on loopback, where the cores are the limit. Copies and multicasts are
+interleaved, between the same buffers; every byte of a multicast is checked, of a copy none. Last line: one JSON object.
 
 A rate is payload bits of one receiver over the time from the source's first send to the last receiver's last byte.
 """
@@ -260,7 +260,7 @@ def measure_links(rounds: int, layers: int, chunk_target_bytes: int, rate_mbit: 
 
 
 def halves_s(chains: Sequence[tuple[Remote, Remote]], chunk_target_bytes: int, sharded: bool) -> float:
-    """Seconds until every target has everything: each source sends its target all of it, or a part that targets gather."""
+    """Seconds until every target has everything: its source sends it all, or a part, and the targets gather the parts."""
     ring = [target.rank for _, target in chains] if sharded else []
     for k, chain in enumerate(chains):
         for remote in chain:

@@ -67,6 +67,11 @@ class Peer(abc.ABC):
         assert self._root is not None
         return sum(_peak_kb(pid) for pid in _descendants(self._root)) / 1024
 
+    def cpu_s(self) -> float:
+        """What those processes have computed so far, all cores together."""
+        assert self._root is not None
+        return sum(_cpu_s(pid) for pid in _descendants(self._root))
+
 
 class Blitzjax(Peer):
     """Everything between client and tokens: gRPC, the controller, workers."""
@@ -127,8 +132,8 @@ class LlamaCpp(Peer):
         (self._port,) = free_ports(1)
         cores = str(os.cpu_count())
         process = subprocess.Popen(
-            [self._server, "-m", self.directory / "smollm2-135m.bf16.gguf", "--port", str(self._port), "-np", str(_SLOTS),
-             "-c", str(_SLOTS * _CONTEXT), "-t", cores, "-tb", cores],
+            [self._server, "-m", self.directory / "smollm2-135m.bf16.gguf", "--port", str(self._port),
+             "-np", str(_SLOTS), "-c", str(_SLOTS * _CONTEXT), "-t", cores, "-tb", cores],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._root = process.pid
         try:
@@ -194,7 +199,8 @@ class OpenVino(Peer):
 
     async def answer(self, asked: Sequence[Tokens], max_tokens: int) -> list[Answer]:
         sent = time.monotonic()
-        self._process.stdin.write(json.dumps({"prompts": [list(p) for p in asked], "max_tokens": max_tokens}).encode() + b"\n")
+        order = json.dumps({"prompts": [list(p) for p in asked], "max_tokens": max_tokens})
+        self._process.stdin.write(order.encode() + b"\n")
         async for line in self._process.stdout:
             if line.startswith(b"{"):
                 now = time.monotonic()
@@ -251,6 +257,11 @@ def _descendants(root: int) -> list[int]:
     below = [pid for task in Path(f"/proc/{root}/task").iterdir()
              for pid in map(int, (task / "children").read_text().split())]
     return ([] if root == os.getpid() else [root]) + [p for pid in below for p in _descendants(pid)]
+
+
+def _cpu_s(pid: int) -> float:
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5): utime, stime
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _peak_kb(pid: int) -> int:

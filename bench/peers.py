@@ -7,7 +7,8 @@
 
 SmolLM2-135M, the same weights in bfloat16 for all, 128 tokens in, 64 out, greedy. In each round every peer starts, is
 asked once (start to first token), warms up, answers 1, 8 and 16 streams at once, and stops; rounds turn the order.
-What has to be installed goes to --dir, once. Last line: one JSON object.
+What has to be installed goes to --dir, once. Tokens per CPU second, over all of a peer's processes, depend less on who
+else uses the machine than tokens per second. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -43,7 +45,9 @@ async def measure(peer: Peer, encode, rounds_seed: int) -> dict[str, float | Non
         await peer.answer(prompts.of_lengths(encode, [_PROMPT_TOKENS] * max(_STREAMS), _SEED - 2), _MAX_TOKENS)
         for streams in _STREAMS:
             asked = prompts.of_lengths(encode, [_PROMPT_TOKENS] * streams, rounds_seed * 100 + streams)
+            before = peer.cpu_s()
             row |= _figures(streams, await peer.answer(asked, _MAX_TOKENS))
+            row[f"tokens_per_cpu_s_{streams}"] = streams * _MAX_TOKENS / (peer.cpu_s() - before)
         row["peak_rss_mb"] = peer.peak_rss_mb()
     return row
 
@@ -65,8 +69,8 @@ def goals(peers: dict[str, dict[str, float | None]]) -> dict[str, float]:
         return out
     for name in peers.keys() - {peer for peer in peers if peer.startswith("blitzjax")}:
         for streams in _STREAMS:
-            key = f"tokens_per_s_{streams}"
-            out[f"{key} over {name}"] = figures.rounded(max(row[key] for row in ours) / peers[name][key])
+            for key in (f"tokens_per_s_{streams}", f"tokens_per_cpu_s_{streams}"):
+                out[f"{key} over {name}"] = figures.rounded(max(row[key] for row in ours) / peers[name][key])
     return dict(sorted(out.items()))
 
 
@@ -105,12 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for k in range(rounds):
         for name in names[k % len(names):] + names[:k % len(names)]:
             row = asyncio.run(measure(peers[name], encode, k + 1))
+            row["load"] = os.getloadavg()[0]
             seen[name].append(row)
             print(f"  round {k + 1} {name:13}" + "".join(
-                f"  {row[f'tokens_per_s_{s}']:4.0f}" for s in _STREAMS) + f"  first {row['first_token_s']:.2f} s", flush=True)
+                f"  {row[f'tokens_per_s_{s}']:4.0f} ({row[f'tokens_per_cpu_s_{s}']:.0f}/CPU s)" for s in _STREAMS)
+                + f"  first {row['first_token_s']:.2f} s, load {row['load']:.1f}", flush=True)
     medians = {name: figures.median_of(rows) for name, rows in seen.items()}
     _print(medians)
-    result = {"peers": medians, "best_of_ours_over": goals(medians), "versions": {n: p.version for n, p in peers.items()},
+    versions = {name: peer.version for name, peer in peers.items()}
+    result = {"peers": medians, "best_of_ours_over": goals(medians), "versions": versions,
               "rounds": rounds, "model": _MODEL, "prompt_tokens": _PROMPT_TOKENS, "max_tokens": _MAX_TOKENS,
               "machine": machine, "all": {n: [figures.rounded_row(r) for r in rows] for n, rows in seen.items()},
               "command": " ".join(["python -m bench.peers", *(sys.argv[1:] if argv is None else argv)])}

@@ -61,8 +61,8 @@ class Transfer:
 
 
 class Calibration:
-    """Drives a cluster with two workers or more, manual scaling and an event log; one instance serves, nobody else
-    asks. `say` hears every figure.
+    """Drives a cluster with two workers or more, manual scaling and an event log; nobody else asks or scales meanwhile.
+    `say` hears every figure.
     """
 
     def __init__(self, client: Client, config: Config, model: ServedModel, say: Callable[[str], None],

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     calibrate = _command(benches, "calibrate", "costs of a model here, for `blitzjax sim --costs` and `blitzjax serve`",
                          ("blitzjax.cli_bench", "calibrate"))
-    _add_serve(calibrate)
+    _add_serve(calibrate, several=False)
     calibrate.add_argument("--out", type=Path, default=Path(), metavar="DIR",
                            help="costs.json and costs.toml go there (default: here)")
     replay = _command(commands, "replay", "feed an event log to a fresh brain and compare its commands",
@@ -104,8 +104,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT", help=f"the controller (default {_ADDRESS})")
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser, several=True)
+def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    _add_model(parser, several)
     parser.add_argument("--instances", type=int,
                         help="instances of each model that always serve; 0: none while nobody asks "
                              "(scale.min_instances; default 1)")

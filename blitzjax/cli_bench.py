@@ -45,7 +45,7 @@ def measured(config: Config, event_log: Path) -> Config:
     """The configuration with which `config` is calibrated: two workers or more, scaled by hand, logged."""
     pool = max(2, config.cluster.pool)
     return replace(config, serve=replace(config.serve, port=0, event_log=str(event_log)),
-                   scale=replace(config.scale, policy="manual", min_instances=1, max_instances=pool),
+                   scale=replace(config.scale, policy="manual", roles="mixed", min_instances=1, max_instances=pool),
                    cluster=replace(config.cluster, pool=pool))
 
 

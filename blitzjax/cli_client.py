@@ -57,12 +57,27 @@ def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
     for name in _OPTIONS:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    text = ""
-    for chunk in client.stream(prompt, **options):
+    text, told = "", False
+    for chunk in client.stream(prompt, progress=sys.stderr.isatty(), **options):
+        if chunk.progress is not None:
+            told |= _tell_progress(chunk.progress)
+            continue
+        if told:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            told = False
         text += chunk.text
         print(chunk.text, end="", flush=True)
     print()
     return text
+
+
+def _tell_progress(progress: pb.Progress) -> bool:
+    """One line that is written over; nothing, and False, when an instance serves already."""
+    if progress.serving:
+        return False
+    print(f"\r\033[K[no instance yet: {progress.layers_loaded}/{progress.layers} layers, "
+          f"{progress.queued} waiting]", end="", file=sys.stderr, flush=True)
+    return True
 
 
 def _said(role: str, content: str) -> dict[str, str]:

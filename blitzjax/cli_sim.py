@@ -12,7 +12,7 @@ from blitzjax import arrivals
 from blitzjax.arrivals import Arrival
 from blitzjax.errors import ConfigError
 from blitzjax.sim import costs, report, shell
-from blitzjax.sim.costs import MachineCosts, ModelCosts
+from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.systems import SYSTEMS
 
 _TRACES = Path(__file__).parent.parent / "bench" / "traces"

@@ -24,6 +24,7 @@ class ServeConfig:
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     event_log: str = ""  # JSON lines of every event and command; empty: none
+    resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,7 @@ def _check_ranges(c: Config) -> None:
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
+    want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")

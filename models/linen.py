@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from blitzjax.models.blocks import Attend
 from blitzjax.types import ModelSpec
 
 

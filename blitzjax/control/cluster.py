@@ -24,9 +24,10 @@ from blitzjax.types import (
 )
 
 # Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
-_ONLY_REQUESTS = (types.RequestArrived, types.PrefillDone, types.LayerLoaded)
+_ONLY_REQUESTS = frozenset({types.RequestArrived, types.PrefillDone, types.LayerLoaded})
 # Events after which only the model of their instance may have a next step.
-_ONE_MODEL = (types.RequestFinished, types.RequestFailed, types.RequestReturned, types.RequestHanded, types.KVMigrated)
+_ONE_MODEL = frozenset({types.RequestFinished, types.RequestFailed, types.RequestReturned, types.RequestHanded,
+                        types.KVMigrated})
 
 
 class Cluster:
@@ -39,7 +40,7 @@ class Cluster:
     def __init__(self, config: Config, specs: ModelSpec | Sequence[ModelSpec],
                  ports: Mapping[InstanceId, Port] = MappingProxyType({})) -> None:
         self._config = config
-        self._ports = ports
+        self._ports = dict(ports)
         self._topology = Topology()
         self._transfers = Transfers(self._topology, config.cluster.max_world)
         self._roster = Roster()
@@ -52,9 +53,9 @@ class Cluster:
     def handle(self, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which commands must be sent."""
         commands = self._react(event)
-        concerned = self._concerned(event)
-        if concerned:
-            commands += self._reconcile(event.at, concerned)
+        unsettled = [s for s in self._concerned(event) if not s.scaler.settled or self._copies.due(s.fleet)]
+        if unsettled or self._parts:
+            commands += self._reconcile(event.at, unsettled)
         for service in self._services.values():
             commands += service.dispatch()
             commands += service.migrations.start()
@@ -163,25 +164,28 @@ class Cluster:
 
     def _wakes(self, event: Event) -> bool:
         """A request for a model that has no instance and wants none."""
-        if not isinstance(event, types.RequestArrived):
+        if type(event) is not types.RequestArrived:
             return False
         service = self._services.get(event.request.model)
         return service is not None and service.scaler.asleep
 
     def _concerned(self, event: Event) -> list[Service]:
         """Whose next steps to look for."""
-        if isinstance(event, _ONLY_REQUESTS) and not self._wakes(event):
+        if type(event) in _ONLY_REQUESTS and not self._wakes(event):
             return []
-        member = self._roster.members.get(event.instance) if isinstance(event, _ONE_MODEL) else None
+        member = self._roster.members.get(event.instance) if type(event) in _ONE_MODEL else None
         service = self._services.get(member.model) if member is not None else None
         if service is None:
             return list(self._services.values())
-        waited = not isinstance(event, types.RequestFinished) or service.scaler.waits_for(event.instance)
+        waited = type(event) is not types.RequestFinished or service.scaler.waits_for(event.instance)
         return [service] if waited else []
 
     def _of(self, request_id: RequestId) -> Service | None:
         """Whose request it is."""
-        return next((s for s in self._services.values() if s.book.get(request_id) is not None), None)
+        for service in self._services.values():
+            if service.book.get(request_id) is not None:
+                return service
+        return None
 
     def _named(self, model: str) -> Service | None:
         """The service of this name; without a name, the only one."""
@@ -266,7 +270,8 @@ class Cluster:
         if short and len(self._services) > 1:
             wants = [service.scaler.want() for service in self._services.values()]
             quotas = sharing.deal(len(idle), wants)
-            self._take_from_others(wants, quotas)
+            givers = self._take_from_others(wants, quotas)
+            services = [*services, *(s for s in givers if s not in services)]
         for service in services:
             commands += service.scaler.reconcile(at, idle, quotas[service.name])
         commands += self._drop_parts()
@@ -289,16 +294,19 @@ class Cluster:
                 member.model, member.units = "", 0
         return commands
 
-    def _take_from_others(self, wants: list[sharing.Want], quotas: dict[str, int]) -> None:
+    def _take_from_others(self, wants: list[sharing.Want], quotas: dict[str, int]) -> list[Service]:
         """A model below its least that gets no worker takes one from another, unless some are on their way already."""
+        givers: list[Service] = []
         short = [w for w in wants if w.instances + quotas[w.model] < w.least and w.missing > quotas[w.model]]
         coming = sum(m.releasing or m.yielded for m in self._roster.members.values())
         for want in short[coming:]:
             giver = sharing.donor([other for other in wants if other.model != want.model])
             if giver is None:
-                return
-            self._services[giver].scaler.give_up_one(self._copies.where(want.model))
+                break
+            givers.append(self._services[giver])
+            givers[-1].scaler.give_up_one(self._copies.where(want.model))
             wants = [self._services[w.model].scaler.want() for w in wants]
+        return givers
 
     def _close(self, service: Service) -> None:
         """A model that was undeployed is forgotten once nothing of it is left."""

@@ -51,6 +51,10 @@ class HostCache:
     def count(self, instance: InstanceId) -> int:
         return sum(copy.instance == instance for copy in self._copies.values())
 
+    def due(self, fleet: Fleet) -> bool:
+        """Whether a model's copy may have to be made or dropped."""
+        return fleet.model in self._copies or not fleet.size
+
     # ---- decisions
 
     def reconcile(self, at: float, fleet: Fleet, wanted: bool) -> list[Command]:

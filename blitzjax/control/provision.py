@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blitzjax.config import Config
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.hostcache import HostCache
 from blitzjax.control.pairs import LivePairs

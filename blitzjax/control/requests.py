@@ -20,6 +20,7 @@ class Entry:
     request: Request
     rank: tuple[float, int]  # (Request.rank_s, arrival): lower is earlier; kept over attempts
     attempt: int = 0  # the running or last attempt; 0: never assigned
+    unbegun: int = 0  # attempts that were given back
     owner: InstanceId | None = None  # None: queued
     giver: InstanceId | None = None  # live partner that says it handed the request to `owner`, which has not confirmed
     handed: bool = False  # came to `owner` from its live partner, not from the queue
@@ -155,9 +156,10 @@ class RequestBook:
         """The running attempt is lost: back into the queue at its old rank, or the end after too many attempts."""
         assert entry.owner is not None
         self._detach(entry)
-        if entry.cancelled or entry.attempt >= self._max_attempts:
+        begun = entry.attempt - entry.unbegun
+        if entry.cancelled or begun >= self._max_attempts:
             self._drop(entry)
-            message = f"gave up after {entry.attempt} attempts, the last one: {why}"
+            message = f"gave up after {begun} attempts, the last one: {why}"
             return [] if entry.cancelled else [Reject(entry.request.id, "UNAVAILABLE", message)]
         self._queue_again(entry)
         return []
@@ -165,6 +167,7 @@ class RequestBook:
     def give_back(self, entry: Entry) -> list[Command]:
         """The owner has not begun the attempt: back into the queue at its old rank; nothing is held against it."""
         self._detach(entry)
+        entry.unbegun += 1
         if entry.cancelled:
             self._drop(entry)
             return []
@@ -192,7 +195,7 @@ class RequestBook:
         for i in queued:
             entry = self._entries[i]
             assert entry.owner is None and not (entry.cancelled or entry.answered or entry.handed), entry
-        assert all(e.attempt <= self._max_attempts for e in self._entries.values())
+        assert all(e.attempt - e.unbegun <= self._max_attempts for e in self._entries.values())
 
     # ----------------------------------------------------------------------------------------------------------------
 

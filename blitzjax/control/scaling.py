@@ -82,6 +82,15 @@ class Scaler:
                 member.failures = 0
 
     @property
+    def settled(self) -> bool:
+        """There is nothing to do, and was nothing the last time."""
+        return self._state() == self._settled and not self.closing and not (self.asleep and self._book.queued)
+
+    def _state(self) -> tuple[int, int, Goal]:
+        """What the next steps hang on, apart from time."""
+        return self._fleet.version, self._provisioner.transfers.version, self.goal
+
+    @property
     def missing(self) -> int:
         """How many more instances are wanted, of whatever role."""
         return max(0, self._missing(self._prefill)) + max(0, self._missing(Role.DECODE))
@@ -158,7 +167,7 @@ class Scaler:
 
         Of the `idle` workers it takes at most `quota`, which leave the list.
         """
-        state = (self._fleet.version, self._provisioner.transfers.version, self.goal)
+        state = self._state()
         if state == self._settled:
             return []
         commands = self._give_up_hopeless(at)
@@ -263,6 +272,8 @@ class Scaler:
     def _release_drained(self, at: float) -> list[Command]:
         """Drained instances forget their parameters; the last one becomes the host copy, or waits for one."""
         commands: list[Command] = []
+        if not self._fleet.count(Phase.DRAINING):
+            return commands
         for member in self._fleet.in_phase(Phase.DRAINING):
             if member.releasing or self._book.owns(member.id) or self._receiving(member.id):
                 continue

@@ -8,14 +8,12 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 
-#include "xla/ffi/api/ffi.h"
+#include "tasks.h"
 
 namespace ffi = xla::ffi;
 
@@ -264,18 +262,15 @@ constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
 constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
 constexpr int64_t kFewRows = 32;      // more are worth a panel
 
-// Tasks are taken by whoever is free; the caller takes them too, so it never waits for one that nobody has begun.
 struct Work {
   const uint16_t* w;
   float* y;
   int64_t m, k, n, stride;
   Array<Kept> x;  // [m, stride]
-  int64_t tasks;
-  std::atomic<int64_t> next{0}, done{0};
 
   Work(const float* from, const uint16_t* w, float* y, int64_t m, int64_t k, int64_t n)
       : w(w), y(y), m(m), k(k), n(n), stride((k + kStep - 1) / kStep * kStep),
-        x(Allocated<Kept>(m * stride)), tasks((n + kTaskColumns - 1) / kTaskColumns) {
+        x(Allocated<Kept>(m * stride)) {
     for (int64_t r = 0; r < m; ++r, from += k) {
       Kept* to = x.get() + r * stride;
       int64_t i = 0;
@@ -334,23 +329,17 @@ struct Work {
     PanelBlock<kRows>(x.get() + r * stride, stride, panel, y + r * n + j, n);
   }
 #endif
-
-  void Run() {
-    for (int64_t task; (task = next.fetch_add(1)) < tasks; done.fetch_add(1, std::memory_order_release))
-      Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
-  }
 };
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> w,
                   ffi::ResultBuffer<ffi::F32> y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
-  auto work = std::make_shared<Work>(x.typed_data(), reinterpret_cast<const uint16_t*>(w.untyped_data()),
+  const auto work = std::make_shared<const Work>(x.typed_data(), reinterpret_cast<const uint16_t*>(w.untyped_data()),
                                      y->typed_data(), m, k, n);
-  for (int64_t helper = 1; helper < std::min<int64_t>(pool.num_threads(), work->tasks); ++helper)
-    pool.Schedule([work] { work->Run(); });
-  work->Run();
-  while (work->done.load(std::memory_order_acquire) < work->tasks) std::this_thread::yield();
+  InParallel(pool, (n + kTaskColumns - 1) / kTaskColumns, [work, n](int64_t task) {
+    work->Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
+  });
   return ffi::Error::Success();
 }
 

@@ -7,7 +7,6 @@ buckets, whatever else runs beside it, so its numbers do not depend on load.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from blitzjax.config import EngineConfig
 from blitzjax.types import ModelSpec

@@ -231,7 +231,7 @@ class Stages:
         return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
     def _build_decode(self, kind: str, rows: int, context: int):
-        module = params.bind(self.spec, kind)
+        module, hd = params.bind(self.spec, kind), self.spec.head_dim
 
         def decode(weights, x, aux, k, v, lengths):
             row = jnp.arange(rows)
@@ -240,6 +240,9 @@ class Stages:
             def attend(q, k_new, v_new, scoring=blocks.PLAIN):
                 cache["k"] = k.at[row, :, :, lengths].set(k_new[:, 0])
                 cache["v"] = v.at[row, :, lengths, :].set(v_new[:, 0])
+                if self._product is not None and self._product.attends(k) and scoring.plain:
+                    scale = hd ** -0.5 if scoring.scale is None else scoring.scale
+                    return self._product.attend(q[:, 0], cache["k"], cache["v"], lengths, scale)[:, None]
                 return attention(q, cache["k"], cache["v"], lengths[:, None, None, None], scoring)
 
             x = module(weights)(x, aux, attend)

@@ -46,6 +46,23 @@ class Piece:
     prompt_logprobs: Sequence[TokenLogprob] = ()  # the same; none for the prompt's first token
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an answer has come to; with its order it makes the answer again."""
+
+    generated: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    attempt: int
+    attempts: int
+    layers_helped: int
+    cached_tokens: int
+    assigned_s: float | None
+    first_token_s: float | None
+    finish_reason: FinishReason | None
+    failure: Failure | None
+
+
 class Answer:
     """One of an order's answers in the shell. The controller mutates it; the order's stream takes pieces from it."""
 
@@ -59,6 +76,8 @@ class Answer:
         self.request = Request(id=request_id, model=order.model, prompt_tokens=len(order.prompt),
                                max_tokens=order.sampling.max_tokens, arrival_s=arrival_s, priority=order.priority)
         self.generated: list[int] = []
+        self._logprobs: list[TokenLogprob] = []  # of `generated`, if asked for
+        self._prompt_logprobs: Sequence[TokenLogprob] = ()
         self.attempt = -1  # no attempt yet
         self.attempts = 0
         self.layers_helped = 0
@@ -96,6 +115,7 @@ class Answer:
             self._begin(now, prompt_logprobs)
         for i, token in enumerate(fresh):
             self._piece.logprobs.extend(logprobs[i : i + 1])
+            self._logprobs.extend(logprobs[i : i + 1])
             last = reason is not None and i == len(fresh) - 1
             self._append(token, silent=last and reason == "stop" and token in self._silent)
             if self._stops.hit:
@@ -125,10 +145,26 @@ class Answer:
         piece, self._piece = self._piece, Piece()
         return piece
 
+    def progress(self) -> Progress:
+        return Progress(tuple(self.generated), tuple(self._logprobs), tuple(self._prompt_logprobs), self.attempt,
+                        self.attempts, self.layers_helped, self.cached_tokens, self.assigned_s, self.first_token_s,
+                        self.finish_reason, self.failure)
+
+    def restore(self, past: Progress) -> None:
+        """Makes a new answer what another one was; all of it can be taken again."""
+        if past.generated:
+            reason = past.finish_reason if past.finish_reason in ("stop", "length") else None
+            self.push(0, list(past.generated), reason, past.first_token_s, past.logprobs, past.prompt_logprobs)
+        if past.finish_reason is not None:
+            self.end(past.finish_reason)
+        self.attempt, self.attempts = past.attempt, past.attempts
+        self.layers_helped, self.cached_tokens = past.layers_helped, past.cached_tokens
+        self.assigned_s, self.first_token_s, self.failure = past.assigned_s, past.first_token_s, past.failure
+
     def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:
         """The first token is here; what is said of the prompt goes with it."""
         self.first_token_s = now
-        self._piece.prompt_logprobs = prompt_logprobs
+        self._piece.prompt_logprobs = self._prompt_logprobs = prompt_logprobs
         if self.order.echo is not None:
             self._piece.text, self._piece.prompt_token_ids = self.order.echo, self.order.prompt
 

@@ -16,7 +16,7 @@ from typing import TypeAlias, TypedDict, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
+from blitzjax.serve.rejoin import Rejoin, Server, error_of
 from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
@@ -25,7 +25,6 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, t
 
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
-_ERRORS = {kind.code: kind for kind in (InvalidRequest, UnknownModel, QueueFull, Unavailable)}
 _POLL_S = 0.05
 
 
@@ -99,6 +98,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._server = Server()
         self.address = address
 
     def __enter__(self) -> Client:
@@ -119,16 +119,22 @@ class Client:
         return collect_all(list(self.stream(prompt, **options)))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
-        """Chunks as they come; closing the iterator ends the generation."""
-        started = time.monotonic()
-        call = self._stub.Generate(generate_request(prompt, options), timeout=options.get("timeout_s"))
-        try:
-            for message in call:
-                yield _chunk(message, started)
-        except grpc.RpcError as e:
-            raise error_of(e) from e
-        finally:
-            call.cancel()
+        """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
+        and says that it resumes.
+        """
+        rejoin = Rejoin(generate_request(prompt, options), self._server, options.get("timeout_s"))
+        while True:
+            call = self._stub.Generate(rejoin.request, timeout=rejoin.left_s)
+            try:
+                for message in call:
+                    if (new := rejoin.unseen(message)) is not None:
+                        yield _chunk(new, rejoin.started)
+                return self._server.said(call.initial_metadata())
+            except grpc.RpcError as e:
+                pause_s = rejoin.pause_after(e, call.initial_metadata(), call.trailing_metadata())
+            finally:
+                call.cancel()
+            time.sleep(pause_s)
 
     def abort(self, *request_ids: str) -> None:
         self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
@@ -192,6 +198,7 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._server = Server()
         self.address = address
 
     async def __aenter__(self) -> AsyncClient:
@@ -212,16 +219,23 @@ class AsyncClient:
         return collect_all([chunk async for chunk in self.stream(prompt, **options)])
 
     async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
-        """Chunks as they come; closing the iterator ends the generation."""
-        started = time.monotonic()
-        call = self._stub.Generate(generate_request(prompt, options), timeout=options.get("timeout_s"))
-        try:
-            async for message in call:
-                yield _chunk(message, started)
-        except grpc.RpcError as e:
-            raise error_of(e) from e
-        finally:
-            call.cancel()
+        """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
+        and says that it resumes.
+        """
+        rejoin = Rejoin(generate_request(prompt, options), self._server, options.get("timeout_s"))
+        while True:
+            call = self._stub.Generate(rejoin.request, timeout=rejoin.left_s)
+            try:
+                async for message in call:
+                    if (new := rejoin.unseen(message)) is not None:
+                        yield _chunk(new, rejoin.started)
+                self._server.said(await call.initial_metadata())
+                return
+            except grpc.RpcError as e:
+                pause_s = rejoin.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
 
     async def abort(self, *request_ids: str) -> None:
         await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
@@ -323,17 +337,6 @@ def collect_all(chunks: Sequence[Chunk]) -> list[Result]:
     """Joins the chunks of all answers to one request, by index."""
     chunks = [chunk for chunk in chunks if chunk.progress is None]
     return [collect([c for c in chunks if c.index == index]) for index in sorted({c.index for c in chunks})]
-
-
-def error_of(error: grpc.RpcError) -> BlitzError:
-    """The exception that the server raised, or a BlitzError with the status as its `code`."""
-    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-    name, details = error.code().name, error.details()
-    if name in _ERRORS:
-        return _ERRORS[name](details)
-    out = BlitzError(f"{name}: {details}")
-    out.code = name
-    return out
 
 
 def _chunk(message: pb.GenerateResponse, started: float) -> Chunk:

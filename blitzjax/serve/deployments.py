@@ -11,9 +11,8 @@ from pathlib import Path
 
 from blitzjax.errors import BlitzError, InvalidRequest
 from blitzjax.serve.model import ServedModel, load_model
-from blitzjax.types import InstanceId, ModelDeployed, ModelUndeployed
+from blitzjax.types import InstanceId, ModelUndeployed
 from blitzjax.v1 import inference_pb2 as pb
-from blitzjax.v1 import worker_pb2 as worker
 
 if typing.TYPE_CHECKING:
     from blitzjax.serve.controller import Controller
@@ -57,25 +56,14 @@ async def undeploy(controller: Controller, name: str) -> pb.UndeployResponse:
 
 def _add(controller: Controller, model: ServedModel, least: int | None, most: int | None) -> list[InstanceId]:
     """Deploys it in the brain and on every worker. → those that are here now, which will say when they are ready."""
-    controller.models[model.name] = model
-    for link in controller.links.values():
-        link.configure.models.append(message_of(model))
-    controller.tell_workers(worker.WorkerCommand(deploy=message_of(model)))
-    controller.on_event(ModelDeployed(controller.now(), model.spec, least, most))
+    controller.deploy(model, least, most)
     return [link.instance for link in controller.links.values() if link.joined]
 
 
 def _remove(controller: Controller, name: str) -> None:
     """Nothing of the model is left in the brain."""
-    message = message_of(controller.models.pop(name))
-    for link in controller.links.values():
-        link.configure.models.remove(message)
+    controller.remove(name)
     controller.compiled -= {(link.instance, name) for link in controller.links.values()}
-    controller.tell_workers(worker.WorkerCommand(undeploy=worker.Undeploy(model=name)))
-
-
-def message_of(model: ServedModel) -> worker.Model:
-    return worker.Model(model_json=model.manifest_json, checkpoint=str(model.directory))
 
 
 def _check_bounds(controller: Controller, least: int | None, most: int | None) -> None:

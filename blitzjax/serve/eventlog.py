@@ -15,6 +15,7 @@ from pathlib import Path
 
 from blitzjax import types
 
+T = typing.TypeVar("T")
 _KINDS = {kind.__name__: kind for kind in (*typing.get_args(types.Event), *typing.get_args(types.Command))}
 _COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(types.Command))
 
@@ -22,12 +23,16 @@ _COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(types.Command))
 class EventLog:
     """Appends records to a file. Owned by the controller; lines reach the disk on `flush`."""
 
-    def __init__(self, path: Path, header: Mapping[str, object]):
-        self._file = path.open("w", encoding="utf-8")
-        self._write({"blitzjax_log": 1, **header})
+    def __init__(self, path: Path, header: Mapping[str, object], resume: bool = False):
+        """`resume`: the run that the file describes goes on behind its last whole line."""
+        self._file = path.open("a", encoding="utf-8")
+        whole = path.read_bytes().rpartition(b"\n") if resume else (b"", b"", b"")
+        self._file.truncate(len(whole[0] + whole[1]))
+        if not whole[1]:
+            self._write({"blitzjax_log": 1, **header})
 
     def event(self, event: types.Event) -> None:
-        self._write({"event": type(event).__name__, **dataclasses.asdict(event)})
+        self._write(event_record(event))
 
     def command(self, at: float, command: types.Command) -> None:
         """`at` is the time of the event that caused the command."""
@@ -69,23 +74,33 @@ def read(path: Path) -> Iterator[Record]:
             if not line.endswith("\n"):
                 return
             record = json.loads(line)
-            name = record.get("event") or record.get("command")
-            if name not in _KINDS:
-                raise ValueError(f"unknown record {name!r} in {path}")
-            yield Record(record["at"], _build(_KINDS[name], record))
+            yield Record(record["at"], item_of(record))
 
 
-def _build(kind: type, record: Mapping[str, object]):
-    hints = _hints(kind)
-    return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind)})
+def event_record(event: types.Event) -> dict[str, object]:
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def item_of(record: Mapping[str, object]) -> types.Event | types.Command:
+    """Undoes `event_record`. Raises ValueError for an unknown kind."""
+    name = record.get("event") or record.get("command")
+    if name not in _KINDS:
+        raise ValueError(f"unknown record {name!r}")
+    return build(_KINDS[name], record)
 
 
 _hints = functools.cache(typing.get_type_hints)
 
 
+def build(kind: type[T], record: Mapping[str, object]) -> T:
+    """The dataclass `kind` from what `dataclasses.asdict` and JSON made of it; other keys are ignored."""
+    hints = _hints(kind)
+    return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind)})
+
+
 def _value(hint: object, value: object):
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value)
+        return build(hint, value)
     if typing.get_origin(hint) is tuple:
         return tuple(_value(typing.get_args(hint)[0], item) for item in value)
     return types.frozen(value)

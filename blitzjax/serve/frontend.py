@@ -1,7 +1,8 @@
 """The service that clients call: streams answers, shows and scales the cluster.
 
 Invariant: every Generate ends with a final message for each of its answers or a gRPC status that says what to change,
-and whatever ends its stream (abort, deadline, a client that left) also ends its generation.
+and whatever ends its stream (abort, deadline, a client that left; not a crash of the server, resume.py) also ends its
+generation.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of
+from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
 from blitzjax.types import LiveMode, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
@@ -28,6 +30,7 @@ if typing.TYPE_CHECKING:
     from blitzjax.serve.tokenizer import Tokenizer
 
 SERVICE = "blitzjax.v1.Inference"
+_FINAL = ((FINAL_KEY, "1"),)
 _WATCH_GAP_S = 0.05  # between two pictures
 _WATCH_PERIOD_S = 1.0  # a picture at least this often
 
@@ -45,13 +48,15 @@ class Frontend(rpc.InferenceServicer):
                 raise Unavailable("the server is shutting down; try another one")
             model = self._controller.find(request.model)
             order = await order_of(request, model, self._controller.context_tokens(model))
-            answers = self._controller.submit(order)
+            answers = self._controller.submit(order, request.resume)
+            if self._controller.resume_s:
+                await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
             await _stream(answers, model, self._controller, context, request.progress)
         except BlitzError as e:
             await _abort(context, e)
         finally:
-            for answer in answers:
-                self._controller.leave(answer)
+            if answers:
+                self._controller.leave(answers)
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         for request_id in request.request_ids:
@@ -140,7 +145,7 @@ async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: C
             piece, last = answer.take(), answer.ended
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
-                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message)
+                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message, _FINAL)
             if last or piece.token_ids:
                 await context.write(_response(answer, piece, last, model.tokenizer, controller))
             if last:
@@ -232,4 +237,4 @@ def _model_picture(state: ModelStatus, model: ServedModel, controller: Controlle
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
-    await context.abort(grpc.StatusCode[error.code], str(error))
+    await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)

@@ -1,6 +1,7 @@
 """The controller's session with one worker: redials for ever, never blocks the brain, notices a lost worker.
 
-Invariant: every InstanceJoined that a link reports is followed by `lost` before the next session of that link.
+Invariant: every InstanceJoined that a link reports is followed by `lost` before the next session of that link begins; a
+session that the last controller left behind is resumed, and if it cannot be, `lost` as well.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import grpc
@@ -49,6 +51,9 @@ WORKER_SERVER_OPTIONS = (
 class Shell(Protocol):
     """What a link reports to; each call returns at once. The controller is one, tests may be another."""
 
+    def heard(self, instance: types.InstanceId, count: int) -> None:
+        """What comes next is the `count`-th message of the session."""
+
     def on_event(self, event: types.Event) -> None: ...
 
     def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None: ...
@@ -60,6 +65,17 @@ class Shell(Protocol):
     def now(self) -> float: ...
 
 
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """What a link must know to resume its session."""
+
+    joined: bool
+    sessions: int
+    received: int
+    sent: int
+    unconfirmed: tuple[bytes, ...]
+
+
 class WorkerLink:
     """One worker address. Owned by the controller; `run` is its only task."""
 
@@ -68,16 +84,55 @@ class WorkerLink:
         self.address = address
         self.joined = False
         self.refused = ""  # why the worker cannot serve, until a session works
+        self.received = 0  # messages of this session
+        self._journal, self._since = "", 0.0
+        self._sessions = 0  # that began
+        self._sent = 0  # commands of this session
+        self._unconfirmed: deque[pb.WorkerCommand] = deque()  # the last of them: the worker may not have them
+        self._open = False  # the worker listens to this session
+        self._confirmed = 0  # messages that the worker knows to be written down
         self.configure = configure  # the next session begins with it
         self._shell = shell
         self._unsent: asyncio.Queue[pb.WorkerCommand] | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
-        self._early: list[types.Event] = []  # came before InstanceJoined
 
     def send(self, command: pb.WorkerCommand) -> None:
         """Queues a command; without a session it is dropped, for InstanceLost then tells the brain."""
-        if self._unsent is None:
+        if not self.joined:
             return
+        self._sent += 1
+        self._unconfirmed.append(command)
+        if self._open:
+            self._put(command)
+
+    def outlive(self, journal: str, since: float) -> None:
+        """Sessions may be resumed by a controller that goes on with `journal`; this one began `since`."""
+        self._journal, self._since = journal, since
+
+    def confirm(self) -> None:
+        """All that was received is written down: the worker need not keep it."""
+        if self._journal and self._open and self.received > self._confirmed:
+            self._confirmed = self.received
+            self._put(pb.WorkerCommand(received=self.received))
+
+    def begin(self) -> None:
+        """The worker joined in a new session."""
+        self.joined, self.refused = True, ""
+        self._sessions += 1
+        self._sent = 0
+        self._unconfirmed.clear()
+
+    def state(self) -> LinkState:
+        return LinkState(self.joined, self._sessions, self.received, self._sent,
+                         tuple(command.SerializeToString() for command in self._unconfirmed))
+
+    def restore(self, state: LinkState) -> None:
+        self.joined, self._sessions, self.received, self._sent = (
+            state.joined, state.sessions, state.received, state.sent)
+        self._unconfirmed = deque(map(pb.WorkerCommand.FromString, state.unconfirmed))
+
+    def _put(self, command: pb.WorkerCommand) -> None:
+        assert self._unsent is not None
         try:
             self._unsent.put_nowait(command)
         except asyncio.QueueFull:
@@ -88,18 +143,16 @@ class WorkerLink:
         """Holds a session until cancelled."""
         while True:
             reason = await self._session()
-            if self.joined:
-                self.joined = False
-                self._shell.on_lost(self.instance, reason)
+            self._lost(reason)
             await asyncio.sleep(_REFUSED_REDIAL_S if self.refused else _REDIAL_S)
 
     async def _session(self) -> str:
         """One connection from dial to end; returns why it ended."""
-        self._early.clear()
+        configure = self._next_configure()
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             self._call = rpc.WorkerStub(channel).Run()
             try:
-                await self._call.write(pb.WorkerCommand(configure=self.configure))
+                await self._call.write(pb.WorkerCommand(configure=configure))
                 async with self._writer(self._call):
                     async for event in self._call:
                         self._receive(event)
@@ -111,7 +164,7 @@ class WorkerLink:
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():
                     raise
-                return "the session was dropped"  # by `send`
+                return "the session was dropped"  # by us
 
     @contextlib.asynccontextmanager
     async def _writer(self, call: grpc.aio.StreamStreamCall) -> AsyncIterator[None]:
@@ -120,11 +173,33 @@ class WorkerLink:
         try:
             yield
         finally:
-            self._unsent = None
+            self._unsent, self._open = None, False
             task.cancel()
 
+    def _next_configure(self) -> pb.Configure:
+        """For a new session; the one that the last controller left is resumed instead."""
+        configure = pb.Configure()
+        configure.CopyFrom(self.configure)
+        configure.resume, configure.since = self.joined, self._since
+        if self._journal:
+            configure.session = f"{self._journal}/{self._sessions + (not self.joined)}"
+        self.received = configure.received = self.received if self.joined else 0
+        self._confirmed = self.received
+        return configure
+
     def _receive(self, message: pb.WorkerEvent) -> None:
-        match message.WhichOneof("event"):
+        which = message.WhichOneof("event")
+        if which == "resumed":
+            self._resumed(message.resumed.taken)
+            return
+        if which == "instance_joined" and self.joined:
+            self._lost("it does not know its session any more")
+            self._call.cancel()
+            return
+        self.received += 1
+        self._forget(message.taken)
+        self._shell.heard(self.instance, self.received)
+        match which:
             case "tokens":
                 self._shell.on_tokens(self.instance, message.tokens)
             case "refused" if message.refused.model:  # the session goes on without it
@@ -138,16 +213,35 @@ class WorkerLink:
                 self._report(replace(codec.decode_event(message), at=self._shell.now()))
 
     def _report(self, event: types.Event) -> None:
-        """The brain hears of an instance first through InstanceJoined; what came earlier follows it."""
+        """A session begins with InstanceJoined; what comes after the loss of an instance is dropped."""
         if isinstance(event, types.InstanceJoined):
-            self.joined, self.refused = True, ""
-            early, self._early = self._early, []
-            for item in (event, *early):
-                self._shell.on_event(item)
-        elif self.joined:
+            self.begin()
+            self._open = True
+        if self.joined:
             self._shell.on_event(event)
-        else:
-            self._early.append(event)
+
+    def _resumed(self, taken: int) -> None:
+        """The last controller's session goes on: what the worker lacks of it is sent again."""
+        oldest = self._sent - len(self._unconfirmed)
+        if not self.joined or not oldest <= taken <= self._sent:
+            _log.error("%s has obeyed %d commands, of %d to %d", self.instance, taken, oldest, self._sent)
+            self._call.cancel()
+            return
+        _log.info("%s resumes its session: %d commands again", self.instance, self._sent - taken)
+        self._forget(taken)
+        self._open = True
+        for command in self._unconfirmed:
+            self._put(command)
+
+    def _forget(self, taken: int) -> None:
+        """The worker has obeyed its first `taken` commands."""
+        while self._unconfirmed and self._sent - len(self._unconfirmed) < taken:
+            self._unconfirmed.popleft()
+
+    def _lost(self, reason: str) -> None:
+        if self.joined:
+            self.joined = False
+            self._shell.on_lost(self.instance, reason)
 
 
 async def _write(call: grpc.aio.StreamStreamCall, unsent: asyncio.Queue[pb.WorkerCommand]) -> None:

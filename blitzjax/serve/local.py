@@ -1,7 +1,8 @@
 """A whole cluster on this machine: coordination service, worker pool and controller as supervised processes.
 
-Invariant: no process outlives its LocalCluster, even when the parent is killed. Used by `blitzjax serve`, tests and
-benchmarks, which are plain clients of the controller.
+Invariant: no process outlives its LocalCluster, even when the parent is killed. Workers, the coordination service and a
+controller that was killed start again; a controller that ends by itself ends the cluster. Used by `blitzjax serve`,
+tests and benchmarks, which are plain clients of the controller.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class LocalCluster:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._launch = launch
         self._stopping = threading.Event()
+        self._terminating = False
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()  # guards every _Process against the supervisor
         self.worker_addresses = tuple(f"{self._host(k)}:{ports[k + 2]}" for k in range(pool))
@@ -93,10 +95,12 @@ class LocalCluster:
             *launch.coordinator, "--address", coordinator, "--size", str(pool), "--heartbeat-s",
             str(config.cluster.heartbeat_s)))
         self._workers = [self._worker(k, coordinator) for k in range(pool)]
+        self._journal = self.run_dir / "journal"
+        journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
         self._controller = self._process("controller", (
             sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
-            json.dumps(configs.to_tables(self.config))), to_stderr=launch.console)
+            json.dumps(configs.to_tables(self.config)), *journal), to_stderr=launch.console)
 
     # ---- life
 
@@ -109,6 +113,7 @@ class LocalCluster:
 
     def start(self) -> None:
         """Starts every process and returns at once; see `wait_ready`."""
+        self._journal.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._supervise, name="blitzjax supervisor", daemon=True)
         atexit.register(self.stop)
         self._thread.start()
@@ -128,6 +133,7 @@ class LocalCluster:
 
     def terminate(self) -> None:
         """Asks the controller to drain and leave; a second call makes it leave at once."""
+        self._terminating = True
         self._signal(self._controller, signal.SIGTERM)
 
     def wait(self, timeout_s: float | None = None) -> int:
@@ -161,8 +167,16 @@ class LocalCluster:
         with self._lock:
             return self._workers[k].pid
 
+    def controller_pid(self) -> int | None:
+        """None while it is down."""
+        with self._lock:
+            return self._controller.pid
+
     def signal_worker(self, k: int, number: signal.Signals = signal.SIGKILL) -> None:
         self._signal(self._workers[k], number)
+
+    def signal_controller(self, number: signal.Signals = signal.SIGKILL) -> None:
+        self._signal(self._controller, number)
 
     def signal_coordinator(self, number: signal.Signals = signal.SIGKILL) -> None:
         self._signal(self._coordinator, number)
@@ -205,17 +219,33 @@ class LocalCluster:
         self._controller.start()
         while not self._stopping.wait(_POLL_S):
             with self._lock:
-                self._controller.poll()
+                if self._controller.poll():
+                    self._controller_died()
                 dead = [process for process in supervised if process.poll()]
                 if self._coordinator in dead:  # workers joined the dead service: they must join the next one
                     for worker in self._workers:
                         worker.signal(signal.SIGKILL)
                 for process in supervised:
                     process.start_when_due()
+                if self._terminating and self._controller.pid is None:
+                    self._controller.ended.set()
+                if not self._controller.ended.is_set():
+                    self._controller.start_when_due()
             for process in dead:
                 self._tell(process)
         for process in (self._controller, *supervised):
             process.kill()
+        self._controller.ended.set()
+
+    def _controller_died(self) -> None:
+        """Killed, it starts again and resumes. What killed it again and again may be in the journal: that goes."""
+        if self._controller.code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
+            self._controller.ended.set()
+            return
+        print(f"blitzjax: the controller was killed by signal {-self._controller.code}; it starts again and resumes",
+              file=sys.stderr)
+        if self._controller.short_lives > _TELL_AFTER:
+            self._journal.unlink(missing_ok=True)
 
     def _tell(self, process: _Process) -> None:
         if process.short_lives == _TELL_AFTER:
@@ -230,7 +260,7 @@ class _Process:
         self.name, self.log = name, log
         self.code: int | None = None  # of the last life
         self.short_lives = 0  # in a row
-        self.ended = threading.Event()
+        self.ended = threading.Event()  # it will not start again; of the controller only
         self._argv, self._env = argv, env
         self._popen: subprocess.Popen[bytes] | None = None
         self._born = self._due = 0.0
@@ -261,7 +291,6 @@ class _Process:
         self.code, self._popen = self._popen.returncode, None
         self.short_lives = self.short_lives + 1 if time.monotonic() - self._born < _HEALTHY_S else 0
         self._due = time.monotonic() + min(_BACKOFF_S[1], _BACKOFF_S[0] * 2 ** max(0, self.short_lives - 1))
-        self.ended.set()
         return True
 
     def signal(self, number: signal.Signals) -> None:

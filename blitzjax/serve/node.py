@@ -3,7 +3,7 @@ and its world.
 
 It is an instance of at most one model at a time, the last one that a command to load named; of any other it may keep a
 host copy. Invariant: exactly one controller session is attached at a time; events of a worker without one are dropped,
-since the next session begins with InstanceJoined and everything it needs to know.
+unless it waits to be resumed (sessions.py), since the next one begins with InstanceJoined and all it needs to know.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from blitzjax.errors import BlitzError, ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.couriers import KVCourier, KVReply
 from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.serve.sessions import Outbox, Session
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.transfer.world import World
 from blitzjax.v1 import worker_pb2 as pb
@@ -62,9 +64,9 @@ class Node:
         self.incarnation = uuid.uuid4().hex
         self.config = configs.from_tables(json.loads(configure.config_json))
         self._configured = configure.config_json
-        self._outbox = None
-        self._lock = threading.Lock()
+        self._session = Session()
         self._deploying = threading.Lock()
+        self._deployments = ThreadPoolExecutor(1, thread_name_prefix="deploy")
         self._addresses = {p.instance: p.address for p in configure.peers}
         self._host, self._core = args.host_ip, args.core
         self._models: dict[str, Served] = {}
@@ -108,11 +110,8 @@ class Node:
         log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded", self.name, spec.name,
                  time.monotonic() - started, stages.cache.compiled, stages.cache.loaded)
 
-    def deploy(self, model: pb.Model) -> None:
-        """One more model, in a thread of its own: what serves goes on."""
-        threading.Thread(target=self._deploy, args=(model,), name="deploy", daemon=True).start()
-
     def _deploy(self, model: pb.Model) -> None:
+        """One more model, in a thread of its own: what serves goes on."""
         name = codec.model_spec(model.model_json).name
         try:
             with self._deploying:
@@ -121,11 +120,11 @@ class Node:
             if not isinstance(e, BlitzError):
                 log.exception("cannot deploy %s", name)
             message = str(e) if isinstance(e, BlitzError) else repr(e)
-            self._put(pb.WorkerEvent(refused=pb.Refused(instance=self.name, message=message, model=name)))
+            self._session.put(pb.WorkerEvent(refused=pb.Refused(instance=self.name, message=message, model=name)))
             return
         self._emit(types.ModelReady(time.time(), self.name, name))
 
-    def undeploy(self, name: str) -> None:
+    def _undeploy(self, name: str) -> None:
         """Forgets what was compiled for a model of which nothing is left here."""
         with self._deploying:
             self._holders.pop(name, None)
@@ -141,16 +140,19 @@ class Node:
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
-    def attach(self, configure: pb.Configure, outbox) -> None:
-        """A controller takes over: requests of an earlier session are forgotten, as are parts of copies."""
+    def attach(self, configure: pb.Configure, outbox: Outbox) -> None:
+        """A controller takes over. Unless it resumes the session, earlier requests are forgotten, as are parts of copies.
+        """
         if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
         with self._deploying:
             for model in configure.models:
                 self._add(model)
+        if self._session.connect(configure, outbox, self._renewed) and self.world.joined:
+            self._emit(types.WorldJoined(time.time(), self.name))
+
+    def _renewed(self) -> pb.WorkerEvent:
         self._forget_requests()
-        with self._lock:
-            self._outbox = outbox
         copies = []
         for name, served in self._models.items():
             if served.store.is_copy and served.store.units == served.store.spec.units:
@@ -159,22 +161,41 @@ class Node:
                 self.loader.post(types.DropCopy(self.name, name))
         engine, served = self.config.engine, self._models.get(self._current)
         units = served.store.units if served is not None and not served.store.is_copy else 0
-        self._emit(types.InstanceJoined(
+        return codec.encode_event(types.InstanceJoined(
             time.time(), self.name, self.incarnation, self._host, units, pages_of(engine), engine.page_size,
             engine.max_num_seqs, self._current if units else "", tuple(self._models), tuple(copies)))
-        if self.world.joined:
-            self._emit(types.WorldJoined(time.time(), self.name))
 
-    def detach(self, outbox) -> None:
-        with self._lock:
-            if self._outbox is not outbox:
-                return
-            self._outbox = None
-        self._forget_requests()
+    def detach(self, outbox: Outbox) -> None:
+        """The connection broke: work goes on for a while, for a controller that resumes the session."""
+        connection = self._session.disconnect(outbox)
+        if connection is None:
+            return
+        if not self._session.resumable:
+            self._give_up(connection)
+            return
+        timer = threading.Timer(self.config.serve.resume_timeout_s, self._give_up, (connection,))
+        timer.daemon = True
+        timer.start()
+
+    def _give_up(self, connection: int) -> None:
+        if self._session.end(connection):
+            self._forget_requests()
 
     def _forget_requests(self) -> None:
-        for served in self._models.values():
+        for served in list(self._models.values()):
             served.instance.post(m.ForgetRequests())
+
+    def take(self, command: pb.WorkerCommand, outbox: Outbox) -> None:
+        self._session.take(outbox, command, lambda: self._told(command))
+
+    def _told(self, command: pb.WorkerCommand) -> None:
+        match command.WhichOneof("command"):
+            case "deploy":
+                self._deployments.submit(self._deploy, command.deploy)
+            case "undeploy":
+                self._deployments.submit(self._undeploy, command.undeploy.model)
+            case _:
+                self.obey(codec.decode_command(command, self.name))
 
     def obey(self, command: types.Command | types.Work) -> None:
         match command:
@@ -243,12 +264,7 @@ class Node:
             codec.fill(event.tokens, output)
         else:
             event = codec.encode_event(output)
-        self._put(event)
-
-    def _put(self, event: pb.WorkerEvent) -> None:
-        with self._lock:
-            if self._outbox is not None:
-                self._outbox.put(event)
+        self._session.put(event)
 
     def _connect(self, model: str, partner: types.InstanceId) -> PartnerLink:
         return PartnerLink(self._addresses[partner], self.name, partner, model, self._models[model].instance.post)

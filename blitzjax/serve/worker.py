@@ -2,7 +2,7 @@
 
 The controller's session configures it and feeds it, a live partner's session pulls from it, a third kind brings the KV
 of one request; one that begins with Inspect is told what the worker holds. Invariant: parameters and compiled stages
-outlive sessions, requests do not.
+outlive sessions, requests do not; a session outlives its controller if another one resumes it in time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
@@ -21,28 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from blitzjax.errors import BlitzError
-from blitzjax.serve import codec
+from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
 log = logging.getLogger("blitzjax.worker")
 _SESSIONS = 16  # concurrent Run calls: the controller, live partners, and their successors while old ones end
-
-
-class Outbox:
-    """The events of one session, in order; `close` ends the stream."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[pb.WorkerEvent | None] = queue.SimpleQueue()
-
-    def put(self, event: pb.WorkerEvent) -> None:
-        self._queue.put(event)
-
-    def close(self) -> None:
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[pb.WorkerEvent]:
-        return iter(self._queue.get, None)
 
 
 class Worker(rpc.WorkerServicer):
@@ -75,6 +58,9 @@ class Worker(rpc.WorkerServicer):
 
     def _obey(self, configure: pb.Configure, requests, outbox: Outbox) -> None:
         """Makes or adopts the node, then feeds it until the controller goes."""
+        if configure.resume and self._node is None:  # it was in another process: the controller must not wait for us
+            outbox.close()
+            return
         try:
             with self._lock:
                 if self._node is None:
@@ -92,13 +78,7 @@ class Worker(rpc.WorkerServicer):
             return
         try:
             for command in requests:
-                match command.WhichOneof("command"):
-                    case "deploy":
-                        node.deploy(command.deploy)
-                    case "undeploy":
-                        node.undeploy(command.undeploy.model)
-                    case _:
-                        node.obey(codec.decode_command(command, configure.instance))
+                node.take(command, outbox)
         except grpc.RpcError:
             pass  # the controller went away
         node.detach(outbox)

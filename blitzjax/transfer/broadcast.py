@@ -3,10 +3,10 @@
 At tick t hop 0 sends chunk t and hop h > 0 sends what it received at tick t - 1, so hop h holds chunk t - (h - 1): a
 systolic pipeline, whose time does not grow with the number of receivers (BlitzScale section 5.1).
 
-Chains may be lanes (section 5.1, figure 14): each of k sources sends the k-th part of every unit down its own chain, and
-targets that are close to each other gather the parts in rings.
+Chains may be lanes (section 5.1, figure 14): each of k sources sends another k-th of every unit down its own chain,
+and targets that are close to each other gather the parts in rings.
 
-All ticks of a chain run in ONE dedicated dispatcher thread per process, one session at a time: a tick blocks its thread,
+All ticks of a process's chains run in ONE dedicated dispatcher thread, one session at a time: a tick blocks its thread,
 and two sessions in different order in two processes would wait for each other.
 """
 
@@ -131,8 +131,8 @@ class Session:
                 self._world.retire(share.ring, share.generation)
         gathering.check()
         if gathering.units < reached == stop_unit:
-            raise TransferError(f"rank {self._world.rank} received its part of all units, but another lane ended before "
-                                f"unit {gathering.units}")
+            raise TransferError(f"rank {self._world.rank} received its part of all units, but another lane ended "
+                                f"before unit {gathering.units}")
         return gathering.units
 
     def _receive(self, slabs: Slabs, pieces: list[Piece], on_unit: Callable[[int], None],

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from jaxlib import _jax
-
-if TYPE_CHECKING:
-    import jax
 
 _GLOBAL_TOPOLOGY_KEY = "cpu:global_topology/cpu"  # written once by rank 0 of a CPU client
 _TOPOLOGY_TIMEOUT_MINUTES = 1  # a member that dies between connecting and making its client costs the others this long

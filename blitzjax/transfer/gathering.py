@@ -26,8 +26,8 @@ class Gathering:
     """Takes news of its own part from the arrivals thread; calls `slabs.commit` and `on_unit` from its own thread.
 
     `pieces[k]` are those of the part that member k brings, this process being member `position`; `parts[k]` its index.
-    `tick` is the ring's, of one lane, with room for a piece and a trailer. After a wrong checksum it goes on exchanging, so that
-    the others are not disturbed, and commits nothing more.
+    `tick` is the ring's, of one lane, with room for a piece and a trailer. After a wrong checksum it goes on
+    exchanging, so that the others are not disturbed, and commits nothing more.
     """
 
     def __init__(self, slabs: Slabs, tick: Tick, chunk_bytes: int, position: int, parts: Sequence[int],

@@ -77,7 +77,10 @@ class InferenceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Streams text and token ids as they are generated; the last message has finish_reason set.
+        """Streams text and token ids as they are generated; the last message has finish_reason set. Initial metadata
+        "blitzjax-resume-s" says that a server that crashes comes back: the same request, with its request_id and `resume`,
+        then gets its whole answer, if it is sent within so many seconds. UNAVAILABLE with trailing metadata
+        "blitzjax-final" is the server's own word; without it the connection broke.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -16,7 +16,7 @@ import pytest
 
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
-from blitzjax.serve.client import Client, Result
+from blitzjax.serve.client import Result
 from blitzjax.serve.local import LocalCluster
 from blitzjax.v1 import inference_pb2 as pb
 

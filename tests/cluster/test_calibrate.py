@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from rig import POOL, SPEC, Rig, prompts
+from rig import POOL, SPEC, Rig
 
 from blitzjax.arrivals import Arrival
 from blitzjax.calibrate import Calibration
@@ -27,6 +25,6 @@ def test_measured_costs_explain_what_the_cluster_does(rig: Rig, model_dir: Path,
     assert 0 < model.prefill_s(32) and 0 < model.decode_s(1, 64) < 1 and 0 <= machine.handoff_s + machine.rpc_s < 1
     assert any("scale-up" in text for text in said)
     rig.only(1)
-    alone = min(rig.send(prompts(1, seed=2)[0], max_tokens=1).result().ttft_s for _ in range(3))
-    found = simulate(Setup(machine, model, SYSTEMS["full"], 1), iter([Arrival(0.0, 64, 1)]))
-    assert found.ttft_s[0] == pytest.approx(alone, rel=3, abs=0.02)  # others may keep both cores busy
+    alone = min(rig.send([k] * 64, max_tokens=1).result().ttft_s for k in range(4))
+    found = simulate(Setup(machine, model, SYSTEMS["full"], 1), iter([Arrival(0.0, 64, 1)])).ttft_s[0]
+    assert alone / 8 < found < 8 * alone  # it was measured while another instance computed too

@@ -53,6 +53,15 @@ def test_waiting_outweighs_priority_in_the_end() -> None:
     assert [c.request_id for c in world.join("i0", SPEC.units)] == ["overtakes", "patient", "comes too late"]
 
 
+def test_attempts_that_were_given_back_unbegun_do_not_count() -> None:
+    world = serving(1)
+    world.arrive("r", prompt=8)
+    for attempt in range(1, 7):
+        assert world.send(t.RequestReturned(0.0, "i0", "r", attempt)) == [Assign("i0", "r", attempt + 1)]
+        world.brain.check()
+    assert world.send(t.RequestFailed(0.0, "i0", "r", 7, "its partner died")) == [Assign("i0", "r", 8)]
+
+
 def test_a_lost_instance_gives_its_requests_back_to_the_head_of_the_queue() -> None:
     world = serving(1)
     for k in range(6):

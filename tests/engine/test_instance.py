@@ -3,7 +3,6 @@
 The reference is one instance alone; a live pair must give its tokens whatever the layers loaded when the prompts came.
 """
 
-import queue
 import threading
 import time
 from dataclasses import replace
@@ -66,7 +65,7 @@ class Rig:
 
     def wait(self, condition, what: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: condition(self.events), 60), f"no {what}: {self.events[-5:]}"
+            assert self.changed.wait_for(lambda: condition(self.events), 180), f"no {what}: {self.events[-5:]}"
 
     def stop(self) -> None:
         self.instance.post(m.Stop())

@@ -1,4 +1,4 @@
-"""The C++ product is NumPy's, a row's sums are its own, and where it cannot be built XLA's product serves."""
+"""What is in C++ computes what NumPy and XLA do, a row's sums are its own, and where it cannot be built XLA serves."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 
 from blitzjax.engine import native
 from blitzjax.engine.executables import cpu_features
+from blitzjax.engine.stages import attention
 from blitzjax.models import blocks
 
 RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]
@@ -91,6 +92,34 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
     np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_may_map_over_it(product: native.Product) -> None:
+    x, w = np.stack([operands(3, 40, 9)[0]] * 2), np.stack([operands(3, 40, 9)[1], operands(4, 40, 9)[1]])
+    mapped = np.asarray(jax.jit(jax.vmap(product))(x, w))
+    for i in range(2):
+        np.testing.assert_array_equal(mapped[i], np.asarray(jax.jit(product)(x[i], w[i])))
+
+
+@pytest.mark.parametrize("kv, group, hd, context", [(3, 3, 64, 256), (1, 1, 16, 32), (2, 4, 80, 64), (2, 5, 128, 96),
+                                                    (1, 2, 48, 512), (1, 11, 32, 16)])
+def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product, kv: int, group: int, hd: int,
+                                                        context: int) -> None:
+    rng = np.random.default_rng(kv + group + hd)
+    lasts = np.unique(np.array([0, 1, 14, 15, context // 2, context - 2, context - 1], np.int32) % context)
+    q = rng.normal(size=(len(lasts), 1, kv * group, hd), scale=3).astype(np.float32)
+    k = rng.normal(size=(len(lasts), kv, hd, context)).astype(np.float32)
+    v = rng.normal(size=(len(lasts), kv, context, hd)).astype(np.float32)
+    for row, last in enumerate(lasts):  # nobody looks at what is not there yet
+        k[row, ..., last + 1 :], v[row, :, last + 1 :] = np.nan, np.nan
+    attend = jax.jit(lambda q, k, v, last: product.attend(q[:, 0], k, v, last, 0.2))
+    got = np.asarray(attend(q, k, v, lasts))
+    scoring = blocks.Scoring(scale=0.2)
+    usual = attention(q, np.nan_to_num(k), np.nan_to_num(v), lasts[:, None, None, None], scoring)[:, 0]
+    np.testing.assert_allclose(got, np.asarray(usual), rtol=1e-5, atol=1e-5)
+    for row in range(len(lasts)):
+        alone = np.asarray(attend(*(a[row : row + 1] for a in (q, k, v, lasts))))
+        np.testing.assert_array_equal(alone[0], got[row])
+
+
 def test_programs_kept_on_disk_load_in_a_new_process_with_any_number_of_threads(tmp_path: Path) -> None:
     def run(threads: int) -> list[str]:
         done = subprocess.run([sys.executable, PROCESS, tmp_path], env=os.environ | {"NPROC": str(threads)},
@@ -109,14 +138,14 @@ def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
     answers = [p.communicate(timeout=100)[0].split() for p in started]
     assert all(p.returncode == 0 for p in started)
     assert len({a[2] for a in answers}) == 1 and all(a[1] == "native" for a in answers)
-    assert len(list(tmp_path.glob("matmul-*.so"))) == 1 and not list(tmp_path.glob("*.tmp"))
+    assert len(list(tmp_path.glob("native-*.so"))) == 1 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_without_a_compiler_xla_multiplies_and_the_log_says_so_once(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, PROCESS, tmp_path], env=os.environ | {"PATH": "/nowhere"},
                           capture_output=True, text=True, timeout=100)
     assert done.stdout.split()[:2] == ["compiled", "plain"]
-    assert done.stderr.count("no native matmul") == 1 and "c++" in done.stderr
+    assert done.stderr.count("no native code") == 1 and "c++" in done.stderr
 
 
 def test_what_does_not_compile_is_not_used(directory: Path, monkeypatch, caplog) -> None:
@@ -124,7 +153,7 @@ def test_what_does_not_compile_is_not_used(directory: Path, monkeypatch, caplog)
     monkeypatch.setattr(native, "VARIANTS", (bad,))
     with caplog.at_level(logging.WARNING):
         assert native.product(directory, cpu_features()) is None
-    assert "no native matmul" in caplog.text and "matmul.cc" in caplog.text
+    assert "no native code" in caplog.text and "matmul.cc" in caplog.text
 
 
 def test_a_cpu_without_the_instructions_has_none(directory: Path) -> None:

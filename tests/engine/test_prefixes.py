@@ -97,7 +97,7 @@ def test_a_sharded_instance_hits_too(rig_of) -> None:
 
 
 def test_memory_that_runs_out_changes_no_answer(rig_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight requests of which three fit: those that give way go on later, with the same draws and nothing said twice."""
+    """Eight requests of which two or three fit: those that give way go on later, with the same draws and nothing said twice."""
     samplings = [{}, PENALISED, {"temperature": 0.9, "seed": 5, "top_k": 30}, {"logprobs": 3},
                  {"prompt_logprobs": 1}, {"min_tokens": 30}, {}, {"temperature": 0.7, "seed": 1, "min_p": 0.1}]
     items = [asking(tokens_of(30 + n, 20 + 15 * n), max_tokens=60, **s) for n, s in enumerate(samplings)]
@@ -108,7 +108,7 @@ def test_memory_that_runs_out_changes_no_answer(rig_of, monkeypatch: pytest.Monk
     preempt = Batcher.preempt
     monkeypatch.setattr(Batcher, "preempt", lambda self, i, *args: (preempted.append(i), preempt(self, i, *args)))
     for caching in (True, False):
-        tight = rig_of(f"tight {caching}", kv_pages=24, answer_share=0.0, prefix_caching=caching)
+        tight = rig_of(f"tight {caching}", max_num_seqs=4, kv_pages=16, answer_share=0.0, prefix_caching=caching)
         tight.load(SPEC.units)
         preempted.clear()
         for item in items:

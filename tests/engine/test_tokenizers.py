@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blitzjax.engine import gguf_tokenizer, hf_tokenizer, sentencepiece_tokenizer
-from blitzjax.engine.gguf_reader import field
 from blitzjax.errors import CheckpointError
 from blitzjax.serve.tokenizer import IncrementalDecoder, Tokenizer
 

@@ -29,7 +29,7 @@ def answer(store: LayerStore, stages: Stages, engine: EngineConfig, works: Seque
             if not running:
                 instance.post(m.Stop())
 
-    instance = Instance("one", Config(engine=engine), store, stages, None, collect, None)
+    instance = Instance("one", Config(engine=engine), store, stages, None, collect, None, None)
     for item in works:
         instance.post(item)
     instance.run()

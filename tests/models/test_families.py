@@ -23,7 +23,6 @@ from blitzjax.engine.params import LayerStore, fill, unit_kind
 from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
-from blitzjax.errors import CheckpointError
 from blitzjax.models import FAMILIES, family, read_config
 from blitzjax.types import Sampling, Span
 
@@ -137,7 +136,7 @@ def test_decode_matches_reference(case: str, load) -> None:
     cache = SlotCache(runner.stages)
     slot = cache.place("a", prefill.kv)
     cache.reserve(64)
-    take, stages = runner._head, runner.stages
+    take = runner._head
 
     def head(x: jax.Array, draws: object) -> jax.Array:
         logits.append(model.logits(x[:, 0])[slot])

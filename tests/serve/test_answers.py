@@ -127,7 +127,7 @@ def test_tokens_of_a_stale_attempt_are_dropped(model):
         controller.on_tokens("i0", pb.Tokens(request_id=a.request.id, attempt=attempt, token_ids=[90 + attempt]))
     assert a.generated == [93]
     controller.on_tokens("i0", pb.Tokens(request_id="nobody's", attempt=0, token_ids=[1]))
-    controller.leave(a)
+    controller.leave([a])
     assert not controller.busy
 
 

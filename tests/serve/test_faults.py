@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import grpc
 import pytest
@@ -167,6 +166,40 @@ def test_sigterm_drains(start):
     answer.join(10)
     assert tuple(answer.tokens) == toy(1, 20) and answer.error is None
     assert cluster.wait(5) == 0, cluster.tail("controller")
+
+
+def test_killed_controller_comes_back_and_its_clients_get_the_rest(start, tmp_path):
+    """Clients of the next controller go on where they were; so do those whose answers end while there is none."""
+    log = tmp_path / "events.jsonl"
+    cluster = start(f"serve.event_log={log}")
+    with cluster.client() as client:
+        client.scale(2, wait=True, timeout_s=10)
+    workers = [cluster.worker_pid(k) for k in range(2)]
+    answers = [Background(cluster, [i], max_tokens=n, temperature=SLOW) for i, n in enumerate((10, 20, 40, 60, 60))]
+    eventually(lambda: all(a.begun() for a in answers))
+    cluster.signal_controller()
+    for answer in answers:
+        answer.join(20)
+    assert [a.error for a in answers] == [None] * 5
+    assert [tuple(a.tokens) for a in answers] == [toy(i, n) for i, n in enumerate((10, 20, 40, 60, 60))]
+    assert {a.last.usage.attempts for a in answers} == {1}
+    assert [cluster.worker_pid(k) for k in range(2)] == workers
+    assert len(serving(cluster)) == 2
+    with cluster.client() as client:
+        assert client.generate([1], max_tokens=3).token_ids == (2, 3, 4)
+    assert cluster.stop() == 0, cluster.tail("controller")
+    assert not (cluster.run_dir / "journal").exists()
+    assert replay(log).different is None
+
+
+def test_without_a_resume_timeout_a_killed_controller_is_the_end(start):
+    cluster = start("serve.resume_timeout_s=0.0")
+    answer = Background(cluster, [1], max_tokens=400, temperature=SLOW)
+    eventually(answer.begun)
+    cluster.signal_controller()
+    answer.join(5)
+    assert isinstance(answer.error, Unavailable)
+    assert cluster.wait(5) == -signal.SIGKILL
 
 
 def test_drain_has_a_limit_and_a_second_signal_ends_it(start):

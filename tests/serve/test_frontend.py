@@ -227,6 +227,20 @@ def test_request_id_is_unique_while_it_runs_and_free_afterwards(client):
         assert client.generate([1], request_id="mine", max_tokens=1).token_ids == (2,)
 
 
+def test_the_server_says_what_a_client_needs_to_come_back(cluster):
+    """Whatever the client is written in: the seconds it has, and which errors are the server's own."""
+    with grpc.insecure_channel(cluster.address) as channel:
+        generate = rpc.InferenceStub(channel).Generate
+        call = generate(pb.GenerateRequest(tokens=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(max_tokens=1)))
+        assert dict(call.initial_metadata())["blitzjax-resume-s"] == "30"
+        assert [m.token_ids for m in call] == [[2]]
+        for wrong, code in ((pb.GenerateRequest(text="a", request_id="nobody's", resume=True), "UNAVAILABLE"),
+                            (pb.GenerateRequest(), "INVALID_ARGUMENT")):
+            with pytest.raises(grpc.RpcError) as e:
+                list(generate(wrong))
+            assert e.value.code().name == code and dict(e.value.trailing_metadata())["blitzjax-final"] == "1"
+
+
 def test_many_at_once_get_their_own_answers(cluster):
     import asyncio
 

@@ -23,7 +23,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     models = [write_model(root / name, spec=replace(SPEC, name=name, layers=layers))
               for name, layers in (("left", 4), ("right", 30))]
     config = toy_config("scale.policy=auto", "scale.min_instances=0", "scale.zero_after_s=0.5",
-                        "scale.down_after_s=0.2", "scale.max_instances=2")
+                        "scale.down_after_s=2.0", "scale.max_instances=2")
     with LocalCluster(config, models, toy_launch(root / "run")) as cluster:
         cluster.wait_ready(30)
         with cluster.client() as client:

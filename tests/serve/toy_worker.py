@@ -19,10 +19,23 @@ import grpc
 from blitzjax import types
 from blitzjax.serve import codec
 from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+from blitzjax.serve.sessions import Session
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
 UNIT_S = 0.002  # a unit's arrival
+
+
+class Outbox:
+    """Of one connection; see sessions.Outbox."""
+
+    def __init__(self):
+        self._queue = asyncio.Queue()
+        self.put = self._queue.put_nowait
+
+    async def send(self, context):
+        while True:
+            await context.write(await self._queue.get())
 
 
 class ToyWorker(rpc.WorkerServicer):
@@ -30,34 +43,53 @@ class ToyWorker(rpc.WorkerServicer):
 
     def __init__(self):
         self.incarnation = uuid.uuid4().hex
+        self.session = Session()
+        self.toy: Toy | None = None
 
     async def Run(self, requests, context):
-        configure = (await anext(requests)).configure
-        session = Session(configure, context)
+        configure, outbox = (await anext(requests)).configure, Outbox()
         if message := os.environ.get("TOY_REFUSE"):
             await context.write(pb.WorkerEvent(refused=pb.Refused(instance=configure.instance, message=message)))
             return
-        await session.joined(self.incarnation)
+
+        def renew():
+            self.forget()
+            self.toy = Toy(configure, self.session)
+            return codec.encode_event(self.toy.joined(self.incarnation))
+
+        if self.session.connect(configure, outbox, renew):
+            self.toy.emit(types.WorldJoined(0.0, self.toy.instance))
+        sender = asyncio.create_task(outbox.send(context))
         try:
             async for message in requests:
-                match message.WhichOneof("command"):
-                    case "deploy":
-                        session.deploy(message.deploy)
-                        await session.emit(types.ModelReady(0.0, configure.instance, codec.model_spec(
-                            message.deploy.model_json).name))
-                    case "undeploy":
-                        del session.specs[message.undeploy.model]
-                    case _:
-                        await session.obey(codec.decode_command(message, configure.instance))
+                self.session.take(outbox, message, lambda: self.toy.told(message))
         finally:
-            for task in session.tasks.values():
-                task.cancel()
+            sender.cancel()
+            if (connection := self.session.disconnect(outbox)) is not None:
+                wait = self.toy.resume_timeout_s if self.session.resumable else 0
+                asyncio.get_running_loop().call_later(wait, lambda: self.session.end(connection) and self.forget())
+
+    @property
+    def busy(self):
+        return self.toy is not None and any(not task.done() for task in self.toy.tasks.values())
+
+    def die(self):
+        """What comes next is another process."""
+        self.forget()
+        self.incarnation, self.session = uuid.uuid4().hex, Session()
+
+    def forget(self):
+        for task in self.toy.tasks.values() if self.toy else ():
+            task.cancel()
 
 
-class Session:
-    def __init__(self, configure: pb.Configure, context):
-        self.instance, self.context = configure.instance, context
-        self.config = json.loads(configure.config_json)["engine"]
+class Toy:
+    """What one session has made of the worker."""
+
+    def __init__(self, configure: pb.Configure, session: Session):
+        self.instance, self.session = configure.instance, session
+        config = json.loads(configure.config_json)
+        self.config, self.resume_timeout_s = config["engine"], config["serve"]["resume_timeout_s"]
         self.specs: dict[str, types.ModelSpec] = {}
         for model in configure.models:
             self.deploy(model)
@@ -65,26 +97,29 @@ class Session:
         self.copies: dict[str, int] = {}  # models kept in host memory, units
         self.plans: dict[int, types.MulticastPlan] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.writing = asyncio.Lock()  # a stream takes one write at a time
 
     def deploy(self, model: pb.Model) -> None:
         spec = codec.model_spec(model.model_json)
         self.specs[spec.name] = spec
 
-    async def joined(self, incarnation: str) -> None:
+    def joined(self, incarnation: str) -> types.InstanceJoined:
         slots, length, size = (self.config[k] for k in ("max_num_seqs", "max_model_len", "page_size"))
-        await self.emit(types.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size,
-                                             size, slots))
-        await self.emit(types.WorldJoined(0.0, self.instance))
+        return types.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size, size, slots)
 
-    async def emit(self, event: types.Event) -> None:
-        await self.write(codec.encode_event(event))
+    def emit(self, event: types.Event) -> None:
+        self.session.put(codec.encode_event(event))
 
-    async def write(self, message: pb.WorkerEvent) -> None:
-        async with self.writing:
-            await self.context.write(message)
+    def told(self, message: pb.WorkerCommand) -> None:
+        match message.WhichOneof("command"):
+            case "deploy":
+                self.deploy(message.deploy)
+                self.emit(types.ModelReady(0.0, self.instance, codec.model_spec(message.deploy.model_json).name))
+            case "undeploy":
+                del self.specs[message.undeploy.model]
+            case _:
+                self.obey(codec.decode_command(message, self.instance))
 
-    async def obey(self, command: types.Command | types.Work) -> None:
+    def obey(self, command: types.Command | types.Work) -> None:
         me = self.instance
         match command:
             case types.Work():
@@ -92,7 +127,7 @@ class Session:
             case types.Abort():
                 if task := self.tasks.pop(command.request_id, None):
                     task.cancel()
-                    await self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
+                    self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
             case types.LoadFromDisk():
                 self.become(command.model)
                 self.spawn(self.load(command.ticket, command.model))
@@ -103,24 +138,24 @@ class Session:
                 units = self.copies.pop(command.model)
                 self.become(command.model)
                 self.units = units
-                await self.emit(types.TransferEnded(0.0, me, command.ticket, units, ""))
+                self.emit(types.TransferEnded(0.0, me, command.ticket, units, ""))
             case types.DropCopy():
                 self.copies.pop(command.model, None)
             case types.PrepareTransfer(plan=plan):
                 self.plans[plan.ticket] = plan
                 if me != next(c for c in plan.chains if me in c.instances).instances[0]:
                     self.copies.setdefault(plan.model, 0) if plan.copy else self.become(plan.model)
-                await self.emit(types.TransferReady(0.0, me, plan.ticket))
+                self.emit(types.TransferReady(0.0, me, plan.ticket))
             case types.StartTransfer():
                 self.spawn(self.load(command.ticket, self.plans[command.ticket].model))
             case types.CancelTransfer():
                 units = self.holds(self.plans[command.ticket].model)
-                await self.emit(types.TransferEnded(0.0, me, command.ticket, units, "cancelled"))
+                self.emit(types.TransferEnded(0.0, me, command.ticket, units, "cancelled"))
             case types.Release():
                 if command.keep:
                     self.copies[self.model] = self.units
                 self.model, self.units = "", 0
-                await self.emit(types.Drained(0.0, me))
+                self.emit(types.Drained(0.0, me))
 
     def spawn(self, work) -> None:
         self.tasks[uuid.uuid4().hex] = asyncio.create_task(work)
@@ -141,8 +176,8 @@ class Session:
                 self.copies[model] += 1
                 continue
             self.units += 1
-            await self.emit(types.LayerLoaded(0.0, self.instance, self.units))
-        await self.emit(types.TransferEnded(0.0, self.instance, ticket, self.holds(model), ""))
+            self.emit(types.LayerLoaded(0.0, self.instance, self.units))
+        self.emit(types.TransferEnded(0.0, self.instance, ticket, self.holds(model), ""))
 
     async def answer(self, work: types.Work) -> None:
         asyncio.current_task().attempt = work.attempt
@@ -154,19 +189,19 @@ class Session:
             await asyncio.sleep(sampling.temperature)
             last = (last + 1) % spec.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
-            await self.write(pb.WorkerEvent(tokens=pb.Tokens(
+            self.session.put(pb.WorkerEvent(tokens=pb.Tokens(
                 request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason,
                 logprobs=logprobs([last], sampling.logprobs),
                 prompt_logprobs=logprobs(work.prompt[1:], sampling.prompt_logprobs) if index == 0 else ())))
             if index == len(work.generated):
-                await self.emit(types.PrefillDone(*at))
+                self.emit(types.PrefillDone(*at))
             if reason:
                 if os.environ.get("TOY_DIE_AFTER") == str(last):
                     await asyncio.sleep(0.1)  # what was written is on its way
                     os._exit(1)
                 break
         self.tasks.pop(work.request.id, None)
-        await self.emit(types.RequestFinished(*at, reason))
+        self.emit(types.RequestFinished(*at, reason))
 
 
 def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:

@@ -33,8 +33,8 @@ class Plan:
         for lane, chain in enumerate(self.chains):
             for rank in chain:
                 ring = next((r for r in self.rings if rank in r), [])
-                orders[rank] = {"ranks": chain, "generation": generation, "part": (lane, len(self.chains)), "ring": ring,
-                                "parts": [self.lane(r) for r in ring], "ring_generation": generation}
+                orders[rank] = {"ranks": chain, "generation": generation, "part": (lane, len(self.chains)),
+                                "ring": ring, "parts": [self.lane(r) for r in ring], "ring_generation": generation}
         return orders
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def test_receivers_get_the_source_bytes_while_others_serve(cluster: Cluster, ran
         peer.ask("fill", units=0, seed=0)
     wanted = cluster.peers[ranks[0]].ask("fill", units=UNITS, seed=len(ranks))
     bystanders = [peer for rank, peer in enumerate(cluster.peers) if rank not in ranks]
+    for peer in bystanders:
+        while not peer.ask("count"):  # its first step compiles
+            time.sleep(0.05)
     before = [peer.ask("count") for peer in bystanders]
     answers = multicast(cluster, ranks, pace_s=0.05)
     assert [a["done"]["reached"] for a in answers] == [UNITS] * len(ranks)

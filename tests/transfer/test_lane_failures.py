@@ -1,4 +1,4 @@
-"""A member of one lane dies or hangs: every lane ends in time, what was gathered stays, the same plan finishes the rest."""
+"""A member of a lane dies or hangs: every lane ends in time, what was gathered stays, the same plan does the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two sources and two targets that are close to each other: each source sends half of every unit, the targets gather."""
+"""Two sources, two targets that are close to each other: each source sends half of every unit, the targets gather."""
 
 from __future__ import annotations
 

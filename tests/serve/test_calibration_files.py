@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from blitzjax import cli, cli_bench
 from blitzjax import config as configs
 from blitzjax.calibrate import Seen, Transfer, fit_step, requests_of, transfers_of
-from blitzjax.cli_bench import to_toml
+from blitzjax.cli_bench import measured, to_toml
+from blitzjax.cli_serve import configure
 from blitzjax.serve.eventlog import Record
 from blitzjax.sim import costs
 from blitzjax.types import (
@@ -52,3 +55,12 @@ def test_the_policy_reads_what_was_measured(tmp_path: Path) -> None:
     found = configs.load(tmp_path / "costs.toml").scale
     assert found.prefill_tokens_per_s == 15000.0
     assert found.migrate_tokens_per_s == pytest.approx(12.5e9 / model.kv_token_bytes, rel=1e-3)
+
+
+def test_the_command_takes_one_model_and_the_flags_of_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[argparse.Namespace] = []
+    monkeypatch.setattr(cli_bench, "calibrate", lambda args: asked.append(args) or 0)
+    assert cli.main(["bench", "calibrate", "m", "--pool", "1", "--set", "engine.max_num_seqs=4"]) == 0
+    assert asked[0].model == "m"
+    config = measured(configure(asked[0]), tmp_path / "log")
+    assert (config.cluster.pool, config.scale.policy, config.serve.port, config.engine.max_num_seqs) == (2, "manual", 0, 4)

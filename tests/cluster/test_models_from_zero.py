@@ -16,7 +16,7 @@ from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.engine.params import layout
 from blitzjax.errors import UnknownModel
-from blitzjax.serve.client import Client, Result
+from blitzjax.serve.client import Result
 from blitzjax.serve.local import LocalCluster
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -59,6 +59,11 @@ class Pool:
             assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {self.client.status()}"
             time.sleep(0.05)
 
+    def back_to_zero(self) -> None:
+        for spec in SPECS:
+            self.client.scale(0, model=spec.name)
+        self.settle_at_zero()
+
     def settle_at_zero(self) -> None:
         """Every worker is idle in the world, and each model is in one memory, whole: its host copy."""
         self.wait(lambda: all(i.phase == "idle" and i.in_world for i in self.client.status().instances)
@@ -85,8 +90,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
         directories.append(tmp_path_factory.mktemp("models") / spec.name)
         write_random(directories[-1], spec, seed=seed)
     config = configs.load(None, (
-        "serve.port=0", "scale.min_instances=0", "scale.zero_after_s=1.0", "scale.down_after_s=1.0",
-        f"cluster.pool={POOL}", f"scale.max_instances={POOL}", "cluster.threads=1", "engine.dtype=float32",
+        "serve.port=0", "scale.min_instances=0", "scale.zero_after_s=1.0", "scale.down_after_s=15.0",
+        f"cluster.pool={POOL}", "scale.max_instances=1", "cluster.threads=1", "engine.dtype=float32",
         "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
         "transfer.chunk_bytes=2048", "transfer.collective_timeout_s=3.0",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
@@ -127,7 +132,7 @@ def test_the_copy_becomes_an_instance_and_seeds_the_others(pool: Pool) -> None:
     assert len(held) == POOL and not any(h.copy for h in held)
     answers = [a for a in ask(pool) if a[0] == "left"]
     assert all_right(pool, answers)
-    pool.settle_at_zero()
+    pool.back_to_zero()
 
 
 def test_a_worker_that_keeps_a_copy_is_killed(pool: Pool) -> None:
@@ -136,7 +141,7 @@ def test_a_worker_that_keeps_a_copy_is_killed(pool: Pool) -> None:
     pool.wait(lambda: any(m.name == "right" and m.host_copy not in ("", f"i{victim}") and not m.copying
                           for m in pool.client.status().models), "kept by another worker")
     assert all_right(pool, ask(pool))
-    pool.settle_at_zero()
+    pool.back_to_zero()
 
 
 def test_a_worker_is_killed_while_its_copy_becomes_many_instances(pool: Pool) -> None:
@@ -147,14 +152,14 @@ def test_a_worker_is_killed_while_its_copy_becomes_many_instances(pool: Pool) ->
                           for i in pool.client.status().instances), "loading", 20)
     pool.cluster.signal_worker(source)
     assert all_right(pool, answers)
-    pool.settle_at_zero()
+    pool.back_to_zero()
 
 
 def test_an_undeployed_model_is_in_no_memory(pool: Pool) -> None:
-    answers = ask(pool)
-    pool.wait(lambda: any(m.name == "left" and m.running for m in pool.client.status().models), "running", 10)
+    stream = pool.client.stream([1, 2, 3], model="left", max_tokens=60, ignore_eos=True, timeout_s=60.0)
+    first = next(stream)
     pool.client.undeploy("left", timeout_s=30)
-    assert all_right(pool, answers)  # what it had accepted it finished
+    assert sum(len(chunk.token_ids) for chunk in [first, *stream]) == 60  # what it had accepted it finished
     pool.wait(lambda: [m.name for m in pool.client.status().models] == ["right"] and "left" not in pool.held(), "gone")
     with pytest.raises(UnknownModel):
         pool.client.generate([1], model="left")

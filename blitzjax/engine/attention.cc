@@ -1,0 +1,150 @@
+// One query per sequence over the keys and values that the sequence has kept, grouped heads, all in float32.
+//
+// Reads what a row has, not the whole context that its cache has room for, and once for all heads of a group. A row's
+// numbers do not depend on the other rows, on the room, nor on the number of threads.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "tasks.h"
+
+namespace ffi = xla::ffi;
+
+#define UNROLLED _Pragma("GCC unroll 32")  // arrays of registers stay in registers
+
+namespace {
+
+#ifdef __AVX512F__
+using Vector = __m512;
+constexpr int kVectors = 4;  // of one tile
+inline Vector Load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vector Broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+#else
+using Vector = __m256;
+constexpr int kVectors = 2;
+inline Vector Load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
+inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
+#endif
+constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+constexpr int kMostHeads = 4;  // registers for their sums
+
+// to[h, j] = sum_i a[h, i] * b[i, j] for kHeads rows of a, every `a_row` values, and kCount registers of columns.
+template <int kHeads, int kCount>
+inline void Tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* to,
+                 int64_t to_row) {
+  Vector sums[kHeads * kCount];
+  UNROLLED for (int s = 0; s < kHeads * kCount; ++s) sums[s] = Broadcast(0);
+  for (int64_t i = 0; i < count; ++i, b += b_row) {
+    Vector row[kCount];
+    UNROLLED for (int v = 0; v < kCount; ++v) row[v] = Load(b + v * kLanes);
+    UNROLLED for (int h = 0; h < kHeads; ++h) {
+      const Vector value = Broadcast(a[h * a_row + i]);
+      UNROLLED for (int v = 0; v < kCount; ++v) sums[h * kCount + v] = MultiplyAdd(sums[h * kCount + v], value, row[v]);
+    }
+  }
+  UNROLLED for (int h = 0; h < kHeads; ++h)
+    UNROLLED for (int v = 0; v < kCount; ++v)
+      std::memcpy(to + h * to_row + v * kLanes, &sums[h * kCount + v], sizeof(Vector));
+}
+
+// All of `columns`, rounded up to a register.
+template <int kHeads>
+void Columns(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* to, int64_t to_row,
+             int64_t columns) {
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
+    Tile<kHeads, kVectors>(a, a_row, b + j, b_row, count, to + j, to_row);
+  for (; j < columns; j += kLanes) Tile<kHeads, 1>(a, a_row, b + j, b_row, count, to + j, to_row);
+}
+
+// For x <= 0; the polynomial of Cephes' expf. Plain code that compilers turn into vectors.
+inline float Exp(float x) {
+  x = std::max(x, -87.0f);
+  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded: 1.5 * 2^23
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = p * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return y * power;
+}
+
+// exp(scale * (x - max)) in place of `room` values, zeros from `count` on. Returns their sum.
+inline float Exponentials(float* x, int64_t count, int64_t room, float scale) {
+  std::fill(x + count, x + room, -std::numeric_limits<float>::infinity());
+  float most[kLanes], sums[kLanes] = {};
+  std::memcpy(most, x, sizeof most);
+  for (int64_t i = kLanes; i < room; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], x[i + lane]);
+  const float top = *std::max_element(most, most + kLanes);
+  for (int64_t i = 0; i < room; ++i) x[i] = Exp(scale * (x[i] - top));
+  std::fill(x + count, x + room, 0.0f);
+  for (int64_t i = 0; i < room; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane];
+  float sum = 0;
+  for (float s : sums) sum += s;
+  return sum;
+}
+
+// kHeads heads q [kHeads, size] over `count` keys [size, context] and values [context, size] into out [kHeads, size].
+template <int kHeads>
+void Heads(const float* q, const float* k, const float* v, int64_t size, int64_t context, int64_t count, float scale,
+           float* out) {
+  const int64_t room = (count + kLanes - 1) / kLanes * kLanes;
+  thread_local std::vector<float> weights;
+  weights.resize(kHeads * room);
+  Columns<kHeads>(q, size, k, context, size, weights.data(), room, room);
+  float sums[kHeads];
+  for (int h = 0; h < kHeads; ++h) sums[h] = Exponentials(weights.data() + h * room, count, room, scale);
+  Columns<kHeads>(weights.data(), room, v, size, count, out, size, size);
+  for (int h = 0; h < kHeads; ++h)
+    for (int64_t i = 0; i < size; ++i) out[h * size + i] /= sums[h];
+}
+
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
+                  ffi::Buffer<ffi::S32> last, ffi::ResultBuffer<ffi::F32> out, float scale) {
+  const auto sizes = k.dimensions();  // [rows, groups, size, context]
+  const int64_t rows = sizes[0], groups = sizes[1], size = sizes[2], context = sizes[3];
+  const int64_t heads = q.dimensions()[1] / groups;
+  if (size % kLanes || context % kLanes) return ffi::Error::InvalidArgument("sizes must be multiples of a register");
+  InParallel(pool, rows * groups, [=, q = q.typed_data(), k = k.typed_data(), v = v.typed_data(),
+                                   last = last.typed_data(), out = out->typed_data()](int64_t task) {
+    const int64_t count = std::clamp<int64_t>(last[task / groups] + 1, 1, context);
+    const float *keys = k + task * size * context, *values = v + task * size * context;
+    for (int64_t h = 0; h < heads; h += kMostHeads) {
+      const int64_t at = (task * heads + h) * size;
+      switch (std::min<int64_t>(heads - h, kMostHeads)) {
+        case 1: Heads<1>(q + at, keys, values, size, context, count, scale, out + at); break;
+        case 2: Heads<2>(q + at, keys, values, size, context, count, scale, out + at); break;
+        case 3: Heads<3>(q + at, keys, values, size, context, count, scale, out + at); break;
+        default: Heads<kMostHeads>(q + at, keys, values, size, context, count, scale, out + at);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxAttend, Attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("scale"));

@@ -1,0 +1,116 @@
+"""A client's stream that outlives the server: which part of an answer was seen, and when is it worth asking again?
+
+A server that resumes says so in a call's initial metadata; what it says itself, errors too, is final. Invariant: the
+chunks that pass `unseen` are each answer once, in order, however often the server sent it.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
+from blitzjax.v1 import inference_pb2 as pb
+
+RESUME_KEY = "blitzjax-resume-s"  # initial metadata: for so many seconds a broken stream can be asked for again
+FINAL_KEY = "blitzjax-final"  # trailing metadata: the server's own word, not a broken connection
+_PAUSE_S = 0.1
+_ERRORS = {kind.code: kind for kind in (InvalidRequest, UnknownModel, QueueFull, Unavailable)}
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+@dataclass(slots=True)
+class Server:
+    """What a client knows of its server, from one call to the next."""
+
+    resume_s: float = 0.0  # 0: a stream that breaks is gone
+
+    def said(self, metadata: Metadata | None) -> None:
+        for key, value in metadata or ():
+            if key == RESUME_KEY:
+                self.resume_s = float(value)
+
+
+@dataclass(slots=True)
+class _Extent:
+    """How much of one answer."""
+
+    chars: int = 0
+    tokens: int = 0
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Rejoin:
+    """One answered request, in one call or several. `request` is what to send next."""
+
+    request: pb.GenerateRequest
+    server: Server
+    timeout_s: float | None
+    started: float = field(default_factory=time.monotonic)
+    _seen: dict[int, _Extent] = field(default_factory=dict)  # by index of the answer
+    _sent: dict[int, _Extent] = field(default_factory=dict)  # in this call
+    _give_up: float | None = None  # when to stop asking; None: the stream is whole
+
+    def __post_init__(self) -> None:
+        self.request.request_id = self.request.request_id or uuid.uuid4().hex
+
+    @property
+    def left_s(self) -> float | None:
+        """The next call's timeout."""
+        return None if self.timeout_s is None else max(0.0, self.started + self.timeout_s - time.monotonic())
+
+    def unseen(self, message: pb.GenerateResponse) -> pb.GenerateResponse | None:
+        """What of the message is new; None: nothing. The message is changed."""
+        self._give_up = None
+        seen = self._seen.setdefault(message.index, _Extent())
+        sent = self._sent.setdefault(message.index, _Extent())
+        chars, tokens = seen.chars - sent.chars, seen.tokens - sent.tokens  # sent now, but seen before
+        sent.chars += len(message.text)
+        sent.tokens += len(message.token_ids)
+        if seen.ended:
+            return None
+        if chars > 0:
+            message.text = message.text[chars:]
+        if tokens > 0:
+            del message.token_ids[:tokens], message.logprobs[:tokens]
+        if seen.tokens:  # it came with the first one
+            del message.prompt_token_ids[:], message.prompt_logprobs[:]
+        seen.chars, seen.tokens = max(seen.chars, sent.chars), max(seen.tokens, sent.tokens)
+        seen.ended = bool(message.finish_reason)
+        return message if message.text or message.token_ids or seen.ended or message.HasField("progress") else None
+
+    def pause_after(self, error: grpc.RpcError, initial: Metadata | None, trailing: Metadata | None) -> float:
+        """Seconds until the request is worth sending again. Raises what the error means when it never is."""
+        self.server.said(initial)
+        final = any(key == FINAL_KEY for key, _ in trailing or ())
+        now = time.monotonic()
+        if self._give_up is None:
+            self._give_up = now + self.server.resume_s
+        left = self.left_s
+        late = now >= self._give_up or left == 0.0
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
+            raise error_of(error) from error
+        self.restart()
+        return _PAUSE_S
+
+    def restart(self) -> None:
+        """The next call begins; the server will send everything again."""
+        self.request.resume = bool(self._seen)
+        self._sent = {}
+
+
+def error_of(error: grpc.RpcError) -> BlitzError:
+    """The exception that the server raised, or a BlitzError with the status as its `code`."""
+    assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    name, details = error.code().name, error.details()
+    if name in _ERRORS:
+        return _ERRORS[name](details)
+    out = BlitzError(f"{name}: {details}")
+    out.code = name
+    return out

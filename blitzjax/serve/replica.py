@@ -1,0 +1,155 @@
+"""The controller's state: brain, answers, and what was sent to whom. What follows from an order, an event, or tokens?
+
+Invariant: everything here follows from the arguments of `admit`, `react`, `told` and the other calls, in their order,
+and nothing here waits, reads a clock, or tells anybody: a journal of the calls makes the same state in another process.
+What the brain must hear next is returned, first thing first.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+
+from blitzjax import types
+from blitzjax.config import Config
+from blitzjax.control.cluster import Cluster
+from blitzjax.serve import codec
+from blitzjax.serve.accepted import Accepted
+from blitzjax.serve.answers import Order
+from blitzjax.serve.eventlog import EventLog
+from blitzjax.serve.links import WorkerLink
+from blitzjax.serve.model import ServedModel, load_model
+from blitzjax.v1 import worker_pb2 as pb
+
+_log = logging.getLogger("blitzjax.controller")
+
+
+class Replica:
+    """Owned by the controller; the links, which it shares with it, queue what they are given."""
+
+    def __init__(self, config: Config, models: Sequence[ServedModel], links: Mapping[types.InstanceId, WorkerLink]):
+        """The links configure their workers for `models`."""
+        self.links = links
+        self.models = {model.name: model for model in models}
+        self.orders = Accepted(self.models)
+        self.cluster = Cluster(config, [model.spec for model in models])
+        self.event_log: EventLog | None = None
+        # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
+        self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
+
+    def unconfirmed(self, instance: types.InstanceId) -> list[types.RequestFinished]:
+        return [event for event in self._unconfirmed.values() if event.instance == instance]
+
+    def deploy(self, model: ServedModel, least: int | None, most: int | None, at: float) -> list[types.Event]:
+        self.models[model.name] = model
+        for link in self.links.values():
+            link.configure.models.append(message_of(model))
+            link.send(pb.WorkerCommand(deploy=message_of(model)))
+        return [types.ModelDeployed(at, model.spec, least, most)]
+
+    def remove(self, name: str) -> None:
+        """The brain has forgotten the model."""
+        message = message_of(self.models.pop(name))
+        for link in self.links.values():
+            link.configure.models.remove(message)
+            link.send(pb.WorkerCommand(undeploy=pb.Undeploy(model=name)))
+
+    def admit(self, order: Order, first: int, at: float) -> list[types.Event]:
+        return [types.RequestArrived(at, answer.request) for answer in self.orders.admit(order, first, at)]
+
+    def told(self, instance: types.InstanceId, tokens: pb.Tokens, at: float) -> list[types.Event]:
+        answer = self.orders.get(tokens.request_id)
+        if answer is None or tokens.attempt != answer.attempt:
+            return []  # the client left, or a later attempt runs elsewhere
+        answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
+        answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
+        try:
+            answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, at,
+                        codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
+        except IndexError as e:
+            _log.error("%s: %s", instance, e)
+            answer.fail("INTERNAL", str(e))
+        if not answer.ended:
+            return []
+        self.orders.over(answer)
+        if tokens.finish_reason and answer.failure is None:
+            self._unconfirmed[answer.request.id] = types.RequestFinished(
+                at, instance, answer.request.id, answer.attempt, tokens.finish_reason)
+            return []
+        return [types.RequestCancelled(at, answer.request.id)]  # a stop string, or broken
+
+    def react(self, event: types.Event) -> list[types.Event]:
+        due: list[types.Event] = []
+        for command in self.cluster.handle(event):
+            if self.event_log is not None:
+                self.event_log.command(event.at, command)
+            due += self._execute(command, event.at)
+        if isinstance(event, types.RequestFinished):
+            self._confirm(event)
+        elif isinstance(event, types.RequestCancelled):
+            answer = self.orders.get(event.request_id)
+            if answer is not None:
+                self.orders.over(answer)
+                answer.end("abort")
+        return due
+
+    def _confirm(self, event: types.RequestFinished) -> None:
+        """Ends an answer whose last tokens did not say so; every request ends with a reply."""
+        self._unconfirmed.pop(event.request_id, None)
+        answer = self.orders.get(event.request_id)
+        if answer is None or event.attempt != answer.attempt or event.reason == "abort":
+            return  # an aborted attempt runs again, unless the client left: then nobody waits
+        self.orders.over(answer)
+        if event.reason == "error":
+            answer.fail("INTERNAL", f"{event.instance} could not finish the request")
+        else:
+            answer.end(event.reason)
+
+    def _execute(self, command: types.Command, at: float) -> list[types.Event]:
+        if isinstance(command, types.Reject):
+            answer = self.orders.get(command.request_id)
+            if answer is not None:
+                self.orders.over(answer)
+                answer.fail(command.code, command.message)
+            return []
+        work = None
+        if isinstance(command, types.Assign):
+            answer = self.orders.get(command.request_id)
+            if answer is None:  # its client has everything already
+                return [types.RequestFinished(at, command.instance, command.request_id, command.attempt, "stop")]
+            work = answer.work(command.attempt, at)
+        self.links[command.instance].send(codec.encode_command(command, work))
+        return []
+
+    # ---- in another process
+
+    def replay(self, event: types.Event) -> list[types.Event]:
+        """`react`, and what the link had noticed when it reported the event."""
+        if isinstance(event, types.InstanceJoined):
+            self.links[event.instance].begin()
+        elif isinstance(event, types.InstanceLost):
+            self.links[event.instance].joined = False
+        return self.react(event)
+
+    def snapshot(self) -> bytes:
+        """Raises what pickle raises, if a part of the brain cannot be pickled."""
+        links = {link.instance: link.state() for link in self.links.values()}
+        directories = [model.directory for model in self.models.values()]
+        return pickle.dumps((self.cluster, directories, self.orders.past(), self._unconfirmed, links))
+
+    def restore(self, snapshot: bytes) -> None:
+        """Into a new replica. Raises CheckpointError when a model is not there any more."""
+        self.cluster, directories, past, self._unconfirmed, links = pickle.loads(snapshot)
+        models = [load_model(directory) for directory in directories]
+        self.models.clear()
+        self.models |= {model.name: model for model in models}
+        self.orders.restore(*past)
+        for instance, link in links.items():
+            self.links[instance].restore(link)
+            del self.links[instance].configure.models[:]
+            self.links[instance].configure.models.extend(map(message_of, models))
+
+
+def message_of(model: ServedModel) -> pb.Model:
+    return pb.Model(model_json=model.manifest_json, checkpoint=str(model.directory))

@@ -1,0 +1,119 @@
+"""How does a controller listen? Its gRPC server, health, and what signals ask of it.
+
+Invariant: whoever calls has an answer before the process ends, within `serve.shutdown_timeout_s` or a second signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import typing
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from blitzjax.errors import BlitzError
+from blitzjax.serve.frontend import SERVICE, Frontend
+from blitzjax.v1 import inference_pb2_grpc as rpc
+
+if typing.TYPE_CHECKING:
+    from blitzjax.serve.controller import Controller
+
+_log = logging.getLogger("blitzjax.controller")
+_GRACE_S = 0.5  # open streams may flush their last message
+
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+
+
+class Stop:
+    """SIGTERM and SIGINT: the first asks to drain, the second to leave at once."""
+
+    def __init__(self):
+        self.drain, self.now = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        (self.now if self.drain.is_set() else self.drain).set()
+
+
+async def serve(controller: Controller, host: str, port: int) -> None:
+    """Serves until signalled or broken. Raises BlitzError when it cannot listen or no worker can serve."""
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    checker = health.aio.HealthServicer()
+    rpc.add_InferenceServicer_to_server(Frontend(controller), server)
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    stop = Stop()
+    await _set_health(checker, False)
+    try:
+        port = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as e:
+        raise BlitzError(f"cannot listen on {host}:{port}: is the port in use?") from e
+    await server.start()
+    print(f"controller of {', '.join(controller.models)} listens on {host}:{port}", flush=True)
+    try:
+        async with background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
+            await ended  # raises what broke
+            await _drain(controller, checker, stop)
+            controller.give_up()
+            await server.stop(0 if stop.now.is_set() else _GRACE_S)
+    finally:
+        await server.stop(0)
+    controller.close()
+
+
+async def _drain(controller: Controller, checker: health.aio.HealthServicer, stop: Stop) -> None:
+    """Unready at once; answers in flight may finish until the timeout or a second signal."""
+    controller.draining = True
+    await checker.enter_graceful_shutdown()
+    _log.info("shutting down; a second signal leaves at once")
+    left = asyncio.get_running_loop().time() + controller.config.serve.shutdown_timeout_s
+    with controller.subscribe() as changed:
+        while controller.busy and not stop.now.is_set() and asyncio.get_running_loop().time() < left:
+            changed.clear()
+            await changed.wait()  # at the latest the next tick
+
+
+async def _keep_health(controller: Controller, checker: health.aio.HealthServicer) -> None:
+    ready = False
+    with controller.subscribe() as changed:
+        while True:
+            await changed.wait()
+            changed.clear()
+            if ready != controller.ready:
+                ready = not ready
+                await _set_health(checker, ready)
+
+
+async def _set_health(checker: health.aio.HealthServicer, ready: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in ("", SERVICE):
+        await checker.set(name, status)
+
+
+@contextlib.asynccontextmanager
+async def background(*work: typing.Coroutine[None, None, object]) -> AsyncIterator[typing.Awaitable[None]]:
+    """Runs coroutines beside the block; yields a wait for whichever ends first. All are cancelled at the end."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        yield _first(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first(tasks: Sequence[asyncio.Future[object]]) -> None:
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()

@@ -1,0 +1,123 @@
+"""What passed between a worker and its controller, so that the next controller can go on with the same session.
+
+Both sides count: the worker the commands that it took, the controller the events that it has written down. The worker
+keeps the others, so that nothing is lost when a controller dies between receiving and writing. Invariant: events are
+sent in order and, to one controller, once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from blitzjax.errors import ConfigError
+from blitzjax.v1 import worker_pb2 as pb
+
+
+class Outbox:
+    """The events of one connection, in order; `close` ends the stream."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[pb.WorkerEvent | None] = queue.SimpleQueue()
+
+    def put(self, event: pb.WorkerEvent) -> None:
+        self._queue.put(event)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[pb.WorkerEvent]:
+        return iter(self._queue.get, None)
+
+
+class Session:
+    """A worker's side of its controller's session. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._name = ""  # empty: it ends with its connection
+        self._outbox: Outbox | None = None
+        self._kept: deque[pb.WorkerEvent] = deque()  # the newest events, which the controller has not written down
+        self._said = 0  # events
+        self._taken = 0  # commands
+        self._connections = 0
+        self._controller = ("", 0.0)  # the last one: its journal, and when it began
+
+    def connect(self, configure: pb.Configure, outbox: Outbox, renew: Callable[[], pb.WorkerEvent]) -> bool:
+        """A controller is here. If it resumes this session, it gets what it does not know. Otherwise a new session
+        begins with the event that `renew` gives, and what the earlier one had to say is dropped. → whether it is new.
+
+        Raises ConfigError if a successor of that controller was here already.
+        """
+        with self._lock:
+            controller = configure.session.partition("/")[0], configure.since
+            if controller[0] and controller[0] == self._controller[0] and controller < self._controller:
+                raise ConfigError("a later controller has taken over")
+            oldest = self._said - len(self._kept)
+            resumes = configure.resume and configure.session != "" and configure.session == self._name
+            resumes = resumes and oldest <= configure.received <= self._said
+            self._controller, self._outbox = controller, outbox
+            self._connections += 1
+            if resumes:
+                outbox.put(pb.WorkerEvent(resumed=pb.Resumed(taken=self._taken)))
+                self._drop(configure.received)
+                for event in self._kept:
+                    outbox.put(event)
+            else:
+                self._name, self._said, self._taken = configure.session, 0, 0
+                self._kept.clear()
+                self._put(renew())
+            return not resumes
+
+    def put(self, event: pb.WorkerEvent) -> None:
+        """Says something; it waits if the connection broke, and is dropped if there is no session."""
+        with self._lock:
+            self._put(event)
+
+    def take(self, outbox: Outbox, command: pb.WorkerCommand, obey: Callable[[], None]) -> None:
+        """Obeys a command that came with `outbox`'s connection, unless a later one has replaced it: the command then
+        comes again. One that says nothing only confirms events.
+        """
+        with self._lock:
+            if self._outbox is not outbox:
+                return
+            if command.WhichOneof("command") is not None:
+                obey()
+                self._taken += 1
+            self._drop(command.received)
+
+    def disconnect(self, outbox: Outbox) -> int | None:
+        """The connection broke. → its number if it was the session's last one and the session waits for the next."""
+        with self._lock:
+            if self._outbox is not outbox:
+                return None
+            self._outbox = None
+            return self._connections
+
+    def end(self, connection: int) -> bool:
+        """Gives the session up if nobody has connected since; whether it did."""
+        with self._lock:
+            if self._outbox is not None or self._connections != connection:
+                return False
+            self._name = ""
+            self._kept.clear()
+            return True
+
+    @property
+    def resumable(self) -> bool:
+        return bool(self._name)
+
+    def _put(self, event: pb.WorkerEvent) -> None:
+        event.taken = self._taken
+        if self._name:
+            self._said += 1
+            self._kept.append(event)
+        if self._outbox is not None:
+            self._outbox.put(event)
+
+    def _drop(self, received: int) -> None:
+        """The controller has written down the first `received` events."""
+        while self._kept and self._said - len(self._kept) < received:
+            self._kept.popleft()

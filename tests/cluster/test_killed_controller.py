@@ -1,0 +1,59 @@
+"""The controller is killed: workers go on, another controller takes over, every request ends with the right tokens."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from rig import Rig, prompts
+
+LONG = 90  # tokens: nobody is ready before the next controller is there
+
+
+@pytest.fixture(scope="module")
+def long(rig: Rig) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """What a single instance answers, undisturbed."""
+    rig.only(1)
+    sent = [(p, rig.send(p, max_tokens=LONG)) for p in prompts(48, seed=1)[:16]]
+    return {tuple(p): answer.result().token_ids for p, answer in sent}
+
+
+def kill(rig: Rig) -> None:
+    before = rig.cluster.controller_pid()
+    rig.cluster.signal_controller()
+    while rig.cluster.controller_pid() in (before, None):
+        time.sleep(0.02)
+    rig.cluster.wait_ready(30)
+
+
+def test_while_requests_decode(rig: Rig, long) -> None:
+    rig.only(2)
+    workers = rig.pids()
+    answers = {p: rig.send(list(p), max_tokens=LONG) for p in long}
+    short = rig.send([1, 2, 3], max_tokens=12)  # ends while no controller is there
+    rig.wait(lambda s: s.running_requests > 12, "busy")
+    kill(rig)
+    assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long
+    assert {answer.result().usage.attempts for answer in answers.values()} == {1}
+    assert len(short.result().token_ids) == 12
+    rig.settle(2)
+    assert rig.pids() == workers
+
+
+@pytest.mark.parametrize("live", ["zigzag", "off"])
+def test_in_the_middle_of_a_scale_up(rig: Rig, long, live: str) -> None:
+    """The chain and the live pair need no controller: what they did meanwhile is told to the next one."""
+    rig.only(1)
+    workers = rig.pids()
+    rig.scale(3, live=live)
+    answers = {p: rig.send(list(p), max_tokens=LONG) for p in long}
+    rig.wait(lambda s: any(i.phase in ("loading", "live") and i.layers_loaded >= 1 for i in s.instances)
+             and s.running_requests > 0, "loading")
+    kill(rig)
+    assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long
+    rig.settle(3)
+    assert rig.pids() == workers
+    assert rig.send([1, 2, 3]).result().token_ids
+    said = rig.cluster.tail("controller", 200).rpartition("resumed from")[2]
+    assert "lost" not in said and "could not load" not in said
