@@ -215,20 +215,19 @@ class Node:
                 self._models[self._current].instance.post(command)
 
     def partnered(self, old: types.InstanceId, model: str, outbox) -> None:
-        self._models[model].instance.post(m.Partnered(old, OldLink(outbox)))
+        self._tell(model, m.Partnered(old, OldLink(outbox)))
 
     def obey_partner(self, old: types.InstanceId, model: str, command: pb.WorkerCommand) -> None:
-        post = self._models[model].instance.post
         match command.WhichOneof("command"):
             case "pull":
-                post(m.Pulled(command.pull.seq, old))
+                self._tell(model, m.Pulled(command.pull.seq, old))
             case "taken":
-                post(m.Taken(command.taken.seq))
+                self._tell(model, m.Taken(command.taken.seq))
             case "loan":
-                post(m.Lent(old, codec.decode(m.Loan, command.loan)))
+                self._tell(model, m.Lent(old, codec.decode(m.Loan, command.loan)))
 
     def partner_left(self, partner: types.InstanceId, model: str) -> None:
-        self._models[model].instance.post(m.PartnerLost(partner))
+        self._tell(model, m.PartnerLost(partner))
 
     def kv_offered(self, message: pb.KVOffer, outbox) -> m.KVOffer:
         offer = codec.decode(m.KVOffer, message)
@@ -236,7 +235,13 @@ class Node:
         return offer
 
     def kv_withdrawn(self, offer: m.KVOffer) -> None:
-        self._models[offer.work.request.model].instance.post(m.KVWithdrawn(offer))
+        self._tell(offer.work.request.model, m.KVWithdrawn(offer))
+
+    def _tell(self, model: str, message: object) -> None:
+        """What another worker says of a model; one that was undeployed meanwhile has nobody to tell."""
+        served = self._models.get(model)
+        if served is not None:
+            served.instance.post(message)
 
     # ---- threads ----------------------------------------------------------------------------------------------------
 
