@@ -13,7 +13,8 @@ from blitzjax.control.fleet import Fleet, Member, Roster
 from blitzjax.control.transfers import Run, Transfers
 from blitzjax.types import Command, DropCopy, InstanceId, Phase, TransferEnded
 
-PLACE_WAIT_S = 5.0  # the first copies wait this long for the whole pool, so that they are spread evenly
+# So that the first copies are spread evenly they wait this long for the whole pool, and for workers that still compile.
+PLACE_WAIT_S, COMPILE_WAIT_S = 5.0, 60.0
 RETRY_S = 10.0  # a worker that could not make a copy is not asked again before
 
 
@@ -68,6 +69,8 @@ class HostCache:
                 return []
             since = self._lacking_since.setdefault(fleet.model, at)
             if len(self._roster.members) < self._pool and at - since < PLACE_WAIT_S:
+                return []
+            if at - since < COMPILE_WAIT_S and any(fleet.model not in m.ready for m in self._roster.all_alive()):
                 return []
             place = self._place(at, fleet.model)
             return [] if place is None else self._make(fleet, place, None)

@@ -9,6 +9,7 @@ import pytest
 from fake_world import SPECS, UNITS, World, config, copies, pool, whole
 
 from blitzjax import types as t
+from blitzjax.control.hostcache import COMPILE_WAIT_S
 from blitzjax.control.sharing import Want, deal, donor
 from blitzjax.types import (
     Assign, DropCopy, KeepCopy, LoadFromDisk, Phase, PrepareTransfer, Reject, Release, ScaleRequested, UseCopy,
@@ -74,7 +75,8 @@ def test_the_last_instance_copies_itself_to_a_worker_that_keeps_less() -> None:
     (keeper,) = whole(world, "toy")
     other = next(i for i in world.workers if i != keeper)
     world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, keeper, "big"))
-    world.settle()
+    assert world.tick(COMPILE_WAIT_S - 1) == []  # the other one may still become ready for it
+    world.tick(1.0), world.settle()
     assert copies(world, "big") == [keeper]  # the other is not compiled for it yet
     world.scale(0, model="toy")
     assert world.of(keeper).phase is Phase.DRAINING and world.sent(Release) == []
@@ -119,7 +121,8 @@ def test_a_copy_whose_source_dies_goes_on_from_disk_where_it_was() -> None:
     world.scale(1, model="toy"), world.settle()
     (last,) = whole(world, "toy")
     other = next(i for i in world.workers if i != last)
-    world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, last, "big")), world.settle()
+    world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, last, "big"))
+    world.tick(COMPILE_WAIT_S), world.settle()
     world.scale(0, model="toy"), world.exchange()
     world.load(other), world.load(other)
     assert world.workers[other].copies == {"toy": 2}
