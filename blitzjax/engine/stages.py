@@ -355,11 +355,12 @@ def _batched_dot(a: Array, b: Array) -> Array:
 
 
 def _fingerprint(spec: ModelSpec, product: native.Product | None) -> str:
-    """The spec and the source of everything that a stage traces through."""
+    """The spec and the source of everything that a stage traces through, whatever else this process has imported."""
     family(spec.family)  # imports it
-    packages = [blocks.__package__, *([own.package(spec.family)] if own.is_reference(spec.family) else [])]
-    files = [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
-             if any(name == package or name.startswith(f"{package}.") for package in packages)]
-    files += [module.__file__ for module in (sys.modules[__name__], sampling, params)]
+    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__]
+    if own.is_reference(spec.family):
+        package = own.package(spec.family)
+        files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
+                  if name == package or name.startswith(f"{package}.")]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
     return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", product.source() if product else "", *sources])

@@ -1,5 +1,8 @@
 """A pass cut anywhere equals the whole, bit for bit; decode continues what prefill began."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 
@@ -138,8 +141,11 @@ def test_rows_of_a_batch_do_not_disturb_each_other(runner: Runner) -> None:
 
 
 def test_executables_are_loaded_on_the_second_start(tmp_path_factory, runner: Runner) -> None:
-    again = build(tmp_path_factory, tp=1)
+    """Also when the process has served a model of another kind before."""
+    sys.modules.pop("blitzjax.models.linen", None)
     decode_tokens(runner, prompt(5), 2)
+    importlib.import_module("blitzjax.models.linen")
+    again = build(tmp_path_factory, tp=1)
     decode_tokens(again, prompt(5), 2)
     assert again.stages.cache.compiled == 0 and again.stages.cache.loaded > 0
 
