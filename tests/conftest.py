@@ -1,9 +1,23 @@
 """Gives every test process eight CPU devices, before anything imports jax; a busy machine is no reason to fail."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_stays() -> Iterator[None]:
+    """Executables are memory maps: those of all tests together are more than a process may have (vm.max_map_count)."""
+    yield
+    if "jax" in sys.modules:
+        gc.collect()
+        sys.modules["jax"].clear_caches()
+        gc.collect()

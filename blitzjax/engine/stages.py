@@ -163,7 +163,6 @@ class Stages:
     def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.replicated)
 
-    @functools.cache
     def _weights(self, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
         return {a.name: self._abstract(a.shape, a.dtype, NamedSharding(self.mesh, self.rules.partition(a)))
                 for a in params.kind_arrays(self.spec, kind)}
