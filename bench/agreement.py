@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import statistics
 import sys
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import figures, fleet, netns
+from bench.result import say
 from blitzjax import arrivals, cli_replay
 from blitzjax.arrivals import Arrival
 from blitzjax.calibrate import Calibration
@@ -248,13 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prefill_tokens_per_s": model.prefill_tokens_per_s, "chunk_s": model.chunk_s, "step_s": model.step_s,
         "sequence_s": model.sequence_s, "kv_token_s": model.kv_token_s, "nic_gbps": measured.nic_gbps,
         "setup_s": measured.setup_s, "rpc_s": measured.rpc_s, "handoff_s": measured.handoff_s},
-        "command": " ".join(["python -m bench.agreement", *(sys.argv[1:] if argv is None else argv)]),
         "network": "loopback" if reason else "namespaces", "machine": machine,
         "seconds": figures.rounded(time.monotonic() - began)}
-    text = json.dumps(found)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    say("agreement", found, argv, args.out)
     return 0
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import netns
+from bench.result import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -347,13 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result |= measure_sharded(rounds, args.layers, args.chunk_bytes, args.rate_mbit)
     print(f"{HOSTS} processes on loopback")
     result |= measure_loopback(rounds, args.layers, args.chunk_bytes)
-    result |= {"command": " ".join(["python -m bench.broadcast", *(sys.argv[1:] if argv is None else argv)]),
-               "rounds": rounds, "layers": args.layers, "chunk_target_bytes": args.chunk_bytes,
+    result |= {"rounds": rounds, "layers": args.layers, "chunk_target_bytes": args.chunk_bytes,
                "machine": f"{os.cpu_count()} cores {platform.machine()}, load {os.getloadavg()[0]:.1f}"}
-    text = json.dumps(result)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    say("broadcast", result, argv, args.out)
     return 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from bench import figures, prompts
 from bench.peer_servers import PEERS, Answer, Peer
+from bench.result import say
 from blitzjax.cli_serve import checkpoint
 from blitzjax.engine.convert import default_cache
 from blitzjax.serve.model import load_model
@@ -119,12 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = {name: peer.version for name, peer in peers.items()}
     result = {"peers": medians, "best_of_ours_over": goals(medians), "versions": versions,
               "rounds": rounds, "model": _MODEL, "prompt_tokens": _PROMPT_TOKENS, "max_tokens": _MAX_TOKENS,
-              "machine": machine, "all": {n: [figures.rounded_row(r) for r in rows] for n, rows in seen.items()},
-              "command": " ".join(["python -m bench.peers", *(sys.argv[1:] if argv is None else argv)])}
-    text = json.dumps(result)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+              "machine": machine, "all": {n: [figures.rounded_row(r) for r in rows] for n, rows in seen.items()}}
+    say("peers", result, argv, args.out)
     return 0
 
 

@@ -8,12 +8,13 @@ prefix cache, which says what the cache costs when it has nothing. Medians; last
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench import figures, fleet, prompts
+from bench.result import say
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import Client
 from blitzjax.serve.model import load_model
@@ -48,14 +49,15 @@ def _pair(client: Client, prefix: prompts.Tokens, ends: Sequence[prompts.Tokens]
     return {"whole_s": whole.usage.ttft_s, "again_s": again.usage.ttft_s, "cached": again.usage.cached_tokens}
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.prefix_hits", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.prefix_hits", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="two rounds")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
     args = parser.parse_args(argv)
-    print(json.dumps(measure(2 if args.quick else args.rounds)))
+    say("prefix_hits", measure(2 if args.quick else args.rounds), argv, args.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import burst, decoding, figures, fleet, netns, probe, readiness, same_tokens
+from bench.result import say
 from blitzjax.cli_serve import checkpoint
 
 PARTS = ("tokens", "live", "tpot", "ready")
@@ -114,14 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"No network namespaces here ({reason}): loopback, without link rates" if reason else
           "One network namespace per worker, links rate-limited with tc tbf")
     result = run(parts, QUICK if args.quick else full(args.rounds), args.load_ratio, limited=not reason)
-    result |= {"command": " ".join(["python -m bench.scale_up", *(sys.argv[1:] if argv is None else argv)]),
-               "model": _MODEL, "rounds": 1 if args.quick else args.rounds, "quick": args.quick,
+    result |= {"model": _MODEL, "rounds": 1 if args.quick else args.rounds, "quick": args.quick,
                "network": "loopback" if reason else "namespaces", "machine": machine,
                "seconds": figures.rounded(time.monotonic() - began)}
-    text = json.dumps(result)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    say("scale_up", result, argv, args.out)
     return 0
 
 

@@ -12,7 +12,6 @@ HTML page with all figures. Last line: one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+from bench.result import say
 from blitzjax import arrivals
 from blitzjax.arrivals import Arrival
 from blitzjax.cli_sim import scale_factor
@@ -193,11 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     held |= {key: found[key]["holds"] for key in ("iii", "iv", "v", "viii")}
     print("\n".join(f"  {name:14} {'holds' if ok else 'FAILS'}" for name, ok in held.items()))
     print(f"figures are in {args.page}")
-    text = json.dumps({"holds": all(held.values()), "criteria": found, "roles": args.roles, "quick": args.quick,
-                       "seconds": round(time.monotonic() - began, 1)})
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    say("shapes", {"holds": all(held.values()), "criteria": found, "roles": args.roles, "quick": args.quick,
+                   "seconds": round(time.monotonic() - began, 1)}, argv, args.out)
     return 0
 
 

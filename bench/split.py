@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from bench import figures, fleet, probe, prompts
 from bench.figures import Difference, first_difference
+from bench.result import say
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.model import load_model
@@ -128,13 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     began, machine = time.monotonic(), figures.machine()
     print(f"{_MODEL} on {machine}, loopback")
     result = run(QUICK if args.quick else FULL)
-    result |= {"command": " ".join(["python -m bench.split", *(sys.argv[1:] if argv is None else argv)]),
-               "model": _MODEL, "quick": args.quick, "machine": machine,
+    result |= {"model": _MODEL, "quick": args.quick, "machine": machine,
                "seconds": figures.rounded(time.monotonic() - began)}
-    text = json.dumps(result)
-    if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+    say("split", result, argv, args.out)
     return 0
 
 
