@@ -39,7 +39,7 @@ class EngineConfig:
     prefix_caching: bool = True  # prompts that begin alike share the KV of what they have in common
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
     tensor_parallel: int = 1  # devices per instance
-    native_matmul: bool = True  # bfloat16 products on CPUs in our C++; last bits differ, so one value for all hosts
+    native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
     executable_cache: str = "~/.cache/blitzjax/executables"
 
 
