@@ -34,10 +34,9 @@ from blitzjax.serve.model import load_model
 from blitzjax.sim import shell
 from blitzjax.sim.costs import MachineCosts, ModelCosts
 from blitzjax.sim.systems import SYSTEMS
-from blitzjax.types import (
-    Command, Event, InstanceId, LoadFromDisk, PrefillDone, PrepareTransfer, Release, RequestArrived,
-    RequestFinished, TransferEnded,
-)
+from blitzjax.commands import Command, LoadFromDisk, PrepareTransfer, Release
+from blitzjax.events import Event, PrefillDone, RequestArrived, RequestFinished, TransferEnded
+from blitzjax.types import InstanceId
 
 _MODEL = "smollm2-135m"
 _POOL = 4

@@ -20,7 +20,8 @@ from bench.probe import Sizes
 from blitzjax.serve import eventlog
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.eventlog import Record
-from blitzjax.types import LayerLoaded, PrepareTransfer, ScaleRequested, StartTransfer, TransferReady
+from blitzjax.commands import PrepareTransfer, StartTransfer
+from blitzjax.events import LayerLoaded, ScaleRequested, TransferReady
 
 
 @dataclass(slots=True)

@@ -26,10 +26,11 @@ from blitzjax.serve.client import Client
 from blitzjax.serve.eventlog import Record
 from blitzjax.serve.model import ServedModel
 from blitzjax.sim.costs import MachineCosts, ModelCosts
-from blitzjax.types import (
-    InstanceId, InstanceJoined, LayerLoaded, LoadFromDisk, PrefillDone, PrepareTransfer, RequestArrived,
-    RequestFinished, RequestHanded, RequestId, StartTransfer, TransferEnded,
+from blitzjax.commands import LoadFromDisk, PrepareTransfer, StartTransfer
+from blitzjax.events import (
+    InstanceJoined, LayerLoaded, PrefillDone, RequestArrived, RequestFinished, RequestHanded, TransferEnded,
 )
+from blitzjax.types import InstanceId, RequestId
 
 _GBPS = 1e9 / 8
 _POLL_S = 0.02

@@ -17,7 +17,9 @@ from blitzjax import config as configs
 from blitzjax.control.cluster import Cluster
 from blitzjax.errors import ConfigError
 from blitzjax.serve import eventlog
-from blitzjax.types import Command, Event, ModelSpec, frozen
+from blitzjax.commands import Command
+from blitzjax.events import Event
+from blitzjax.types import ModelSpec, frozen
 
 _SHOWN = 4  # events up to a difference
 

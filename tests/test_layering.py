@@ -12,11 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 IMPURE = ("jax", "numpy", "grpc", "time", "random", "asyncio", "threading", "os", "logging")
 STDLIB = tuple(sys.stdlib_module_names)
-NOUNS = ("blitzjax.types", "blitzjax.config", "blitzjax.errors")
+NOUNS = ("blitzjax.types", "blitzjax.events", "blitzjax.commands", "blitzjax.config", "blitzjax.errors")
 
 # package or module → (all it may import, or None: anything; what it must not)
 RULES: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "blitzjax.types": (STDLIB, ()),
+    "blitzjax.events": ((*STDLIB, "blitzjax.types"), ()),
+    "blitzjax.commands": ((*STDLIB, "blitzjax.types"), ()),
     "blitzjax.errors": (STDLIB, ()),
     "blitzjax.config": ((*STDLIB, "blitzjax.types", "blitzjax.errors"), ()),
     "blitzjax.control": ((*STDLIB, *NOUNS, "blitzjax.control"), IMPURE),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import assert_never
 
-from blitzjax import types
+from blitzjax import events
 from blitzjax.config import Config
 from blitzjax.control import sharing
 from blitzjax.control.fleet import Fleet, Member, Roster
@@ -19,15 +19,15 @@ from blitzjax.control.service import Service
 from blitzjax.control.status import ClusterStatus, InstanceStatus
 from blitzjax.control.topology import Port, Topology
 from blitzjax.control.transfers import Transfers
-from blitzjax.types import (
-    Command, DropCopy, Event, InstanceId, ModelDeployed, ModelSpec, Phase, Reject, Request, RequestId,
-)
+from blitzjax.commands import Command, DropCopy, Reject
+from blitzjax.events import Event, ModelDeployed
+from blitzjax.types import InstanceId, ModelSpec, Phase, Request, RequestId
 
 # Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
-_ONLY_REQUESTS = frozenset({types.RequestArrived, types.PrefillDone, types.LayerLoaded})
+_ONLY_REQUESTS = frozenset({events.RequestArrived, events.PrefillDone, events.LayerLoaded})
 # Events after which only the model of their instance may have a next step.
-_ONE_MODEL = frozenset({types.RequestFinished, types.RequestFailed, types.RequestReturned, types.RequestHanded,
-                        types.KVMigrated})
+_ONE_MODEL = frozenset({events.RequestFinished, events.RequestFailed, events.RequestReturned, events.RequestHanded,
+                        events.KVMigrated})
 
 
 class Cluster:
@@ -86,27 +86,27 @@ class Cluster:
 
     def _react(self, event: Event) -> list[Command]:
         match event:
-            case types.RequestArrived(request=request):
+            case events.RequestArrived(request=request):
                 return self._arrived(request)
-            case types.RequestCancelled(request_id=request_id):
+            case events.RequestCancelled(request_id=request_id):
                 service = self._of(request_id)
                 return [] if service is None else service.cancelled(request_id)
-            case types.ScaleRequested(model=model):
+            case events.ScaleRequested(model=model):
                 service = self._named(model)
                 if service is not None and not service.scaler.closing:
                     service.scaler.request(event)
                 return []
-            case types.Ticked(at=at):
+            case events.Ticked(at=at):
                 for service in self._services.values():
                     service.scaler.tick(at)
                 return []
-            case types.ModelDeployed():
+            case events.ModelDeployed():
                 return self._deploy(event)
-            case types.ModelUndeployed(model=model):
+            case events.ModelUndeployed(model=model):
                 if model in self._services:
                     self._services[model].scaler.close()
                 return []
-            case types.InstanceJoined():
+            case events.InstanceJoined():
                 return self._joined(event)
         member = self._roster.alive(event.instance)
         return [] if member is None else self._reported(member, event)
@@ -114,35 +114,35 @@ class Cluster:
     def _reported(self, member: Member, event: Event) -> list[Command]:
         """Something that a living instance says, or that is said of it."""
         match event:
-            case (types.PrefillDone() | types.RequestHanded() | types.KVMigrated() | types.RequestFinished()
-                  | types.RequestFailed() | types.RequestReturned()):
+            case (events.PrefillDone() | events.RequestHanded() | events.KVMigrated() | events.RequestFinished()
+                  | events.RequestFailed() | events.RequestReturned()):
                 service = self._of(event.request_id) or self._services.get(member.model)
                 return [] if service is None else service.reported(member, event)
-            case types.LayerLoaded(units=units):
+            case events.LayerLoaded(units=units):
                 if member.model in self._services:
                     self._services[member.model].provisioner.arrived(member, units)
                 return []
-            case types.TransferReady(ticket=ticket):
+            case events.TransferReady(ticket=ticket):
                 self._transfers.ready(ticket, member.id)
                 return self._start(ticket)
-            case types.TransferEnded():
+            case events.TransferEnded():
                 return self._ended(member, event)
-            case types.LiveDrained():
+            case events.LiveDrained():
                 service = self._services.get(member.model)
                 return [] if service is None else service.provisioner.drained(member.id)
-            case types.Drained():
+            case events.Drained():
                 self._released(member)
                 return []
-            case types.WorldJoined():
+            case events.WorldJoined():
                 member.in_world = True
                 return []
-            case types.ModelReady(model=model):
+            case events.ModelReady(model=model):
                 member.ready.add(model)
                 return []
-            case types.InstanceLost(reason=reason):
+            case events.InstanceLost(reason=reason):
                 return self._lost(member, reason)
-            case (types.RequestArrived() | types.RequestCancelled() | types.ScaleRequested() | types.Ticked()
-                  | types.InstanceJoined() | types.ModelDeployed() | types.ModelUndeployed()):
+            case (events.RequestArrived() | events.RequestCancelled() | events.ScaleRequested() | events.Ticked()
+                  | events.InstanceJoined() | events.ModelDeployed() | events.ModelUndeployed()):
                 raise AssertionError(f"{event} is not about one instance")
         assert_never(event)
 
@@ -164,7 +164,7 @@ class Cluster:
 
     def _wakes(self, event: Event) -> bool:
         """A request for a model that has no instance and wants none."""
-        if type(event) is not types.RequestArrived:
+        if type(event) is not events.RequestArrived:
             return False
         service = self._services.get(event.request.model)
         return service is not None and service.scaler.asleep
@@ -177,7 +177,7 @@ class Cluster:
         service = self._services.get(member.model) if member is not None else None
         if service is None:
             return list(self._services.values())
-        waited = type(event) is not types.RequestFinished or service.scaler.waits_for(event.instance)
+        waited = type(event) is not events.RequestFinished or service.scaler.waits_for(event.instance)
         return [service] if waited else []
 
     def _of(self, request_id: RequestId) -> Service | None:
@@ -198,7 +198,7 @@ class Cluster:
 
     # ---- instances
 
-    def _joined(self, event: types.InstanceJoined) -> list[Command]:
+    def _joined(self, event: events.InstanceJoined) -> list[Command]:
         commands: list[Command] = []
         known = self._roster.alive(event.instance)
         if known is not None:
@@ -248,7 +248,7 @@ class Cluster:
                 commands += self._services[run.model].provisioner.go_live(run)
         return commands
 
-    def _ended(self, member: Member, event: types.TransferEnded) -> list[Command]:
+    def _ended(self, member: Member, event: events.TransferEnded) -> list[Command]:
         run = self._transfers.find(event.ticket, member.id)
         if run is None:
             return []

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from blitzjax.control import lifecycle
-from blitzjax.types import InstanceId, InstanceJoined, Phase, Role
+from blitzjax.events import InstanceJoined
+from blitzjax.types import InstanceId, Phase, Role
 
 
 @dataclass(slots=True)

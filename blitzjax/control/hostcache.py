@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from blitzjax.control.fleet import Fleet, Member, Roster
 from blitzjax.control.transfers import Run, Transfers
-from blitzjax.types import Command, DropCopy, InstanceId, Phase, TransferEnded
+from blitzjax.commands import Command, DropCopy
+from blitzjax.events import TransferEnded
+from blitzjax.types import InstanceId, Phase
 
 # So that the first copies are spread evenly they wait this long for the whole pool, and for workers that still compile.
 PLACE_WAIT_S, COMPILE_WAIT_S = 5.0, 60.0

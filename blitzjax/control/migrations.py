@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.requests import Entry, RequestBook
-from blitzjax.types import Command, InstanceId, Migrate, Phase, RequestId, Role
+from blitzjax.commands import Command, Migrate
+from blitzjax.types import InstanceId, Phase, RequestId, Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from blitzjax.types import Command, EndLive, InstanceId, LiveMode, LivePair, StartLive
+from blitzjax.commands import Command, EndLive, StartLive
+from blitzjax.types import InstanceId, LiveMode, LivePair
 
 
 class LivePairs:

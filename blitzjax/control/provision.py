@@ -14,9 +14,9 @@ from blitzjax.control.hostcache import HostCache
 from blitzjax.control.pairs import LivePairs
 from blitzjax.control.requests import RequestBook
 from blitzjax.control.transfers import Run, Transfers
-from blitzjax.types import (
-    Command, DropCopy, InstanceId, LiveMode, ModelSpec, Phase, PrepareTransfer, Role, Source, TransferEnded,
-)
+from blitzjax.commands import Command, DropCopy, PrepareTransfer
+from blitzjax.events import TransferEnded
+from blitzjax.types import InstanceId, LiveMode, ModelSpec, Phase, Role, Source
 
 WORLD_WAIT_S = 5.0  # how long an instance waits for WorldJoined before it reads its own disk
 

@@ -10,7 +10,8 @@ import bisect
 from dataclasses import dataclass, field
 
 from blitzjax.control.blocks import admitted_tokens, pages_for
-from blitzjax.types import Command, InstanceId, Reject, Request, RequestId
+from blitzjax.commands import Command, Reject
+from blitzjax.types import InstanceId, Request, RequestId
 
 
 @dataclass(slots=True)

@@ -20,7 +20,9 @@ from blitzjax.control.load import Load
 from blitzjax.control.provision import Means, Provisioner
 from blitzjax.control.requests import RequestBook
 from blitzjax.control.sharing import Want
-from blitzjax.types import Command, InstanceId, Phase, Release, Role, ScaleRequested
+from blitzjax.commands import Command, Release
+from blitzjax.events import ScaleRequested
+from blitzjax.types import InstanceId, Phase, Role
 
 MAX_FAILURES = 3  # of one instance's transfers within a scale-up
 RETRY_S = 10.0  # an instance that was given up is not tried again before

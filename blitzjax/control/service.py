@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from blitzjax import types
+from blitzjax import events, types
 from blitzjax.config import Config
 from blitzjax.control.blocks import answer_share
 from blitzjax.control.fleet import Fleet, Member, Roster
@@ -19,9 +19,9 @@ from blitzjax.control.routing import Router, Seat
 from blitzjax.control.scaling import Scaler
 from blitzjax.control.status import InstanceStatus, ModelStatus
 from blitzjax.control.transfers import Transfers
-from blitzjax.types import (
-    Abort, Assign, Command, InstanceId, ModelDeployed, Phase, Reject, Request, RequestId, Role,
-)
+from blitzjax.commands import Abort, Assign, Command, Reject
+from blitzjax.events import ModelDeployed
+from blitzjax.types import InstanceId, Phase, Request, RequestId, Role
 
 
 class Service:
@@ -100,26 +100,26 @@ class Service:
         entry.cancelled = True
         return [Abort(entry.owner, request_id)]
 
-    def reported(self, member: Member, event: types.PrefillDone | types.RequestHanded | types.KVMigrated
-                 | types.RequestFinished | types.RequestFailed | types.RequestReturned) -> list[Command]:
+    def reported(self, member: Member, event: events.PrefillDone | events.RequestHanded | events.KVMigrated
+                 | events.RequestFinished | events.RequestFailed | events.RequestReturned) -> list[Command]:
         """What a living instance says of a request."""
         request_id, attempt = event.request_id, event.attempt
         match event:
-            case types.PrefillDone():
+            case events.PrefillDone():
                 return self._prefilled(member, request_id, attempt)
-            case types.RequestHanded():
+            case events.RequestHanded():
                 return self._handed(member, event)
-            case types.KVMigrated(kv_bytes=kv_bytes):
+            case events.KVMigrated(kv_bytes=kv_bytes):
                 self.migrations.received_bytes[member.id] += kv_bytes
                 entry = self.book.current(request_id, attempt)
                 return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
-            case types.RequestFinished(reason=reason):
+            case events.RequestFinished(reason=reason):
                 return self._finished(member, request_id, attempt, reason)
-            case types.RequestFailed(message=message):
+            case events.RequestFailed(message=message):
                 entry = self.book.current(request_id, attempt)
                 running = entry is not None and entry.owner is not None
                 return self.book.lose(entry, f"{member.id}: {message}") if running else []
-            case types.RequestReturned():
+            case events.RequestReturned():
                 entry = self.book.current(request_id, attempt)
                 return self.book.give_back(entry) if entry is not None and entry.owner == member.id else []
 
@@ -149,7 +149,7 @@ class Service:
         entry = self.book.get(request_id)
         return [] if entry is not None and entry.owner == instance else [Abort(instance, request_id)]
 
-    def _handed(self, member: Member, event: types.RequestHanded) -> list[Command]:
+    def _handed(self, member: Member, event: events.RequestHanded) -> list[Command]:
         """OLD took over a request of NEW. OLD's word is final; NEW's holds while both live and are a pair."""
         entry = self.book.current(event.request_id, event.attempt)
         if member.id == event.target:

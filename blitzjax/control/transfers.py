@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 
 from blitzjax.control import multicast
 from blitzjax.control.topology import Topology
-from blitzjax.types import (
-    CancelTransfer, Chain, Command, InstanceId, KeepCopy, LiveMode, LoadFromDisk, MulticastPlan, PrepareTransfer, Ring,
-    StartTransfer, UseCopy,
-)
+from blitzjax.commands import CancelTransfer, Command, KeepCopy, LoadFromDisk, PrepareTransfer, StartTransfer, UseCopy
+from blitzjax.types import Chain, InstanceId, LiveMode, MulticastPlan, Ring
 
 DISK_TICKET = -1  # a worker may report the end of a disk load with this ticket
 

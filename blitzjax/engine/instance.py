@@ -26,10 +26,11 @@ from blitzjax.engine.sampling import Drawn
 from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import KV, Stages
 from blitzjax.transfer.handoff import HandOff
-from blitzjax.types import (
-    Abort, Drained, EndLive, Event, InstanceId, LiveDrained, LivePair, Migrate, PrefillDone, Release, RequestFailed,
-    RequestFinished, RequestHanded, RequestId, RequestReturned, Span, StartLive, TokenLogprob, Work,
+from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
+from blitzjax.events import (
+    Drained, Event, LiveDrained, PrefillDone, RequestFailed, RequestFinished, RequestHanded, RequestReturned,
 )
+from blitzjax.types import InstanceId, LivePair, RequestId, Span, TokenLogprob, Work
 
 Output: TypeAlias = Event | m.Tokens
 _NEAR_S = 0.2  # how long decode may pause for a partner's residuals

@@ -22,10 +22,9 @@ from blitzjax.engine.params import LayerStore
 from blitzjax.errors import BlitzError, CheckpointError, TransferError
 from blitzjax.transfer import broadcast
 from blitzjax.transfer.world import World
-from blitzjax.types import (
-    CancelTransfer, Chain, DropCopy, Event, InstanceId, KeepCopy, LayerLoaded, LoadFromDisk, MulticastPlan,
-    PrepareTransfer, StartTransfer, TransferEnded, TransferReady, UseCopy,
-)
+from blitzjax.commands import CancelTransfer, DropCopy, KeepCopy, LoadFromDisk, PrepareTransfer, StartTransfer, UseCopy
+from blitzjax.events import Event, LayerLoaded, TransferEnded, TransferReady
+from blitzjax.types import Chain, InstanceId, MulticastPlan
 
 log = logging.getLogger(__name__)
 

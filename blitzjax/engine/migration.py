@@ -23,7 +23,9 @@ from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import KV, Stages
 from blitzjax.errors import TransferError
 from blitzjax.transfer.handoff import HandOff
-from blitzjax.types import Event, InstanceId, KVMigrated, Migrate, RequestFailed, RequestId
+from blitzjax.commands import Migrate
+from blitzjax.events import Event, KVMigrated, RequestFailed
+from blitzjax.types import InstanceId, RequestId
 
 _PIECE_BYTES = 1 << 20  # so many layers travel together that a round trip is worth it
 

@@ -1,7 +1,7 @@
 """Turns Events, Commands and Work into protobuf messages and back. Invariant: decode(encode(x)) == x.
 
-Field names of the dataclasses in blitzjax/types.py equal those of protos/blitzjax/v1/worker.proto, so one walk over
-dataclass fields serves every message.
+Field names of the dataclasses in blitzjax/events.py and commands.py equal those of protos/blitzjax/v1/worker.proto,
+so one walk over dataclass fields serves every message.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Iterable
 
 from google.protobuf.message import Message
 
-from blitzjax import types
+from blitzjax import commands, events, types
 from blitzjax.v1 import worker_pb2 as pb
 
 T = typing.TypeVar("T")
 _CHANNEL_FIELDS = ("instance",)  # a command's addressee is the stream it travels on
 
 
-def encode_command(command: types.Command, work: types.Work | None = None) -> pb.WorkerCommand:
+def encode_command(command: commands.Command, work: types.Work | None = None) -> pb.WorkerCommand:
     """`work` is required for Assign, which travels with its prompt."""
     out = pb.WorkerCommand()
-    if isinstance(command, types.Assign):
+    if isinstance(command, commands.Assign):
         assert work is not None and work.attempt == command.attempt
         fill(out.assign.work, work)
     else:
@@ -34,15 +34,15 @@ def encode_command(command: types.Command, work: types.Work | None = None) -> pb
     return out
 
 
-def decode_command(message: pb.WorkerCommand, instance: str) -> types.Command | types.Work:
+def decode_command(message: pb.WorkerCommand, instance: str) -> commands.Command | types.Work:
     """Assign comes back as the Work it carries."""
     which = message.WhichOneof("command")
     if which == "assign":
         return decode_work(message.assign.work)
-    return _build(getattr(types, _camel(which)), getattr(message, which), {"instance": instance})
+    return _build(getattr(commands, _camel(which)), getattr(message, which), {"instance": instance})
 
 
-def encode_event(event: types.Event) -> pb.WorkerEvent:
+def encode_event(event: events.Event) -> pb.WorkerEvent:
     out = pb.WorkerEvent()
     message = getattr(out, _snake(type(event).__name__))
     message.SetInParent()
@@ -50,9 +50,9 @@ def encode_event(event: types.Event) -> pb.WorkerEvent:
     return out
 
 
-def decode_event(message: pb.WorkerEvent) -> types.Event:
+def decode_event(message: pb.WorkerEvent) -> events.Event:
     which = message.WhichOneof("event")
-    return _build(getattr(types, _camel(which)), getattr(message, which), {})
+    return _build(getattr(events, _camel(which)), getattr(message, which), {})
 
 
 def encode_work(work: types.Work) -> pb.Work:

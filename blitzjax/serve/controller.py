@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blitzjax import config as configs
-from blitzjax import types
+from blitzjax import events, types
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable, UnknownModel
 from blitzjax.serve.answers import Answer, Order
@@ -154,10 +154,10 @@ class Controller:
 
     def _cancel(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
-            self.on_event(types.RequestCancelled(self.now(), answer.request.id))
+            self.on_event(events.RequestCancelled(self.now(), answer.request.id))
 
     def scale(self, model: str, target: int, live: types.LiveMode | None, source: types.Source | None) -> None:
-        self.on_event(types.ScaleRequested(self.now(), target, live, source, model))
+        self.on_event(events.ScaleRequested(self.now(), target, live, source, model))
 
     def deploy(self, model: ServedModel, least: int | None, most: int | None) -> None:
         """In the brain and on every worker."""
@@ -180,7 +180,7 @@ class Controller:
         if self.journal is not None:
             self.journal.heard(instance, count)
 
-    def on_event(self, event: types.Event) -> None:
+    def on_event(self, event: events.Event) -> None:
         """The only way to the brain. A brain that raises has no trustworthy state left: the process ends."""
         try:
             due = [event]
@@ -192,15 +192,15 @@ class Controller:
                 raise
             self._broken.set_exception(e)
 
-    def _handle(self, event: types.Event) -> list[types.Event]:
+    def _handle(self, event: events.Event) -> list[events.Event]:
         if self._event_log is not None:
             self._event_log.event(event)
         if self.journal is not None:
             self.journal.happened(event)
         due = self.replica.react(event)
-        if isinstance(event, types.TransferEnded) and event.error:
+        if isinstance(event, events.TransferEnded) and event.error:
             self._load_failed(event)
-        elif isinstance(event, types.ModelReady):
+        elif isinstance(event, events.ModelReady):
             self.compiled.add((event.instance, event.model))
         self._served = self._served or self.ready
         for changed in self._watchers:
@@ -218,9 +218,9 @@ class Controller:
         _log.warning("%s lost: %s", instance, reason)
         for event in self.replica.unconfirmed(instance):
             self.on_event(event)
-        self.on_event(types.InstanceLost(self.now(), instance, reason))
+        self.on_event(events.InstanceLost(self.now(), instance, reason))
 
-    def _load_failed(self, event: types.TransferEnded) -> None:
+    def _load_failed(self, event: events.TransferEnded) -> None:
         """Told to the operator; fatal while nothing has ever served, for then it is the checkpoint."""
         _log.error("%s could not load the model: %s", event.instance, event.error)
         if not self._served and self._broken is not None and not self._broken.done():
@@ -239,7 +239,7 @@ class Controller:
 
     # ---- life
 
-    def begin(self, journal: Journal | None, at: float, resumed: bool, due: Sequence[types.Event] = ()) -> None:
+    def begin(self, journal: Journal | None, at: float, resumed: bool, due: Sequence[events.Event] = ()) -> None:
         """Opens the event log and sets the clock. `resumed`: the replica is that of a controller which died; `due` is
         what it had to tell the brain yet.
         """
@@ -264,7 +264,7 @@ class Controller:
 
     async def _tick(self) -> None:
         while True:
-            self.on_event(types.Ticked(self.now()))
+            self.on_event(events.Ticked(self.now()))
             self._keep()
             await asyncio.sleep(_TICK_S)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from blitzjax.errors import BlitzError, InvalidRequest
 from blitzjax.serve.model import ServedModel, load_model
-from blitzjax.types import InstanceId, ModelUndeployed
+from blitzjax.events import ModelUndeployed
+from blitzjax.types import InstanceId
 from blitzjax.v1 import inference_pb2 as pb
 
 if typing.TYPE_CHECKING:

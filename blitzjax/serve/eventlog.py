@@ -13,11 +13,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from blitzjax import types
+from blitzjax import commands, events, types
 
 T = typing.TypeVar("T")
-_KINDS = {kind.__name__: kind for kind in (*typing.get_args(types.Event), *typing.get_args(types.Command))}
-_COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(types.Command))
+_KINDS = {kind.__name__: kind for kind in (*typing.get_args(events.Event), *typing.get_args(commands.Command))}
+_COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(commands.Command))
 
 
 class EventLog:
@@ -31,10 +31,10 @@ class EventLog:
         if not whole[1]:
             self._write({"blitzjax_log": 1, **header})
 
-    def event(self, event: types.Event) -> None:
+    def event(self, event: events.Event) -> None:
         self._write(event_record(event))
 
-    def command(self, at: float, command: types.Command) -> None:
+    def command(self, at: float, command: commands.Command) -> None:
         """`at` is the time of the event that caused the command."""
         self._write({"command": type(command).__name__, "at": at, **dataclasses.asdict(command)})
 
@@ -51,7 +51,7 @@ class EventLog:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     at: float
-    item: types.Event | types.Command
+    item: events.Event | commands.Command
 
     @property
     def is_command(self) -> bool:
@@ -77,11 +77,11 @@ def read(path: Path) -> Iterator[Record]:
             yield Record(record["at"], item_of(record))
 
 
-def event_record(event: types.Event) -> dict[str, object]:
+def event_record(event: events.Event) -> dict[str, object]:
     return {"event": type(event).__name__, **dataclasses.asdict(event)}
 
 
-def item_of(record: Mapping[str, object]) -> types.Event | types.Command:
+def item_of(record: Mapping[str, object]) -> events.Event | commands.Command:
     """Undoes `event_record`. Raises ValueError for an unknown kind."""
     name = record.get("event") or record.get("command")
     if name not in _KINDS:

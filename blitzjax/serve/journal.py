@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from blitzjax import types
+from blitzjax import events, types
 from blitzjax.errors import ConfigError
 from blitzjax.serve import eventlog
 from blitzjax.serve.answers import Order
@@ -44,7 +44,7 @@ class Admitted:
 class Happened:
     """The brain was told."""
 
-    event: types.Event
+    event: events.Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class StreamEnded:
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """An operator wanted the model in this directory served; see types.ModelDeployed."""
+    """An operator wanted the model in this directory served; see events.ModelDeployed."""
 
     at: float
     directory: str
@@ -126,7 +126,7 @@ class Journal:
     def admitted(self, at: float, order: Order, first: int) -> None:
         self._record({"order": dataclasses.asdict(order), "at": at, "first": first})
 
-    def happened(self, event: types.Event) -> None:
+    def happened(self, event: events.Event) -> None:
         self._record(eventlog.event_record(event))
 
     def said(self, at: float, instance: types.InstanceId, tokens: pb.Tokens) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import grpc
 
-from blitzjax import types
+from blitzjax import events, types
 from blitzjax.serve import codec
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -54,7 +54,7 @@ class Shell(Protocol):
     def heard(self, instance: types.InstanceId, count: int) -> None:
         """What comes next is the `count`-th message of the session."""
 
-    def on_event(self, event: types.Event) -> None: ...
+    def on_event(self, event: events.Event) -> None: ...
 
     def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None: ...
 
@@ -212,9 +212,9 @@ class WorkerLink:
             case _:
                 self._report(replace(codec.decode_event(message), at=self._shell.now()))
 
-    def _report(self, event: types.Event) -> None:
+    def _report(self, event: events.Event) -> None:
         """A session begins with InstanceJoined; what comes after the loss of an instance is dropped."""
-        if isinstance(event, types.InstanceJoined):
+        if isinstance(event, events.InstanceJoined):
             self.begin()
             self._open = True
         if self.joined:

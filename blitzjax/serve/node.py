@@ -25,7 +25,7 @@ import grpc
 import jax
 
 from blitzjax import config as configs
-from blitzjax import types
+from blitzjax import commands, events, types
 from blitzjax.control.blocks import pages_of
 from blitzjax.engine import messages as m
 from blitzjax.engine.checkpoint import with_dtype
@@ -122,7 +122,7 @@ class Node:
             message = str(e) if isinstance(e, BlitzError) else repr(e)
             self._session.put(pb.WorkerEvent(refused=pb.Refused(instance=self.name, message=message, model=name)))
             return
-        self._emit(types.ModelReady(time.time(), self.name, name))
+        self._emit(events.ModelReady(time.time(), self.name, name))
 
     def _undeploy(self, name: str) -> None:
         """Forgets what was compiled for a model of which nothing is left here."""
@@ -149,7 +149,7 @@ class Node:
             for model in configure.models:
                 self._add(model)
         if self._session.connect(configure, outbox, self._renewed) and self.world.joined:
-            self._emit(types.WorldJoined(time.time(), self.name))
+            self._emit(events.WorldJoined(time.time(), self.name))
 
     def _renewed(self) -> pb.WorkerEvent:
         self._forget_requests()
@@ -158,10 +158,10 @@ class Node:
             if served.store.is_copy and served.store.units == served.store.spec.units:
                 copies.append(name)
             elif served.store.is_copy:
-                self.loader.post(types.DropCopy(self.name, name))
+                self.loader.post(commands.DropCopy(self.name, name))
         engine, served = self.config.engine, self._models.get(self._current)
         units = served.store.units if served is not None and not served.store.is_copy else 0
-        return codec.encode_event(types.InstanceJoined(
+        return codec.encode_event(events.InstanceJoined(
             time.time(), self.name, self.incarnation, self._host, units, pages_of(engine), engine.page_size,
             engine.max_num_seqs, self._current if units else "", tuple(self._models), tuple(copies)))
 
@@ -197,17 +197,17 @@ class Node:
             case _:
                 self.obey(codec.decode_command(command, self.name))
 
-    def obey(self, command: types.Command | types.Work) -> None:
+    def obey(self, command: commands.Command | types.Work) -> None:
         match command:
-            case types.PrepareTransfer(plan=plan):
+            case commands.PrepareTransfer(plan=plan):
                 chain = next(c for c in plan.chains if self.name in c.instances)
                 if chain.instances[0] != self.name and not plan.copy:
                     self._current = plan.model
                 self.loader.post(command)
-            case types.LoadFromDisk(model=model) | types.UseCopy(model=model):
+            case commands.LoadFromDisk(model=model) | commands.UseCopy(model=model):
                 self._current = model
                 self.loader.post(command)
-            case types.StartTransfer() | types.CancelTransfer() | types.KeepCopy() | types.DropCopy():
+            case commands.StartTransfer() | commands.CancelTransfer() | commands.KeepCopy() | commands.DropCopy():
                 self.loader.post(command)
             case types.Work():
                 self._models[command.request.model].instance.post(command)
@@ -261,7 +261,7 @@ class Node:
             except TransferError as e:
                 log.warning("%s; trying again", e)
                 time.sleep(_REJOIN_S)
-        self._emit(types.WorldJoined(time.time(), self.name))
+        self._emit(events.WorldJoined(time.time(), self.name))
 
     def _emit(self, output: Output) -> None:
         if isinstance(output, m.Tokens):

@@ -11,7 +11,7 @@ import logging
 import pickle
 from collections.abc import Mapping, Sequence
 
-from blitzjax import types
+from blitzjax import commands, events, types
 from blitzjax.config import Config
 from blitzjax.control.cluster import Cluster
 from blitzjax.serve import codec
@@ -36,17 +36,17 @@ class Replica:
         self.cluster = Cluster(config, [model.spec for model in models])
         self.event_log: EventLog | None = None
         # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
-        self._unconfirmed: dict[types.RequestId, types.RequestFinished] = {}
+        self._unconfirmed: dict[types.RequestId, events.RequestFinished] = {}
 
-    def unconfirmed(self, instance: types.InstanceId) -> list[types.RequestFinished]:
+    def unconfirmed(self, instance: types.InstanceId) -> list[events.RequestFinished]:
         return [event for event in self._unconfirmed.values() if event.instance == instance]
 
-    def deploy(self, model: ServedModel, least: int | None, most: int | None, at: float) -> list[types.Event]:
+    def deploy(self, model: ServedModel, least: int | None, most: int | None, at: float) -> list[events.Event]:
         self.models[model.name] = model
         for link in self.links.values():
             link.configure.models.append(message_of(model))
             link.send(pb.WorkerCommand(deploy=message_of(model)))
-        return [types.ModelDeployed(at, model.spec, least, most)]
+        return [events.ModelDeployed(at, model.spec, least, most)]
 
     def remove(self, name: str) -> None:
         """The brain has forgotten the model."""
@@ -55,10 +55,10 @@ class Replica:
             link.configure.models.remove(message)
             link.send(pb.WorkerCommand(undeploy=pb.Undeploy(model=name)))
 
-    def admit(self, order: Order, first: int, at: float) -> list[types.Event]:
-        return [types.RequestArrived(at, answer.request) for answer in self.orders.admit(order, first, at)]
+    def admit(self, order: Order, first: int, at: float) -> list[events.Event]:
+        return [events.RequestArrived(at, answer.request) for answer in self.orders.admit(order, first, at)]
 
-    def told(self, instance: types.InstanceId, tokens: pb.Tokens, at: float) -> list[types.Event]:
+    def told(self, instance: types.InstanceId, tokens: pb.Tokens, at: float) -> list[events.Event]:
         answer = self.orders.get(tokens.request_id)
         if answer is None or tokens.attempt != answer.attempt:
             return []  # the client left, or a later attempt runs elsewhere
@@ -74,27 +74,27 @@ class Replica:
             return []
         self.orders.over(answer)
         if tokens.finish_reason and answer.failure is None:
-            self._unconfirmed[answer.request.id] = types.RequestFinished(
+            self._unconfirmed[answer.request.id] = events.RequestFinished(
                 at, instance, answer.request.id, answer.attempt, tokens.finish_reason)
             return []
-        return [types.RequestCancelled(at, answer.request.id)]  # a stop string, or broken
+        return [events.RequestCancelled(at, answer.request.id)]  # a stop string, or broken
 
-    def react(self, event: types.Event) -> list[types.Event]:
-        due: list[types.Event] = []
+    def react(self, event: events.Event) -> list[events.Event]:
+        due: list[events.Event] = []
         for command in self.cluster.handle(event):
             if self.event_log is not None:
                 self.event_log.command(event.at, command)
             due += self._execute(command, event.at)
-        if isinstance(event, types.RequestFinished):
+        if isinstance(event, events.RequestFinished):
             self._confirm(event)
-        elif isinstance(event, types.RequestCancelled):
+        elif isinstance(event, events.RequestCancelled):
             answer = self.orders.get(event.request_id)
             if answer is not None:
                 self.orders.over(answer)
                 answer.end("abort")
         return due
 
-    def _confirm(self, event: types.RequestFinished) -> None:
+    def _confirm(self, event: events.RequestFinished) -> None:
         """Ends an answer whose last tokens did not say so; every request ends with a reply."""
         self._unconfirmed.pop(event.request_id, None)
         answer = self.orders.get(event.request_id)
@@ -106,29 +106,29 @@ class Replica:
         else:
             answer.end(event.reason)
 
-    def _execute(self, command: types.Command, at: float) -> list[types.Event]:
-        if isinstance(command, types.Reject):
+    def _execute(self, command: commands.Command, at: float) -> list[events.Event]:
+        if isinstance(command, commands.Reject):
             answer = self.orders.get(command.request_id)
             if answer is not None:
                 self.orders.over(answer)
                 answer.fail(command.code, command.message)
             return []
         work = None
-        if isinstance(command, types.Assign):
+        if isinstance(command, commands.Assign):
             answer = self.orders.get(command.request_id)
             if answer is None:  # its client has everything already
-                return [types.RequestFinished(at, command.instance, command.request_id, command.attempt, "stop")]
+                return [events.RequestFinished(at, command.instance, command.request_id, command.attempt, "stop")]
             work = answer.work(command.attempt, at)
         self.links[command.instance].send(codec.encode_command(command, work))
         return []
 
     # ---- in another process
 
-    def replay(self, event: types.Event) -> list[types.Event]:
+    def replay(self, event: events.Event) -> list[events.Event]:
         """`react`, and what the link had noticed when it reported the event."""
-        if isinstance(event, types.InstanceJoined):
+        if isinstance(event, events.InstanceJoined):
             self.links[event.instance].begin()
-        elif isinstance(event, types.InstanceLost):
+        elif isinstance(event, events.InstanceLost):
             self.links[event.instance].joined = False
         return self.react(event)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import blitzjax
-from blitzjax import types
+from blitzjax import events
 from blitzjax.serve import journal as journals
 from blitzjax.serve.journal import (
     Admitted, Deployed, Happened, Journal, Line, Removed, Said, Snapshot, StreamEnded,
@@ -39,7 +39,7 @@ class Past:
 
     at: float  # time of its last record
     stop: int  # its length, in bytes
-    due: list[types.Event]  # its controller died before it could tell the brain
+    due: list[events.Event]  # its controller died before it could tell the brain
 
 
 def with_journal(make: Callable[[], Controller], path: Path | None) -> Controller:
@@ -95,7 +95,7 @@ def replay(replica: Replica, path: Path) -> Past:
     return past
 
 
-def _replayed(replica: Replica, line: Line, due: list[types.Event]) -> Past:
+def _replayed(replica: Replica, line: Line, due: list[events.Event]) -> Past:
     match line.record:
         case Admitted(at=at, order=order, first=first):
             due = [*due, *replica.admit(order, first, at)]
@@ -118,7 +118,7 @@ def _replayed(replica: Replica, line: Line, due: list[types.Event]) -> Past:
     return Past(at, line.stop, due)
 
 
-def _without(event: types.Event, due: list[types.Event]) -> list[types.Event]:
+def _without(event: events.Event, due: list[events.Event]) -> list[events.Event]:
     """What follows from a record comes right after it."""
     if not due:
         return due

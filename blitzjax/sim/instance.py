@@ -17,10 +17,12 @@ from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.parts import NewSide, OldSide, Sequence, Stretch
-from blitzjax.types import (
-    Abort, Drained, EndLive, Event, FinishReason, InstanceId, KVMigrated, LiveDrained, LivePair, Migrate, PrefillDone,
-    Release, Request, RequestFailed, RequestFinished, RequestHanded, RequestId, RequestReturned, StartLive,
+from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
+from blitzjax.events import (
+    Drained, Event, KVMigrated, LiveDrained, PrefillDone, RequestFailed, RequestFinished, RequestHanded,
+    RequestReturned,
 )
+from blitzjax.types import FinishReason, InstanceId, LivePair, Request, RequestId
 
 
 class SimInstance:

@@ -15,10 +15,9 @@ from blitzjax.sim.costs import MachineCosts, ModelCosts
 from blitzjax.sim.hosts import Fleetports, HostCopies
 from blitzjax.sim.instance import SimInstance
 from blitzjax.sim.links import Fabric
-from blitzjax.types import (
-    Chain, Event, InstanceId, LayerLoaded, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer, TransferEnded,
-    TransferReady,
-)
+from blitzjax.commands import LoadFromDisk, PrepareTransfer, StartTransfer
+from blitzjax.events import Event, LayerLoaded, TransferEnded, TransferReady
+from blitzjax.types import Chain, InstanceId, MulticastPlan
 
 
 class Loading:

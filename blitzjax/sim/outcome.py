@@ -12,7 +12,8 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from blitzjax.sim.links import Link
-from blitzjax.types import InstanceId, LoadFromDisk, PrepareTransfer, Request
+from blitzjax.commands import LoadFromDisk, PrepareTransfer
+from blitzjax.types import InstanceId, Request
 
 if TYPE_CHECKING:
     from blitzjax.sim.shell import Setup

@@ -20,11 +20,14 @@ from blitzjax.sim.links import Fabric
 from blitzjax.sim.loading import Loading
 from blitzjax.sim.outcome import Outcome
 from blitzjax.sim.systems import System
-from blitzjax.types import (
-    Abort, Assign, CancelTransfer, Command, Drained, DropCopy, EndLive, Event, InstanceId, InstanceJoined, KeepCopy,
-    LoadFromDisk, Migrate, PrefillDone, PrepareTransfer, Reject, Release, Request, RequestArrived, RequestFinished,
-    Roles, StartLive, StartTransfer, Ticked, TransferEnded, UseCopy, WorldJoined,
+from blitzjax.commands import (
+    Abort, Assign, CancelTransfer, Command, DropCopy, EndLive, KeepCopy, LoadFromDisk, Migrate, PrepareTransfer,
+    Reject, Release, StartLive, StartTransfer, UseCopy,
 )
+from blitzjax.events import (
+    Drained, Event, InstanceJoined, PrefillDone, RequestArrived, RequestFinished, Ticked, TransferEnded, WorldJoined,
+)
+from blitzjax.types import InstanceId, Request, Roles
 
 @dataclass(frozen=True, slots=True)
 class Setup:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bench.agreement import Course, compare
-from blitzjax.types import (
-    Chain, MulticastPlan, PrefillDone, PrepareTransfer, Release, Request, RequestArrived, Ticked, TransferEnded,
-)
+from blitzjax.commands import PrepareTransfer, Release
+from blitzjax.events import PrefillDone, RequestArrived, Ticked, TransferEnded
+from blitzjax.types import Chain, MulticastPlan, Request
 
 PLAN = MulticastPlan(1, "m", (Chain(("i0", "i1", "i2"), 0, 6, 0),))
 

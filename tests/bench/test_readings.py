@@ -7,9 +7,9 @@ import pytest
 from bench import decoding, prompts, readiness
 from bench.probe import Sizes
 from blitzjax.serve.eventlog import Record
-from blitzjax.types import (
-    Chain, LayerLoaded, MulticastPlan, PrepareTransfer, ScaleRequested, StartTransfer, TransferReady,
-)
+from blitzjax.commands import PrepareTransfer, StartTransfer
+from blitzjax.events import LayerLoaded, ScaleRequested, TransferReady
+from blitzjax.types import Chain, MulticastPlan
 
 
 def multicast(ticket: int, at: float, ready: float, layer: float, layers: int) -> list[Record]:

@@ -6,7 +6,7 @@ from rig import Rig, prompts
 
 from blitzjax.cli_replay import replay
 from blitzjax.serve import eventlog
-from blitzjax.types import PrepareTransfer, StartLive
+from blitzjax.commands import PrepareTransfer, StartLive
 
 
 def test_a_fresh_brain_gives_the_recorded_commands(rig: Rig) -> None:

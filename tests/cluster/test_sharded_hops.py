@@ -13,7 +13,8 @@ from blitzjax import config as configs
 from blitzjax.engine.convert import write_random
 from blitzjax.serve import eventlog
 from blitzjax.serve.local import LocalCluster
-from blitzjax.types import MulticastPlan, PrepareTransfer
+from blitzjax.commands import PrepareTransfer
+from blitzjax.types import MulticastPlan
 from rig import POOL, SPEC, Rig, prompts
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from blitzjax import types as t
+from blitzjax import commands, events, types as t
 from blitzjax.config import Config, EngineConfig, ScaleConfig, ServeConfig
 from blitzjax.control.cluster import Cluster
 from blitzjax.control.status import InstanceStatus
@@ -57,8 +57,8 @@ class Worker:
     sending: dict[str, str] = field(default_factory=dict)  # request → where its KV goes
     partner: t.LivePair | None = None
     said_drained: bool = False
-    inbox: deque[t.Command] = field(default_factory=deque)
-    outbox: deque[t.Event] = field(default_factory=deque)
+    inbox: deque[commands.Command] = field(default_factory=deque)
+    outbox: deque[events.Event] = field(default_factory=deque)
 
     def holds(self, model: str) -> int:
         """Units, in an instance or in a copy."""
@@ -75,7 +75,7 @@ class World:
         self.specs = specs
         self.brain = cluster(config, specs)
         self.workers = {f"i{k}": Worker(f"i{k}") for k in range(workers)}
-        self.log: list[t.Command] = []
+        self.log: list[commands.Command] = []
         self.open: dict[str, int] = {}  # accepted and not ended → last attempt
         self.ended: dict[str, str] = {}
         self.cancelled: set[str] = set()
@@ -84,27 +84,27 @@ class World:
 
     # ---- the brain
 
-    def send(self, event: t.Event) -> list[t.Command]:
+    def send(self, event: events.Event) -> list[commands.Command]:
         """Gives the brain an event and the workers its commands; checks the brain and every promise about requests."""
-        if isinstance(event, t.RequestArrived):
+        if isinstance(event, events.RequestArrived):
             assert event.request.id not in self.open
             self.open[event.request.id] = 0
-        if isinstance(event, t.RequestFinished) and self.open.get(event.request_id) == event.attempt:
+        if isinstance(event, events.RequestFinished) and self.open.get(event.request_id) == event.attempt:
             if event.reason != "abort" or event.request_id in self.cancelled:  # else the attempt ended, not the request
                 self.end(event.request_id, event.reason)
-        commands = self.brain.handle(event)
+        orders = self.brain.handle(event)
         self.brain.check()
-        for command in commands:
+        for command in orders:
             self.log.append(command)
             self.carry_out(command)
-        return commands
+        return orders
 
-    def carry_out(self, command: t.Command) -> None:
-        if isinstance(command, t.Reject):
+    def carry_out(self, command: commands.Command) -> None:
+        if isinstance(command, commands.Reject):
             assert command.request_id not in self.cancelled
             self.end(command.request_id, command.code)
             return
-        if isinstance(command, t.Assign):
+        if isinstance(command, commands.Assign):
             assert command.request_id in self.open, "assigned after its end"
             assert command.request_id not in self.cancelled, "assigned after its cancellation"
             self.open[command.request_id] += 1
@@ -118,38 +118,39 @@ class World:
         del self.open[request_id]
         self.ended[request_id] = how
 
-    def tick(self, seconds: float = 0.5) -> list[t.Command]:
+    def tick(self, seconds: float = 0.5) -> list[commands.Command]:
         self.at += seconds
-        return self.send(t.Ticked(self.at))
+        return self.send(events.Ticked(self.at))
 
     def arrive(self, request_id: str, prompt: int = 32, answer: int = 16, priority: int = 0,
-               model: str = "toy") -> list[t.Command]:
-        return self.send(t.RequestArrived(self.at, t.Request(request_id, model, prompt, answer, self.at, priority)))
+               model: str = "toy") -> list[commands.Command]:
+        request = t.Request(request_id, model, prompt, answer, self.at, priority)
+        return self.send(events.RequestArrived(self.at, request))
 
-    def cancel(self, request_id: str) -> list[t.Command]:
+    def cancel(self, request_id: str) -> list[commands.Command]:
         self.cancelled.add(request_id)
-        return self.send(t.RequestCancelled(self.at, request_id))
+        return self.send(events.RequestCancelled(self.at, request_id))
 
     def scale(self, target: int, live: t.LiveMode | None = None, source: t.Source | None = None,
-              model: str = "toy") -> list[t.Command]:
-        return self.send(t.ScaleRequested(self.at, target, live, source, model))
+              model: str = "toy") -> list[commands.Command]:
+        return self.send(events.ScaleRequested(self.at, target, live, source, model))
 
     # ---- workers come and go
 
     def join(self, name: str, units: int = 0, world: bool = True, model: str = "toy",
-             copies: Sequence[str] = ()) -> list[t.Command]:
+             copies: Sequence[str] = ()) -> list[commands.Command]:
         worker = self.workers[name]
         self.workers[name] = worker = Worker(name, worker.incarnation + 1, True, model if units else "", units,
                                              {copy: UNITS[copy] for copy in copies})
         host = f"h{int(name[1:]) % 2}"
-        commands = self.send(t.InstanceJoined(self.at, name, str(worker.incarnation), host, units, PAGES, PAGE_SIZE,
-                                              SLOTS, worker.model, copies=tuple(copies)))
-        return commands + (self.send(t.WorldJoined(self.at, name)) if world else [])
+        orders = self.send(events.InstanceJoined(self.at, name, str(worker.incarnation), host, units, PAGES, PAGE_SIZE,
+                                                 SLOTS, worker.model, copies=tuple(copies)))
+        return orders + (self.send(events.WorldJoined(self.at, name)) if world else [])
 
-    def kill(self, name: str) -> list[t.Command]:
+    def kill(self, name: str) -> list[commands.Command]:
         """The worker and everything that it has not said is gone."""
         self.workers[name] = Worker(name, self.workers[name].incarnation)
-        return self.send(t.InstanceLost(self.at, name, "killed"))
+        return self.send(events.InstanceLost(self.at, name, "killed"))
 
     # ---- single steps; each returns whether anything happened
 
@@ -171,40 +172,40 @@ class World:
         self.execute(worker, worker.inbox.popleft())
         return True
 
-    def execute(self, worker: Worker, command: t.Command) -> None:
+    def execute(self, worker: Worker, command: commands.Command) -> None:
         say = worker.outbox.append
         match command:
-            case t.Assign(request_id=request_id, attempt=attempt):
+            case commands.Assign(request_id=request_id, attempt=attempt):
                 worker.answered.discard(request_id)
                 worker.sending.pop(request_id, None)
                 worker.requests[request_id] = attempt
-            case t.Abort(request_id=request_id):
+            case commands.Abort(request_id=request_id):
                 if request_id in worker.requests:
                     self.leave(worker, request_id, "abort")
-            case t.Migrate(request_id=request_id, attempt=attempt, target=target):
+            case commands.Migrate(request_id=request_id, attempt=attempt, target=target):
                 if worker.requests.get(request_id) == attempt:
                     worker.sending[request_id] = target
                 else:
-                    say(t.RequestFailed(self.at, worker.id, request_id, attempt, "its KV is not here any more"))
-            case t.LoadFromDisk(ticket=ticket, start_unit=start, model=model):
+                    say(events.RequestFailed(self.at, worker.id, request_id, attempt, "its KV is not here any more"))
+            case commands.LoadFromDisk(ticket=ticket, start_unit=start, model=model):
                 self.become(worker, model)
                 assert start == worker.units < UNITS[model]
                 worker.jobs.append(Job(ticket, model, t.Chain((worker.id,), start, UNITS[model], 0), True, True))
-            case t.KeepCopy(ticket=ticket, model=model):
+            case commands.KeepCopy(ticket=ticket, model=model):
                 assert worker.model != model
                 worker.copies.setdefault(model, 0)
                 worker.jobs.append(Job(ticket, model, t.Chain((worker.id,), 0, UNITS[model], 0), True, True, True))
-            case t.UseCopy(ticket=ticket, model=model):
+            case commands.UseCopy(ticket=ticket, model=model):
                 assert worker.copies[model] == UNITS[model] and not worker.jobs
                 self.become(worker, model, worker.copies.pop(model))
-                say(t.LayerLoaded(self.at, worker.id, worker.units))
-                say(t.TransferEnded(self.at, worker.id, ticket, worker.units, ""))
-            case t.DropCopy(model=model):
+                say(events.LayerLoaded(self.at, worker.id, worker.units))
+                say(events.TransferEnded(self.at, worker.id, ticket, worker.units, ""))
+            case commands.DropCopy(model=model):
                 if worker.model == model:  # a part of an instance that it never became
                     assert not worker.requests
                     worker.model, worker.units = "", 0
                 worker.copies.pop(model, None)
-            case t.PrepareTransfer(plan=plan):
+            case commands.PrepareTransfer(plan=plan):
                 chain = next(c for c in plan.chains if worker.id in c.instances)
                 if worker.id == chain.instances[0]:
                     assert worker.holds(plan.model) == UNITS[plan.model]
@@ -214,23 +215,23 @@ class World:
                 else:
                     self.become(worker, plan.model)
                 worker.jobs.append(Job(plan.ticket, plan.model, chain, False, False, plan.copy))
-                say(t.TransferReady(self.at, worker.id, plan.ticket))
-            case t.StartTransfer(ticket=ticket):
+                say(events.TransferReady(self.at, worker.id, plan.ticket))
+            case commands.StartTransfer(ticket=ticket):
                 for job in worker.jobs:
                     job.started |= job.ticket == ticket
-            case t.CancelTransfer(ticket=ticket):
+            case commands.CancelTransfer(ticket=ticket):
                 for job in [j for j in worker.jobs if j.ticket == ticket]:
                     self.leave_transfer(worker, job, "cancelled")
-            case t.StartLive(pair=pair):
+            case commands.StartLive(pair=pair):
                 assert worker.partner is None
                 worker.partner, worker.said_drained = pair, False
                 if pair.old == worker.id:  # it runs its first prompt and leaves the others to the pair
                     for request_id in [r for r in worker.requests if r not in worker.answered][1:]:
-                        say(t.RequestReturned(self.at, worker.id, request_id, worker.requests.pop(request_id)))
-            case t.EndLive(pair=pair):
+                        say(events.RequestReturned(self.at, worker.id, request_id, worker.requests.pop(request_id)))
+            case commands.EndLive(pair=pair):
                 if worker.partner == pair:
                     worker.partner = None
-            case t.Release(keep=keep):
+            case commands.Release(keep=keep):
                 assert all(job.model != worker.model for job in worker.jobs)
                 if keep:
                     assert worker.units == UNITS[worker.model] and worker.model not in worker.copies
@@ -239,7 +240,7 @@ class World:
                 worker.requests.clear()
                 worker.answered.clear()
                 worker.sending.clear()
-                say(t.Drained(self.at, worker.id))
+                say(events.Drained(self.at, worker.id))
             case _:
                 raise AssertionError(command)
 
@@ -254,11 +255,11 @@ class World:
         attempt = worker.requests.pop(request_id)
         worker.answered.discard(request_id)
         worker.sending.pop(request_id, None)
-        worker.outbox.append(t.RequestFinished(self.at, worker.id, request_id, attempt, reason))
+        worker.outbox.append(events.RequestFinished(self.at, worker.id, request_id, attempt, reason))
 
     def leave_transfer(self, worker: Worker, job: Job, error: str) -> None:
         worker.jobs.remove(job)
-        worker.outbox.append(t.TransferEnded(self.at, worker.id, job.ticket, worker.holds(job.model), error))
+        worker.outbox.append(events.TransferEnded(self.at, worker.id, job.ticket, worker.holds(job.model), error))
 
     def load(self, name: str) -> bool:
         """The worker's transfer gives it one more unit, or ends."""
@@ -278,7 +279,7 @@ class World:
                 worker.copies[job.model] += 1
             else:
                 worker.units += 1
-                worker.outbox.append(t.LayerLoaded(self.at, worker.id, worker.units))
+                worker.outbox.append(events.LayerLoaded(self.at, worker.id, worker.units))
         else:
             worker.served.add(job.ticket)
             self.leave_transfer(worker, job, "")
@@ -297,7 +298,7 @@ class World:
             self.leave(worker, request_id, "length")
         else:
             worker.answered.add(request_id)
-            worker.outbox.append(t.PrefillDone(self.at, worker.id, request_id, worker.requests[request_id]))
+            worker.outbox.append(events.PrefillDone(self.at, worker.id, request_id, worker.requests[request_id]))
         return True
 
     def migrate(self, name: str) -> bool:
@@ -311,7 +312,7 @@ class World:
         worker.answered.discard(request_id)
         attempt = target.requests[request_id] = worker.requests.pop(request_id)
         target.answered.add(request_id)
-        target.outbox.append(t.KVMigrated(self.at, target.id, request_id, attempt))
+        target.outbox.append(events.KVMigrated(self.at, target.id, request_id, attempt))
         return True
 
     def pull(self, name: str, reports: str = "both") -> bool:
@@ -326,14 +327,14 @@ class World:
         if request_id is None:
             old.said_drained = new.units == UNITS[new.model]
             if old.said_drained:
-                old.outbox.append(t.LiveDrained(self.at, name))
+                old.outbox.append(events.LiveDrained(self.at, name))
             return old.said_drained
         attempt = new.requests.pop(request_id)
         old.requests[request_id] = attempt
         if reports in ("both", "new"):
-            new.outbox.append(t.RequestHanded(self.at, new.id, request_id, attempt, name))
+            new.outbox.append(events.RequestHanded(self.at, new.id, request_id, attempt, name))
         if reports in ("both", "old"):  # the link names the reporter
-            old.outbox.append(t.RequestHanded(self.at, name, request_id, attempt, name))
+            old.outbox.append(events.RequestHanded(self.at, name, request_id, attempt, name))
         return True
 
     # ---- many steps
@@ -361,7 +362,7 @@ class World:
     def phases(self) -> list[Phase]:
         return [i.phase for i in self.brain.status().instances]
 
-    def sent(self, kind: type) -> list[t.Command]:
+    def sent(self, kind: type) -> list[commands.Command]:
         return [c for c in self.log if isinstance(c, kind)]
 
 
@@ -378,7 +379,7 @@ def pool(workers: int, specs: Sequence[t.ModelSpec] = SPECS[:2], **scale: object
 def copies(world: World, model: str) -> list[str]:
     """Workers that keep bytes of the model in host memory and were not told to drop them."""
     return [w.id for w in world.workers.values() if model in w.copies
-            and t.DropCopy(w.id, model) not in w.inbox]
+            and commands.DropCopy(w.id, model) not in w.inbox]
 
 
 def whole(world: World, model: str) -> list[str]:

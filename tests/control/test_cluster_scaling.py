@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fake_world import SPEC, World, config, serving
 
-from blitzjax import types as t
+from blitzjax import events, types as t
 from blitzjax.control.cluster import Cluster
 from blitzjax.control.topology import Port
-from blitzjax.types import (
-    Assign, CancelTransfer, EndLive, LivePair, LoadFromDisk, Phase, PrepareTransfer, Release, StartLive, StartTransfer,
+from blitzjax.commands import (
+    Assign, CancelTransfer, EndLive, LoadFromDisk, PrepareTransfer, Release, StartLive, StartTransfer,
 )
+from blitzjax.types import LivePair, Phase
 
 SERVING, LOADING, LIVE, IDLE, DRAINING, FAILED = (
     Phase.SERVING, Phase.LOADING, Phase.LIVE, Phase.IDLE, Phase.DRAINING, Phase.FAILED)
@@ -54,7 +55,7 @@ def test_without_the_world_an_instance_waits_five_seconds_then_reads_its_disk() 
 def test_the_world_in_time_means_multicast() -> None:
     world = World(2, config(min_instances=2))
     world.join("i0", SPEC.units), world.join("i1", world=False), world.tick(4.0)
-    commands = world.send(t.WorldJoined(4.0, "i1"))
+    commands = world.send(events.WorldJoined(4.0, "i1"))
     assert [type(c) for c in commands] == [PrepareTransfer, PrepareTransfer]
 
 
@@ -65,9 +66,9 @@ def test_nobody_starts_before_everybody_is_ready() -> None:
     world = serving(3)
     commands = world.scale(3)
     assert [(type(c), c.instance) for c in commands] == [(PrepareTransfer, i) for i in ("i0", "i1", "i2")]
-    assert world.send(t.TransferReady(0.0, "i1", 1)) == world.send(t.TransferReady(0.0, "i0", 1)) == []
+    assert world.send(events.TransferReady(0.0, "i1", 1)) == world.send(events.TransferReady(0.0, "i0", 1)) == []
     pair = LivePair("i0", "i2", "zigzag")
-    assert world.send(t.TransferReady(0.0, "i2", 1)) == [
+    assert world.send(events.TransferReady(0.0, "i2", 1)) == [
         StartTransfer("i0", 1), StartTransfer("i1", 1), StartTransfer("i2", 1), StartLive("i2", pair),
         StartLive("i0", pair)]
     assert world.phases() == [SERVING, LOADING, LIVE]  # only the tail goes live
@@ -83,7 +84,7 @@ def test_a_burst_scales_up_live_and_ends_with_two_equals() -> None:
     assert {c.instance for c in world.sent(Assign)[-2:]} == {"i1"}
     for units in range(1, SPEC.units + 1):
         assert world.load("i1") and world.deliver("i1") and world.of("i1").units == units
-    assert world.send(t.LiveDrained(world.at, "i0")) == []  # OLD knows before the brain does
+    assert world.send(events.LiveDrained(world.at, "i0")) == []  # OLD knows before the brain does
     commands = world.load("i1") and world.send(world.workers["i1"].outbox.popleft())
     pair = LivePair("i0", "i1", "zigzag")
     assert commands[:2] == [EndLive("i0", pair), EndLive("i1", pair)] and world.phases() == [SERVING, SERVING]
@@ -275,7 +276,7 @@ def test_old_that_is_not_the_source_dies_and_new_loads_on_alone() -> None:
     world.scale(3)
     world.exchange()
     world.arrive("a", prompt=8), world.arrive("b", prompt=8)
-    world.send(t.InstanceLost(0.0, "i0", "x"))
+    world.send(events.InstanceLost(0.0, "i0", "x"))
     assert world.of("i2").phase in (LOADING, LIVE)
     world.workers["i0"].up = False
     world.workers["i0"].jobs.clear(), world.workers["i0"].inbox.clear()

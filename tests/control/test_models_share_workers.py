@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from fake_world import SPECS, UNITS, World, config, copies, pool, whole
 
-from blitzjax import types as t
+from blitzjax import events
 from blitzjax.control.hostcache import COMPILE_WAIT_S
 from blitzjax.control.sharing import Want, deal, donor
-from blitzjax.types import (
-    Assign, DropCopy, KeepCopy, LoadFromDisk, Phase, PrepareTransfer, Reject, Release, ScaleRequested, UseCopy,
-)
+from blitzjax.commands import Assign, DropCopy, KeepCopy, LoadFromDisk, PrepareTransfer, Reject, Release, UseCopy
+from blitzjax.events import ScaleRequested
+from blitzjax.types import Phase
 
 TOY, BIG, TINY = SPECS
 SERVING, IDLE, FAILED = Phase.SERVING, Phase.IDLE, Phase.FAILED
@@ -74,7 +74,7 @@ def test_the_last_instance_copies_itself_to_a_worker_that_keeps_less() -> None:
     world.scale(1, model="toy"), world.settle()
     (keeper,) = whole(world, "toy")
     other = next(i for i in world.workers if i != keeper)
-    world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, keeper, "big"))
+    world.send(events.ModelDeployed(0.0, BIG, 0)), world.send(events.ModelReady(0.0, keeper, "big"))
     assert world.tick(COMPILE_WAIT_S - 1) == []  # the other one may still become ready for it
     world.tick(1.0), world.settle()
     assert copies(world, "big") == [keeper]  # the other is not compiled for it yet
@@ -88,7 +88,7 @@ def test_a_busy_keeper_is_the_source_of_the_chain() -> None:
     world = pool(2)
     keeper = copies(world, "big")[0]
     other = next(i for i in world.workers if i != keeper)
-    world.send(t.ScaleRequested(0.0, 2, model="toy")), world.settle()
+    world.send(events.ScaleRequested(0.0, 2, model="toy")), world.settle()
     assert world.phases() == [SERVING, SERVING]
     world.kill(other), world.scale(1, model="toy"), world.join(other)
     world.arrive("r", model="big"), world.exchange()
@@ -121,7 +121,7 @@ def test_a_copy_whose_source_dies_goes_on_from_disk_where_it_was() -> None:
     world.scale(1, model="toy"), world.settle()
     (last,) = whole(world, "toy")
     other = next(i for i in world.workers if i != last)
-    world.send(t.ModelDeployed(0.0, BIG, 0)), world.send(t.ModelReady(0.0, last, "big"))
+    world.send(events.ModelDeployed(0.0, BIG, 0)), world.send(events.ModelReady(0.0, last, "big"))
     world.tick(COMPILE_WAIT_S), world.settle()
     world.scale(0, model="toy"), world.exchange()
     world.load(other), world.load(other)
@@ -223,12 +223,12 @@ def test_a_worker_below_the_minimum_comes_from_who_has_more() -> None:
 def test_a_model_is_deployed_and_undeployed_while_another_serves() -> None:
     world = pool(2, specs=SPECS[:1])
     world.scale(1, model="toy"), world.settle()
-    world.send(t.ModelDeployed(0.0, BIG, 1, 2))
+    world.send(events.ModelDeployed(0.0, BIG, 1, 2))
     for name in world.workers:
-        world.send(t.ModelReady(0.0, name, "big"))
+        world.send(events.ModelReady(0.0, name, "big"))
     world.settle()
     world.arrive("r", model="big"), world.exchange()
-    world.send(t.ModelUndeployed(0.0, "big"))
+    world.send(events.ModelUndeployed(0.0, "big"))
     assert world.arrive("late", model="big")[0].code == "NOT_FOUND"
     world.settle(compute=True), world.tick(), world.settle()
     assert world.ended["r"] == "length" and [m.name for m in world.brain.status().models] == ["toy"]
@@ -237,15 +237,15 @@ def test_a_model_is_deployed_and_undeployed_while_another_serves() -> None:
 
 def test_an_instance_is_only_made_where_the_model_was_compiled() -> None:
     world = pool(2, specs=SPECS[:1])
-    world.send(t.ModelDeployed(0.0, BIG, 1))
+    world.send(events.ModelDeployed(0.0, BIG, 1))
     assert world.sent(LoadFromDisk) == [] and world.sent(KeepCopy) == []
-    world.send(t.ModelReady(0.0, "i1", "big")), world.settle()
+    world.send(events.ModelReady(0.0, "i1", "big")), world.settle()
     assert world.of("i1").model == "big" and world.of("i1").phase is SERVING
 
 
 def test_a_model_at_zero_is_undeployed() -> None:
     world = pool(2)
-    world.send(t.ModelUndeployed(0.0, "toy")), world.settle()
+    world.send(events.ModelUndeployed(0.0, "toy")), world.settle()
     assert [m.name for m in world.brain.status().models] == ["big"] and not copies(world, "toy")
 
 

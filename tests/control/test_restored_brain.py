@@ -9,7 +9,7 @@ import pytest
 from fake_world import World, config
 from test_random_worlds import ACTIONS, NAMES, act, heal
 
-from blitzjax import types
+from blitzjax import commands, events, types
 from blitzjax.config import Config
 from blitzjax.control.cluster import Cluster
 from blitzjax.control.status import ClusterStatus
@@ -24,13 +24,13 @@ class Twins:
         self._one, self._other = Cluster(config, spec), Cluster(config, spec)
         self._events = 0
 
-    def handle(self, event: types.Event) -> list[types.Command]:
+    def handle(self, event: events.Event) -> list[commands.Command]:
         self._events += 1
         if self._events % OFTEN == 0:
             self._other = pickle.loads(pickle.dumps(self._other))
-        commands = self._one.handle(event)
-        assert self._other.handle(event) == commands
-        return commands
+        orders = self._one.handle(event)
+        assert self._other.handle(event) == orders
+        return orders
 
     def status(self) -> ClusterStatus:
         assert self._other.status() == self._one.status()

@@ -11,7 +11,8 @@ from blitzjax.config import ScaleConfig
 from blitzjax.control.autoscale import Memory, split_bands, step_split
 from blitzjax.control.executor import MATRIX, Action
 from blitzjax.control.load import Load
-from blitzjax.types import Assign, LoadFromDisk, Migrate, Phase, PrepareTransfer, Release, Role, StartLive
+from blitzjax.commands import Assign, LoadFromDisk, Migrate, PrepareTransfer, Release, StartLive
+from blitzjax.types import Phase, Role
 
 
 def split(workers: int, prefill: int = 1, decode: int = 1, **scale: object) -> World:

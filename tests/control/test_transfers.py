@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from blitzjax.control.topology import Port, Topology
 from blitzjax.control.transfers import Transfers
-from blitzjax.types import CancelTransfer, MulticastPlan, PrepareTransfer, Ring
+from blitzjax.commands import CancelTransfer, PrepareTransfer
+from blitzjax.types import MulticastPlan, Ring
 
 UNITS = 6
 SOURCES, TARGETS = ("s", "t"), ("a", "b")

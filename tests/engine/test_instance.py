@@ -20,10 +20,9 @@ from blitzjax.engine.params import LayerStore, fill, unit_arrays
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
-from blitzjax.types import (
-    Abort, Drained, EndLive, LiveDrained, LivePair, LogitBias, ModelSpec, PrefillDone, Release, Request,
-    RequestFinished, RequestHanded, RequestReturned, Sampling, Span, StartLive, Work,
-)
+from blitzjax.commands import Abort, EndLive, Release, StartLive
+from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestFinished, RequestHanded, RequestReturned
+from blitzjax.types import LivePair, LogitBias, ModelSpec, Request, Sampling, Span, Work
 
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32", eos_token_ids=(7,))
 

@@ -10,10 +10,9 @@ import pytest
 
 from blitzjax.config import Config, EngineConfig, TransferConfig
 from blitzjax.engine import messages as m
-from blitzjax.types import (
-    Abort, Drained, EndLive, KVMigrated, LiveDrained, LivePair, Migrate, Release, RequestFailed, RequestFinished,
-    StartLive, TokenLogprob, Work,
-)
+from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
+from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
+from blitzjax.types import LivePair, TokenLogprob, Work
 from test_instance import PENALISED, SPEC, Rig, answers, finished, reference, work
 
 WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tokens, sampling) in enumerate([

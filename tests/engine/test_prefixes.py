@@ -13,9 +13,9 @@ from blitzjax.control.batching import Batcher
 from blitzjax.engine import messages as m
 from blitzjax.engine.prefixes import kept_pages
 from blitzjax.engine.stages import Stages
-from blitzjax.types import (
-    Abort, Drained, EndLive, LiveDrained, LivePair, PrefillDone, Release, RequestHanded, StartLive, Work,
-)
+from blitzjax.commands import Abort, EndLive, Release, StartLive
+from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestHanded
+from blitzjax.types import LivePair, Work
 from test_instance import PENALISED, SPEC, Rig, answers, finished, messages, reference, work
 
 ENGINE = EngineConfig(dtype="float32", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64)

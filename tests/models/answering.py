@@ -9,7 +9,8 @@ from blitzjax.engine import messages as m
 from blitzjax.engine.instance import Instance
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
-from blitzjax.types import Request, RequestFinished, Sampling, Work
+from blitzjax.events import RequestFinished
+from blitzjax.types import Request, Sampling, Work
 
 
 def work(name: str, prompt: Sequence[int], sampling: Sampling) -> Work:

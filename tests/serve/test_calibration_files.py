@@ -14,10 +14,9 @@ from blitzjax.cli_bench import measured, to_toml
 from blitzjax.cli_serve import configure
 from blitzjax.serve.eventlog import Record
 from blitzjax.sim import costs
-from blitzjax.types import (
-    Assign, Chain, LayerLoaded, MulticastPlan, PrefillDone, PrepareTransfer, Request, RequestArrived, RequestFinished,
-    StartTransfer, TransferEnded,
-)
+from blitzjax.commands import Assign, PrepareTransfer, StartTransfer
+from blitzjax.events import LayerLoaded, PrefillDone, RequestArrived, RequestFinished, TransferEnded
+from blitzjax.types import Chain, MulticastPlan, Request
 
 
 def test_a_step_is_taken_apart_and_no_part_is_negative() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blitzjax import types
+from blitzjax import commands, events, types
 from blitzjax.engine.messages import KVOffer
 from blitzjax.serve import codec, eventlog
 from blitzjax.v1 import worker_pb2 as pb
@@ -16,10 +16,10 @@ _I32 = st.integers(-(2**31), 2**31 - 1)
 _INTS = {"seed": st.integers(0, 2**63 - 1), "uuid": st.integers(0, 2**64 - 1), "kv_bytes": st.integers(0, 2**63 - 1)}
 _FLOAT32 = st.floats(width=32, allow_nan=False)  # floats of these travel as float
 _NARROW = (types.Sampling, types.TokenLogprob)
-_SHELL_ONLY = (types.RequestArrived, types.RequestCancelled, types.InstanceLost, types.ModelDeployed,
-               types.ModelUndeployed, types.ScaleRequested, types.Ticked)
-EVENTS = [e for e in typing.get_args(types.Event) if e not in _SHELL_ONLY]
-COMMANDS = [c for c in typing.get_args(types.Command) if c not in (types.Reject, types.Assign)]
+_SHELL_ONLY = (events.RequestArrived, events.RequestCancelled, events.InstanceLost, events.ModelDeployed,
+               events.ModelUndeployed, events.ScaleRequested, events.Ticked)
+EVENTS = [e for e in typing.get_args(events.Event) if e not in _SHELL_ONLY]
+COMMANDS = [c for c in typing.get_args(commands.Command) if c not in (commands.Reject, commands.Assign)]
 
 
 def values(kind: type) -> st.SearchStrategy:
@@ -74,18 +74,18 @@ def test_every_command_survives_the_wire(kind):
 @settings(max_examples=50, deadline=None)
 @given(values(types.Work), st.text(max_size=4))
 def test_assign_travels_as_its_work(work, instance):
-    message = codec.encode_command(types.Assign(instance, work.request.id, work.attempt), work)
+    message = codec.encode_command(commands.Assign(instance, work.request.id, work.attempt), work)
     assert codec.decode_command(pb.WorkerCommand.FromString(message.SerializeToString()), instance) == work
 
 
 def test_messages_without_fields_are_still_told_apart():
-    for command in (types.Release("i0"), types.CancelTransfer("i0", 0), types.Abort("i0", "")):
+    for command in (commands.Release("i0"), commands.CancelTransfer("i0", 0), commands.Abort("i0", "")):
         assert codec.decode_command(codec.encode_command(command), "i0") == command
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.one_of([values(k) for k in typing.get_args(types.Event)]), max_size=5),
-       st.lists(st.one_of([values(k) for k in typing.get_args(types.Command)]), max_size=5))
+@given(st.lists(st.one_of([values(k) for k in typing.get_args(events.Event)]), max_size=5),
+       st.lists(st.one_of([values(k) for k in typing.get_args(commands.Command)]), max_size=5))
 def test_event_log_reads_back_what_was_written(tmp_path_factory, events, commands):
     path = tmp_path_factory.mktemp("log") / "events.jsonl"
     log = eventlog.EventLog(path, {"spec": {"name": "toy"}})

@@ -19,7 +19,8 @@ from blitzjax.cli_replay import replay
 from blitzjax.errors import BlitzError, QueueFull, Unavailable
 from blitzjax.serve import eventlog
 from blitzjax.serve.local import Launch, LocalCluster
-from blitzjax.types import Assign, InstanceLost, RequestArrived
+from blitzjax.commands import Assign
+from blitzjax.events import InstanceLost, RequestArrived
 
 SLOW = 0.05
 

@@ -9,7 +9,7 @@ import pytest
 
 from blitzjax import cli
 from blitzjax import config as configs
-from blitzjax import types as t
+from blitzjax import events, types as t
 from blitzjax.cli_replay import replay
 from blitzjax.control.cluster import Cluster
 from blitzjax.engine.convert import TINY
@@ -17,11 +17,11 @@ from blitzjax.serve.eventlog import EventLog
 
 CONFIG = configs.from_tables({"scale": {"policy": "manual"}})
 EVENTS = [
-    t.InstanceJoined(0.0, "i0", "a", "h", TINY.units, 64, 16, 4), t.InstanceJoined(0.1, "i1", "b", "h", 0, 64, 16, 4),
-    t.WorldJoined(0.2, "i0"), t.WorldJoined(0.2, "i1"), t.ScaleRequested(0.5, 2, "zigzag"),
-    t.TransferReady(0.6, "i0", 1), t.TransferReady(0.6, "i1", 1),
-    *(t.RequestArrived(1 + k / 10, t.Request(f"r{k}", TINY.name, 20, 10, 1 + k / 10)) for k in range(9)),
-    t.PrefillDone(2.0, "i1", "r0", 1), t.RequestFinished(2.5, "i1", "r0", 1, "length"), t.InstanceLost(3.0, "i1", "x"),
+    events.InstanceJoined(0.0, "i0", "a", "h", TINY.units, 64, 16, 4), events.InstanceJoined(0.1, "i1", "b", "h", 0, 64, 16, 4),
+    events.WorldJoined(0.2, "i0"), events.WorldJoined(0.2, "i1"), events.ScaleRequested(0.5, 2, "zigzag"),
+    events.TransferReady(0.6, "i0", 1), events.TransferReady(0.6, "i1", 1),
+    *(events.RequestArrived(1 + k / 10, t.Request(f"r{k}", TINY.name, 20, 10, 1 + k / 10)) for k in range(9)),
+    events.PrefillDone(2.0, "i1", "r0", 1), events.RequestFinished(2.5, "i1", "r0", 1, "length"), events.InstanceLost(3.0, "i1", "x"),
 ]
 
 

@@ -31,7 +31,8 @@ from blitzjax.serve.rejoin import Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
-from blitzjax.types import ModelUndeployed, Phase, Sampling
+from blitzjax.events import ModelUndeployed
+from blitzjax.types import Phase, Sampling
 from blitzjax.v1 import inference_pb2, worker_pb2_grpc
 from blitzjax.v1 import worker_pb2 as pb
 

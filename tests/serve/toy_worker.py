@@ -16,7 +16,7 @@ import uuid
 
 import grpc
 
-from blitzjax import types
+from blitzjax import commands, events, types
 from blitzjax.serve import codec
 from blitzjax.serve.links import WORKER_SERVER_OPTIONS
 from blitzjax.serve.sessions import Session
@@ -58,7 +58,7 @@ class ToyWorker(rpc.WorkerServicer):
             return codec.encode_event(self.toy.joined(self.incarnation))
 
         if self.session.connect(configure, outbox, renew):
-            self.toy.emit(types.WorldJoined(0.0, self.toy.instance))
+            self.toy.emit(events.WorldJoined(0.0, self.toy.instance))
         sender = asyncio.create_task(outbox.send(context))
         try:
             async for message in requests:
@@ -102,60 +102,61 @@ class Toy:
         spec = codec.model_spec(model.model_json)
         self.specs[spec.name] = spec
 
-    def joined(self, incarnation: str) -> types.InstanceJoined:
+    def joined(self, incarnation: str) -> events.InstanceJoined:
         slots, length, size = (self.config[k] for k in ("max_num_seqs", "max_model_len", "page_size"))
-        return types.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size, size, slots)
+        return events.InstanceJoined(0.0, self.instance, incarnation, "localhost", 0, slots * length // size, size,
+                                     slots)
 
-    def emit(self, event: types.Event) -> None:
+    def emit(self, event: events.Event) -> None:
         self.session.put(codec.encode_event(event))
 
     def told(self, message: pb.WorkerCommand) -> None:
         match message.WhichOneof("command"):
             case "deploy":
                 self.deploy(message.deploy)
-                self.emit(types.ModelReady(0.0, self.instance, codec.model_spec(message.deploy.model_json).name))
+                self.emit(events.ModelReady(0.0, self.instance, codec.model_spec(message.deploy.model_json).name))
             case "undeploy":
                 del self.specs[message.undeploy.model]
             case _:
                 self.obey(codec.decode_command(message, self.instance))
 
-    def obey(self, command: types.Command | types.Work) -> None:
+    def obey(self, command: commands.Command | types.Work) -> None:
         me = self.instance
         match command:
             case types.Work():
                 self.tasks[command.request.id] = asyncio.create_task(self.answer(command))
-            case types.Abort():
+            case commands.Abort():
                 if task := self.tasks.pop(command.request_id, None):
                     task.cancel()
-                    self.emit(types.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
-            case types.LoadFromDisk():
+                    self.emit(events.RequestFinished(0.0, me, command.request_id, task.attempt, "abort"))
+            case commands.LoadFromDisk():
                 self.become(command.model)
                 self.spawn(self.load(command.ticket, command.model))
-            case types.KeepCopy():
+            case commands.KeepCopy():
                 self.copies.setdefault(command.model, 0)
                 self.spawn(self.load(command.ticket, command.model))
-            case types.UseCopy():
+            case commands.UseCopy():
                 units = self.copies.pop(command.model)
                 self.become(command.model)
                 self.units = units
-                self.emit(types.TransferEnded(0.0, me, command.ticket, units, ""))
-            case types.DropCopy():
+                self.emit(events.TransferEnded(0.0, me, command.ticket, units, ""))
+            case commands.DropCopy():
                 self.copies.pop(command.model, None)
-            case types.PrepareTransfer(plan=plan):
+            case commands.PrepareTransfer(plan=plan):
                 self.plans[plan.ticket] = plan
                 if me != next(c for c in plan.chains if me in c.instances).instances[0]:
                     self.copies.setdefault(plan.model, 0) if plan.copy else self.become(plan.model)
-                self.emit(types.TransferReady(0.0, me, plan.ticket))
-            case types.StartTransfer():
+                self.emit(events.TransferReady(0.0, me, plan.ticket))
+            case commands.StartTransfer():
                 self.spawn(self.load(command.ticket, self.plans[command.ticket].model))
-            case types.CancelTransfer():
+            case commands.CancelTransfer():
                 units = self.holds(self.plans[command.ticket].model)
-                self.emit(types.TransferEnded(0.0, me, command.ticket, units, "cancelled"))
-            case types.Release():
+                self.emit(events.TransferEnded(0.0, me, command.ticket, units, "cancelled"))
+            case commands.Release():
                 if command.keep:
                     self.copies[self.model] = self.units
                 self.model, self.units = "", 0
-                self.emit(types.Drained(0.0, me))
+                self.emit(events.Drained(0.0, me))
 
     def spawn(self, work) -> None:
         self.tasks[uuid.uuid4().hex] = asyncio.create_task(work)
@@ -176,8 +177,8 @@ class Toy:
                 self.copies[model] += 1
                 continue
             self.units += 1
-            self.emit(types.LayerLoaded(0.0, self.instance, self.units))
-        self.emit(types.TransferEnded(0.0, self.instance, ticket, self.holds(model), ""))
+            self.emit(events.LayerLoaded(0.0, self.instance, self.units))
+        self.emit(events.TransferEnded(0.0, self.instance, ticket, self.holds(model), ""))
 
     async def answer(self, work: types.Work) -> None:
         asyncio.current_task().attempt = work.attempt
@@ -194,14 +195,14 @@ class Toy:
                 logprobs=logprobs([last], sampling.logprobs),
                 prompt_logprobs=logprobs(work.prompt[1:], sampling.prompt_logprobs) if index == 0 else ())))
             if index == len(work.generated):
-                self.emit(types.PrefillDone(*at))
+                self.emit(events.PrefillDone(*at))
             if reason:
                 if os.environ.get("TOY_DIE_AFTER") == str(last):
                     await asyncio.sleep(0.1)  # what was written is on its way
                     os._exit(1)
                 break
         self.tasks.pop(work.request.id, None)
-        self.emit(types.RequestFinished(*at, reason))
+        self.emit(events.RequestFinished(*at, reason))
 
 
 def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:

@@ -15,9 +15,9 @@ from blitzjax.sim.links import Fabric, Link
 from blitzjax.sim.loading import Loading
 from blitzjax.sim.shell import Setup, config_of
 from blitzjax.sim.systems import SYSTEMS
-from blitzjax.types import (
-    Chain, Event, LayerLoaded, LoadFromDisk, MulticastPlan, PrepareTransfer, StartTransfer, TransferEnded,
-)
+from blitzjax.commands import LoadFromDisk, PrepareTransfer, StartTransfer
+from blitzjax.events import Event, LayerLoaded, TransferEnded
+from blitzjax.types import Chain, MulticastPlan
 
 A, M24 = costs.MACHINES["A"], costs.MODELS["mistral-24b"]
 SPREAD = replace(A, hosts=64, gpus=2)  # one 24B instance a host: every hop crosses the network
