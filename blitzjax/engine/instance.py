@@ -23,7 +23,6 @@ from blitzjax.engine.params import LayerStore
 from blitzjax.engine.partners import Partners
 from blitzjax.engine.prefixes import PrefixCache, kept_pages
 from blitzjax.engine.runner import Prefill, Runner
-from blitzjax.engine.sampling import Drawn
 from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import KV, Stages
 from blitzjax.transfer.handoff import HandOff
@@ -295,9 +294,10 @@ class Instance:
         sampling, prefill = sequence.work.sampling, sequence.prefill
         drawn = self.runner.first_token(prefill, sampling, sequence.answered)
         prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if sequence.scored else ()
+        sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
         if sequence.answered == len(sequence.work.generated):
             self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
-        reason = self._say(sequence, drawn, 0, prompt)
+        reason = self._say(sequence, int(drawn.tokens[0]), drawn.logprobs(0, sampling.logprobs), prompt)
         if not sequence.kv_missing:
             self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
         if reason:
@@ -312,19 +312,20 @@ class Instance:
 
     def _decode(self) -> None:
         rows, drawn = self._decoding.step(self._sequences)
+        tokens = drawn.tokens.tolist()
         for row, sequence in rows:
-            if reason := self._say(sequence, drawn, row):
+            if reason := self._say(sequence, tokens[row], drawn.logprobs(row, sequence.work.sampling.logprobs)):
                 self._end(sequence, reason)
         self._cache.shrink(max(len(sequence.tokens) for _, sequence in rows))
 
-    def _say(self, sequence: Sequence, drawn: Drawn, row: int, prompt: tuple[TokenLogprob, ...] = ()) -> str:
+    def _say(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...],
+             prompt: tuple[TokenLogprob, ...] = ()) -> str:
         """Appends and emits a token. → why the sequence ends with it, if so."""
-        start, token = sequence.answered, int(drawn.tokens[row])
+        start = sequence.answered
         sequence.append(token)
         reason = sequence.finish_reason(self.spec)
-        logprobs = drawn.logprobs(row, sequence.work.sampling.logprobs)
-        sequence.logprobs += logprobs
-        sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
+        if logprobs:
+            sequence.logprobs += logprobs
         self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
                             logprobs, prompt, sequence.cached_tokens or 0))
         return reason
