@@ -70,7 +70,7 @@ class Stages:
         return self._stage("decode", kind, x.shape[0], kv[0].shape[3])(weights, x, aux, *kv, lengths)
 
     def last_row(self, x: Array, row: int) -> Array:
-        """f32[1, T, D] → f32[2, D]: row `row`, padded to the batch that the head is compiled for."""
+        """f32[1, T, D] → f32[2, 1, D]: row `row`, padded to the batch that the head is compiled for."""
         return self._stage("last_row", x.shape[1])(x, np.int32(row))
 
     def draws(self, rows: int, edited: bool) -> sampling.Draws:
@@ -79,8 +79,7 @@ class Stages:
         return draws._replace(edits=sampling.no_edits(rows, self.spec, self.shapes.contexts[-1])) if edited else draws
 
     def head(self, weights: Params, table: Array | None, x: Array, draws: sampling.Draws) -> Array:
-        """f32[B, D] or f32[B, 1, D] → i32[B] next tokens; with edits i32[B, ...] as `sampling.describe` packs them."""
-        x = x.reshape(x.shape[0], -1)
+        """f32[B, 1, D] → i32[B] next tokens; with edits i32[B, ...] as `sampling.describe` packs them."""
         if draws.edits is not None:
             return self._stage("head_edit", x.shape[0])(weights, table, x, draws)
         if draws.greedy:
@@ -253,7 +252,7 @@ class Stages:
 
     def _build_last_row(self, width: int):
         def last_row(x, row):
-            return jnp.broadcast_to(lax.dynamic_slice_in_dim(x[0], row, 1), (_HEAD_ROWS, x.shape[2]))
+            return jnp.broadcast_to(lax.dynamic_slice_in_dim(x, row, 1, axis=1), (_HEAD_ROWS, 1, x.shape[2]))
 
         return last_row, (self._abstract((1, width, self.spec.dim)), self._abstract((), jnp.int32)), (), self.replicated
 
@@ -261,19 +260,19 @@ class Stages:
         module = params.bind(self.spec, "head")
 
         def head_greedy(weights, table, x):
-            return sampling.greedy(module(weights)(x, table))
+            return sampling.greedy(module(weights)(x[:, 0], table))
 
         return head_greedy, self._head_args(rows), (), self.replicated
 
     def _build_head_sample(self, rows: int):
         def head_sample(weights, table, x, draws):
-            return sampling.sample(self._logits(weights, table, x), draws)
+            return sampling.sample(self._logits(weights, table, x[:, 0]), draws)
 
         return head_sample, (*self._head_args(rows), self._abstract_draws(rows, edited=False)), (), self.replicated
 
     def _build_head_edit(self, rows: int):
         def head_edit(weights, table, x, draws):
-            return sampling.sample_edited(self._logits(weights, table, x), draws)
+            return sampling.sample_edited(self._logits(weights, table, x[:, 0]), draws)
 
         return head_edit, (*self._head_args(rows), self._abstract_draws(rows, edited=True)), (), self.replicated
 
@@ -298,7 +297,7 @@ class Stages:
 
     def _head_args(self, rows: int):
         table = self._weights("embed")["table"] if self.spec.tied_embeddings else None
-        return self._weights("head"), table, self._abstract((rows, self.spec.dim))
+        return self._weights("head"), table, self._abstract((rows, 1, self.spec.dim))
 
     def _abstract_draws(self, rows: int, edited: bool):
         return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), self.draws(rows, edited))
