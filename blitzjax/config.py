@@ -29,7 +29,7 @@ class ServeConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals and KV are float32 on CPU
+    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals are float32, KV too but on GPUs
     max_model_len: int = 2048  # prompt + answer, tokens; never above the model's own limit
     max_num_seqs: int = 16  # sequences decoding together
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
@@ -40,6 +40,7 @@ class EngineConfig:
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
     tensor_parallel: int = 1  # devices per instance
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
+    cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
     executable_cache: str = "~/.cache/blitzjax/executables"
 
 
