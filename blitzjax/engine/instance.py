@@ -15,10 +15,11 @@ from jax import Array
 
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk
-from blitzjax.control.blocks import PageLedger, answer_share, pages_of
+from blitzjax.control.blocks import PageLedger, answer_share
 from blitzjax.engine import live, messages as m, migration
 from blitzjax.engine.decoding import DecodeBatch
 from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.memory import room_on
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.prefixes import PrefixCache, kept_pages
 from blitzjax.engine.runner import Prefill, Runner
@@ -44,7 +45,7 @@ class Instance:
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
-        self.slots, self.pages = config.engine.max_num_seqs, pages_of(config.engine)
+        self.room = room_on(stages, store, config.engine)
         self._stages, self._handoff, self._emit, self._connect, self._now = stages, handoff, emit, connect, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
@@ -165,8 +166,8 @@ class Instance:
         self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
         engine, shapes = self.config.engine, self._stages.shapes
-        ledger = PageLedger(self.pages, engine.page_size, kept_pages(self._stages, engine, self.pages))
-        self._batcher = Batcher(self.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
+        ledger = PageLedger(self.room.pages, engine.page_size, kept_pages(self._stages, engine, self.room.pages))
+        self._batcher = Batcher(self.room.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
         self._prefixes = PrefixCache(self._stages, self._batcher, engine)
         self._decoding = DecodeBatch(self.runner, self._cache, self._batcher, self._prefixes)
 

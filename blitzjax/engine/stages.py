@@ -154,6 +154,12 @@ class Stages:
             if width < s.contexts[0]:
                 self._stage("resize", 1, width, 1, s.contexts[0])
 
+    @property
+    def temporary_bytes(self) -> int:
+        """What the compiled stage that needs most takes on a device besides its arguments, results included."""
+        stats = [stage.memory_analysis() for stage in self._found.values()]
+        return max((s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats if s), default=0)
+
     def _stage(self, kind: str, *sizes: int | str):
         found = self._found.get((kind, *sizes))
         if found is None:
