@@ -15,10 +15,11 @@ from jax import Array
 
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk
-from blitzjax.control.blocks import PageLedger, answer_share, pages_of
+from blitzjax.control.blocks import PageLedger, answer_share
 from blitzjax.engine import messages as m, migration
 from blitzjax.engine.decoding import DecodeBatch
 from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.memory import room_on
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.partners import Partners
 from blitzjax.engine.prefixes import PrefixCache, kept_pages
@@ -41,7 +42,7 @@ class Instance:
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
-        self.slots, self.pages = config.engine.max_num_seqs, pages_of(config.engine)
+        self.room = room_on(stages, store, config.engine)
         self._stages, self._emit, self._now = stages, emit, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
@@ -132,8 +133,8 @@ class Instance:
         self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
         engine, shapes = self.config.engine, self._stages.shapes
-        ledger = PageLedger(self.pages, engine.page_size, kept_pages(self._stages, engine, self.pages))
-        self._batcher = Batcher(self.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
+        ledger = PageLedger(self.room.pages, engine.page_size, kept_pages(self._stages, engine, self.room.pages))
+        self._batcher = Batcher(self.room.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
         self._prefixes = PrefixCache(self._stages, self._batcher, engine)
         self._decoding = DecodeBatch(self.runner, self._cache, self._batcher, self._prefixes)
 

@@ -18,8 +18,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine import native, params, sampling
-from blitzjax.engine.executables import ExecutableCache, cpu_features
+from blitzjax.engine import params, sampling
+from blitzjax.engine.attention import Attention, chosen
+from blitzjax.engine.executables import ExecutableCache
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.models import blocks, family, own
 from blitzjax.types import MAX_LOGPROBS, ModelSpec
@@ -32,19 +33,20 @@ _HEAD_ROWS = 2  # a prompt's last row, padded: see shapes._MIN_BATCH
 class Stages:
     """Every executable of one model on one mesh. Built once, before the instance reports ready; then read only."""
 
-    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh):
+    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None):
+        """`attention`: instead of what the devices get."""
         self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
-        heads = params.ArrayInfo("kv", (spec.kv_heads,), np.dtype(np.float32), ("kv_heads",))
-        self.kv_sharding = NamedSharding(mesh, P(None, *self.rules.partition(heads)))  # [rows, KV, ...]
-        self.replicated = NamedSharding(mesh, P())
         devices = mesh.devices.flatten().tolist()
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-        fits = config.native_kernels and mesh.size == 1 and devices[0].platform == "cpu" and spec.dtype == "bfloat16"
-        self._product = native.product(directory, cpu_features()) if fits else None
-        self.cache = ExecutableCache(directory, _fingerprint(spec, self._product), devices)
+        self.attention = attention or chosen(spec, config, devices, directory)
+        self.layout = self.attention.layout  # of keys and values
+        heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))
+        self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
+        self.replicated = NamedSharding(mesh, P())
+        self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices)
         self._found: dict[tuple, object] = {}
 
     # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
@@ -58,16 +60,16 @@ class Stages:
         return self._stage("aux", *positions.shape)(positions)
 
     def first(self, kind: str, weights: Params, x: Array, aux, context: int) -> tuple[Array, Array, Array]:
-        """A layer of `kind` over the first chunk of a prompt. → x, k [1, KV, hd, context], v [1, KV, context, hd]."""
+        """A layer of `kind` over the first chunk of a prompt. → x, k and v of `context` tokens as `layout` has them."""
         return self._stage("first", kind, x.shape[1], context)(weights, x, aux)
 
     def next(self, kind: str, weights: Params, x: Array, aux, kv: KV, start: int) -> tuple[Array, Array, Array]:
         """A layer of `kind` over a later chunk at `start`; kv is donated and returned with the chunk's rows written."""
-        return self._stage("next", kind, x.shape[1], kv[0].shape[3])(weights, x, aux, *kv, np.int32(start))
+        return self._stage("next", kind, x.shape[1], self.layout.tokens(kv))(weights, x, aux, *kv, np.int32(start))
 
     def decode(self, kind: str, weights: Params, x: Array, aux, kv: KV, lengths) -> tuple[Array, Array, Array]:
         """A layer of `kind`, one token per row at position `lengths` i32[B]; kv is donated and returned."""
-        return self._stage("decode", kind, x.shape[0], kv[0].shape[3])(weights, x, aux, *kv, lengths)
+        return self._stage("decode", kind, x.shape[0], self.layout.tokens(kv))(weights, x, aux, *kv, lengths)
 
     def last_row(self, x: Array, row: int) -> Array:
         """f32[1, T, D] → f32[2, 1, D]: row `row`, padded to the batch that the head is compiled for."""
@@ -92,7 +94,8 @@ class Stages:
 
     def insert(self, k: Array, v: Array, k_new: Array, v_new: Array, slot: int) -> tuple[Array, Array]:
         """Writes a prompt's KV [1, ...] into row `slot` of a decode cache; k and v are donated."""
-        return self._stage("insert", k.shape[0], k.shape[3], k_new.shape[3])(k, v, k_new, v_new, np.int32(slot))
+        sizes = k.shape[0], self.layout.tokens((k, v)), self.layout.tokens((k_new, v_new))
+        return self._stage("insert", *sizes)(k, v, k_new, v_new, np.int32(slot))
 
     def blank(self, rows: int, context: int) -> tuple[Array, Array]:
         """An empty decode cache of one layer, in memory of its own, so that steps can update it in place."""
@@ -100,7 +103,7 @@ class Stages:
 
     def resize(self, k: Array, v: Array, order: np.ndarray, context: int) -> tuple[Array, Array]:
         """Row i of the result is row order[i] of the cache; the length is cut or padded to `context`."""
-        return self._stage("resize", k.shape[0], k.shape[3], len(order), context)(k, v, order)
+        return self._stage("resize", k.shape[0], self.layout.tokens((k, v)), len(order), context)(k, v, order)
 
     # ---- compilation ------------------------------------------------------------------------------------------------
 
@@ -150,12 +153,18 @@ class Stages:
             if width < s.contexts[0]:
                 self._stage("resize", 1, width, 1, s.contexts[0])
 
+    @property
+    def temporary_bytes(self) -> int:
+        """What the compiled stage that needs most takes on a device besides its arguments, results included."""
+        stats = [stage.memory_analysis() for stage in self._found.values()]
+        return max((s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats if s), default=0)
+
     def _stage(self, kind: str, *sizes: int | str):
         found = self._found.get((kind, *sizes))
         if found is None:
             fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
             name = "-".join([kind, *map(str, sizes)])
-            with blocks.few_rows(self._product):
+            with blocks.few_rows(self.attention.product):
                 found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
         return found
 
@@ -167,9 +176,9 @@ class Stages:
                 for a in params.kind_arrays(self.spec, kind)}
 
     def kv_specs(self, rows: int, context: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        kv, hd = self.spec.kv_heads, self.spec.head_dim
-        return (self._abstract((rows, kv, hd, context), sharding=self.kv_sharding),
-                self._abstract((rows, kv, context, hd), sharding=self.kv_sharding))
+        k, v = self.layout.shapes(self.spec, rows, context)
+        return (self._abstract(k, self.layout.dtype, self.kv_sharding),
+                self._abstract(v, self.layout.dtype, self.kv_sharding))
 
     def _activations(self, rows: int, width: int):
         """Abstract x and aux of a stage over [rows, width] tokens."""
@@ -199,13 +208,11 @@ class Stages:
             kept = []
 
             def attend(q, k, v, scoring=blocks.PLAIN):
-                k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3))
-                kept.extend((k, v))
-                return attention(q, k, v, jnp.arange(width), scoring)
+                kept.extend(self.layout.kept(k, v))
+                return self.attention.first(q, *kept, scoring)
 
             x = module(weights)(x, aux, attend)
-            room = (0, context - width)
-            return x, jnp.pad(kept[0], ((0, 0),) * 3 + (room,)), jnp.pad(kept[1], ((0, 0),) * 2 + (room, (0, 0)))
+            return x, *self.layout.fitted(kept, context)
 
         out = (self.replicated, self.kv_sharding, self.kv_sharding)
         return first, (self._weights(kind), *self._activations(1, width)), (), out
@@ -214,37 +221,31 @@ class Stages:
         module = params.bind(self.spec, kind)
 
         def next_chunk(weights, x, aux, k, v, start):
-            cache = {}
+            cache = []
 
             def attend(q, k_new, v_new, scoring=blocks.PLAIN):
-                cache["k"] = lax.dynamic_update_slice(k, jnp.transpose(k_new, (0, 2, 3, 1)), (0, 0, 0, start))
-                cache["v"] = lax.dynamic_update_slice(v, jnp.transpose(v_new, (0, 2, 1, 3)), (0, 0, start, 0))
-                return attention(q, cache["k"], cache["v"], start + jnp.arange(width), scoring)
+                cache.extend(self.layout.written((k, v), (k_new, v_new), start))
+                return self.attention.later(q, *cache, start, scoring)
 
             x = module(weights)(x, aux, attend)
-            return x, cache["k"], cache["v"]
+            return x, *cache
 
         args = (self._weights(kind), *self._activations(1, width), *self.kv_specs(1, context),
                 self._abstract((), jnp.int32))
         return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
     def _build_decode(self, kind: str, rows: int, context: int):
-        module, hd = params.bind(self.spec, kind), self.spec.head_dim
+        module = params.bind(self.spec, kind)
 
         def decode(weights, x, aux, k, v, lengths):
-            row = jnp.arange(rows)
-            cache = {}
+            cache = []
 
             def attend(q, k_new, v_new, scoring=blocks.PLAIN):
-                cache["k"] = k.at[row, :, :, lengths].set(k_new[:, 0])
-                cache["v"] = v.at[row, :, lengths, :].set(v_new[:, 0])
-                if self._product is not None and self._product.attends(k) and scoring.plain:
-                    scale = hd ** -0.5 if scoring.scale is None else scoring.scale
-                    return self._product.attend(q[:, 0], cache["k"], cache["v"], lengths, scale)[:, None]
-                return attention(q, cache["k"], cache["v"], lengths[:, None, None, None], scoring)
+                cache.extend(self.layout.appended((k, v), (k_new, v_new), lengths))
+                return self.attention.step(q, *cache, lengths, scoring)
 
             x = module(weights)(x, aux, attend)
-            return x, cache["k"], cache["v"]
+            return x, *cache
 
         args = (self._weights(kind), *self._activations(rows, 1), *self.kv_specs(rows, context),
                 self._abstract((rows,), jnp.int32))
@@ -310,7 +311,6 @@ class Stages:
         args = (*self.kv_specs(rows, context), *self.kv_specs(1, staged), self._abstract((), jnp.int32))
         return insert, args, (0, 1), (self.kv_sharding, self.kv_sharding)
 
-
     def _build_blank(self, rows: int, context: int):
         shapes = self.kv_specs(rows, context)
 
@@ -320,39 +320,14 @@ class Stages:
         return blank, (), (), (self.kv_sharding, self.kv_sharding)
 
     def _build_resize(self, rows: int, context: int, new_rows: int, new_context: int):
-        keep, room = min(context, new_context), (0, max(0, new_context - context))
-
         def resize(k, v, order):
-            k, v = jnp.take(k, order, axis=0), jnp.take(v, order, axis=0)
-            k = jnp.pad(k[..., :keep], ((0, 0),) * 3 + (room,))
-            return k, jnp.pad(v[:, :, :keep], ((0, 0),) * 2 + (room, (0, 0)))
+            return self.layout.fitted((jnp.take(k, order, axis=0), jnp.take(v, order, axis=0)), new_context)
 
         args = (*self.kv_specs(rows, context), self._abstract((new_rows,), jnp.int32))
         return resize, args, (), (self.kv_sharding, self.kv_sharding)
 
 
-def attention(q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
-    """Grouped-query attention as two batched matrix products on layouts that XLA:CPU takes without a copy.
-
-    q [B, T, H, hd] with H = KV * G, k [B, KV, hd, S], v [B, KV, S, hd]; `at`, the positions of the queries, broadcasts
-    to [B, KV, G, T]. → [B, T, H * hd], float32 throughout.
-    """
-    b, t, h, hd = q.shape
-    kv, length = k.shape[1], k.shape[3]
-    g = h // kv
-    q = q.reshape(b, t, kv, g, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, hd)
-    products = _batched_dot(q, k).reshape(b, kv, g, t, length)
-    weights = scoring.weights(products, hd, at).reshape(b, kv, g * t, length)
-    out = _batched_dot(weights, v).reshape(b, kv, g, t, hd)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * hd)
-
-
-def _batched_dot(a: Array, b: Array) -> Array:
-    """[B, KV, m, c] x [B, KV, c, n] → f32[B, KV, m, n]"""
-    return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), precision=lax.Precision.HIGHEST)
-
-
-def _fingerprint(spec: ModelSpec, product: native.Product | None) -> str:
+def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec and the source of everything that a stage traces through, whatever else this process has imported."""
     family(spec.family)  # imports it
     files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__]
@@ -361,4 +336,4 @@ def _fingerprint(spec: ModelSpec, product: native.Product | None) -> str:
         files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
                   if name == package or name.startswith(f"{package}.")]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
-    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", product.source() if product else "", *sources])
+    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])

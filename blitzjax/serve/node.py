@@ -26,11 +26,11 @@ import jax
 
 from blitzjax import config as configs
 from blitzjax import commands, events, types
-from blitzjax.control.blocks import pages_of
 from blitzjax.engine import messages as m
 from blitzjax.engine.checkpoint import with_dtype
 from blitzjax.engine.instance import Instance, Output
 from blitzjax.engine.loading import Holder, Loader
+from blitzjax.engine.memory import common
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import BlitzError, ConfigError, TransferError
@@ -73,7 +73,7 @@ class Node:
         self._holders: dict[str, Holder] = {}
         self._current = ""  # the model that this is an instance of, or was last
         with computing_on(args.core):
-            self._devices = _devices(self.config.engine.tensor_parallel)
+            self._devices = _devices(self.config.engine)
         self._handoff = HandOff(args.host_ip, self._devices)
         for model in configure.models:
             self._add(model)
@@ -160,10 +160,11 @@ class Node:
             elif served.store.is_copy:
                 self.loader.post(commands.DropCopy(self.name, name))
         engine, served = self.config.engine, self._models.get(self._current)
+        room = common([s.instance.room for s in list(self._models.values())], engine)
         units = served.store.units if served is not None and not served.store.is_copy else 0
         return codec.encode_event(events.InstanceJoined(
-            time.time(), self.name, self.incarnation, self._host, units, pages_of(engine), engine.page_size,
-            engine.max_num_seqs, self._current if units else "", tuple(self._models), tuple(copies)))
+            time.time(), self.name, self.incarnation, self._host, units, room.pages, engine.page_size,
+            room.slots, self._current if units else "", tuple(self._models), tuple(copies)))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""
@@ -382,8 +383,11 @@ def computing_on(core: int | None) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def _devices(count: int) -> list[jax.Device]:
-    devices = jax.local_devices()
+def _devices(engine: configs.EngineConfig) -> list[jax.Device]:
+    """GPUs reserve their share of memory here, unless the environment says otherwise under the old name or the new."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", f"{engine.memory_fraction:g}")
+    devices, count = jax.local_devices(), engine.tensor_parallel
     if len(devices) < count:
         raise ConfigError(f"engine.tensor_parallel is {count} but this worker has {len(devices)} {devices[0].platform} "
                           f"device(s); on CPU set XLA_FLAGS=--xla_force_host_platform_device_count={count}")
