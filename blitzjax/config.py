@@ -41,6 +41,7 @@ class EngineConfig:
     tensor_parallel: int = 1  # devices per instance
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
     executable_cache: str = "~/.cache/blitzjax/executables"
+    share_executables: bool = True  # a worker takes what others have compiled for such a machine, over their gRPC port
 
 
 @dataclass(frozen=True, slots=True)
