@@ -2,8 +2,8 @@
 none asks others for theirs.
 
 Invariant: a file's name is a digest of everything that shapes its content (source, shapes, shardings, jax, platform,
-CPU model and features, XLA flags), and it begins with a checksum of the rest; a file that is damaged or does
-not load is compiled again and replaced. What loads, runs: files must come from where commands come from.
+CPU model and features, XLA flags), and it ends with a checksum of the rest; a file that is damaged or does not
+load is compiled again and replaced. What loads, runs: files must come from where commands come from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jax.experimental import serialize_executable
 log = logging.getLogger(__name__)
 Fetch = Callable[[str], bytes | None]  # a file of that name from elsewhere, or None; may take a while, never raises
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]*-[0-9a-f]{24}\.xla")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{16,24}\.(xla|so)")
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _CPU = ("vendor_id", "cpu family", "model\t", "flags", "CPU implementer", "CPU part", "Features")  # as /proc/cpuinfo says
 
@@ -64,7 +64,7 @@ class ExecutableCache:
 
     def _load(self, path: Path):
         try:
-            payload = pickle.loads(_checked(path.read_bytes()))
+            payload = pickle.loads(checked(path.read_bytes()))
             return serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
         except FileNotFoundError:
             return None
@@ -74,16 +74,7 @@ class ExecutableCache:
 
     def _received(self, path: Path):
         """It, from another worker."""
-        content = self._fetch(path.name)
-        if content is None:
-            return None
-        try:
-            _checked(content)
-        except ValueError as e:
-            log.warning("executable %s came damaged (%s)", path.name, e)
-            return None
-        _write(path, content)
-        found = self._load(path)
+        found = self._load(path) if receive(path, self._fetch) else None
         if found is not None:
             self.fetched += 1
         return found
@@ -92,8 +83,7 @@ class ExecutableCache:
         jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
         compiled = jitted.lower(*args).compile()
         self.compiled += 1
-        payload = pickle.dumps(serialize_executable.serialize(compiled))
-        _write(path, hashlib.sha256(payload).digest() + payload)
+        keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
         return compiled
 
     def _digest(self, name: str, args: tuple, donate: tuple[int, ...], out_shardings) -> str:
@@ -104,25 +94,39 @@ class ExecutableCache:
 
 
 def read_file(directory: Path, name: str) -> bytes | None:
-    """For another worker's `fetch`; None if it is not there, or is no file of an ExecutableCache."""
+    """For another worker's `fetch`; None if it is not there, or has no name of a file that is kept so."""
     try:
         return (directory / name).read_bytes() if _NAME.fullmatch(name) else None
     except OSError:
         return None
 
 
-def _checked(content: bytes) -> bytes:
-    """The payload of a file. Raises ValueError if it is not what was written."""
-    payload = content[_CHECKSUM_BYTES:]
-    if hashlib.sha256(payload).digest() != content[:_CHECKSUM_BYTES]:
+def receive(path: Path, fetch: Fetch) -> bool:
+    """The file of that name from elsewhere; False if nobody has it, undamaged."""
+    content = fetch(path.name)
+    if content is None:
+        return False
+    try:
+        keep(path, checked(content))
+    except ValueError as e:
+        log.warning("%s came damaged: %s", path.name, e)
+        return False
+    return True
+
+
+def keep(path: Path, payload: bytes) -> None:
+    """Replaces the file at once."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_bytes(payload + hashlib.sha256(payload).digest())
+    draft.replace(path)
+
+
+def checked(content: bytes) -> bytes:
+    """The payload of a file. Raises ValueError if it is not what was kept."""
+    payload = content[:-_CHECKSUM_BYTES]
+    if hashlib.sha256(payload).digest() != content[len(payload):]:
         raise ValueError("its checksum differs")
     return payload
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def _machine() -> str:
@@ -130,7 +134,7 @@ def _machine() -> str:
     device = jax.local_devices()[0]
     return "\n".join(map(str, [
         jax.__version__, metadata.version("jaxlib"), sys.version_info[:2], device.platform, device.client.platform_version,
-        device.device_kind, jax.local_device_count(), *_cpu(_CPU), os.environ.get("XLA_FLAGS", ""), "checksum first"]))
+        device.device_kind, jax.local_device_count(), *_cpu(_CPU), os.environ.get("XLA_FLAGS", ""), "checksum last"]))
 
 
 def cpu_features() -> str:

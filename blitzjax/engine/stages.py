@@ -44,7 +44,7 @@ class Stages:
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         fits = config.native_kernels and mesh.size == 1 and devices[0].platform == "cpu" and spec.dtype == "bfloat16"
-        self._product = native.product(directory, cpu_features()) if fits else None
+        self._product = native.product(directory, cpu_features(), fetch) if fits else None
         self.cache = ExecutableCache(directory, _fingerprint(spec, self._product), devices, fetch)
         self._found: dict[tuple, object] = {}
 
