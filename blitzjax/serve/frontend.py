@@ -47,7 +47,8 @@ class Frontend(rpc.InferenceServicer):
             if self._controller.draining:
                 raise Unavailable("the server is shutting down; try another one")
             model = self._controller.find(request.model)
-            order = await order_of(request, model, self._controller.context_tokens(model))
+            order = await order_of(request, model, self._controller.context_tokens(model),
+                                   self._controller.page_size)
             answers = self._controller.submit(order, request.resume)
             if self._controller.resume_s:
                 await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))

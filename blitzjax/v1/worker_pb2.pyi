@@ -193,20 +193,22 @@ class Peer(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., address: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "model", "prompt_tokens", "max_tokens", "arrival_s", "priority")
+    __slots__ = ("id", "model", "prompt_tokens", "max_tokens", "arrival_s", "priority", "beginnings")
     ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    BEGINNINGS_FIELD_NUMBER: _ClassVar[int]
     id: str
     model: str
     prompt_tokens: int
     max_tokens: int
     arrival_s: float
     priority: int
-    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., arrival_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    beginnings: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., arrival_s: _Optional[float] = ..., priority: _Optional[int] = ..., beginnings: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "logprobs", "prompt_logprobs")
