@@ -24,6 +24,7 @@ class ServeConfig:
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
+    metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
