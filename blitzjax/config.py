@@ -26,6 +26,7 @@ class ServeConfig:
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
+    hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
 
@@ -183,6 +184,8 @@ def _check_ranges(c: Config) -> None:
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
+    want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
