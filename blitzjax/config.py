@@ -23,7 +23,10 @@ class ServeConfig:
     max_queued_requests: int = 1024  # waiting for an instance; one more is RESOURCE_EXHAUSTED
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
+    prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
+    metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
+    hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
 
@@ -43,6 +46,7 @@ class EngineConfig:
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
     cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
     executable_cache: str = "~/.cache/blitzjax/executables"
+    share_executables: bool = True  # a worker takes what others have compiled for such a machine, over their gRPC port
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,8 @@ def _check_ranges(c: Config) -> None:
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
+    want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")

@@ -142,7 +142,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What scheduling needs to know of a request: sizes, never tokens."""
+    """What scheduling needs to know of a request: sizes, never tokens. `beginnings` are names of how its prompt begins,
+    see control/prefixes.py; empty: nothing is known of that.
+    """
 
     id: RequestId
     model: str
@@ -150,6 +152,7 @@ class Request:
     max_tokens: int
     arrival_s: float
     priority: int = 0  # lower goes first, as in vLLM
+    beginnings: tuple[int, ...] = ()
 
     @property
     def rank_s(self) -> float:

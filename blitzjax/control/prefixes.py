@@ -14,6 +14,12 @@ from typing import TypeAlias
 PageKey: TypeAlias = bytes
 
 
+def beginnings(tokens: Sequence[int], page_size: int) -> tuple[int, ...]:
+    """Names of its first 1, 2, 4, 8, ... full pages, below 2^63: what routing compares prompts by."""
+    keys = page_keys(tokens, page_size)
+    return tuple(int.from_bytes(keys[(1 << k) - 1][:8]) >> 1 for k in range(len(keys).bit_length()))
+
+
 def page_keys(tokens: Sequence[int], page_size: int, known: Sequence[PageKey] = ()) -> list[PageKey]:
     """One key for each full page of `tokens`; `known` are those of its first pages."""
     keys = list(known)

@@ -2,6 +2,9 @@
 
 While parameters arrive at the NEW side of a live pair, its OLD side takes nothing from the queue; NEW takes for both
 (BlitzScale, section 5.1: new requests are redirected, payloads are tiny) and OLD pulls from NEW.
+
+The least busy instance takes it, or one that probably has the KV of how the prompt begins: that one may have as many
+more prompt tokens to run as the hit saves, and half the free slots.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
+from blitzjax.control.affinity import Affinity
 from blitzjax.control.blocks import admitted_tokens, pages_for
 from blitzjax.types import InstanceId, Phase, Request
 
@@ -26,6 +30,7 @@ class Seat:
     redirected: bool = False  # takes nothing from the queue: it decodes only, or its live partner takes for both
 
 
+_KEEPS_KV = (Phase.SERVING, Phase.LIVE, Phase.DRAINING)
 _Place = tuple[int, bool, InstanceId, int, Seat]  # backlog, is it LIVE, who, when
 
 
@@ -43,10 +48,13 @@ class Router:
         self._passed: list[_Place] = []
         self._updates = 0
         self._asked: Request | None = None
+        self._affinity = Affinity()
 
     def update(self, seat: Seat) -> None:
         """What the instance looks like from now on."""
         self._seats[seat.instance] = seat
+        if seat.phase not in _KEEPS_KV:
+            self._affinity.forget(seat.instance)
         if self._takes(seat):
             self._updates += 1
             place = (seat.backlog_tokens, seat.phase is Phase.LIVE, seat.instance, self._updates, seat)
@@ -55,12 +63,34 @@ class Router:
             self._order = [place for place in self._order if self._seats[place[2]] is place[4]]
             heapq.heapify(self._order)
 
+    def assigned(self, request: Request, instance: InstanceId) -> None:
+        """`instance` got it."""
+        self._affinity.sent(instance, request.beginnings)
+
     def choose(self, request: Request) -> InstanceId | None:
-        """The instance with the least backlog among those with room; None: keep waiting.
+        """The instance with the least backlog among those with room, or one that has the prompt's beginning; None: keep
+        waiting.
 
         SERVING instances take requests while their backlog is below `serving_tokens` prompt tokens; LIVE ones as long
         as it stays within `live_tokens`. Either takes any request when it has no backlog at all.
         """
+        best = self._least_busy(request)
+        if best is None:
+            return None
+        return self._holder(request, best) or best.instance
+
+    def _holder(self, request: Request, best: Seat) -> InstanceId | None:
+        """Whoever has most of the prompt and is not much busier than `best`; of these, the least busy."""
+        for pages, instances in self._affinity.holders(request.beginnings):
+            seats = [self._seats[i] for i in instances if self._seats[i].phase is Phase.SERVING]
+            near = [(seat.backlog_tokens, seat.instance) for seat in seats
+                    if self._takes(seat) and self._has_room(seat, request) and 2 * seat.free_slots >= best.free_slots
+                    and seat.backlog_tokens <= best.backlog_tokens + pages * seat.page_size]
+            if near:
+                return min(near)[1]
+        return None
+
+    def _least_busy(self, request: Request) -> Seat | None:
         if request is not self._asked:
             for place in self._passed:
                 heapq.heappush(self._order, place)
@@ -70,7 +100,7 @@ class Router:
             if self._seats[seat.instance] is not seat:
                 heapq.heappop(self._order)
             elif self._has_room(seat, request):
-                return seat.instance
+                return seat
             else:
                 self._passed.append(heapq.heappop(self._order))
         return None

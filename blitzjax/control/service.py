@@ -195,6 +195,7 @@ class Service:
             if instance is None:
                 break
             self.book.assign(entry, instance)
+            self._router.assigned(entry.request, instance)
             commands.append(Assign(instance, entry.request.id, entry.attempt))
         return commands
 

@@ -24,7 +24,7 @@ from jax import Array, lax
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine import native
-from blitzjax.engine.executables import cpu_features
+from blitzjax.engine.executables import Fetch, cpu_features
 from blitzjax.models import blocks
 from blitzjax.types import ModelSpec
 
@@ -141,12 +141,13 @@ class Attention:
         return out.reshape(*q.shape[:2], -1).astype(jnp.float32)
 
 
-def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device], directory: Path) -> Attention:
-    """The fastest that is known to fit `devices`; what is in C++ is built into `directory`, which exists."""
+def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device], directory: Path,
+           fetch: Fetch = lambda name: None) -> Attention:
+    """The fastest that is known to fit `devices`; what is in C++ is fetched or built into `directory`, which exists."""
     platform = devices[0].platform
     if platform == "cpu":
         fits = config.native_kernels and len(devices) == 1 and spec.dtype == "bfloat16"
-        return Attention(product=native.product(directory, cpu_features()) if fits else None)
+        return Attention(product=native.product(directory, cpu_features(), fetch) if fits else None)
     capability = str(devices[0].compute_capability) if platform == "gpu" else ""
     if config.cudnn_attention and cudnn_fits(spec, capability, len(devices)):
         return fused("cudnn", spec.dtype)

@@ -1,7 +1,9 @@
-"""Compiled stages on disk: a worker that starts again loads them in milliseconds instead of compiling.
+"""Compiled stages on disk: a worker that starts again loads them in milliseconds instead of compiling, and one that has
+none asks others for theirs.
 
 Invariant: a file's name is a digest of everything that shapes its content (source, shapes, shardings, jax, platform,
-CPU features, XLA flags); a file that does not load is compiled again and replaced.
+CPU model and features, XLA flags), and it ends with a checksum of the rest; a file that is damaged or does not
+load is compiled again and replaced. What loads, runs: files must come from where commands come from.
 """
 
 from __future__ import annotations
@@ -11,58 +13,77 @@ import hashlib
 import logging
 import os
 import pickle
+import re
+import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import jax
 from jax.experimental import serialize_executable
 
 log = logging.getLogger(__name__)
+Fetch = Callable[[str], bytes | None]  # a file of that name from elsewhere, or None; may take a while, never raises
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{16,24}\.(xla|so)")
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+_CPU = ("vendor_id", "cpu family", "model\t", "flags", "CPU implementer", "CPU part", "Features")  # as /proc/cpuinfo says
 
 
 class ExecutableCache:
     """Compiles ahead of time, one file per stage and shape. Several processes may share the directory."""
 
-    def __init__(self, directory: Path, fingerprint: str, devices: Sequence[jax.Device]):
+    def __init__(self, directory: Path, fingerprint: str, devices: Sequence[jax.Device],
+                 fetch: Fetch = lambda name: None):
         """`directory` exists. Stages run on `devices`; `fingerprint` stands for what they compute: spec and source of the
-        traced code.
+        traced code. `fetch` is asked before anything is compiled.
         """
         self.directory = directory
         self.fingerprint = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
         self._devices = list(devices)
+        self._fetch = fetch
         self.compiled = 0
-        self.loaded = 0
+        self.loaded = 0  # from the directory
+        self.fetched = 0
 
     def get(self, name: str, fn: Callable, args: tuple, donate: tuple[int, ...] = (), out_shardings=None):
         """`fn` compiled for abstract `args` (pytrees of ShapeDtypeStruct with shardings)."""
         path = self.directory / f"{name}-{self._digest(name, args, donate, out_shardings)}.xla"
         found = self._load(path)
         if found is not None:
+            self.loaded += 1
             return found
         with open(path.with_suffix(".lock"), "w") as lock:  # the same stage is compiled by one process
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = self._load(path)
+            if found is not None:
+                self.loaded += 1
+                return found
+            found = self._received(path)
             return found if found is not None else self._compile(path, fn, args, donate, out_shardings)
 
     def _load(self, path: Path):
         try:
-            payload = pickle.loads(path.read_bytes())
-            found = serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
+            payload = pickle.loads(checked(path.read_bytes()))
+            return serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
         except FileNotFoundError:
             return None
         except Exception as e:  # any damage or incompatibility means: compile
             log.warning("executable %s does not load (%s); compiling it again", path.name, e)
             return None
-        self.loaded += 1
+
+    def _received(self, path: Path):
+        """It, from another worker."""
+        found = self._load(path) if receive(path, self._fetch) else None
+        if found is not None:
+            self.fetched += 1
         return found
 
     def _compile(self, path: Path, fn: Callable, args: tuple, donate: tuple[int, ...], out_shardings):
         jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
         compiled = jitted.lower(*args).compile()
         self.compiled += 1
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
-        draft.replace(path)
+        keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
         return compiled
 
     def _digest(self, name: str, args: tuple, donate: tuple[int, ...], out_shardings) -> str:
@@ -72,16 +93,58 @@ class ExecutableCache:
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:24]
 
 
+def read_file(directory: Path, name: str) -> bytes | None:
+    """For another worker's `fetch`; None if it is not there, or has no name of a file that is kept so."""
+    try:
+        return (directory / name).read_bytes() if _NAME.fullmatch(name) else None
+    except OSError:
+        return None
+
+
+def receive(path: Path, fetch: Fetch) -> bool:
+    """The file of that name from elsewhere; False if nobody has it, undamaged."""
+    content = fetch(path.name)
+    if content is None:
+        return False
+    try:
+        keep(path, checked(content))
+    except ValueError as e:
+        log.warning("%s came damaged: %s", path.name, e)
+        return False
+    return True
+
+
+def keep(path: Path, payload: bytes) -> None:
+    """Replaces the file at once."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_bytes(payload + hashlib.sha256(payload).digest())
+    draft.replace(path)
+
+
+def checked(content: bytes) -> bytes:
+    """The payload of a file. Raises ValueError if it is not what was kept."""
+    payload = content[:-_CHECKSUM_BYTES]
+    if hashlib.sha256(payload).digest() != content[len(payload):]:
+        raise ValueError("its checksum differs")
+    return payload
+
+
 def _machine() -> str:
+    """XLA:CPU compiles for the CPU that it runs on. For how many threads it cuts loops does not change what they give."""
     device = jax.local_devices()[0]
-    return "\n".join([jax.__version__, device.platform, device.device_kind, str(jax.local_device_count()),
-                      cpu_features(), os.environ.get("XLA_FLAGS", "")])
+    return "\n".join(map(str, [
+        jax.__version__, metadata.version("jaxlib"), sys.version_info[:2], device.platform, device.client.platform_version,
+        device.device_kind, jax.local_device_count(), *_cpu(_CPU), os.environ.get("XLA_FLAGS", ""), "checksum last"]))
 
 
 def cpu_features() -> str:
-    """XLA:CPU compiles for the features of the machine it runs on."""
+    return "".join(_cpu(("flags", "Features")))
+
+
+def _cpu(names: tuple[str, ...]) -> list[str]:
+    """Those lines of /proc/cpuinfo about its first CPU."""
     try:
-        with open("/proc/cpuinfo") as f:
-            return next((line for line in f if line.startswith(("flags", "Features"))), "")
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return ""
+        return []
+    return [line for line in first.splitlines() if line.startswith(names)]

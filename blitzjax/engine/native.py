@@ -2,8 +2,8 @@
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
 (matmul.cc), and attends over all the room that a cache has (attention.cc). Optional: built where it runs, against the
-headers of the jax that is installed; where the CPU has none of the instruction sets or there is no C++ compiler, XLA's
-own serve. Instruction sets, and XLA, differ in the last bits: instances that shall answer alike need CPUs that do, and
+headers of the jax that is installed, or taken from a worker that has built it; where the CPU has none of the instruction
+sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the last bits: instances that shall answer alike need CPUs that do, and
 all of them a compiler or none.
 """
 
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
+from blitzjax.engine.executables import Fetch, checked, keep, receive
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +90,8 @@ class Product:
 _REGISTERED: set[Variant] = set()  # with XLA, once and for the whole process
 
 
-def product(directory: Path, cpu_features: str) -> Product | None:
-    """The best of VARIANTS for the CPU, built into `directory` unless it is there; None where none can run.
+def product(directory: Path, cpu_features: str, fetch: Fetch = lambda name: None) -> Product | None:
+    """The best of VARIANTS for the CPU, fetched or built into `directory` unless it is there; None where none can run.
 
     Several processes may share the directory.
     """
@@ -97,14 +99,14 @@ def product(directory: Path, cpu_features: str) -> Product | None:
     if found is None:
         log.info("no native code for this CPU")
         return None
-    return _registered(found, directory)
+    return _registered(found, directory, fetch)
 
 
-def _registered(variant: Variant, directory: Path) -> Product | None:
+def _registered(variant: Variant, directory: Path, fetch: Fetch) -> Product | None:
     if variant in _REGISTERED:
         return Product(variant, variant.max_rows)
     try:
-        library = ctypes.CDLL(str(_built(variant, directory)))
+        library = _library(variant, directory, fetch)
     except (OSError, subprocess.SubprocessError) as e:
         log.warning("no native code, decoding is slower: %s", getattr(e, "stderr", None) or e)
         return None
@@ -122,19 +124,42 @@ def _source(variant: Variant) -> str:
     return "\n".join([*(source.read_text() for source in _SOURCES), *_FLAGS, *variant.flags])
 
 
-def _built(variant: Variant, directory: Path) -> Path:
+def _library(variant: Variant, directory: Path, fetch: Fetch) -> ctypes.CDLL:
     """Raises OSError or subprocess.SubprocessError."""
-    digest = hashlib.sha256("\n".join([_source(variant), jax.__version__]).encode()).hexdigest()[:16]
-    library = directory / f"native-{variant.name}-{digest}.so"
-    with open(library.with_suffix(".lock"), "w") as lock:
+    digest = hashlib.sha256("\n".join([_source(variant), jax.__version__, "checksum last"]).encode()).hexdigest()[:16]
+    path = directory / f"native-{variant.name}-{digest}.so"
+    with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-            if compiler is None:
-                raise OSError(f"none of {', '.join(_COMPILERS)} is installed (on Debian: apt install g++)")
-            draft = library.with_suffix(f".{os.getpid()}.tmp")
-            units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
-            command = [compiler, *_FLAGS, *variant.flags, f"-I{jax.ffi.include_dir()}", *units, "-o", str(draft)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_S)
-            draft.replace(library)
-    return library
+        found = _opened(path)
+        if found is None and receive(path, fetch):
+            found = _opened(path)
+        if found is None:
+            _build(variant, path)
+    return ctypes.CDLL(str(path)) if found is None else found
+
+
+def _opened(path: Path) -> ctypes.CDLL | None:
+    """None if it is not there, is damaged, or was built on a machine that is too unlike this one."""
+    try:
+        checked(path.read_bytes())
+        return ctypes.CDLL(str(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        log.warning("%s does not load (%s); building it again", path.name, e)
+        return None
+
+
+def _build(variant: Variant, path: Path) -> None:
+    """Raises OSError or subprocess.SubprocessError."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"none of {', '.join(_COMPILERS)} is installed (on Debian: apt install g++)")
+    draft = path.with_suffix(f".built.{os.getpid()}.tmp")
+    units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
+    command = [compiler, *_FLAGS, *variant.flags, f"-I{jax.ffi.include_dir()}", *units, "-o", str(draft)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_S)
+        keep(path, draft.read_bytes())  # whoever loads it does not mind bytes behind it
+    finally:
+        draft.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from blitzjax.config import EngineConfig
 from blitzjax.engine import params, sampling
 from blitzjax.engine.attention import Attention, chosen
-from blitzjax.engine.executables import ExecutableCache
+from blitzjax.engine.executables import ExecutableCache, Fetch
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.models import blocks, family, own
 from blitzjax.types import MAX_LOGPROBS, ModelSpec
@@ -33,20 +34,21 @@ _HEAD_ROWS = 2  # a prompt's last row, padded: see shapes._MIN_BATCH
 class Stages:
     """Every executable of one model on one mesh. Built once, before the instance reports ready; then read only."""
 
-    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None):
-        """`attention`: instead of what the devices get."""
+    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None,
+                 fetch: Fetch = lambda name: None):
+        """`attention`: instead of what the devices get. `fetch`: where executables may be had from."""
         self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
         devices = mesh.devices.flatten().tolist()
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-        self.attention = attention or chosen(spec, config, devices, directory)
+        self.attention = attention or chosen(spec, config, devices, directory, fetch)
         self.layout = self.attention.layout  # of keys and values
         heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))
         self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
         self.replicated = NamedSharding(mesh, P())
-        self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices)
+        self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices, fetch)
         self._found: dict[tuple, object] = {}
 
     # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
@@ -107,38 +109,33 @@ class Stages:
 
     # ---- compilation ------------------------------------------------------------------------------------------------
 
-    def compile_all(self) -> None:
-        """Compiles, or loads from the executable cache, every stage at every bucket."""
+    def compile_all(self, begin: float = 0.0) -> None:
+        """Compiles, or loads from the executable cache, every stage at every bucket. `begin` in [0, 1): which part of
+        them comes first; workers that begin at different parts, and share what they compile, divide the work.
+        """
+        stages = list(self._all())
+        first = int(begin * len(stages))
+        for stage in stages[first:] + stages[:first]:
+            self._stage(*stage)
+
+    def _all(self) -> Iterator[tuple[str | int, ...]]:
+        """Kind and sizes of every stage that an instance which works alone needs."""
         s = self.shapes
         for width in s.widths:
-            self._stage("embed", 1, width)
-            self._stage("aux", 1, width)
-            self._stage("last_row", width)
-            self._stage("score", width)
+            yield from (("embed", 1, width), ("aux", 1, width), ("last_row", width), ("score", width))
         for kind in self.kinds:
-            for width, context in s.first_chunks():
-                self._stage("first", kind, width, context)
-            for width, context in s.next_chunks():
-                self._stage("next", kind, width, context)
+            yield from (("first", kind, *sizes) for sizes in s.first_chunks())
+            yield from (("next", kind, *sizes) for sizes in s.next_chunks())
         for rows in s.batches:
-            self._stage("embed", rows, 1)
-            self._stage("head_greedy", rows)
-            self._stage("head_sample", rows)
-            self._stage("head_edit", rows)
+            yield from (("embed", rows, 1), ("head_greedy", rows), ("head_sample", rows), ("head_edit", rows))
             for context in s.contexts:
-                for kind in self.kinds:
-                    self._stage("decode", kind, rows, context)
-                self._stage("blank", rows, context)
-                for staged in s.contexts:
-                    if staged <= context:
-                        self._stage("insert", rows, context, staged)
-
+                yield from (("decode", kind, rows, context) for kind in self.kinds)
+                yield "blank", rows, context
+                yield from (("insert", rows, context, staged) for staged in s.contexts if staged <= context)
         for a, b in pairwise(s.batches):
-            for context in s.contexts:
-                self._stage("resize", a, context, b, context)
+            yield from (("resize", a, context, b, context) for context in s.contexts)
         for a, b in pairwise(s.contexts):
-            for rows in s.batches:
-                self._stage("resize", rows, a, rows, b)
+            yield from (("resize", rows, a, rows, b) for rows in s.batches)
 
     def compile_moves(self) -> None:
         """What sequences that move between instances need besides: out of a cache, cut to travel, padded again."""

@@ -27,6 +27,7 @@ class Order:
     priority: int
     n: int
     echo: str | None  # the prompt's text, which answers shall begin with
+    beginnings: tuple[int, ...] = ()  # of the prompt, for routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Answer:
         self.order, self.index, self.changed = order, index, changed
         self.sampling = replace(order.sampling, seed=seed_of(order.sampling.seed, index))
         self.request = Request(id=request_id, model=order.model, prompt_tokens=len(order.prompt),
-                               max_tokens=order.sampling.max_tokens, arrival_s=arrival_s, priority=order.priority)
+                               max_tokens=order.sampling.max_tokens, arrival_s=arrival_s, priority=order.priority,
+                               beginnings=order.beginnings)
         self.generated: list[int] = []
         self._logprobs: list[TokenLogprob] = []  # of `generated`, if asked for
         self._prompt_logprobs: Sequence[TokenLogprob] = ()

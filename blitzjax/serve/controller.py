@@ -109,6 +109,12 @@ class Controller:
     def context_tokens(self, model: ServedModel) -> int:
         return min(self.config.engine.max_model_len, model.spec.max_len)
 
+    @property
+    def page_size(self) -> int:
+        """Of the prefix caches that requests are routed by; 0: they are not."""
+        engine = self.config.engine
+        return engine.page_size if engine.prefix_caching and self.config.serve.prefix_routing else 0
+
     @contextlib.contextmanager
     def subscribe(self) -> Iterator[asyncio.Event]:
         """An event that is set after every change until the block ends."""

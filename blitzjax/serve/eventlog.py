@@ -93,9 +93,11 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def build(kind: type[T], record: Mapping[str, object]) -> T:
-    """The dataclass `kind` from what `dataclasses.asdict` and JSON made of it; other keys are ignored."""
+    """The dataclass `kind` from what `dataclasses.asdict` and JSON made of it; other keys are ignored, and
+    fields that it did not have then are left to their defaults.
+    """
     hints = _hints(kind)
-    return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind)})
+    return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind) if f.name in record})
 
 
 def _value(hint: object, value: object):

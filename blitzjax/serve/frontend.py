@@ -47,7 +47,8 @@ class Frontend(rpc.InferenceServicer):
             if self._controller.draining:
                 raise Unavailable("the server is shutting down; try another one")
             model = self._controller.find(request.model)
-            order = await order_of(request, model, self._controller.context_tokens(model))
+            order = await order_of(request, model, self._controller.context_tokens(model),
+                                   self._controller.page_size)
             answers = self._controller.submit(order, request.resume)
             if self._controller.resume_s:
                 await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
@@ -222,7 +223,7 @@ def picture(controller: Controller) -> pb.ClusterStatus:
             layers_loaded=models[i.model].spec.layers_loaded(i.units) if i.model in models else 0,
             partner=i.partner or "", waiting=i.waiting, running=i.running, pages_used=i.pages_used,
             pages_total=i.pages_total, in_world=i.in_world, role=i.role.value, kv_received_bytes=i.kv_received_bytes,
-            model=i.model, copies=i.copies)
+            model=i.model, copies=i.copies, **_prefix_counts(controller, "instance", i.id))
             for i in status.instances],
         queued_requests=status.queued, running_requests=status.running, target_instances=status.target,
         live=scale.live, source=scale.source,
@@ -233,7 +234,13 @@ def _model_picture(state: ModelStatus, model: ServedModel, controller: Controlle
     return pb.ModelStatus(
         name=model.name, layers=model.spec.layers, max_model_len=controller.context_tokens(model), bytes=model.bytes,
         serving=state.serving, target=state.target, queued=state.queued, running=state.running,
-        host_copy=state.copy or state.coming or "", copying=state.coming is not None, closing=state.closing)
+        host_copy=state.copy or state.coming or "", copying=state.coming is not None, closing=state.closing,
+        **_prefix_counts(controller, "model", model.name))
+
+
+def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, int]:
+    counts, key = controller.replica.prefixes, (kind, name)
+    return {"prefix_cache_queries": counts.queries[key], "prefix_cache_hits": counts.hits[key]}
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:

@@ -27,6 +27,7 @@ from blitzjax import config as configs
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import Client
+from blitzjax.serve.pulse import Pulse
 
 _POLL_S = 0.05
 _BACKOFF_S = (0.2, 5.0)  # first and longest pause before a process starts again
@@ -101,6 +102,8 @@ class LocalCluster:
             sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
             json.dumps(configs.to_tables(self.config)), *journal), to_stderr=launch.console)
+        resumes = config.serve.resume_timeout_s > 0  # else killing it would be the end
+        self._pulse = Pulse(self.address, config.serve.hang_timeout_s if resumes else 0.0)
 
     # ---- life
 
@@ -221,6 +224,8 @@ class LocalCluster:
             with self._lock:
                 if self._controller.poll():
                     self._controller_died()
+                elif self._pulse.hangs() and not self._terminating:
+                    self._kill_hung()
                 dead = [process for process in supervised if process.poll()]
                 if self._coordinator in dead:  # workers joined the dead service: they must join the next one
                     for worker in self._workers:
@@ -235,10 +240,18 @@ class LocalCluster:
                 self._tell(process)
         for process in (self._controller, *supervised):
             process.kill()
+        self._pulse.forget()
         self._controller.ended.set()
+
+    def _kill_hung(self) -> None:
+        print(f"blitzjax: the controller has not answered for {self.config.serve.hang_timeout_s:g} s; it is killed",
+              file=sys.stderr)
+        self._pulse.forget()
+        self._controller.signal(signal.SIGKILL)
 
     def _controller_died(self) -> None:
         """Killed, it starts again and resumes. What killed it again and again may be in the journal: that goes."""
+        self._pulse.forget()
         if self._controller.code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
             self._controller.ended.set()
             return

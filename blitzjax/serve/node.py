@@ -36,6 +36,7 @@ from blitzjax.engine.stages import Stages
 from blitzjax.errors import BlitzError, ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.couriers import KVCourier, KVReply
+from blitzjax.serve.executables import Peers
 from blitzjax.serve.links import CHANNEL_OPTIONS
 from blitzjax.serve.sessions import Outbox, Session
 from blitzjax.transfer.handoff import HandOff
@@ -68,6 +69,7 @@ class Node:
         self._deploying = threading.Lock()
         self._deployments = ThreadPoolExecutor(1, thread_name_prefix="deploy")
         self._addresses = {p.instance: p.address for p in configure.peers}
+        self._compilers = Peers(self.name, configure.peers if self.config.engine.share_executables else ())
         self._host, self._core = args.host_ip, args.core
         self._models: dict[str, Served] = {}
         self._holders: dict[str, Holder] = {}
@@ -97,18 +99,19 @@ class Node:
             return
         with computing_on(self._core):
             store = LayerStore(spec, self._devices)
-            stages = Stages(spec, self.config.engine, store.mesh)
-            stages.compile_all()
+            stages = Stages(spec, self.config.engine, store.mesh, fetch=self._compilers.fetch)
+            stages.compile_all(self._compilers.begin)
             if self.config.scale.roles == "split":
                 stages.compile_moves()
+            self._compilers.close()
             instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
                                 lambda partner: self._connect(spec.name, partner), self._send_kv)
             threading.Thread(target=self._run_engine, args=(instance,), name="engine", daemon=True).start()
         checkpoint = Path(model.checkpoint) if model.checkpoint else None
         self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
         self._models[spec.name] = Served(model.model_json, store, instance)
-        log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded", self.name, spec.name,
-                 time.monotonic() - started, stages.cache.compiled, stages.cache.loaded)
+        log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded, %d fetched", self.name, spec.name,
+                 time.monotonic() - started, stages.cache.compiled, stages.cache.loaded, stages.cache.fetched)
 
     def _deploy(self, model: pb.Model) -> None:
         """One more model, in a thread of its own: what serves goes on."""
@@ -381,6 +384,12 @@ def computing_on(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, {core})
     yield
     os.sched_setaffinity(0, before)
+
+
+def lendable(configure: pb.Configure) -> Path | None:
+    """Where executables are that other workers may have. Raises ConfigError."""
+    engine = configs.from_tables(json.loads(configure.config_json)).engine
+    return Path(engine.executable_cache).expanduser() if engine.share_executables else None
 
 
 def _devices(engine: configs.EngineConfig) -> list[jax.Device]:

@@ -11,6 +11,7 @@ import secrets
 import uuid
 from collections.abc import Callable
 
+from blitzjax.control.prefixes import beginnings
 from blitzjax.errors import InvalidRequest
 from blitzjax.serve.answers import Order
 from blitzjax.serve.model import ServedModel
@@ -33,8 +34,11 @@ _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its default
     "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs")
 
 
-async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int) -> Order:
-    """Raises InvalidRequest. `context_tokens` bounds prompt and answer together."""
+async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int,
+                   page_size: int) -> Order:
+    """Raises InvalidRequest. `context_tokens` bounds prompt and answer together; `page_size` is that of prefix caches, 0
+    if instances have none to choose by.
+    """
     if len(request.request_id) > MAX_ID_CHARS:
         raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")
     sampling = request.sampling
@@ -42,10 +46,12 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
     if sampling.stop and model.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
     prompt, text = await _prompt(request, model)
+    cacheable = page_size > 0 and not sampling.HasField("prompt_logprobs")
     return Order(
         request_id=request.request_id or uuid.uuid4().hex, model=model.name, prompt=prompt,
         sampling=_sampling(sampling, len(prompt), context_tokens), stop=tuple(sampling.stop),
-        priority=request.priority, n=sampling.n if sampling.HasField("n") else 1, echo=text if sampling.echo else None)
+        priority=request.priority, n=sampling.n if sampling.HasField("n") else 1, echo=text if sampling.echo else None,
+        beginnings=beginnings(prompt, page_size) if cacheable else ())
 
 
 async def _prompt(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from blitzjax import commands, events, types
 from blitzjax.config import Config
@@ -25,6 +27,19 @@ from blitzjax.v1 import worker_pb2 as pb
 _log = logging.getLogger("blitzjax.controller")
 
 
+@dataclass(slots=True)
+class PrefixCounts:
+    """Prompt tokens that prefix caches were asked for and had, by model and by instance."""
+
+    queries: Counter[tuple[str, str]] = field(default_factory=Counter)
+    hits: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, model: str, instance: types.InstanceId, asked: int, had: int) -> None:
+        for key in (("model", model), ("instance", instance)):
+            self.queries[key] += asked
+            self.hits[key] += had
+
+
 class Replica:
     """Owned by the controller; the links, which it shares with it, queue what they are given."""
 
@@ -35,6 +50,8 @@ class Replica:
         self.orders = Accepted(self.models)
         self.cluster = Cluster(config, [model.spec for model in models])
         self.event_log: EventLog | None = None
+        self.prefixes = PrefixCounts()
+        self._caches = config.engine.prefix_caching
         # Answers whose last token came before their RequestFinished: instance and event, in case the worker dies.
         self._unconfirmed: dict[types.RequestId, events.RequestFinished] = {}
 
@@ -62,6 +79,8 @@ class Replica:
         answer = self.orders.get(tokens.request_id)
         if answer is None or tokens.attempt != answer.attempt:
             return []  # the client left, or a later attempt runs elsewhere
+        if self._caches and tokens.start == 0 and not answer.generated and answer.sampling.prompt_logprobs < 0:
+            self.prefixes.add(answer.order.model, instance, answer.request.prompt_tokens, tokens.cached_tokens)
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
         answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
         try:
@@ -136,11 +155,11 @@ class Replica:
         """Raises what pickle raises, if a part of the brain cannot be pickled."""
         links = {link.instance: link.state() for link in self.links.values()}
         directories = [model.directory for model in self.models.values()]
-        return pickle.dumps((self.cluster, directories, self.orders.past(), self._unconfirmed, links))
+        return pickle.dumps((self.cluster, directories, self.orders.past(), self._unconfirmed, self.prefixes, links))
 
     def restore(self, snapshot: bytes) -> None:
         """Into a new replica. Raises CheckpointError when a model is not there any more."""
-        self.cluster, directories, past, self._unconfirmed, links = pickle.loads(snapshot)
+        self.cluster, directories, past, self._unconfirmed, self.prefixes, links = pickle.loads(snapshot)
         models = [load_model(directory) for directory in directories]
         self.models.clear()
         self.models |= {model.name: model for model in models}

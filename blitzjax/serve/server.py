@@ -17,7 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from blitzjax.errors import BlitzError
-from blitzjax.serve.frontend import SERVICE, Frontend
+from blitzjax.serve.frontend import SERVICE, Frontend, picture
+from blitzjax.serve.metrics import endpoint
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 if typing.TYPE_CHECKING:
@@ -62,7 +63,8 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     await server.start()
     print(f"controller of {', '.join(controller.models)} listens on {host}:{port}", flush=True)
     try:
-        async with background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended:
+        async with (endpoint(lambda: picture(controller), host, controller.config.serve.metrics_port),
+                    background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended):
             await ended  # raises what broke
             await _drain(controller, checker, stop)
             controller.give_up()

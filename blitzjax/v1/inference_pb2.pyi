@@ -236,7 +236,7 @@ class UndeployResponse(_message.Message):
     def __init__(self, seconds: _Optional[float] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("name", "layers", "max_model_len", "bytes", "serving", "target", "queued", "running", "host_copy", "copying", "closing")
+    __slots__ = ("name", "layers", "max_model_len", "bytes", "serving", "target", "queued", "running", "host_copy", "copying", "closing", "prefix_cache_queries", "prefix_cache_hits")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +248,8 @@ class ModelStatus(_message.Message):
     HOST_COPY_FIELD_NUMBER: _ClassVar[int]
     COPYING_FIELD_NUMBER: _ClassVar[int]
     CLOSING_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     layers: int
     max_model_len: int
@@ -259,10 +261,12 @@ class ModelStatus(_message.Message):
     host_copy: str
     copying: bool
     closing: bool
-    def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: _Optional[int] = ..., target: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., host_copy: _Optional[str] = ..., copying: bool = ..., closing: bool = ...) -> None: ...
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    def __init__(self, name: _Optional[str] = ..., layers: _Optional[int] = ..., max_model_len: _Optional[int] = ..., bytes: _Optional[int] = ..., serving: _Optional[int] = ..., target: _Optional[int] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., host_copy: _Optional[str] = ..., copying: bool = ..., closing: bool = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "role", "kv_received_bytes", "model", "copies")
+    __slots__ = ("id", "phase", "layers_loaded", "units_loaded", "partner", "waiting", "running", "pages_used", "pages_total", "in_world", "role", "kv_received_bytes", "model", "copies", "prefix_cache_queries", "prefix_cache_hits")
     ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_LOADED_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +281,8 @@ class InstanceStatus(_message.Message):
     KV_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     id: str
     phase: str
     layers_loaded: int
@@ -291,7 +297,9 @@ class InstanceStatus(_message.Message):
     kv_received_bytes: int
     model: str
     copies: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    def __init__(self, id: _Optional[str] = ..., phase: _Optional[str] = ..., layers_loaded: _Optional[int] = ..., units_loaded: _Optional[int] = ..., partner: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., in_world: bool = ..., role: _Optional[str] = ..., kv_received_bytes: _Optional[int] = ..., model: _Optional[str] = ..., copies: _Optional[_Iterable[str]] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ...) -> None: ...
 
 class ChainStatus(_message.Message):
     __slots__ = ("ticket", "instances")

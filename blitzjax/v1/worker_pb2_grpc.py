@@ -28,7 +28,8 @@ if _version_not_supported:
 class WorkerStub(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
     a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
-    (KVOffer); Inspect opens one of a single answer. Field names equal those of blitzjax/events.py and commands.py.
+    (KVOffer); Inspect and FetchExecutable open one of a single answer. Field names equal those of blitzjax/events.py and
+    commands.py.
     """
 
     def __init__(self, channel):
@@ -47,7 +48,8 @@ class WorkerStub(object):
 class WorkerServicer(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
     a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
-    (KVOffer); Inspect opens one of a single answer. Field names equal those of blitzjax/events.py and commands.py.
+    (KVOffer); Inspect and FetchExecutable open one of a single answer. Field names equal those of blitzjax/events.py and
+    commands.py.
     """
 
     def Run(self, request_iterator, context):
@@ -75,7 +77,8 @@ def add_WorkerServicer_to_server(servicer, server):
 class Worker(object):
     """The whole worker interface: commands in, events out. The controller opens one session (it starts with Configure);
     a live partner opens another (it starts with Partner), and so does, for one request, an instance that sends its KV
-    (KVOffer); Inspect opens one of a single answer. Field names equal those of blitzjax/events.py and commands.py.
+    (KVOffer); Inspect and FetchExecutable open one of a single answer. Field names equal those of blitzjax/events.py and
+    commands.py.
     """
 
     @staticmethod

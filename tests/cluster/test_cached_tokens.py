@@ -23,6 +23,29 @@ def test_cached_tokens_are_reported_and_change_no_token_while_instances_come(rig
     assert last.usage.cached_tokens == (len(asked[0]) - 1) // 32 * 32 and last.token_ids == alone[0].token_ids
 
 
+def test_each_prefix_goes_to_the_instance_that_has_it(rig: Rig) -> None:
+    rig.only(2)
+
+    def hits() -> dict[str, int]:
+        return {i.id: i.prefix_cache_hits for i in rig.client.status().instances}
+
+    for seed in range(20):  # until two that are sent at once go to two instances
+        shared = [[seed, k] * 64 for k in (100, 101)]  # 128 tokens
+        before = {i.id: i.prefix_cache_queries for i in rig.client.status().instances}
+        for answer in [rig.send([*prefix, 1]) for prefix in shared]:
+            answer.result()
+        asked = {i.id for i in rig.client.status().instances if i.prefix_cache_queries > before[i.id]}
+        if len(asked) == 2:
+            break
+    assert len(asked) == 2
+    before = hits()
+    answers = [rig.send([*shared[n % 2], 2, n]).result() for n in range(8)]  # nobody is busy
+    assert [a.usage.cached_tokens for a in answers] == [128] * 8
+    assert {i: n - before[i] for i, n in hits().items() if n > before[i]} == dict.fromkeys(asked, 4 * 128)
+    (model,) = rig.client.status().models
+    assert model.prefix_cache_hits == sum(hits().values()) <= model.prefix_cache_queries
+
+
 def test_priorities_order_what_waits(rig: Rig) -> None:
     rig.only(1)
     busy = [rig.send([n] * 20, max_tokens=200) for n in range(8)]  # every slot

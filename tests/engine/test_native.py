@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from blitzjax.engine import native
-from blitzjax.engine.executables import cpu_features
 from blitzjax.engine.attention import attention
+from blitzjax.engine.executables import cpu_features, read_file
 from blitzjax.models import blocks
 
 RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]
@@ -33,7 +33,7 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=RUNNABLE, ids=lambda v: v.name)
 def product(request, directory: Path) -> native.Product:
-    found = native._registered(request.param, directory)
+    found = native._registered(request.param, directory, lambda name: None)
     assert found is not None, "needs a C++ compiler"
     return found
 
@@ -146,6 +146,18 @@ def test_without_a_compiler_xla_multiplies_and_the_log_says_so_once(tmp_path: Pa
                           capture_output=True, text=True, timeout=100)
     assert done.stdout.split()[:2] == ["compiled", "plain"]
     assert done.stderr.count("no native code") == 1 and "c++" in done.stderr
+
+
+def test_without_a_compiler_the_library_of_another_worker_does(product, directory: Path, tmp_path: Path,
+                                                               monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(OSError, match="c\\+\\+"):
+        native._library(product.variant, tmp_path, lambda name: None)
+    with pytest.raises(OSError, match="c\\+\\+"):  # what came damaged is not loaded
+        native._library(product.variant, tmp_path, lambda name: read_file(directory, name)[:-1] + b"?")
+    assert not list(tmp_path.glob("*.so"))
+    assert native._library(product.variant, tmp_path, lambda name: read_file(directory, name))
+    assert native._library(product.variant, tmp_path, lambda name: None)
 
 
 def test_what_does_not_compile_is_not_used(directory: Path, monkeypatch, caplog) -> None:

@@ -193,6 +193,31 @@ def test_killed_controller_comes_back_and_its_clients_get_the_rest(start, tmp_pa
     assert replay(log).different is None
 
 
+def test_hung_controller_is_replaced(start, capfd):
+    cluster = start("serve.hang_timeout_s=1.0")
+    before, workers = cluster.controller_pid(), [cluster.worker_pid(k) for k in range(2)]
+    answer = Background(cluster, [1], max_tokens=100, temperature=SLOW)
+    eventually(answer.begun)
+    time.sleep(1.5)
+    assert cluster.controller_pid() == before  # it answers while it works
+    cluster.signal_controller(signal.SIGSTOP)
+    answer.join(20)
+    assert answer.error is None and tuple(answer.tokens) == toy(1, 100) and answer.last.usage.attempts == 1
+    assert cluster.controller_pid() not in (None, before)
+    assert [cluster.worker_pid(k) for k in range(2)] == workers
+    assert "has not answered for 1 s; it is killed" in capfd.readouterr().err
+
+
+def test_a_controller_may_be_stopped_for_less_than_the_limit(start):
+    cluster = start("serve.hang_timeout_s=4.0")
+    before = cluster.controller_pid()
+    cluster.signal_controller(signal.SIGSTOP)
+    time.sleep(2.0)
+    cluster.signal_controller(signal.SIGCONT)
+    time.sleep(3.0)
+    assert cluster.controller_pid() == before and serving(cluster)
+
+
 def test_without_a_resume_timeout_a_killed_controller_is_the_end(start):
     cluster = start("serve.resume_timeout_s=0.0")
     answer = Background(cluster, [1], max_tokens=400, temperature=SLOW)

@@ -1,0 +1,80 @@
+"""Where does a worker get what others have compiled? It asks them, one after the other, before it compiles.
+
+Each asks its successor in the order of ranks first, so that nobody is asked by all, and the controller by nobody. What
+comes is code that will run: it is taken from the peers that the controller named, over the channels that carry its and
+their commands, and from nobody else. Invariant: silent peers cost a small part of the time, and never fail a worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import grpc
+
+from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.types import InstanceId
+from blitzjax.v1 import worker_pb2 as pb
+from blitzjax.v1 import worker_pb2_grpc as rpc
+
+log = logging.getLogger("blitzjax.worker")
+_TIMEOUT_S = 5.0  # of one question: an executable has at most some tens of MB
+_REST = 10  # a peer that cost t seconds in vain is left alone for so many times t
+_LEAST_REST_S = 1.0
+
+
+class Peer:
+    """One other worker, by its address."""
+
+    def __init__(self, address: str):
+        self._address = address
+        self._channel: grpc.Channel | None = None
+        self._rests_until = 0.0
+
+    def ask(self, name: str) -> bytes | None:
+        """None too if it does not answer, and then for a while without asking."""
+        began = time.monotonic()
+        if began < self._rests_until:
+            return None
+        if self._channel is None:
+            self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        question = pb.WorkerCommand(fetch_executable=pb.FetchExecutable(name=name))
+        try:
+            answer = next(rpc.WorkerStub(self._channel).Run(iter((question,)), timeout=_TIMEOUT_S), None)
+        except grpc.RpcError as e:
+            log.info("no executables from %s: %s", self._address, e.details())
+            self.close()
+            now = time.monotonic()
+            self._rests_until = now + max(_LEAST_REST_S, _REST * (now - began))
+            return None
+        return answer.executable.content if answer is not None and answer.executable.HasField("content") else None
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+class Peers:
+    """All others of the cluster. Thread-safe."""
+
+    def __init__(self, me: InstanceId, peers: Sequence[pb.Peer]):
+        """`peers` are all workers."""
+        ranked = sorted(peers, key=lambda peer: peer.rank)
+        mine = next((k for k, peer in enumerate(ranked) if peer.instance == me), 0)
+        self.begin = mine / max(1, len(ranked))  # the part of the work that this one begins with
+        self._peers = [Peer(peer.address) for peer in ranked[mine + 1:] + ranked[:mine]]
+        self._lock = threading.Lock()
+
+    def fetch(self, name: str) -> bytes | None:
+        """See engine.executables.Fetch."""
+        with self._lock:
+            return next((content for peer in self._peers if (content := peer.ask(name)) is not None), None)
+
+    def close(self) -> None:
+        """Ends the connections; the next question opens them again."""
+        with self._lock:
+            for peer in self._peers:
+                peer.close()

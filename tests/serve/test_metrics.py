@@ -1,0 +1,78 @@
+"""Prometheus reads the cluster under the names that users of vLLM know."""
+
+from __future__ import annotations
+
+import re
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from toy import eventually, toy_config, toy_launch, wait_whole
+
+from blitzjax.errors import BlitzError
+from blitzjax.serve.local import LocalCluster, free_ports
+from blitzjax.serve.metrics import render
+from blitzjax.v1 import inference_pb2 as pb
+
+_SAMPLE = re.compile(r'([a-z_]+:[a-z_]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (-?[\d.e+-]+)')
+
+
+def samples(text: str) -> dict[str, float]:
+    """Every sample by its name and labels; each metric says its help and type first, as the format wants."""
+    read, said = {}, set()
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            said.add(line.split()[2])
+            continue
+        if line.startswith("# HELP "):
+            continue
+        found = _SAMPLE.fullmatch(line)
+        assert found and found[1] in said, line
+        read[f"{found[1]}{{{found[2]}}}"] = float(found[3])
+    return read
+
+
+def test_every_metric_of_a_picture() -> None:
+    picture = pb.ClusterStatus(
+        models=[pb.ModelStatus(name='a "b"\\', queued=3, running=2, target=2, prefix_cache_queries=100,
+                               prefix_cache_hits=64)],
+        instances=[pb.InstanceStatus(id="i0", phase="serving", model='a "b"\\', layers_loaded=4, pages_used=6,
+                                     pages_total=10, kv_received_bytes=2**40),
+                   pb.InstanceStatus(id="i1", phase="live", model='a "b"\\', layers_loaded=1, pages_total=10),
+                   pb.InstanceStatus(id="i2", phase="idle", pages_total=10)])
+    model = 'model_name="a \\"b\\"\\\\"'
+    assert samples(render(picture)) == {
+        f"vllm:num_requests_waiting{{{model}}}": 3, f"vllm:num_requests_running{{{model}}}": 2,
+        f"vllm:kv_cache_usage_perc{{{model}}}": 0.3, f"vllm:prefix_cache_queries_total{{{model}}}": 100,
+        f"vllm:prefix_cache_hits_total{{{model}}}": 64, f"blitzjax:target_instances{{{model}}}": 2,
+        f'blitzjax:instances{{{model},phase="serving"}}': 1, f'blitzjax:instances{{{model},phase="live"}}': 1,
+        'blitzjax:instances{model_name="",phase="idle"}': 1,
+        f'blitzjax:layers_loaded{{{model},instance="i0"}}': 4, f'blitzjax:layers_loaded{{{model},instance="i1"}}': 1,
+        'blitzjax:kv_received_bytes_total{instance="i0"}': 2**40,
+        'blitzjax:kv_received_bytes_total{instance="i1"}': 0, 'blitzjax:kv_received_bytes_total{instance="i2"}': 0}
+
+
+def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    config = toy_config(f"serve.metrics_port={port}")
+
+    def scrape(path: str = "/metrics") -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            return answer.read().decode()
+
+    with LocalCluster(config, model_dir, toy_launch(tmp_path)) as cluster, cluster.client() as client:
+        wait_whole(cluster)
+        with socket.create_connection(("127.0.0.1", port)):  # says nothing, and is in nobody's way
+            client.generate([1, 2, 3, 4, 5], max_tokens=3)
+            eventually(lambda: samples(scrape())['vllm:num_requests_running{model_name="toy"}'] == 0)
+        read = samples(scrape())
+        assert read['vllm:prefix_cache_queries_total{model_name="toy"}'] == 5
+        assert read['blitzjax:instances{model_name="toy",phase="serving"}'] == 1
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            scrape("/")
+        again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))
+        with again, pytest.raises(BlitzError, match=f"cannot listen on 127.0.0.1:{port} for metrics"):
+            again.wait_ready(20)
