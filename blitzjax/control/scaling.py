@@ -256,7 +256,8 @@ class Scaler:
         """Too many of them: broken transfers are not repeated, then those with the fewest requests take nothing new."""
         commands: list[Command] = []
         for member in self._provisioner.stranded():
-            idle = member.phase is Phase.LOADING and member.role is role and not self._book.owns(member.id)
+            paired = self._provisioner.pairs.of(member.id) is not None
+            idle = not paired and member.role is role and not self._book.owns(member.id)
             if idle and self._missing(role) < 0 and (self._fleet.count(Phase.SERVING) or self.asleep):
                 commands += self._abandon(member, "scaled down")
         while self._missing(role) < 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 from jax import Array
@@ -39,12 +40,17 @@ _NEAR_S = 0.2  # how long decode may pause for a partner's residuals
 class Instance:
     def __init__(self, name: InstanceId, config: Config, store: LayerStore, stages: Stages, handoff: HandOff,
                  emit: Callable[[Output], None], connect: Callable[[InstanceId], m.Partner],
-                 send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time):
-        """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request."""
+                 send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time,
+                 checkpoint: Path | None = None):
+        """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request.
+
+        `checkpoint` has the embedding of prompts that begin before it arrives, where no partner lends their rows.
+        """
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
         self.slots, self.pages = config.engine.max_num_seqs, pages_of(config.engine)
+        self._checkpoint = checkpoint
         self._stages, self._handoff, self._emit, self._connect, self._now = stages, handoff, emit, connect, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
@@ -96,7 +102,7 @@ class Instance:
                 self._abort(message.request_id)
             case m.UnitsArrived():
                 if self._new is not None:
-                    self._new.arrived(self.store.units)
+                    self._new.arrived(self.store.usable)
             case m.Partnered():
                 self._partnered(message)
             case m.Pulled():
@@ -139,8 +145,9 @@ class Instance:
         if work.request.id in self._sequences:  # an earlier attempt that is still here is void
             self._leave(self._sequences[work.request.id])
         sequence = sequence_of(work)
-        loading = self.store.units < self.spec.units
-        if self._new is not None and loading and self._batcher.hold(work.request, len(sequence.tokens)):
+        loading = self.store.usable < self.spec.units
+        if loading and self._batcher.hold(work.request, len(sequence.tokens)):
+            self._new = self._new or live.alone(self.name, self.runner, self._handoff, self._checkpoint)
             self._new.add(sequence)
         else:
             self._batcher.add(work.request, len(sequence.tokens), self._prefixes.keys(sequence))
@@ -174,8 +181,11 @@ class Instance:
 
     def _start_live(self, pair: LivePair) -> None:
         if pair.new == self.name:
+            alone = self._new
             self._new = live.NewSide(pair, self.runner, self._handoff)
-            self._new.arrived(self.store.units)
+            self._new.arrived(self.store.usable)
+            for sequence in alone.sequences if alone is not None else ():
+                self._new.add(sequence)
             for message in self._early.pop(pair.old, ()):
                 self._handle(message)
         else:
@@ -309,7 +319,7 @@ class Instance:
         return self._cache.lift(sequence.id)
 
     def admit(self, sequence: Sequence) -> bool:
-        complete = self.store.units == self.spec.units
+        complete = self.store.usable == self.spec.units
         if not complete or not self._batcher.hold(sequence.work.request, len(sequence.tokens)):
             return False
         self._sequences[sequence.id] = sequence
@@ -326,7 +336,7 @@ class Instance:
     def _step(self) -> bool:
         """One decode step for the batch, one piece of prompt work. False: nothing to compute."""
         progress = self._step_new() if self._new is not None else False
-        if self.store.units < self.spec.units:
+        if self.store.usable < self.spec.units:
             return progress
         self._maybe_pull(layers_left=0)
         self._decoding.make_room(self._sequences)
@@ -351,14 +361,14 @@ class Instance:
             progress, completed = self._new.step()
             if completed is not None:
                 self._first_token(completed)
-            whole = progress and completed is None and self.store.units == self.spec.units
+            whole = progress and completed is None and self.store.usable == self.spec.units
             if not whole:
                 break
             self._receive(wait=False)
             if self._new is None:
                 return True
         self._answer_pull()
-        if self._new.over and self.store.units == self.spec.units:
+        if self._new.over and self.store.usable == self.spec.units:
             self._new = None
         return progress
 
