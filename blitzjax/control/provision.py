@@ -221,14 +221,12 @@ class Provisioner:
         return self.pairs.end(pair) if self._fleet.members[pair.new].phase is Phase.SERVING else []
 
     def unpair(self, instance: InstanceId, lost: bool) -> list[Command]:
-        """Ends the instance's pair, if any; a NEW side that survives goes on loading alone."""
+        """Ends the instance's pair, if any; a NEW side, or one that executes alone, only loads from now on."""
         pair = self.pairs.of(instance)
-        if pair is None:
-            return []
-        new = self._fleet.members[pair.new]
+        new = self._fleet.members[instance if pair is None else pair.new]
         if new.phase is Phase.LIVE:
             new.move(Phase.LOADING)
-        return self.pairs.end(pair, instance if lost else None)
+        return [] if pair is None else self.pairs.end(pair, instance if lost else None)
 
     def check(self) -> None:
         """Asserts the invariant and those of pairs."""

@@ -263,7 +263,7 @@ class LayerStore:
         """The unsharded arrays of the embedding, from elsewhere, for prompts that begin before its own turn comes."""
         infos = unit_arrays(self.spec, self.spec.embed_unit)
         early = self._placed(self.spec.embed_unit, [
-            {info.name: self.rules.local(info, arrays[info.name], lane).astype(info.dtype, copy=False) for info in infos}
+            {i.name: self.rules.local(i, arrays[i.name], lane).astype(i.dtype, copy=False) for i in infos}
             for lane in range(self.lanes)])
         if self.units <= self.spec.embed_unit:
             self._early = early

@@ -54,6 +54,17 @@ def test_requests_of_an_instance_that_dies_live_alone_run_elsewhere() -> None:
     assert world.ended == {"r": "length"} and world.of("i1").phase is SERVING
 
 
+def test_requests_of_an_instance_that_cannot_load_live_alone_run_elsewhere() -> None:
+    world = World(2, config())
+    world.disk_fails.add("i0")
+    world.join("i0"), world.arrive("r")
+    assert world.of("i0").waiting == 1
+    world.settle()  # given up: it is released, and what it was to run waits
+    assert world.phases() == [IDLE] and world.brain.status().queued == 1
+    world.join("i1"), world.settle(compute=True)
+    assert world.ended == {"r": "length"} and world.of("i1").phase is SERVING
+
+
 def test_a_worker_that_kept_its_parameters_serves_at_once() -> None:
     world = World(1, config())
     assert world.join("i0", SPEC.units) == [] and world.phases() == [SERVING]
