@@ -52,7 +52,7 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(checkpoint: Path, pool: int, rate_mbit: int | None, tables: Mapping[str, Mapping[str, object]]
+def fleet(checkpoint: Path | Sequence[Path], pool: int, rate_mbit: int | None, tables: Mapping[str, Mapping[str, object]]
           ) -> Iterator[Fleet]:
     """`pool` workers, one of them serving, scaled by hand only. `tables` are configuration on top of that.
 

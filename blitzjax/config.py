@@ -67,7 +67,7 @@ class ScaleConfig:
     migrate_lower: float = 0.4  # seconds of KV, per decode instance, that prefill instances may hold
     migrate_upper: float = 0.8
     migrate_tokens_per_s: float = 100_000.0  # KV that one decode instance receives
-    prefill_tokens_per_s: float = 1000.0  # one instance's prefill rate; measure it on the machine that serves
+    prefill_tokens_per_s: float = 0.0  # one instance's prefill rate, as `bench calibrate` measures it; 0: learned
     forecast_s: float = 0.0  # the policy looks so far ahead along the growth of the backlog; 0: not at all
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     zero_after_s: float = 30.0  # with min_instances 0: the last one drains when nobody has asked for this long
@@ -180,6 +180,7 @@ def _check_ranges(c: Config) -> None:
     want(0 < c.scale.prefill_lower < c.scale.prefill_upper, "scale.prefill_lower must be in (0, scale.prefill_upper)")
     want(0 < c.scale.kv_lower < c.scale.kv_upper <= 1, "scale.kv_lower must be in (0, scale.kv_upper], kv_upper <= 1")
     want(0 < c.scale.migrate_lower < c.scale.migrate_upper, "scale.migrate_lower must be in (0, scale.migrate_upper)")
+    want(c.scale.prefill_tokens_per_s >= 0, "scale.prefill_tokens_per_s must be at least 0 (0: learned)")
     want(c.scale.forecast_s >= 0, "scale.forecast_s must be at least 0")
     want(c.scale.roles == "mixed" or 1 <= c.scale.min_decode <= c.scale.max_instances - c.scale.min_instances,
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")

@@ -39,7 +39,7 @@ class Phase(enum.Enum):
 
     IDLE = "idle"  # process up, compiled, an instance of no model; may keep host copies
     LOADING = "loading"  # parameters arriving, executes nothing
-    LIVE = "live"  # parameters arriving, executes the layers it has with an overloaded partner
+    LIVE = "live"  # parameters arriving, executes the layers it has, with an overloaded partner if any serves
     SERVING = "serving"  # holds every unit
     DRAINING = "draining"  # finishes what it has, takes nothing new
     FAILED = "failed"  # process gone

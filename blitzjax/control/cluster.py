@@ -57,7 +57,7 @@ class Cluster:
         if unsettled or self._parts:
             commands += self._reconcile(event.at, unsettled)
         for service in self._services.values():
-            commands += service.dispatch()
+            commands += service.dispatch(event.at)
             commands += service.migrations.start()
         return commands
 

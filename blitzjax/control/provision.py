@@ -2,7 +2,7 @@
 
 From a serving instance, else from the host copy, by multicast if it is in the world, else from disk; who keeps the
 host copy becomes an instance at no cost. What a broken transfer left behind stays valid: the rest comes with another
-plan. Invariant: a LIVE instance is the NEW side of exactly one pair.
+plan. Invariant: a LIVE instance is the NEW side of a pair, or alone: it began when no instance ran prompts.
 """
 
 from __future__ import annotations
@@ -157,13 +157,21 @@ class Provisioner:
 
     def go_live(self, run: Run) -> list[Command]:
         """Pairs the chain's tail, whose out-link is free (section 3.3), with the chain's source or the busiest other.
+        Where no instance runs prompts yet, all targets execute alone.
 
         An instance that still owns requests of an earlier pair finishes them alone.
         """
-        new = self._fleet.members[run.targets[-1]]
-        olds = [m for m in self._fleet.serving(new.role) if self.pairs.of(m.id) is None]
-        fit = new.role is not Role.DECODE and new.phase is Phase.LOADING and not self._book.owns(new.id)
-        if run.live == "off" or not fit or not olds:
+        fit = [m for m in map(self._fleet.members.__getitem__, run.targets)
+               if m.role is not Role.DECODE and m.phase is Phase.LOADING and not self._book.owns(m.id)]
+        if run.live == "off" or not fit:
+            return []
+        new, serving = fit[-1], self._fleet.serving(fit[-1].role)
+        if not serving:
+            for member in fit:
+                member.move(Phase.LIVE)
+            return []
+        olds = [m for m in serving if self.pairs.of(m.id) is None]
+        if new.id != run.targets[-1] or not olds:
             return []
         source = run.chain.instances[0]
         old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))
@@ -213,14 +221,12 @@ class Provisioner:
         return self.pairs.end(pair) if self._fleet.members[pair.new].phase is Phase.SERVING else []
 
     def unpair(self, instance: InstanceId, lost: bool) -> list[Command]:
-        """Ends the instance's pair, if any; a NEW side that survives goes on loading alone."""
+        """Ends the instance's pair, if any; a NEW side, or one that executes alone, only loads from now on."""
         pair = self.pairs.of(instance)
-        if pair is None:
-            return []
-        new = self._fleet.members[pair.new]
+        new = self._fleet.members[instance if pair is None else pair.new]
         if new.phase is Phase.LIVE:
             new.move(Phase.LOADING)
-        return self.pairs.end(pair, instance if lost else None)
+        return [] if pair is None else self.pairs.end(pair, instance if lost else None)
 
     def check(self) -> None:
         """Asserts the invariant and those of pairs."""
@@ -231,4 +237,4 @@ class Provisioner:
             assert new is not None and new.phase in (Phase.LIVE, Phase.SERVING), pair
         for member in self._fleet.in_phase(Phase.LIVE):
             pair = self.pairs.of(member.id)
-            assert pair is not None and pair.new == member.id, f"{member.id} is LIVE without a partner"
+            assert pair is None or pair.new == member.id, f"{member.id} is LIVE and has all layers to lend"

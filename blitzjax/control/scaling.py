@@ -17,6 +17,7 @@ from blitzjax.control.executor import MATRIX, Action
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.hostcache import HostCache
 from blitzjax.control.load import Load
+from blitzjax.control.pace import Pace
 from blitzjax.control.provision import Means, Provisioner
 from blitzjax.control.requests import RequestBook
 from blitzjax.control.sharing import Want
@@ -49,7 +50,7 @@ class Scaler:
     """
 
     def __init__(self, config: Config, fleet: Fleet, book: RequestBook, provisioner: Provisioner, copies: HostCache,
-                 receiving: Callable[[InstanceId], bool]) -> None:
+                 receiving: Callable[[InstanceId], bool], pace: Pace) -> None:
         self._config = config
         self._fleet = fleet
         self._book = book
@@ -57,6 +58,7 @@ class Scaler:
         self._copies = copies
         self.closing = False
         self._receiving = receiving
+        self._pace = pace
         self._means = Means(config.scale.live, config.scale.source)
         self._memory = self._decode_memory = autoscale.Memory()
         self._split = config.scale.roles == "split"
@@ -120,12 +122,14 @@ class Scaler:
             return
         if self._config.scale.policy != "auto" or at < self.goal.held_until or not self._fleet.members:
             return
-        load, decode = self.load(at), 0
+        load, scale, decode = self.load(at), self._config.scale, 0
+        if not scale.prefill_tokens_per_s:
+            scale = replace(scale, prefill_tokens_per_s=self._pace.tokens_per_s)
         if self._split:
             (prefill, self._memory), (decode, self._decode_memory) = autoscale.step_split(
-                load, self._memory, self._decode_memory, self._config.scale)
+                load, self._memory, self._decode_memory, scale)
         else:
-            prefill, self._memory = autoscale.step(load, self._memory, self._config.scale)
+            prefill, self._memory = autoscale.step(load, self._memory, scale)
         if (prefill, decode) != (self.goal.prefill, self.goal.decode):
             self.goal = Goal(prefill, decode, self._means)
 
@@ -256,7 +260,8 @@ class Scaler:
         """Too many of them: broken transfers are not repeated, then those with the fewest requests take nothing new."""
         commands: list[Command] = []
         for member in self._provisioner.stranded():
-            idle = member.phase is Phase.LOADING and member.role is role and not self._book.owns(member.id)
+            paired = self._provisioner.pairs.of(member.id) is not None
+            idle = not paired and member.role is role and not self._book.owns(member.id)
             if idle and self._missing(role) < 0 and (self._fleet.count(Phase.SERVING) or self.asleep):
                 commands += self._abandon(member, "scaled down")
         while self._missing(role) < 0:

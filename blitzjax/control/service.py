@@ -13,6 +13,7 @@ from blitzjax.control.blocks import answer_share
 from blitzjax.control.fleet import Fleet, Member, Roster
 from blitzjax.control.hostcache import HostCache
 from blitzjax.control.migrations import Migrations
+from blitzjax.control.pace import Pace
 from blitzjax.control.provision import Provisioner
 from blitzjax.control.requests import Entry, RequestBook
 from blitzjax.control.routing import Router, Seat
@@ -39,7 +40,8 @@ class Service:
         self.book = RequestBook(config.serve.max_attempts, share)
         self.provisioner = Provisioner(spec, self.fleet, self.book, transfers, copies)
         self.migrations = Migrations(self.fleet, self.book)
-        self.scaler = Scaler(config, self.fleet, self.book, self.provisioner, copies, self.migrations.inbound)
+        self._pace = Pace()
+        self.scaler = Scaler(config, self.fleet, self.book, self.provisioner, copies, self.migrations.inbound, self._pace)
         self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens, share)
         for member in roster.members.values():
             self.book.open(member.id, member.page_size)
@@ -106,7 +108,7 @@ class Service:
         request_id, attempt = event.request_id, event.attempt
         match event:
             case events.PrefillDone():
-                return self._prefilled(member, request_id, attempt)
+                return self._prefilled(member, event)
             case events.RequestHanded():
                 return self._handed(member, event)
             case events.KVMigrated(kv_bytes=kv_bytes):
@@ -123,13 +125,16 @@ class Service:
                 entry = self.book.current(request_id, attempt)
                 return self.book.give_back(entry) if entry is not None and entry.owner == member.id else []
 
-    def _prefilled(self, member: Member, request_id: RequestId, attempt: int) -> list[Command]:
-        entry = self.book.current(request_id, attempt)
+    def _prefilled(self, member: Member, event: events.PrefillDone) -> list[Command]:
+        entry = self.book.current(event.request_id, event.attempt)
         if entry is None:
-            return self._disown(member.id, request_id)
+            return self._disown(member.id, event.request_id)
         commands = self._take_over(entry, member)
         if entry.owner is not None:
             self.book.answer(entry)
+            if entry.handed or self.provisioner.pairs.of(member.id) is not None:
+                self._pace.unknown(member.id)
+            self._pace.ran(member.id, event.at, entry.request.prompt_tokens, self.book.backlog_tokens(member.id) > 0)
             if self.fleet.members[entry.owner].role is Role.PREFILL and entry.request.max_tokens > 1:
                 self.migrations.wait(entry)
         return commands
@@ -182,7 +187,7 @@ class Service:
 
     # ---- dispatch
 
-    def dispatch(self) -> list[Command]:
+    def dispatch(self, at: float) -> list[Command]:
         """Gives queued requests to instances, strictly in order: nothing overtakes the head."""
         commands: list[Command] = []
         while (entry := self.book.head()) is not None:
@@ -194,10 +199,16 @@ class Service:
             instance = self._router.choose(entry.request)
             if instance is None:
                 break
+            if not self.book.backlog_tokens(instance):
+                self._begin_prompts(at, self.fleet.members[instance])
             self.book.assign(entry, instance)
             self._router.assigned(entry.request, instance)
             commands.append(Assign(instance, entry.request.id, entry.attempt))
         return commands
+
+    def _begin_prompts(self, at: float, member: Member) -> None:
+        whole = member.phase is Phase.SERVING and self.provisioner.pairs.of(member.id) is None
+        self._pace.began(member.id, at) if whole else self._pace.unknown(member.id)
 
     def _refresh_seats(self) -> None:
         """The router hears of the instances whose requests, phase or pair changed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeAlias
 
 from jax import Array
@@ -37,8 +38,12 @@ Output: TypeAlias = Event | m.Tokens
 class Instance:
     def __init__(self, name: InstanceId, config: Config, store: LayerStore, stages: Stages, handoff: HandOff,
                  emit: Callable[[Output], None], connect: Callable[[InstanceId], m.Partner],
-                 send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time):
-        """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request."""
+                 send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time,
+                 checkpoint: Path | None = None):
+        """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request.
+
+        `checkpoint` has the embedding of prompts that begin before it arrives, where no partner lends their rows.
+        """
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
@@ -48,7 +53,7 @@ class Instance:
         self._sequences: dict[RequestId, Sequence] = {}
         self._stopped = False
         timeout_s = config.transfer.handoff_timeout_s
-        self._partners = Partners(self, handoff, connect, emit, now, timeout_s)
+        self._partners = Partners(self, handoff, connect, emit, now, timeout_s, checkpoint)
         self._moves = migration.Moves(self, handoff, send_kv, emit, now, timeout_s)
         self._reset()
 
@@ -111,10 +116,9 @@ class Instance:
         if work.request.id in self._sequences:  # an earlier attempt that is still here is void
             self.leave(self._sequences[work.request.id])
         sequence = sequence_of(work)
-        loading = self.store.units < self.spec.units
-        new = self._partners.new
-        if new is not None and loading and self._batcher.hold(work.request, len(sequence.tokens)):
-            new.add(sequence)
+        loading = self.store.usable < self.spec.units
+        if loading and self._batcher.hold(work.request, len(sequence.tokens)):
+            self._partners.begin_early(sequence)
         else:
             self._batcher.add(work.request, len(sequence.tokens), self._prefixes.keys(sequence))
         self._sequences[sequence.id] = sequence
@@ -158,7 +162,7 @@ class Instance:
         return self._cache.lift(sequence.id)
 
     def admit(self, sequence: Sequence) -> bool:
-        complete = self.store.units == self.spec.units
+        complete = self.store.usable == self.spec.units
         if not complete or not self._batcher.hold(sequence.work.request, len(sequence.tokens)):
             return False
         self._sequences[sequence.id] = sequence
@@ -188,7 +192,7 @@ class Instance:
     def _step(self) -> bool:
         """One decode step for the batch, one piece of prompt work. False: nothing to compute."""
         progress = self._step_new() if self._partners.new is not None else False
-        if self.store.units < self.spec.units:
+        if self.store.usable < self.spec.units:
             return progress
         self._maybe_pull(layers_left=0)
         self._decoding.make_room(self._sequences)
@@ -214,14 +218,14 @@ class Instance:
             progress, completed = partners.new.step()
             if completed is not None:
                 self._first_token(completed)
-            whole = progress and completed is None and self.store.units == self.spec.units
+            whole = progress and completed is None and self.store.usable == self.spec.units
             if not whole:
                 break
             self._receive(wait=False)
             if partners.new is None:
                 return True
         partners.answer_pull()
-        if partners.new.over and self.store.units == self.spec.units:
+        if partners.new.over and self.store.usable == self.spec.units:
             partners.new = None
         return progress
 

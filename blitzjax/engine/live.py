@@ -2,28 +2,33 @@
 
 Invariant: a prompt is in NEW's queue or on OLD, never on both; what travels is its residual (needed at once) and the KV
 of the layers that NEW ran (needed when OLD begins to decode it). The embedding comes after the layers, so until then OLD
-lends NEW the embedded rows of the prompts that NEW is about to run.
+lends NEW the embedded rows of the prompts that NEW is about to run. Where no instance serves yet, a NEW side is alone
+and takes the embedding from its own checkpoint.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax import Array
 
 from blitzjax.control.zigzag import Handed, LiveQueue
+from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.messages import ActivationsTaken, Borrow, HandOver, KVRest, KVTaken, Loan, Old, Partner, Pulled
 from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sequence import Sequence
-from blitzjax.errors import TransferError
+from blitzjax.errors import CheckpointError, TransferError
 from blitzjax.transfer.handoff import HandOff
-from blitzjax.types import LivePair, RequestId, Span, Work
+from blitzjax.types import InstanceId, LivePair, RequestId, Span, Work
 
+log = logging.getLogger(__name__)
 _LOANS_AHEAD = 2  # prompts: enough to keep NEW busy
 
 
@@ -43,6 +48,11 @@ class NewSide:
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._sequences
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Queued here, oldest first."""
+        return [self._sequences[i] for i in self._queue.items]
 
     @property
     def over(self) -> bool:
@@ -129,7 +139,7 @@ class NewSide:
 
     @property
     def _has_embedding(self) -> bool:
-        return self._runner.store.units > self._runner.spec.embed_unit
+        return self._runner.store.embedding is not None
 
     def _borrow(self) -> None:
         """Keeps a few prompts ahead of what NEW runs on loan; more would only delay the layers on the same link."""
@@ -267,6 +277,21 @@ class OldSide:
         stages = self._runner.stages
         return [jax.ShapeDtypeStruct((1, chunk.width, stages.spec.dim), "float32", sharding=stages.replicated)
                 for chunk in prefill.chunks]
+
+
+def alone(name: InstanceId, runner: Runner, handoff: HandOff, checkpoint: Path | None) -> NewSide:
+    """A NEW side whom nobody lends rows to nor pulls from. Without a readable checkpoint its prompts wait for the
+    embedding.
+    """
+    new = NewSide(LivePair("", name, "zigzag"), runner, handoff)
+    new.close()
+    if checkpoint is not None and runner.store.embedding is None:
+        try:
+            runner.store.preview(Checkpoint.open(checkpoint).read_unit(runner.spec.embed_unit))
+        except CheckpointError as e:
+            log.warning("%s: prompts wait for the embedding: %s", name, e)
+    new.arrived(runner.store.usable)
+    return new
 
 
 def resume(runner: Runner, work: Work, next_layer: int, activations: list[Array]) -> Prefill:

@@ -202,6 +202,7 @@ class LayerStore:
         self._slabs: dict[tuple[int, int], np.ndarray] = {}
         self._params: list[dict[str, jax.Array]] = []
         self._checksums: dict[tuple[int, int], int] = {}
+        self._early: dict[str, jax.Array] | None = None  # the embedding, before its turn
 
     @property
     def lanes(self) -> int:
@@ -230,6 +231,8 @@ class LayerStore:
         assert unit == self.units, f"unit {unit} committed, unit {self.units} is next"
         if not self.is_copy:
             self._params.append(self._arrays(unit))
+        if unit == self.spec.embed_unit:
+            self._early = None
         self._checksums.update({(unit, lane): value for lane, value in enumerate(checksums)})
         self.units = unit + 1
 
@@ -237,6 +240,7 @@ class LayerStore:
         """What is here, and what will be committed, is a host copy from now on: no array is left."""
         self.is_copy = True
         self._params.clear()
+        self._early = None
 
     def use(self) -> None:
         """What is here, and what will be committed, is an instance's from now on."""
@@ -246,12 +250,33 @@ class LayerStore:
 
     def _arrays(self, unit: int) -> dict[str, jax.Array]:
         """On CPU they alias the slabs; elsewhere they are copied to the devices."""
-        lanes = [self.layout(unit).views(self.slab(unit, lane)) for lane in range(self.lanes)]
+        return self._placed(unit, [self.layout(unit).views(self.slab(unit, lane)) for lane in range(self.lanes)])
+
+    def _placed(self, unit: int, lanes: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
         return {
             info.name: jax.make_array_from_single_device_arrays(
                 info.shape, NamedSharding(self.mesh, self.rules.partition(info)),
                 [jax.device_put(views[info.name], device) for views, device in zip(lanes, self._devices, strict=True)])
             for info in unit_arrays(self.spec, unit)}
+
+    def preview(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """The unsharded arrays of the embedding, from elsewhere, for prompts that begin before its own turn comes."""
+        infos = unit_arrays(self.spec, self.spec.embed_unit)
+        early = self._placed(self.spec.embed_unit, [
+            {i.name: self.rules.local(i, arrays[i.name], lane).astype(i.dtype, copy=False) for i in infos}
+            for lane in range(self.lanes)])
+        if self.units <= self.spec.embed_unit:
+            self._early = early
+
+    @property
+    def embedding(self) -> dict[str, jax.Array] | None:
+        """Its arrays, committed or early; None: prompts cannot be embedded yet."""
+        return self._params[self.spec.embed_unit] if self.usable > self.spec.embed_unit else self._early
+
+    @property
+    def usable(self) -> int:
+        """Units [0, usable) can be computed with; none of a copy."""
+        return len(self._params)
 
     @property
     def held_bytes(self) -> int:
@@ -274,7 +299,7 @@ class LayerStore:
 
     def release(self) -> None:
         """Drops every array and slab; memory goes back once the last jax.Array that a caller kept is gone."""
-        self.units, self.is_copy = 0, False
+        self.units, self.is_copy, self._early = 0, False, None
         self._params.clear()
         self._slabs.clear()
         self._checksums.clear()

@@ -7,6 +7,7 @@ of KV are here; what a partner said before its StartLive came is answered when i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Protocol
 
 from blitzjax.engine import live, messages as m
@@ -50,12 +51,14 @@ class Host(Protocol):
 
 
 class Partners:
-    """Owned by the engine thread; at most one pair on each side. `connect` opens OLD's connection to a partner."""
+    """Owned by the engine thread; at most one pair on each side. `connect` opens OLD's connection to a partner;
+    `checkpoint` has the embedding where there is no partner to lend a prompt's rows of it.
+    """
 
     def __init__(self, host: Host, handoff: HandOff, connect: Callable[[InstanceId], m.Partner],
-                 emit: Callable[[Event], None], now: Callable[[], float], timeout_s: float):
+                 emit: Callable[[Event], None], now: Callable[[], float], timeout_s: float, checkpoint: Path | None):
         self._host, self._handoff, self._connect, self._timeout_s = host, handoff, connect, timeout_s
-        self._emit, self._now = emit, now
+        self._emit, self._now, self._checkpoint = emit, now, checkpoint
         self.new: live.NewSide | None = None
         self.old: live.OldSide | None = None
         self.ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
@@ -92,10 +95,16 @@ class Partners:
                     self.new.lent(message.loan)
             case m.UnitsArrived():
                 if self.new is not None:
-                    self.new.arrived(self._host.runner.store.units)
+                    self.new.arrived(self._host.runner.store.usable)
             case m.Taken():
                 if self.new is not None:
                     self.new.taken(message.seq)
+
+    def begin_early(self, sequence: Sequence) -> None:
+        """Its prompt runs behind the parameters that arrive, in the pair's queue or, without a pair, alone."""
+        if self.new is None:
+            self.new = live.alone(self._host.name, self._host.runner, self._handoff, self._checkpoint)
+        self.new.add(sequence)
 
     def answer_pull(self) -> None:
         """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
@@ -125,8 +134,10 @@ class Partners:
     def _start(self, pair: LivePair) -> None:
         host = self._host
         if pair.new == host.name:
-            self.new = live.NewSide(pair, host.runner, self._handoff)
-            self.new.arrived(host.runner.store.units)
+            alone, self.new = self.new, live.NewSide(pair, host.runner, self._handoff)
+            self.new.arrived(host.runner.store.usable)
+            for sequence in alone.sequences if alone is not None else ():
+                self.new.add(sequence)
             for message in self._early.pop(pair.old, ()):
                 self._met(message)
             return

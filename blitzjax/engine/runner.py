@@ -143,7 +143,7 @@ class Runner:
 
     @property
     def _embedding(self) -> dict[str, Array]:
-        return self.store.params(self.spec.embed_unit)
+        return self.store.embedding
 
     def _head(self, x: Array, draws: Draws) -> Drawn:
         out = np.asarray(self.stages.head(*self._head_weights(), x, draws))

@@ -104,10 +104,10 @@ class Node:
             if self.config.scale.roles == "split":
                 stages.compile_moves()
             self._compilers.close()
+            checkpoint = Path(model.checkpoint) if model.checkpoint else None
             instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
-                                lambda partner: self._connect(spec.name, partner), self._send_kv)
+                                lambda partner: self._connect(spec.name, partner), self._send_kv, checkpoint=checkpoint)
             threading.Thread(target=self._run_engine, args=(instance,), name="engine", daemon=True).start()
-        checkpoint = Path(model.checkpoint) if model.checkpoint else None
         self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
         self._models[spec.name] = Served(model.model_json, store, instance)
         log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded, %d fetched", self.name, spec.name,

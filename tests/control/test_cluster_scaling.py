@@ -27,11 +27,42 @@ def test_the_first_instance_loads_from_disk_and_the_others_by_multicast() -> Non
     world = World(3, config(min_instances=2))
     for name in world.workers:
         world.join(name)
-    assert world.sent(LoadFromDisk) == [LoadFromDisk("i0", 1, 0, "toy")] and world.phases() == [LOADING, IDLE, IDLE]
+    assert world.sent(LoadFromDisk) == [LoadFromDisk("i0", 1, 0, "toy")] and world.phases() == [LIVE, IDLE, IDLE]
     world.settle()
     assert len(world.sent(LoadFromDisk)) == 1 and chains(world) == []
     assert [c.instance for c in world.sent(PrepareTransfer)] == ["i0", "i1"]
     assert world.phases() == [SERVING, SERVING, IDLE]
+
+
+def test_the_first_instance_is_live_alone_unless_live_is_off() -> None:
+    for live, phase, owner in (("zigzag", LIVE, "i0"), ("off", LOADING, None)):
+        world = World(1, config(live=live))
+        world.join("i0")
+        assert world.of("i0").phase is phase and world.of("i0").partner is None
+        assigned = [c.instance for c in world.arrive("r") if isinstance(c, Assign)]
+        assert assigned == ([owner] if owner else []) and world.of("i0").units == 0
+        world.settle(compute=True)
+        assert world.phases() == [SERVING] and world.ended == {"r": "length"}
+        assert world.sent(StartLive) == []
+
+
+def test_requests_of_an_instance_that_dies_live_alone_run_elsewhere() -> None:
+    world = World(2, config())
+    world.join("i0"), world.join("i1"), world.arrive("r")
+    world.deliver("i0"), world.obey("i0"), world.kill("i0")
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"} and world.of("i1").phase is SERVING
+
+
+def test_requests_of_an_instance_that_cannot_load_live_alone_run_elsewhere() -> None:
+    world = World(2, config())
+    world.disk_fails.add("i0")
+    world.join("i0"), world.arrive("r")
+    assert world.of("i0").waiting == 1
+    world.settle()  # given up: it is released, and what it was to run waits
+    assert world.phases() == [IDLE] and world.brain.status().queued == 1
+    world.join("i1"), world.settle(compute=True)
+    assert world.ended == {"r": "length"} and world.of("i1").phase is SERVING
 
 
 def test_a_worker_that_kept_its_parameters_serves_at_once() -> None:

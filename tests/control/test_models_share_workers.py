@@ -11,7 +11,9 @@ from fake_world import SPECS, UNITS, World, config, copies, pool, whole
 from blitzjax import events
 from blitzjax.control.hostcache import COMPILE_WAIT_S
 from blitzjax.control.sharing import Want, deal, donor
-from blitzjax.commands import Assign, DropCopy, KeepCopy, LoadFromDisk, PrepareTransfer, Reject, Release, UseCopy
+from blitzjax.commands import (
+    Assign, DropCopy, KeepCopy, LoadFromDisk, PrepareTransfer, Reject, Release, StartLive, UseCopy,
+)
 from blitzjax.events import ScaleRequested
 from blitzjax.types import Phase
 
@@ -48,6 +50,20 @@ def test_placement_does_not_wait_for_ever() -> None:
     assert world.tick(4.0) == [] and isinstance(world.tick(1.0)[0], KeepCopy)
     world.settle()
     assert one_copy(world)
+
+
+def test_a_copy_whose_keeper_serves_another_model_makes_live_instances_elsewhere() -> None:
+    """Nobody runs the model yet: all targets take prompts while their parameters arrive, without partners."""
+    world = pool(3)
+    world.scale(3, model="toy", live="off"), world.settle()
+    world.kill("i0"), world.kill("i2"), world.scale(1, model="toy"), world.join("i0"), world.join("i2"), world.settle()
+    assert copies(world, "big") == ["i1"] and world.of("i1").model == "toy"
+    world.scale(2, model="big"), world.exchange()
+    assert [(world.of(i).model, world.of(i).phase) for i in ("i0", "i2")] == [("big", Phase.LIVE)] * 2
+    assigned = [c.instance for n in range(2) for c in world.arrive(f"r{n}", model="big") if isinstance(c, Assign)]
+    assert sorted(assigned) == ["i0", "i2"] and world.sent(StartLive) == []
+    world.settle(compute=True)
+    assert world.ended == {"r0": "length", "r1": "length"} and one_copy(world)
 
 
 def test_a_request_makes_an_instance_of_the_copy_at_no_cost() -> None:

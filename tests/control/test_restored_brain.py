@@ -45,7 +45,7 @@ class Twins:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_restored_brain_goes_on_as_before(seed: int, roles: str) -> None:
     rng = random.Random(seed)
-    world = World(len(NAMES), config(prefill_tokens_per_s=100.0, max_instances=4, roles=roles), Twins)
+    world = World(len(NAMES), config(prefill_tokens_per_s=0.0, max_instances=4, roles=roles), Twins)
     for name in NAMES[:2]:
         world.join(name)
     for arrivals in range(250):

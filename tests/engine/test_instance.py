@@ -6,6 +6,7 @@ The reference is one instance alone; a live pair must give its tokens whatever t
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from blitzjax.config import Config, EngineConfig
-from blitzjax.engine import messages as m
+from blitzjax.engine import checkpoint, messages as m
 from blitzjax.engine.instance import Instance
 from blitzjax.engine.live import OldSide
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
@@ -36,7 +37,7 @@ def weights(unit: int) -> dict[str, np.ndarray]:
 class Rig:
     """An Instance with its thread; collects what it emits."""
 
-    def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"]):
+    def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"], checkpoint: Path | None = None):
         devices = jax.local_devices()[: config.engine.tensor_parallel]
         self.store = LayerStore(SPEC, devices)
         stages = Stages(SPEC, config.engine, self.store.mesh)
@@ -47,7 +48,7 @@ class Rig:
         self.session: DirectSession | None = None  # the last one in which it sent KV
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
                                  lambda partner: DirectPartner(self, rigs[partner]),
-                                 lambda target, offer: DirectSession(self, rigs[target], offer))
+                                 lambda target, offer: DirectSession(self, rigs[target], offer), checkpoint=checkpoint)
         self.thread = threading.Thread(target=self.instance.run, daemon=True)
         self.thread.start()
 
@@ -363,6 +364,40 @@ def test_new_side_alone_finishes_what_it_has_when_the_pair_ends(rigs) -> None:
     new.load(SPEC.units)
     new.wait(lambda events: finished(events) >= set(expected), "answers")
     assert answers(new) == expected
+
+
+@pytest.mark.parametrize("damage", [None, "corrupt", "absent"])
+def test_an_instance_that_loads_alone_runs_its_prompts_behind_the_loader(rigs, tmp_path, damage: str | None) -> None:
+    """The embedding comes after the layers; until then prompts begin with the checkpoint's, if that is sound."""
+    expected = reference(rigs["old"], WORKS)
+    directory = tmp_path / "tiny"
+    stored = dict(enumerate(map(weights, range(SPEC.units))))
+    checkpoint.write(directory, SPEC, iter(stored.values()), None)
+    if damage == "corrupt":
+        entry = checkpoint.Checkpoint.open(directory).entries[SPEC.embed_unit][0]
+        with (directory / checkpoint.WEIGHTS).open("r+b") as file:
+            file.seek(entry.offset)
+            file.write(bytes(4))
+    rigs["alone"] = rig = Rig("alone", rigs["old"].instance.config, rigs, None if damage == "absent" else directory)
+    for item in WORKS:
+        rig.instance.post(item)
+    rig.load(SPEC.embed_unit)
+    ran = SPEC.layers - 1 if damage is None else 0  # the last layer is run once the head is here
+    deadline = time.monotonic() + 30
+    while any(depth(rig, item) < ran for item in WORKS):
+        assert time.monotonic() < deadline, [depth(rig, item) for item in WORKS]
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert {depth(rig, item) for item in WORKS} == {ran} and not answers(rig)
+    rig.load(SPEC.units)
+    rig.wait(lambda events: finished(events) >= set(expected), "answers")
+    assert answers(rig) == expected and rig.instance.idle
+
+
+def depth(rig: Rig, item: Work) -> int:
+    """Layers that were run over its prompt."""
+    sequence = rig.instance.find(item.request.id)
+    return sequence.prefill.next_layer if sequence is not None and sequence.prefill is not None else -1
 
 
 def test_release_drops_the_parameters(rigs) -> None:

@@ -1,0 +1,95 @@
+"""The first instance of a model at zero, on a worker that does not keep its copy: live, it runs prompts behind the
+parameters that arrive; with live=off it takes none before they are there. The tokens are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from blitzjax import config as configs
+from blitzjax.engine.convert import write_random
+from blitzjax.serve.client import Client, Result
+from blitzjax.serve.local import LocalCluster
+from test_models_from_zero import SPECS
+
+PROMPTS = [list(range(45)), [7, 5, 3]]  # as many as an instance has slots
+
+
+class Pair:
+    """Two models, each kept by one of two workers."""
+
+    def __init__(self, cluster: LocalCluster):
+        self.client: Client = cluster.client()
+        self.event_log = Path(cluster.config.serve.event_log)
+        self._senders = ThreadPoolExecutor(len(PROMPTS))
+
+    def ask(self, model: str) -> list[Future[Result]]:
+        return [self._senders.submit(self.client.generate, prompt, model=model, max_tokens=6, ignore_eos=True,
+                                     timeout_s=60.0) for prompt in PROMPTS]
+
+    def scale(self, target: int, model: str) -> None:
+        self.client.scale(target, model=model, live="off", wait=True, timeout_s=30)
+
+    def kept_by(self, worker: str) -> str:
+        return next(m.name for m in self.client.status().models if m.host_copy == worker)
+
+    def log(self) -> list[dict[str, object]]:
+        """Events and commands so far."""
+        return [json.loads(line) for line in self.event_log.read_text().rpartition("\n")[0].splitlines()[1:]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directories: list[Path] = []
+    for seed, spec in enumerate(SPECS):
+        directories.append(tmp_path_factory.mktemp("models") / spec.name)
+        write_random(directories[-1], spec, seed=seed)
+    config = configs.load(None, (
+        "serve.port=0", "scale.policy=manual", "scale.min_instances=0", "cluster.pool=2", "cluster.threads=1",
+        "engine.dtype=float32", "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
+        "transfer.chunk_bytes=1024", f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
+        f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
+    with LocalCluster(config, directories) as cluster:
+        cluster.wait_ready(120)
+        yield Pair(cluster)
+        assert cluster.stop() == 0, cluster.tail("controller")
+
+
+@pytest.fixture(scope="module")
+def expected(pair: Pair) -> dict[str, list[tuple[int, ...]]]:
+    """From an instance that is the copy itself, and whole before it takes anything."""
+    answers = {}
+    for spec in SPECS:
+        pair.scale(1, spec.name)
+        answers[spec.name] = [answer.result(60).token_ids for answer in pair.ask(spec.name)]
+        pair.scale(0, spec.name)
+    return answers
+
+
+@pytest.mark.parametrize("live", ["zigzag", "off"])
+def test_prompts_run_behind_the_loader_where_nobody_serves(pair: Pair, expected, live: str) -> None:
+    busy, woken = pair.kept_by("i0"), pair.kept_by("i1")
+    pair.scale(2, busy)
+    pair.scale(1, busy)  # i0 drains: i1 serves one model and keeps the other
+    begun = len(pair.log())
+    pair.client.scale(1, model=woken, live=live)
+    answers = pair.ask(woken)
+    assert [answer.result(60).token_ids for answer in answers] == expected[woken]
+    records = pair.log()[begun:]
+    loaded = [r["units"] for r in records if r.get("event") == "LayerLoaded" and r["instance"] == "i0"]
+    assert len(loaded) > 2, "the parameters came from i1, unit by unit"
+    whole = next(n for n, r in enumerate(records) if r.get("event") == "TransferEnded" and r["instance"] == "i0")
+    assigned = [n for n, r in enumerate(records) if r.get("command") == "Assign"]
+    assert len(assigned) == len(PROMPTS), "every prompt was run once"
+    if live == "off":
+        assert min(assigned) > whole
+    else:
+        assert max(assigned) < whole, "all were taken while parameters arrived"
+    assert not any(r.get("command") == "StartLive" for r in records), "there was nobody to help"
+    for model in (woken, busy):
+        pair.scale(0, model)
