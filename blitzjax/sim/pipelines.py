@@ -1,4 +1,4 @@
-"""How do receivers serve before any of them is whole? λScale's execute-while-load (FaaScale, arXiv 2502.09922), simulated.
+"""How do receivers serve before any of them is whole? As in λScale's execute-while-load (arXiv 2502.09922).
 
 Each chain of a plan moves all units in an order of its own, rotated by its share of the bytes, so that receivers in the
 same place of their chains hold complementary blocks. Once these cover the model the group is a pipeline: it serves, and
