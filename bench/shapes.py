@@ -35,7 +35,7 @@ from blitzjax.sim.systems import SYSTEMS
 from blitzjax.types import Roles
 
 _TRACES = Path(__file__).parent / "traces"
-_SYSTEMS = ("full", "blitz", "blitz-best-effort", "multicast", "network", "allcache", "sllm")
+_SYSTEMS = ("full", "blitz", "blitz-best-effort", "multicast", "lambda-scale", "network", "allcache", "sllm")
 _HOST_GBPS = (256, 128, 64, 32, 16, 8, 4)  # of criterion viii
 _CHAIN = (1, 2, 4, 8, 16, 32, 63)  # targets, of criterion iii
 

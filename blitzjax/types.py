@@ -33,6 +33,8 @@ class Role(enum.Enum):
     DECODE = "decode"
     MIXED = "mixed"
 
+    __hash__ = object.__hash__  # as Phase's
+
 
 class Phase(enum.Enum):
     """What an instance is doing with its parameters; see control/lifecycle.py for the legal moves."""

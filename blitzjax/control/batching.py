@@ -173,6 +173,8 @@ class Batcher:
 
         A prompt joins the step after another one only if its first chunk fits beside the last chunks of those before it.
         """
+        if not self._queue and not self._in[State.PREFILLING]:
+            return ()
         prefill = [self._chunk(seat) for seat in self._unfinished()] or self._begin(self._chunk_tokens)
         room = self._chunk_tokens - sum(chunk.stop - chunk.start for chunk in prefill)
         while prefill and self._ends_prompt(prefill[-1]) and (more := self._begin(room)):
@@ -185,7 +187,7 @@ class Batcher:
         if chunk.request_id not in self._seats:
             return
         seat = self._expect(chunk.request_id, State.PREFILLING)
-        assert chunk == self._chunk(seat), f"{chunk} is not the next chunk"
+        assert chunk.start == seat.done < chunk.stop <= seat.prompt_tokens, f"{chunk} is not the next chunk"
         seat.done = chunk.stop
 
     def prefilled(self, request_id: RequestId) -> None:
@@ -303,6 +305,8 @@ class Batcher:
 
     def _hit(self, seat: _Seat) -> tuple[int, ...]:
         """Pages of its prompt that the prefix cache has, but the last token's: something must be run for an answer."""
+        if not seat.keys:
+            return ()
         found = self._ledger.find(seat.keys)
         tokens = min(len(found) * self._ledger.page_size, seat.prompt_tokens - 1)
         unit = lcm(self._ledger.page_size, self._hit_tokens)

@@ -101,7 +101,11 @@ class PageLedger:
         """Takes the pages back; a request without pages is ignored. Pages with a key become idle, of a prefix the last
         ones first, since without the first ones they cannot be hit.
         """
-        for page in reversed(self._owned.pop(request_id, [])):
+        pages = self._owned.pop(request_id, [])
+        if not self._owners:
+            self._returned += reversed(pages)
+            return
+        for page in reversed(pages):
             if page not in self._owners:
                 self._returned.append(page)
             elif self._owners[page] > 1:

@@ -7,35 +7,49 @@ their pages and thereby hold back new prompts.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import heapq
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.requests import Entry, RequestBook
 from blitzjax.commands import Command, Migrate
-from blitzjax.types import InstanceId, Phase, RequestId, Role
+from blitzjax.types import InstanceId, Phase, Role
 
 
 @dataclass(frozen=True, slots=True)
 class _Move:
+    turn: int  # lower is earlier
     entry: Entry
     attempt: int
     source: InstanceId
 
 
 class Migrations:
-    """Requests that wait for a decode instance, and those on their way. Owned by the Cluster."""
+    """Requests that wait for a decode instance, and those on their way. Owned by the Cluster.
+
+    A look costs nothing unless a request left an instance, or a member changed, since the last one.
+    """
 
     def __init__(self, fleet: Fleet, book: RequestBook) -> None:
         self._fleet, self._book = fleet, book
-        self._waiting: dict[RequestId, _Move] = {}
+        self._waiting: dict[InstanceId, deque[_Move]] = {}  # by source, in order of their turns; some may be void
+        self._ready: list[tuple[int, InstanceId]] = []  # heap: first turns of sources that send nothing
         self._inbound: dict[InstanceId, _Move] = {}  # by target
+        self._sending: dict[InstanceId, InstanceId] = {}  # source → target
+        self._last_turn = self._first_turn = 0  # given out so far
+        self._version = -1  # of the fleet, as of the last look
+        self._stuck = False  # the first that waits found no target
         self.received_bytes: Counter[InstanceId] = Counter()  # KV, by target
 
     def wait(self, entry: Entry) -> None:
         """The prompt is done where the entry is."""
         assert entry.owner is not None
-        self._waiting[entry.request.id] = _Move(entry, entry.attempt, entry.owner)
+        self._last_turn += 1
+        self._waiting.setdefault(entry.owner, deque()).append(
+            _Move(self._last_turn, entry, entry.attempt, entry.owner))
+        self._offer(entry.owner)
 
     def inbound(self, target: InstanceId) -> bool:
         return target in self._inbound
@@ -44,46 +58,89 @@ class Migrations:
         """Begins every move that can begin now."""
         if not self._waiting and not self._inbound:
             return []
-        self._forget_void()
+        self._notice()
         commands: list[Command] = []
-        sending = {move.source for move in self._inbound.values()}
-        for request_id, move in list(self._waiting.items()):
-            if move.source in sending:
-                continue
+        while not self._stuck and (move := self._first()) is not None:
             target = self._choose(move.entry)
             if target is None:
-                break  # nothing overtakes it
-            del self._waiting[request_id]
-            self._inbound[target.id] = move
-            sending.add(move.source)
-            commands.append(Migrate(move.source, request_id, move.attempt, target.id))
+                self._stuck = True  # nothing overtakes it
+                break
+            self._take(move.source)
+            self._inbound[target.id], self._sending[move.source] = move, target.id
+            commands.append(Migrate(move.source, move.entry.request.id, move.attempt, target.id))
         return commands
 
     def lost(self, target: InstanceId) -> None:
         """`target` died: what was on its way to it waits again, before all others."""
-        move = self._inbound.pop(target, None)
-        if move is not None:
-            self._waiting = {move.entry.request.id: move} | self._waiting
+        if target in self._inbound:
+            self._again([self._arrived(target)])
 
-    def _forget_void(self) -> None:
-        """Requests that ended, were lost or have arrived; those whose target is gone wait again, before all others."""
-        again = {}
-        for target, move in list(self._inbound.items()):
-            if not self._holds(move):
-                del self._inbound[target]
-            elif not self._may_decode(self._fleet.members[target]):
-                del self._inbound[target]
-                again[move.entry.request.id] = move
-        kept = {i: move for i, move in self._waiting.items() if self._holds(move) and self._must_leave(move)}
-        self._waiting = again | kept
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _notice(self) -> None:
+        """Moves that arrived or became void; those whose target is gone wait again, before all others."""
+        left = self._book.left
+        if left:
+            for source in left & self._sending.keys():
+                if not self._holds(self._inbound[self._sending[source]]):
+                    self._arrived(self._sending[source])
+            left.clear()
+            self._stuck = False
+        if self._version != self._fleet.version:
+            self._version, self._stuck = self._fleet.version, False
+            for source in [i for i in self._waiting if not self._must_leave(i)]:
+                del self._waiting[source]
+            self._again([self._arrived(i) for i in list(self._inbound) if not self._may_decode(self._fleet.members[i])])
+
+    def _arrived(self, target: InstanceId) -> _Move:
+        """Nothing is on its way to `target` any more."""
+        move = self._inbound.pop(target)
+        del self._sending[move.source]
+        self._offer(move.source)
+        return move
+
+    def _again(self, moves: list[_Move]) -> None:
+        for move in reversed(moves):
+            if self._must_leave(move.source):
+                self._first_turn -= 1
+                self._waiting.setdefault(move.source, deque()).appendleft(replace(move, turn=self._first_turn))
+                self._offer(move.source)
+                self._stuck = False
+
+    def _offer(self, source: InstanceId) -> None:
+        """The first of `source` may go, unless it sends already."""
+        queue = self._waiting.get(source)
+        if queue and source not in self._sending:
+            heapq.heappush(self._ready, (queue[0].turn, source))
+
+    def _take(self, source: InstanceId) -> None:
+        """The first of `source` waits no longer."""
+        queue = self._waiting[source]
+        queue.popleft()
+        if not queue:
+            del self._waiting[source]
+
+    def _first(self) -> _Move | None:
+        """Who waits for longest, of those whose source sends nothing."""
+        while self._ready:
+            turn, source = self._ready[0]
+            queue = self._waiting.get(source)
+            if queue is None or queue[0].turn != turn or source in self._sending:
+                heapq.heappop(self._ready)
+            elif self._holds(queue[0]):
+                return queue[0]
+            else:
+                self._take(source)
+                self._offer(source)
+        return None
 
     def _holds(self, move: _Move) -> bool:
         """The request is still where it was."""
         return move.entry.owner == move.source and move.entry.attempt == move.attempt and move.entry.answered
 
-    def _must_leave(self, move: _Move) -> bool:
+    def _must_leave(self, source: InstanceId) -> bool:
         """An instance that became a decode instance keeps what it has."""
-        return self._fleet.members[move.source].role is Role.PREFILL
+        return self._fleet.members[source].role is Role.PREFILL
 
     def _may_decode(self, m: Member) -> bool:
         return (m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
@@ -98,8 +155,12 @@ class Migrations:
 
     def check(self) -> None:
         """Asserts the invariant."""
-        sources = [move.source for move in self._inbound.values()]
-        assert len(sources) == len(set(sources)), "an instance sends two requests"
+        assert self._sending == {move.source: target for target, move in self._inbound.items()}
+        assert len(self._sending) == len(self._inbound), "an instance sends two requests"
+        assert all(self._waiting.values())
+        assert all(a.turn < b.turn for queue in self._waiting.values() for a, b in pairwise(queue))
+        firsts = {(queue[0].turn, i) for i, queue in self._waiting.items() if i not in self._sending}
+        assert firsts <= set(self._ready), "one that could go is forgotten"
         for target, move in self._inbound.items():
             m = self._fleet.members[target]
             if self._holds(move) and self._may_decode(m):

@@ -23,6 +23,9 @@ class LivePairs:
         """Every pair once, in order of the OLD side's id."""
         return iter(sorted((pair for i, pair in self._of.items() if i == pair.old), key=lambda pair: pair.old))
 
+    def __len__(self) -> int:
+        return len(self._of) // 2
+
     def of(self, instance: InstanceId) -> LivePair | None:
         return self._of.get(instance)
 

@@ -30,8 +30,8 @@ class Entry:
 
 
 @dataclass(slots=True)
-class _Account:
-    """What the requests of one instance come to; kept up to date, so that asking costs nothing."""
+class Account:
+    """What the requests of one instance come to; kept up to date by the book, so that asking costs nothing."""
 
     page_size: int
     entries: dict[RequestId, Entry] = field(default_factory=dict)
@@ -43,7 +43,8 @@ class RequestBook:
     """All accepted requests. `max_attempts` bounds how often one is run; one counts for the pages of its prompt and
     `answer_share` of its answer, which its instance admits it with.
 
-    `changed` collects the instances whose requests changed, for whoever keeps a picture of them.
+    `changed` collects the instances whose requests changed, `left` those that a request left, for whoever keeps a
+    picture of them and empties it.
     """
 
     def __init__(self, max_attempts: int, answer_share: float = 1.0) -> None:
@@ -51,17 +52,18 @@ class RequestBook:
         self._answer_share = answer_share
         self._entries: dict[RequestId, Entry] = {}
         self._queue: list[tuple[tuple[float, int], RequestId]] = []  # sorted by rank
-        self._accounts: dict[InstanceId, _Account] = {}
+        self._accounts: dict[InstanceId, Account] = {}
         self._arrivals = 0
         self._backlog_tokens = 0  # of all entries
         self._pages = 0  # of all accounts
         self.changed: set[InstanceId] = set()
+        self.left: set[InstanceId] = set()
 
     def open(self, instance: InstanceId, page_size: int) -> None:
         """`instance` may own requests from now on; its KV pages hold `page_size` tokens."""
         known = self._accounts.get(instance)
         assert known is None or not known.entries, f"{instance} still owns requests"
-        self._accounts[instance] = _Account(page_size)
+        self._accounts[instance] = Account(page_size)
 
     # ---- views
 
@@ -87,6 +89,10 @@ class RequestBook:
     @property
     def running(self) -> int:
         return len(self._entries) - len(self._queue)
+
+    def account(self, instance: InstanceId) -> Account:
+        """What the requests of `instance` come to, to be read."""
+        return self._accounts[instance]
 
     def owned(self, instance: InstanceId) -> list[Entry]:
         return list(self._accounts[instance].entries.values())
@@ -223,11 +229,12 @@ class RequestBook:
             del self._queue[bisect.bisect_left(self._queue, (entry.rank, entry.request.id))]
             return
         account = self._accounts[entry.owner]
+        self.left.add(entry.owner)
         del account.entries[entry.request.id]
         self._charge(entry, account, -1)
         entry.owner = entry.giver = None
 
-    def _charge(self, entry: Entry, account: _Account, sign: int) -> None:
+    def _charge(self, entry: Entry, account: Account, sign: int) -> None:
         """An entry comes to its owner's account (1) or leaves it (-1)."""
         pages = sign * self.need(entry.request, account.page_size)
         account.pages += pages

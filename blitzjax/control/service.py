@@ -212,22 +212,23 @@ class Service:
 
     def _refresh_seats(self) -> None:
         """The router hears of the instances whose requests, phase or pair changed."""
-        changed = self.book.changed
-        for source in (self.fleet.changed, self.provisioner.pairs.changed):
+        changed, pairs = self.book.changed, self.provisioner.pairs
+        for source in (self.fleet.changed, pairs.changed):
             if source:
                 changed |= source
                 source.clear()
-        if not changed:
-            return
-        for instance in sorted(changed.union(*map(self.provisioner.pairs.sides, changed))):
+        if pairs and changed:  # a pair's new phase says what its other side may take
+            changed |= {side for instance in changed for side in pairs.sides(instance)}
+        for instance in changed:
             self._router.update(self._seat(self.fleet.members[instance]))
         changed.clear()
 
     def _seat(self, m: Member) -> Seat:
         """LIVE and SERVING members are never being released; those of other models take nothing."""
-        phase = m.phase if self.fleet.alive(m.id) is not None else Phase.IDLE
-        return Seat(m.id, phase, m.slots - self.book.owns(m.id), m.pages - self.book.pages(m.id), m.page_size,
-                    self.book.backlog_tokens(m.id), m.role is Role.DECODE or self.provisioner.redirected(m.id))
+        phase = m.phase if m.index is self.fleet.index else Phase.IDLE
+        account = self.book.account(m.id)
+        return Seat(m.id, phase, m.slots - len(account.entries), m.pages - account.pages, m.page_size,
+                    account.backlog_tokens, m.role is Role.DECODE or self.provisioner.redirected(m.id))
 
     # ---- pictures
 

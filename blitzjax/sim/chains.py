@@ -39,7 +39,8 @@ class ChainFlow:
         self._units = list(self._raw)  # what the member has: no more than the one before it
         self._segments = _segments(routes)
         self._head_of = {member: s.head for s in self._segments for member in s.members}
-        heads = {s.head for s in self._segments} | {len(routes)}
+        self._followers = {s.head: s.members for s in self._segments}
+        heads = self._followers.keys() | {len(routes)}
         for k, segment in enumerate(self._segments):
             marks: list[Mark] = []
             for hop, member in enumerate(segment.members):
@@ -51,20 +52,20 @@ class ChainFlow:
     def _passer(self, marks: list[Mark], is_first: bool) -> Callable[[int], None]:
         def passed(mark: int) -> None:
             _, member, units = marks[mark]
-            self._raw[member] = max(self._raw[member], units)
-            self._settle()
+            self._raw[member] = units
+            self._settle(member)
             if is_first and mark == len(marks) - 1:
                 self._source_done()
         return passed
 
-    def _settle(self) -> None:
-        """Reports what is new, from the head of the chain to its tail."""
-        for segment in self._segments:
-            for member in segment.members:
-                units = min(self._raw[member], self._units[segment.head])
-                if units > self._units[member]:
-                    self._units[member] = units
-                    self._got(member, units)
+    def _settle(self, member: int) -> None:
+        """Reports what is new at `member`, and then what that sets free behind it."""
+        units = min(self._raw[member], self._units[self._head_of[member]])
+        if units > self._units[member]:
+            self._units[member] = units
+            self._got(member, units)
+            for follower in self._followers.get(member, ()):
+                self._settle(follower)
 
 
 def _segments(routes: Sequence[list[Link]]) -> list[_Segment]:

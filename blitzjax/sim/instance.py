@@ -17,6 +17,7 @@ from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.parts import NewSide, OldSide, Sequence, Stretch
+from blitzjax.sim.pipelines import Pipeline
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import (
     Drained, Event, KVMigrated, LiveDrained, PrefillDone, RequestFailed, RequestFinished, RequestHanded,
@@ -58,6 +59,7 @@ class SimInstance:
         self._decode_due = 0.0
         self._due: list[Callable[[], None]] = []  # waits for the end of the running step
         self._regular_turn = False  # NEW, complete: the batch is next, then a prompt of the pair
+        self.pipeline: Pipeline | None = None  # it has every unit together with others only
 
     @property
     def complete(self) -> bool:
@@ -118,6 +120,18 @@ class SimInstance:
             self._note_layers(self._new)
             self._answer()
         self._wake()
+
+    def join(self, pipeline: Pipeline) -> None:
+        """With the other members it has every unit."""
+        self.pipeline = pipeline
+        self.arrived(self._costs.spec.units)
+
+    def leave_pipeline(self) -> None:
+        """It has every unit itself: fetches the KV that the others have, then goes on alone."""
+        pipeline = self.pipeline
+        assert pipeline is not None
+        self.pipeline = None
+        self._between_steps(lambda: self._run(pipeline.kv_token_s * self._kv_tokens, lambda: None))
 
     def _note_layers(self, new: NewSide) -> None:
         """The last layer counts once the head is here too, as in engine/live.py."""
@@ -311,7 +325,8 @@ class SimInstance:
         if self._ready:
             self._run_ready(self._ready.pop(0))
         elif chunks:
-            passes = self._passes(chunks)
+            # What runs through the layers together: one chunk in our engine, all of a step in the paper's.
+            passes = [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]
             decode_s = self._decode_s() if self._ends else 0.0
             self._run(decode_s + self._pass_s(passes[0]), self._stepped, passes)
         elif self._ends:
@@ -359,12 +374,10 @@ class SimInstance:
         if self._sequences.get(sequence.request.id) is sequence:
             self._first_token(sequence)
 
-    def _passes(self, chunks: tuple[Chunk, ...]) -> list[tuple[Chunk, ...]]:
-        """What runs through the layers together: one chunk in our engine, all of a step in the paper's."""
-        return [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]
-
     def _pass_s(self, chunks: tuple[Chunk, ...]) -> float:
-        return self._costs.prefill_s(sum(chunk.stop - chunk.start for chunk in chunks))
+        tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+        seconds = self._costs.prefill_s(tokens)
+        return seconds if self.pipeline is None else seconds + self.pipeline.pass_s(tokens)
 
     def _stepped(self, passes: list[tuple[Chunk, ...]]) -> None:
         """The decode step is over, and the first pass."""
@@ -392,7 +405,8 @@ class SimInstance:
         self._count_steps(steps)
 
     def _decode_s(self) -> float:
-        return self._costs.decode_s(len(self._ends), self._kv_tokens)
+        seconds = self._costs.decode_s(len(self._ends), self._kv_tokens)
+        return seconds if self.pipeline is None else seconds + self.pipeline.pass_s(len(self._ends))
 
     def _count_steps(self, steps: int) -> None:
         """`steps` tokens for every decoding sequence; those that have all of theirs finish."""

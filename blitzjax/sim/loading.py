@@ -15,19 +15,25 @@ from blitzjax.sim.costs import MachineCosts, ModelCosts
 from blitzjax.sim.hosts import Fleetports, HostCopies
 from blitzjax.sim.instance import SimInstance
 from blitzjax.sim.links import Fabric
+from blitzjax.sim.pipelines import Pipeline, Scatter
 from blitzjax.commands import LoadFromDisk, PrepareTransfer, StartTransfer
 from blitzjax.events import Event, LayerLoaded, TransferEnded, TransferReady
 from blitzjax.types import Chain, InstanceId, MulticastPlan
 
 
 class Loading:
-    """All parameter transfers under way. `emit` gives events to the brain."""
+    """All parameter transfers under way. `emit` gives events to the brain, `whole(name, ticket)` is called for a
+    receiver that has everything. With `scatter` receivers serve in pipelines before that.
+    """
 
     def __init__(self, clock: Clock, fabric: Fabric, machine: MachineCosts, costs: ModelCosts, ports: Fleetports,
-                 copies: HostCopies, instances: dict[InstanceId, SimInstance], emit: Callable[[Event], None]) -> None:
+                 copies: HostCopies, instances: dict[InstanceId, SimInstance], emit: Callable[[Event], None],
+                 whole: Callable[[InstanceId, int], None] = lambda name, ticket: None, scatter: bool = False) -> None:
         self._clock, self._machine, self._costs = clock, machine, costs
         self._ports, self._copies, self._instances, self._emit = ports, copies, instances, emit
-        self._fabric = fabric
+        self._fabric, self._whole = fabric, whole
+        self._scatter = Scatter(fabric, machine, costs, ports, self._formed, self._is_whole) if scatter else None
+        self._partial: dict[InstanceId, list[int]] = {}  # in a pipeline → plans that it will send once it is whole
         self._plans: dict[int, MulticastPlan] = {}  # prepared and not started
         self._units = costs.spec.units
         self._prefix = [0.0, *accumulate(costs.unit_bytes)]  # bytes of units [0, u)
@@ -45,9 +51,15 @@ class Loading:
                 self._begin_load(ticket, name, start)
 
     def _prepared(self, name: InstanceId, ticket: int) -> None:
-        self._emit(TransferReady(self._clock.now, name, ticket))
+        if name in self._partial:
+            self._partial[name].append(ticket)
+        else:
+            self._emit(TransferReady(self._clock.now, name, ticket))
 
     def _begin(self, plan: MulticastPlan) -> None:
+        if self._scatter is not None:
+            self._scatter.begin(plan, lambda source: self._sent(source, plan.ticket))
+            return
         gather = _Gather([chain for chain in plan.chains if chain.lanes > 1], self._ports)
         for chain in plan.chains:
             names = chain.instances
@@ -61,11 +73,35 @@ class Loading:
                     self._clock.after(self._gather_s(chain, names[0]), self._gathered, plan.ticket, names, here)
 
             def source_done(source: InstanceId = names[0]) -> None:
-                self._emit(TransferEnded(self._clock.now, source, plan.ticket, self._units, ""))
+                self._sent(source, plan.ticket)
 
             ChainFlow(self._fabric, [self._ports.route(a, b) for a, b in pairwise(names)],
                       [at / chain.lanes for at in self._prefix], chain.start_unit, self._machine.chunk_bytes,
                       chain.lanes > 1, lane_got if chain.lanes > 1 else got, source_done)
+
+    def _sent(self, source: InstanceId, ticket: int) -> None:
+        self._emit(TransferEnded(self._clock.now, source, ticket, self._units, ""))
+
+    def _formed(self, name: InstanceId, pipeline: Pipeline) -> None:
+        """To the brain it is an instance like others from now on."""
+        self._partial[name] = []
+        self._instances[name].join(pipeline)
+        self._serves(name, pipeline.ticket)
+
+    def _is_whole(self, name: InstanceId, ticket: int) -> None:
+        waiting, instance = self._partial.pop(name, None), self._instances[name]
+        if waiting is None:
+            self._arrived(ticket, name, self._units, False)
+            return
+        if instance.pipeline is not None and instance.pipeline.ticket == ticket:  # else it was released meanwhile
+            instance.leave_pipeline()
+        self._whole(name, ticket)
+        for later in waiting:
+            self._prepared(name, later)
+
+    def _serves(self, name: InstanceId, ticket: int) -> None:
+        self._copies.hold(self._ports.of[name].host)
+        self._emit(TransferEnded(self._clock.now, name, ticket, self._units, ""))
 
     def _gather_s(self, chain: Chain, name: InstanceId) -> float:
         """Inside the domain, of the unit that came last: every member receives what the other lanes brought."""
@@ -90,8 +126,8 @@ class Loading:
             return
         instance.arrived(units)
         if units == self._units:
-            self._copies.hold(self._ports.of[name].host)
-            self._emit(TransferEnded(self._clock.now, name, ticket, units, ""))
+            self._serves(name, ticket)
+            self._whole(name, ticket)
         elif may_be_live:
             self._emit(LayerLoaded(self._clock.now, name, units))
 

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from blitzjax.sim.links import Link
 from blitzjax.commands import LoadFromDisk, PrepareTransfer
@@ -55,6 +55,7 @@ class Outcome:
     host_copy_s: float = 0.0
     end_s: float = 0.0
     links: dict[str, float] = field(default_factory=dict)  # "nic_out:i0003" → bytes that it carried
+    _percentiles: dict[str, list[float]] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
     _since: dict[InstanceId, float] = field(default_factory=dict)  # instances that hold or receive the model
     _told: dict[tuple[int, InstanceId], float] = field(default_factory=dict)
@@ -120,6 +121,12 @@ class Outcome:
         self.links = {link.name: link.carried for link in links}
 
     # ---- afterwards
+
+    def percentiles(self, of: Literal["ttft", "tpot"]) -> list[float]:
+        """From 0 to 100; the values, which may be millions, are sorted once."""
+        if of not in self._percentiles:
+            self._percentiles[of] = quantiles(self.ttft_s if of == "ttft" else self.tpot_s, range(101))
+        return self._percentiles[of]
 
     @property
     def link_bytes(self) -> dict[str, float]:

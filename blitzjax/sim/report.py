@@ -9,10 +9,10 @@ import csv
 import html
 import io
 import json
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from blitzjax.sim.outcome import PERCENTILES, Outcome, mean, quantiles
+from blitzjax.sim.outcome import PERCENTILES, Outcome, mean
 from blitzjax.sim.plots import Line, plot
 
 SLO_FACTOR = 5.0  # a request violates its SLO above this many times the average of a full provision (section 10.4)
@@ -35,9 +35,8 @@ def table(outcomes: Sequence[Outcome]) -> list[Row]:
 def _row(o: Outcome, ttft_limit_s: float, tpot_limit_s: float) -> Row:
     row: Row = {"system": o.setup.system.name, "requests": o.ended, "rejects": o.rejects,
                 "ttft_mean_s": mean(o.ttft_s), "tpot_mean_s": mean(o.tpot_s)}
-    for name, values in (("ttft", o.ttft_s), ("tpot", o.tpot_s)):
-        at = quantiles(values, PERCENTILES)
-        row |= {f"{name}_p{p}_s": value for p, value in zip(PERCENTILES, at)}
+    for name in ("ttft", "tpot"):
+        row |= {f"{name}_p{p}_s": o.percentiles(name)[p] for p in PERCENTILES}
     ups = [up.stop - up.start for up in o.scale_ups]
     row |= {"slo_violations": o.violations(ttft_limit_s, tpot_limit_s), "gpu_s": o.gpu_s,
             "host_copies": o.host_copy_s / o.end_s, "host_bytes": o.host_copy_s / o.end_s * o.setup.model.param_bytes,
@@ -58,8 +57,8 @@ def to_json(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str
     link that carried some."""
     return json.dumps({"arguments": arguments, "table": table(outcomes), "systems": {
         o.setup.system.name: {
-            "ttft_s_percentiles": quantiles(o.ttft_s, range(101)),
-            "tpot_s_percentiles": quantiles(o.tpot_s, range(101)),
+            "ttft_s_percentiles": o.percentiles("ttft"),
+            "tpot_s_percentiles": o.percentiles("tpot"),
             "ttft_s_by_arrival_second": _by_second(o),
             "samples": [[s.at, s.instances, s.host_copies, s.requests] for s in o.samples],
             "scale_ups": [[up.ticket, up.instance, up.start, up.stop] for up in o.scale_ups],
@@ -73,12 +72,12 @@ def to_html(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str
     def lines(points: Sequence[Sequence[tuple[float, float]]]) -> list[Line]:
         return [Line(name, list(pairs)) for name, pairs in zip(names, points)]
 
-    def cdf(values: Sequence[Sequence[float]]) -> list[Line]:
-        return lines([[(x, p / 100) for p, x in enumerate(quantiles(v, range(101)))] for v in values])
+    def cdf(of: Literal["ttft", "tpot"]) -> list[Line]:
+        return lines([[(x, p / 100) for p, x in enumerate(o.percentiles(of))] for o in outcomes])
 
     plots = [
-        plot("TTFT: share of requests", "s", cdf([o.ttft_s for o in outcomes]), log_x=True),
-        plot("TPOT: share of requests", "s", cdf([o.tpot_s for o in outcomes]), log_x=True),
+        plot("TTFT: share of requests", "s", cdf("ttft"), log_x=True),
+        plot("TPOT: share of requests", "s", cdf("tpot"), log_x=True),
         plot("TTFT, mean by second of arrival", "s", lines([_by_second(o) for o in outcomes])),
         plot("Instances that hold or receive the model", "s", lines([[(s.at, s.instances) for s in o.samples]
                                                                     for o in outcomes]), step=True),
@@ -126,13 +125,9 @@ def _short(value: str | int | float) -> str:
 
 def _by_second(o: Outcome) -> list[tuple[float, float]]:
     """(second, mean TTFT of the requests that arrived in it)."""
-    pairs = sorted(zip(o.arrived_s, o.ttft_s))
-    times = [at for at, _ in pairs]
-    found = []
-    start = 0
-    while start < len(pairs):
-        second = int(times[start])
-        stop = bisect_right(times, second + 1 - 1e-9, start)
-        found.append((float(second), sum(t for _, t in pairs[start:stop]) / (stop - start)))
-        start = stop
-    return found
+    waited: dict[int, list[float]] = {}  # second → [requests, sum]; an hour has millions of requests
+    for at, ttft_s in zip(o.arrived_s, o.ttft_s):
+        second = waited.setdefault(int(at), [0.0, 0.0])
+        second[0] += 1
+        second[1] += ttft_s
+    return [(float(second), total / count) for second, (count, total) in sorted(waited.items())]

@@ -25,7 +25,7 @@ from blitzjax.commands import (
     Reject, Release, StartLive, StartTransfer, UseCopy,
 )
 from blitzjax.events import (
-    Drained, Event, InstanceJoined, PrefillDone, RequestArrived, RequestFinished, Ticked, TransferEnded, WorldJoined,
+    Drained, Event, InstanceJoined, PrefillDone, RequestArrived, RequestFinished, Ticked, WorldJoined,
 )
 from blitzjax.types import InstanceId, Request, Roles
 
@@ -103,7 +103,7 @@ class _Run:
         self._instances: dict[InstanceId, SimInstance] = {}
         self._fabric = Fabric(self._clock)
         self._loading = Loading(self._clock, self._fabric, setup.machine, setup.model, self._ports, self._copies,
-                                self._instances, self._report)
+                                self._instances, self._report, self._is_whole, setup.system.scatter)
         self._requests: dict[str, Request] = {}  # arrived and not ended
         self._exhausted = False  # no further arrivals
         self.outcome = Outcome(setup)
@@ -170,12 +170,13 @@ class _Run:
                 self.outcome.first_token(request_id, at)
             case RequestFinished(at=at, request_id=request_id, reason="length"):
                 self.outcome.finished(self._requests.pop(request_id), at)
-            case TransferEnded(at=at, instance=name, ticket=ticket):
-                self.outcome.loaded(name, ticket, at)
             case Drained(at=at, instance=name):
                 self.outcome.vacate(name, at)
                 self._copies.leave(self._ports.of[name].host, at)
         self._handle(event)
+
+    def _is_whole(self, name: InstanceId, ticket: int) -> None:
+        self.outcome.loaded(name, ticket, self._clock.now)
 
     def _hand_over(self, source: InstanceId, target: InstanceId, tokens: int, layers: int) -> float:
         """Rows of a prompt between live partners, and KV of `layers` layers: counted on the links; → seconds until the

@@ -21,6 +21,7 @@ class System:
     source: Source = "multicast"
     live: LiveMode = "off"
     host_ttl_s: float = 0.0
+    scatter: bool = False  # receivers get units in different orders and serve in pipelines before they are whole
     forecast_s: float = 0.0  # as in scale.forecast_s
     share: float | None = None  # fixed provision: this part of all instances serves, for ever; None: scales
 
@@ -31,6 +32,8 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({s.name: s for s in (
     System("blitz-forecast", "blitz, scaling for the backlog that a trend of 0.2 s foresees", live="zigzag",
            forecast_s=0.2),
     System("multicast", "multicast, stop the world", live="off"),
+    System("lambda-scale", "like λScale: receivers with complementary blocks serve together until they are whole",
+           scatter=True),
     System("network", "from peers one by one over the network, stop the world", source="unicast"),
     System("sllm", "ServerlessLLM: host memory for 30 s after the last use, else SSD", source="disk", host_ttl_s=30.0),
     System("allcache", "always from host memory", source="disk", host_ttl_s=inf),
