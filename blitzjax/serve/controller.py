@@ -43,9 +43,8 @@ class Controller:
         self.config = config
         if len({model.name for model in models}) < len(models):
             raise ConfigError(f"two models have the same name; they are {', '.join(m.name for m in models)}")
-        self.draining = False
+        self.draining = self.over = False
         self._started = time.monotonic()  # on that clock, `now` was 0
-        self.compiled: set[tuple[types.InstanceId, str]] = set()  # workers, for models deployed since the start
         self.refusals: dict[tuple[types.InstanceId, str], str] = {}
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
@@ -95,6 +94,11 @@ class Controller:
     @property
     def busy(self) -> bool:
         return bool(self._orders)
+
+    def check_open(self) -> None:
+        """Raises Unavailable when this process leaves: nobody should wait for it any longer."""
+        if self.over:
+            raise Unavailable("the server shut down")
 
     def status(self):
         return self.replica.cluster.status()
@@ -206,8 +210,6 @@ class Controller:
         due = self.replica.react(event)
         if isinstance(event, events.TransferEnded) and event.error:
             self._load_failed(event)
-        elif isinstance(event, events.ModelReady):
-            self.compiled.add((event.instance, event.model))
         self._served = self._served or self.ready
         for changed in self._watchers:
             changed.set()
@@ -299,7 +301,10 @@ class Controller:
             compact(self.journal, self.now(), self.replica)
 
     def give_up(self) -> None:
-        """Ends what still runs with UNAVAILABLE."""
+        """Ends what still runs, and whoever waits, with UNAVAILABLE."""
+        self.over = True
+        for changed in self._watchers:
+            changed.set()
         for answer in self._orders:
             self._orders.over(answer)
             answer.fail("UNAVAILABLE", "the server shut down before the answer was complete")
