@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.journal import Journal
+from blitzjax.serve.latencies import Latencies
 from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import ServedModel, load_model
 from blitzjax.serve.replica import Replica, message_of
@@ -59,6 +61,7 @@ class Controller:
         self.replica = Replica(config, models, self.links)
         self.models = self.replica.models
         self._orders = self.replica.orders
+        self.latencies: defaultdict[str, Latencies] = defaultdict(Latencies)  # by model, since this process began
 
     def _make_links(self, models: Sequence[ServedModel], workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
         peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 
 from blitzjax.errors import BlitzError, InvalidRequest
-from blitzjax.serve.model import ServedModel, load_model
+from blitzjax.serve.model import load_model
 from blitzjax.events import ModelUndeployed
 from blitzjax.v1 import inference_pb2 as pb
 

@@ -163,6 +163,7 @@ async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: C
                 await context.write(_response(answer, piece, last, model.tokenizer, controller))
             if last:
                 left.remove(answer)
+                controller.latencies[model.name].ended(answer, controller.now())
 
 
 async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,
