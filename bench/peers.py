@@ -3,6 +3,8 @@
     blitzjax-1x2  one instance on two cores, over gRPC
     blitzjax-2x1  two instances, each pinned to a core, over gRPC
     llama.cpp     its server, over HTTP; built once from the sources that llama-cpp-python ships (cmake, C++ compiler)
+    vllm          vLLM's CPU build, `vllm serve`, over HTTP
+    transformers  `transformers serve` with continuous batching, over HTTP
     openvino      OpenVINO GenAI's continuous batching in process, without any server
 
 SmolLM2-135M, the same weights in bfloat16 for all, 128 tokens in, 64 out, greedy. In each round every peer starts, is
@@ -23,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import figures, prompts
-from bench.peer_servers import PEERS, Answer, Peer
+from bench.peer import Answer, Peer
+from bench.peer_servers import PEERS
 from bench.result import say
 from blitzjax.cli_serve import checkpoint
 from blitzjax.engine.convert import default_cache

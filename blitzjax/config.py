@@ -32,17 +32,19 @@ class ServeConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals and KV are float32 on CPU
+    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals are float32, KV too but on GPUs
     max_model_len: int = 2048  # prompt + answer, tokens; never above the model's own limit
     max_num_seqs: int = 16  # sequences decoding together
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
     page_size: int = 16  # tokens per KV page
-    kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens
+    kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens, or what a GPU has memory for
+    memory_fraction: float = 0.9  # of each GPU, for one worker; it reserves that at its start. Workers that share one: less
     answer_share: float = 0.5  # of max_tokens, that a request gets pages for at once; 1: no request is ever preempted
     prefix_caching: bool = True  # prompts that begin alike share the KV of what they have in common
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
     tensor_parallel: int = 1  # devices per instance
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
+    cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
     executable_cache: str = "~/.cache/blitzjax/executables"
     share_executables: bool = True  # a worker takes what others have compiled for such a machine, over their gRPC port
 
@@ -187,6 +189,7 @@ def _check_ranges(c: Config) -> None:
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
+    want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
     want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")

@@ -40,15 +40,18 @@ class Scoring:
         scores = products * (head_dim ** -0.5 if self.scale is None else self.scale)
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
-        keys, at = jnp.arange(products.shape[-1]), at[..., None]
-        seen = keys <= at if self.window is None else (keys <= at) & (keys > at - self.window)
-        scores = jnp.where(seen, scores, -1e30)
+        scores = jnp.where(self.seen(products.shape[-1], at), scores, -1e30)
         if self.sinks is None:
             return jax.nn.softmax(scores, axis=-1)
         sinks = self.sinks[:, :, None, None]
         top = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
         weights = jnp.exp(scores - top)
         return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - top))
+
+    def seen(self, length: int, at: jax.Array) -> jax.Array:
+        """Which of `length` keys a query at position i32[...] reads → bool[..., length]."""
+        keys, at = jnp.arange(length), at[..., None]
+        return keys <= at if self.window is None else (keys <= at) & (keys > at - self.window)
 
 
 PLAIN = Scoring()

@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from jax import Array
 
 from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk
-from blitzjax.control.blocks import PageLedger, answer_share, pages_of
-from blitzjax.engine import live, messages as m, migration
+from blitzjax.control.blocks import PageLedger, answer_share
+from blitzjax.engine import messages as m, migration
 from blitzjax.engine.decoding import DecodeBatch
 from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.memory import room_on
 from blitzjax.engine.params import LayerStore
+from blitzjax.engine.partners import Partners
 from blitzjax.engine.prefixes import PrefixCache, kept_pages
 from blitzjax.engine.runner import Prefill, Runner
-from blitzjax.engine.sampling import Drawn
 from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import KV, Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
-from blitzjax.events import (
-    Drained, Event, LiveDrained, PrefillDone, RequestFailed, RequestFinished, RequestHanded, RequestReturned,
-)
-from blitzjax.types import InstanceId, LivePair, RequestId, Span, TokenLogprob, Work
+from blitzjax.events import Drained, Event, PrefillDone, RequestFinished
+from blitzjax.types import InstanceId, RequestId, Span, TokenLogprob, Work
 
 Output: TypeAlias = Event | m.Tokens
-_NEAR_S = 0.2  # how long decode may pause for a partner's residuals
 
 
 class Instance:
@@ -44,16 +42,14 @@ class Instance:
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
-        self.slots, self.pages = config.engine.max_num_seqs, pages_of(config.engine)
-        self._stages, self._handoff, self._emit, self._connect, self._now = stages, handoff, emit, connect, now
+        self.room = room_on(stages, store, config.engine)
+        self._stages, self._emit, self._now = stages, emit, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
-        self._ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
-        self._new: live.NewSide | None = None
-        self._old: live.OldSide | None = None
-        self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # came before their StartLive
         self._stopped = False
-        self._moves = migration.Moves(self, handoff, send_kv, emit, now, config.transfer.handoff_timeout_s)
+        timeout_s = config.transfer.handoff_timeout_s
+        self._partners = Partners(self, handoff, connect, emit, now, timeout_s)
+        self._moves = migration.Moves(self, handoff, send_kv, emit, now, timeout_s)
         self._reset()
 
     def post(self, message: object) -> None:
@@ -80,13 +76,14 @@ class Instance:
     # ---- inbox ------------------------------------------------------------------------------------------------------
 
     def _receive(self, wait: bool) -> None:
+        until = self._partners.awaited_until
         try:
-            self._handle(self._inbox.get(wait, max(0.001, self._awaited_until - self._now()) if self._awaited_until else None))
+            self._handle(self._inbox.get(wait, max(0.001, until - self._now()) if until else None))
             while True:
                 self._handle(self._inbox.get_nowait())
         except queue.Empty:
-            if self._now() >= self._awaited_until:
-                self._awaited_until = 0.0
+            if self._now() >= self._partners.awaited_until:
+                self._partners.awaited_until = 0.0
 
     def _handle(self, message: object) -> None:
         match message:
@@ -94,36 +91,11 @@ class Instance:
                 self._accept(message)
             case Abort():
                 self._abort(message.request_id)
-            case m.UnitsArrived():
-                if self._new is not None:
-                    self._new.arrived(self.store.units)
-            case m.Partnered():
-                self._partnered(message)
-            case m.Pulled():
-                self._pulled(message)
-            case m.Borrowed():
-                if self._old is not None and self._old.pair.new == message.partner:
-                    self._old.lend(message.borrow)
-            case m.Lent():
-                if self._new is not None and self._new.pair.old == message.partner:
-                    self._new.lent(message.loan)
-            case m.Taken():
-                if self._new is not None:
-                    self._new.taken(message.seq)
-            case m.HandedOver():
-                self._handed_over(message)
-            case m.ActivationsTaken():
-                self._activations_taken(message)
-            case m.KVTaken():
-                self._kv_taken(message)
             case (Migrate() | m.KVOffered() | m.KVWithdrawn() | m.KVArrived() | m.KVAnswered() | m.KVUnanswered()):
                 self._moves.handle(message)
-            case StartLive():
-                self._start_live(message.pair)
-            case EndLive():
-                self._end_live(message.pair)
-            case m.PartnerLost():
-                self._partner_lost(message.partner)
+            case (StartLive() | EndLive() | m.PartnerLost() | m.UnitsArrived() | m.Partnered() | m.Pulled() | m.Borrowed()
+                  | m.Lent() | m.Taken() | m.HandedOver() | m.ActivationsTaken() | m.KVTaken()):
+                self._partners.handle(message)
             case Release(keep=keep):
                 self._reset()
                 self.store.keep() if keep else self.store.release()
@@ -137,11 +109,12 @@ class Instance:
 
     def _accept(self, work: Work) -> None:
         if work.request.id in self._sequences:  # an earlier attempt that is still here is void
-            self._leave(self._sequences[work.request.id])
+            self.leave(self._sequences[work.request.id])
         sequence = sequence_of(work)
         loading = self.store.units < self.spec.units
-        if self._new is not None and loading and self._batcher.hold(work.request, len(sequence.tokens)):
-            self._new.add(sequence)
+        new = self._partners.new
+        if new is not None and loading and self._batcher.hold(work.request, len(sequence.tokens)):
+            new.add(sequence)
         else:
             self._batcher.add(work.request, len(sequence.tokens), self._prefixes.keys(sequence))
         self._sequences[sequence.id] = sequence
@@ -149,161 +122,37 @@ class Instance:
     def _abort(self, request_id: RequestId) -> None:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._leave(sequence)
+            self.leave(sequence)
             self._emit(RequestFinished(self._now(), self.name, request_id, sequence.work.attempt, "abort"))
 
     def _reset(self) -> None:
         """Forgets every request and pair; parameters stay."""
-        if self._old is not None:
-            self._old.close()
-        if self._new is not None:
-            self._new.close()
+        self._partners.close()
         self._moves.close()
-        self._old = self._new = None
-        self._sequences, self._ready, self._early = {}, [], {}
-        self._awaited_until = 0.0
+        self._sequences = {}
         self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
         engine, shapes = self.config.engine, self._stages.shapes
-        ledger = PageLedger(self.pages, engine.page_size, kept_pages(self._stages, engine, self.pages))
-        self._batcher = Batcher(self.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
+        ledger = PageLedger(self.room.pages, engine.page_size, kept_pages(self._stages, engine, self.room.pages))
+        self._batcher = Batcher(self.room.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
         self._prefixes = PrefixCache(self._stages, self._batcher, engine)
         self._decoding = DecodeBatch(self.runner, self._cache, self._batcher, self._prefixes)
 
-    # ---- live pairs -------------------------------------------------------------------------------------------------
-
-    def _start_live(self, pair: LivePair) -> None:
-        if pair.new == self.name:
-            self._new = live.NewSide(pair, self.runner, self._handoff)
-            self._new.arrived(self.store.units)
-            for message in self._early.pop(pair.old, ()):
-                self._handle(message)
-        else:
-            if self._old is not None:
-                self._old.close()
-            self._old = live.OldSide(pair, self.runner, self._handoff, self._connect(pair.new), self.post,
-                                     self.config.transfer.handoff_timeout_s)
-            self._return_untouched()
-
-    def _return_untouched(self) -> None:
-        """What this side has not begun goes to the pair's queue, where NEW helps with it."""
-        for sequence in list(self._sequences.values()):
-            begun = sequence.prefill is not None or sequence.id in self._cache.slots or self._moves.leaving(sequence)
-            if not begun and not sequence.awaited:
-                self._forget(sequence)
-                self._emit(RequestReturned(self._now(), self.name, sequence.id, sequence.work.attempt))
-
-    def _end_live(self, pair: LivePair) -> None:
-        if self._old is not None and self._old.pair == pair:
-            self._old.close()
-            self._old = None
-        if self._new is not None and self._new.pair == pair:
-            self._new.close()
-            self._new.answer()
-
-    def _partner_lost(self, partner: InstanceId) -> None:
-        """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
-        if self._old is not None and self._old.pair.new == partner:
-            self._old.waiting, self._old.drained = False, True
-        self._early.pop(partner, None)
-        if self._new is not None and self._new.pair.old == partner:
-            self._new.partner_left()
-
-    def _partnered(self, message: m.Partnered) -> None:
-        if self._new is None or self._new.pair.old != message.partner:
-            self._early.setdefault(message.partner, []).append(message)
-        else:
-            self._new.partnered(message.old)
-
-    def _pulled(self, pull: m.Pulled) -> None:
-        if self._new is None or self._new.pair.old != pull.puller:
-            self._early.setdefault(pull.puller, []).append(pull)
-            return
-        self._new.asked(pull)
-        self._answer_pull()
-
-    def _answer_pull(self) -> None:
-        """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
-        sequence = self._new.answer() if self._new is not None else None
-        if sequence is not None:
-            self._forget(sequence)
-            self._emit(RequestHanded(self._now(), self.name, sequence.id, sequence.work.attempt, self._new.pair.old))
-
-    def _handed_over(self, message: m.HandedOver) -> None:
-        if self._old is None or self._old.pair.new != message.partner:
-            return  # the pair ended meanwhile: the brain runs the request again
-        self._old.waiting = False
-        answer = message.answer
-        if answer.work is None:
-            if answer.drained and not self._old.drained:
-                self._old.drained = True
-                self._emit(LiveDrained(self._now(), self.name))
-            return
-        work = answer.work
-        self._emit(RequestHanded(self._now(), self.name, work.request.id, work.attempt, self.name))
-        sequence = sequence_of(work)
-        if not self._batcher.hold(work.request, len(sequence.tokens)):
-            self._fail(work, f"{self.name} has no room for a request handed over by {message.partner}")
-            return
-        sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
-        self._sequences[sequence.id] = sequence
-        sequence.prefill = self._old.take(answer)
-        sequence.awaited = sequence.prefill is None
-        self._awaited_until = self._now() + _NEAR_S if sequence.awaited else 0.0
-        if not sequence.awaited:
-            self._ready.append(sequence)
-
-    def _activations_taken(self, message: m.ActivationsTaken) -> None:
-        sequence = self._current(message.work.request.id, message.work.attempt)
-        if sequence is None:
-            return
-        if message.error:
-            self._leave(sequence)
-            self._fail(message.work, message.error)
-            return
-        sequence.awaited, self._awaited_until = False, 0.0
-        sequence.prefill = live.resume(self.runner, message.work, message.next_layer, message.arrays)
-        self._ready.append(sequence)
-        if not sequence.kv_missing:
-            self._adopt_kv(sequence)
-
-    def _kv_taken(self, message: m.KVTaken) -> None:
-        sequence = self._current(message.request_id, message.attempt)
-        if sequence is None:
-            if message.rest is not None:
-                message.rest.settled(False)
-            return
-        if message.error:
-            self._leave(sequence)
-            self._fail(sequence.work, message.error)
-            return
-        sequence.partner_kv, sequence.partner_rest, sequence.kv_missing = message.arrays, message.rest, False
-        if sequence.prefill is not None:
-            self._adopt_kv(sequence)
-
-    def _adopt_kv(self, sequence: Sequence) -> None:
-        """The partner's layers of KV join the prompt's own; a prompt that waited for them joins the batch."""
-        prefill, flat = sequence.prefill, sequence.partner_kv
-        prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
-        sequence.partner_kv = []
-        if sequence.answered > len(sequence.work.generated):
-            if sequence.partner_rest is None:
-                self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
-            self._join_batch(sequence)
-
-    def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
-        sequence = self._sequences.get(request_id)
-        return sequence if sequence is not None and sequence.work.attempt == attempt else None
-
-    # ---- KV on the move: what Moves asks for, see migration.Host -----------------------------------------------------
+    # ---- what Partners and Moves ask for, see partners.Host and migration.Host ---------------------------------------
 
     def find(self, request_id: RequestId) -> Sequence | None:
         return self._sequences.get(request_id)
 
+    def untouched(self) -> Iterable[Sequence]:
+        for sequence in self._sequences.values():
+            begun = sequence.prefill is not None or sequence.id in self._cache.slots or self._moves.leaving(sequence)
+            if not begun and not sequence.awaited:
+                yield sequence
+
     def lift(self, sequence: Sequence) -> list[KV] | None:
         if sequence.id not in self._cache.slots:
-            if self._old is not None:
-                self._old.leave_rest(sequence.id)
+            if self._partners.old is not None:
+                self._partners.old.leave_rest(sequence.id)
             return None
         self._batcher.pause(sequence.id)
         return self._cache.lift(sequence.id)
@@ -318,25 +167,38 @@ class Instance:
     def join(self, sequence: Sequence, kv: list[KV]) -> None:
         self._decoding.join(sequence, kv)
 
+    def answer_whole(self, sequence: Sequence) -> None:
+        prefill = sequence.prefill
+        if sequence.partner_rest is None:
+            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+        self._join_batch(sequence)
+
     def leave(self, sequence: Sequence) -> None:
-        self._leave(sequence)
+        self._moves.left(sequence.id)
+        self._partners.left(sequence)
+        self._decoding.leave(sequence)
+        self.forget(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._batcher.finish(sequence.id)
+        del self._sequences[sequence.id]
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> bool:
         """One decode step for the batch, one piece of prompt work. False: nothing to compute."""
-        progress = self._step_new() if self._new is not None else False
+        progress = self._step_new() if self._partners.new is not None else False
         if self.store.units < self.spec.units:
             return progress
         self._maybe_pull(layers_left=0)
         self._decoding.make_room(self._sequences)
         step = self._batcher.next_step()
-        if step is not None and step.decode and (self._decode_due <= 0 or not self._prompt_is_near()):
+        if step is not None and step.decode and (self._decode_due <= 0 or not self._partners.prompt_is_near):
             self._decode()
             self._decode_due = 1.0
             progress = True
-        if self._ready:
-            self._run_ready(self._ready.pop(0))
+        if self._partners.ready:
+            self._run_ready(self._partners.ready.pop(0))
             return True
         if step is not None:
             for chunk, sequence in [(c, self._sequences[c.request_id]) for c in step.prefill]:
@@ -346,26 +208,27 @@ class Instance:
 
     def _step_new(self) -> bool:
         """NEW's share: one layer while parameters arrive; afterwards one whole prompt, open to pulls between layers."""
+        partners = self._partners
         while True:
-            self._answer_pull()
-            progress, completed = self._new.step()
+            partners.answer_pull()
+            progress, completed = partners.new.step()
             if completed is not None:
                 self._first_token(completed)
             whole = progress and completed is None and self.store.units == self.spec.units
             if not whole:
                 break
             self._receive(wait=False)
-            if self._new is None:
+            if partners.new is None:
                 return True
-        self._answer_pull()
-        if self._new.over and self.store.units == self.spec.units:
-            self._new = None
+        partners.answer_pull()
+        if partners.new.over and self.store.units == self.spec.units:
+            partners.new = None
         return progress
 
     def _maybe_pull(self, layers_left: int) -> None:
         """OLD asks for its next prompt when it is idle, or about to be."""
-        old = self._old
-        if old is None or old.waiting or old.drained or self._ready or self._batcher.waiting:
+        old = self._partners.old
+        if old is None or old.waiting or old.drained or self._partners.ready or self._batcher.waiting:
             return
         arriving = any(s.awaited for s in self._sequences.values())
         if layers_left <= self.config.transfer.pull_ahead_layers and not arriving and self._batcher.room:
@@ -395,10 +258,6 @@ class Instance:
 
     def _here(self, sequence: Sequence) -> bool:
         return self._sequences.get(sequence.id) is sequence
-
-    def _prompt_is_near(self) -> bool:
-        """A partner's prompt is ready to run, or will be in a moment: worth a pause, which a hung partner cannot stretch."""
-        return bool(self._ready) or self._now() < self._awaited_until
 
     def _share_of_step(self, sequence: Sequence) -> float:
         """What is left of a prompt, as a share of a whole step's prompt work."""
@@ -436,9 +295,10 @@ class Instance:
         sampling, prefill = sequence.work.sampling, sequence.prefill
         drawn = self.runner.first_token(prefill, sampling, sequence.answered)
         prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if sequence.scored else ()
+        sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
         if sequence.answered == len(sequence.work.generated):
             self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
-        reason = self._say(sequence, drawn, 0, prompt)
+        reason = self._say(sequence, int(drawn.tokens[0]), drawn.logprobs(0, sampling.logprobs), prompt)
         if not sequence.kv_missing:
             self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
         if reason:
@@ -453,40 +313,24 @@ class Instance:
 
     def _decode(self) -> None:
         rows, drawn = self._decoding.step(self._sequences)
+        tokens = drawn.tokens.tolist()
         for row, sequence in rows:
-            if reason := self._say(sequence, drawn, row):
+            if reason := self._say(sequence, tokens[row], drawn.logprobs(row, sequence.work.sampling.logprobs)):
                 self._end(sequence, reason)
         self._cache.shrink(max(len(sequence.tokens) for _, sequence in rows))
 
-    def _say(self, sequence: Sequence, drawn: Drawn, row: int, prompt: tuple[TokenLogprob, ...] = ()) -> str:
+    def _say(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...],
+             prompt: tuple[TokenLogprob, ...] = ()) -> str:
         """Appends and emits a token. → why the sequence ends with it, if so."""
-        start, token = sequence.answered, int(drawn.tokens[row])
+        start = sequence.answered
         sequence.append(token)
         reason = sequence.finish_reason(self.spec)
-        logprobs = drawn.logprobs(row, sequence.work.sampling.logprobs)
-        sequence.logprobs += logprobs
-        sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
+        if logprobs:
+            sequence.logprobs += logprobs
         self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
                             logprobs, prompt, sequence.cached_tokens or 0))
         return reason
 
     def _end(self, sequence: Sequence, reason: str) -> None:
-        self._leave(sequence)
+        self.leave(sequence)
         self._emit(RequestFinished(self._now(), self.name, sequence.id, sequence.work.attempt, reason))
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Frees everything the sequence holds here."""
-        self._moves.left(sequence.id)
-        if self._new is not None:
-            self._new.remove(sequence.id)
-        if sequence in self._ready:
-            self._ready.remove(sequence)
-        self._decoding.leave(sequence)
-        self._forget(sequence)
-
-    def _forget(self, sequence: Sequence) -> None:
-        self._batcher.finish(sequence.id)
-        del self._sequences[sequence.id]
-
-    def _fail(self, work: Work, why: str) -> None:
-        self._emit(RequestFailed(self._now(), self.name, work.request.id, work.attempt, why))

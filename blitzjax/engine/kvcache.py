@@ -30,7 +30,7 @@ class SlotCache:
     def place(self, sequence: RequestId, staged: list[tuple[Array, Array]]) -> int:
         """Copies a prefilled prompt's per-layer KV into a free row, growing the cache if needed. Returns the row."""
         assert sequence not in self.slots
-        needed = max(self.context, staged[0][0].shape[3])
+        needed = max(self.context, self._stages.layout.tokens(staged[0]))
         if None not in self.slots:
             self._resize(self._stages.shapes.batch(self.batch + 1), needed)
         elif needed > self.context:

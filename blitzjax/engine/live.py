@@ -246,7 +246,7 @@ class OldSide:
         for index, uuid in enumerate(answer.kv_uuids):
             self._link_free.wait()
             if self._stays(answer):
-                rest = KVRest(answer.address, answer.kv_uuids[index:], specs[0].shape[3],
+                rest = KVRest(answer.address, answer.kv_uuids[index:], self._runner.stages.layout.tokens(specs),
                               partial(self._settle, answer.seq))
                 break
             taken, error = self._fetch(answer.address, uuid, list(specs))

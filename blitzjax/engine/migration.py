@@ -157,7 +157,7 @@ class Moves:
             for layer in range(start, stop, group):
                 upper = min(layer + group, stop)
                 uuid = self._handoff.offer([a for pair in kv[layer:upper] for a in pair])
-                yield m.KVPiece(self._handoff.address, uuid, layer, upper, kv[layer][0].shape[3])
+                yield m.KVPiece(self._handoff.address, uuid, layer, upper, self._stages.layout.tokens(kv[layer]))
         for layer, uuid in zip(absent, rest.uuids if rest is not None else (), strict=True):
             yield m.KVPiece(rest.address, uuid, layer, layer + 1, rest.width)
 
@@ -251,13 +251,13 @@ class Moves:
 
     def _placeable(self, kv: list[KV]) -> list[KV]:
         """As long as a decode cache can take."""
-        length = self._stages.shapes.context(max(k.shape[3] for k, _ in kv))
+        length = self._stages.shapes.context(max(map(self._stages.layout.tokens, kv)))
         return [fitted(self._stages, pair, length) for pair in kv]
 
 
 def fitted(stages: Stages, kv: KV, length: int) -> KV:
     """Keys and values of one layer of one sequence, cut or padded to `length` tokens."""
-    return kv if kv[0].shape[3] == length else stages.resize(*kv, np.zeros(1, np.int32), length)
+    return kv if stages.layout.tokens(kv) == length else stages.resize(*kv, np.zeros(1, np.int32), length)
 
 
 def _settle(sequence: Sequence, taken: bool) -> None:

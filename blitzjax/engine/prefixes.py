@@ -27,7 +27,7 @@ class PrefixCache:
     def __init__(self, stages: Stages, batcher: Batcher, config: EngineConfig):
         self._stages, self._batcher = stages, batcher
         self._page_size, self._on = config.page_size, config.prefix_caching
-        self._pages: dict[PageKey, tuple[np.ndarray, np.ndarray]] = {}  # [L, KV, hd, P], [L, KV, P, hd]
+        self._pages: dict[PageKey, tuple[np.ndarray, np.ndarray]] = {}  # [L, ...]: a page as the layout has it
 
     def check(self) -> None:
         """Asserts the invariant."""
@@ -49,20 +49,27 @@ class PrefixCache:
         news = self._batcher.remember(sequence.id, keys)
         while self._batcher.forgotten:
             del self._pages[self._batcher.forgotten.pop()]
-        rows = [(_row(k, row), _row(v, row)) for k, v in layers] if news else []
+        heads = self._stages.layout.heads
+        rows = [(_row(k, row, heads), _row(v, row, heads)) for k, v in layers] if news else []
         for index in news:
-            at = slice(index * self._page_size, (index + 1) * self._page_size)
-            self._pages[keys[index]] = np.stack([k[..., at] for k, _ in rows]), np.stack([v[:, at] for _, v in rows])
+            keys_at, values_at = self._page(index, dims=3)
+            self._pages[keys[index]] = np.stack([k[keys_at] for k, _ in rows]), np.stack([v[values_at] for _, v in rows])
 
     def staged(self, sequence: Running, hit: int) -> list[KV]:
         """Every layer's staging arrays for its prompt, with the first `hit` tokens in them, which its seat owns."""
         specs = self._stages.kv_specs(1, self._stages.shapes.staging(len(sequence.tokens)))
-        k, v = (_zeros((self._stages.spec.layers, *spec.shape[1:])) for spec in specs)
+        k, v = (_zeros((self._stages.spec.layers, *spec.shape[1:]), spec.dtype) for spec in specs)
         for index, key in enumerate(sequence.keys[: hit // self._page_size]):
-            at = slice(index * self._page_size, (index + 1) * self._page_size)
-            k[..., at], v[:, :, at] = self._pages[key]
+            keys_at, values_at = self._page(index, dims=4)
+            k[keys_at], v[values_at] = self._pages[key]
         sharding = self._stages.kv_sharding
         return [tuple(jax.device_put((k[layer : layer + 1], v[layer : layer + 1]), sharding)) for layer in range(len(k))]
+
+    def _page(self, index: int, dims: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where tokens of page `index` are in keys and in values whose last dimensions, `dims` in all, are the layout's."""
+        layout, at = self._stages.layout, slice(index * self._page_size, (index + 1) * self._page_size)
+        return tuple(tuple(at if i == axis + dims - 4 else slice(None) for i in range(dims))
+                     for axis in (layout.keys, layout.values))
 
 
 def kept_pages(stages: Stages, config: EngineConfig, pages: int) -> int:
@@ -73,16 +80,18 @@ def kept_pages(stages: Stages, config: EngineConfig, pages: int) -> int:
     return min(pages, config.prefix_cache_bytes // (stages.spec.layers * sum(a.size * a.dtype.itemsize for a in arrays)))
 
 
-def _row(array: Array, row: int) -> np.ndarray:
-    """[KV, ...] on the host; a view where the device's memory is the host's, so it must not outlive the next step."""
-    shards = {shard.index[1].start or 0: shard.data for shard in array.addressable_shards}
+def _row(array: Array, row: int, heads: int) -> np.ndarray:
+    """Row `row` on the host, whole though axis `heads` may be sharded. A view where the device's memory is the host's, so
+    it must not outlive the next step.
+    """
+    shards = {shard.index[heads].start or 0: shard.data for shard in array.addressable_shards}
     parts = [np.asarray(shards[start])[row] for start in sorted(shards)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=heads - 1)
 
 
-def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Aligned, so that a device whose memory is the host's takes it as it is; numpy asks for huge pages."""
-    size, item = math.prod(shape), np.dtype(np.float32).itemsize
-    memory = np.zeros(size + ALIGNMENT_BYTES // item, np.float32)
+    size, item = math.prod(shape), dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT_BYTES // item, dtype)
     start = -memory.ctypes.data % ALIGNMENT_BYTES // item
     return memory[start : start + size].reshape(shape)

@@ -73,10 +73,10 @@ class Sequence:
 
     def finish_reason(self, spec: ModelSpec) -> str:
         """ "stop", "length", or "" to go on; looks at the last token."""
-        sampling = self.work.sampling
-        if self.answered > sampling.min_tokens and self.tokens[-1] in end_tokens(sampling, spec):
+        sampling, answered = self.work.sampling, self.answered
+        if answered > sampling.min_tokens and self.tokens[-1] in end_tokens(sampling, spec):
             return "stop"
-        return "length" if self.answered >= sampling.max_tokens else ""
+        return "length" if answered >= sampling.max_tokens else ""
 
 
 def sequence_of(work: Work) -> Sequence:

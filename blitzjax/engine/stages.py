@@ -19,8 +19,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine import native, params, sampling
-from blitzjax.engine.executables import ExecutableCache, Fetch, cpu_features
+from blitzjax.engine import params, sampling
+from blitzjax.engine.attention import Attention, chosen
+from blitzjax.engine.executables import ExecutableCache, Fetch
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.models import blocks, family, own
 from blitzjax.types import MAX_LOGPROBS, ModelSpec
@@ -33,19 +34,21 @@ _HEAD_ROWS = 2  # a prompt's last row, padded: see shapes._MIN_BATCH
 class Stages:
     """Every executable of one model on one mesh. Built once, before the instance reports ready; then read only."""
 
-    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, fetch: Fetch = lambda name: None):
+    def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None,
+                 fetch: Fetch = lambda name: None):
+        """`attention`: instead of what the devices get. `fetch`: asked before anything is compiled."""
         self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
-        heads = params.ArrayInfo("kv", (spec.kv_heads,), np.dtype(np.float32), ("kv_heads",))
-        self.kv_sharding = NamedSharding(mesh, P(None, *self.rules.partition(heads)))  # [rows, KV, ...]
-        self.replicated = NamedSharding(mesh, P())
         devices = mesh.devices.flatten().tolist()
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-        fits = config.native_kernels and mesh.size == 1 and devices[0].platform == "cpu" and spec.dtype == "bfloat16"
-        self._product = native.product(directory, cpu_features(), fetch) if fits else None
-        self.cache = ExecutableCache(directory, _fingerprint(spec, self._product), devices, fetch)
+        self.attention = attention or chosen(spec, config, devices, directory, fetch)
+        self.layout = self.attention.layout  # of keys and values
+        heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))
+        self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
+        self.replicated = NamedSharding(mesh, P())
+        self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices, fetch)
         self._found: dict[tuple, object] = {}
 
     # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
@@ -59,19 +62,19 @@ class Stages:
         return self._stage("aux", *positions.shape)(positions)
 
     def first(self, kind: str, weights: Params, x: Array, aux, context: int) -> tuple[Array, Array, Array]:
-        """A layer of `kind` over the first chunk of a prompt. → x, k [1, KV, hd, context], v [1, KV, context, hd]."""
+        """A layer of `kind` over the first chunk of a prompt. → x, k and v of `context` tokens as `layout` has them."""
         return self._stage("first", kind, x.shape[1], context)(weights, x, aux)
 
     def next(self, kind: str, weights: Params, x: Array, aux, kv: KV, start: int) -> tuple[Array, Array, Array]:
         """A layer of `kind` over a later chunk at `start`; kv is donated and returned with the chunk's rows written."""
-        return self._stage("next", kind, x.shape[1], kv[0].shape[3])(weights, x, aux, *kv, np.int32(start))
+        return self._stage("next", kind, x.shape[1], self.layout.tokens(kv))(weights, x, aux, *kv, np.int32(start))
 
     def decode(self, kind: str, weights: Params, x: Array, aux, kv: KV, lengths) -> tuple[Array, Array, Array]:
         """A layer of `kind`, one token per row at position `lengths` i32[B]; kv is donated and returned."""
-        return self._stage("decode", kind, x.shape[0], kv[0].shape[3])(weights, x, aux, *kv, lengths)
+        return self._stage("decode", kind, x.shape[0], self.layout.tokens(kv))(weights, x, aux, *kv, lengths)
 
     def last_row(self, x: Array, row: int) -> Array:
-        """f32[1, T, D] → f32[2, D]: row `row`, padded to the batch that the head is compiled for."""
+        """f32[1, T, D] → f32[2, 1, D]: row `row`, padded to the batch that the head is compiled for."""
         return self._stage("last_row", x.shape[1])(x, np.int32(row))
 
     def draws(self, rows: int, edited: bool) -> sampling.Draws:
@@ -80,8 +83,7 @@ class Stages:
         return draws._replace(edits=sampling.no_edits(rows, self.spec, self.shapes.contexts[-1])) if edited else draws
 
     def head(self, weights: Params, table: Array | None, x: Array, draws: sampling.Draws) -> Array:
-        """f32[B, D] or f32[B, 1, D] → i32[B] next tokens; with edits i32[B, ...] as `sampling.describe` packs them."""
-        x = x.reshape(x.shape[0], -1)
+        """f32[B, 1, D] → i32[B] next tokens; with edits i32[B, ...] as `sampling.describe` packs them."""
         if draws.edits is not None:
             return self._stage("head_edit", x.shape[0])(weights, table, x, draws)
         if draws.greedy:
@@ -94,7 +96,8 @@ class Stages:
 
     def insert(self, k: Array, v: Array, k_new: Array, v_new: Array, slot: int) -> tuple[Array, Array]:
         """Writes a prompt's KV [1, ...] into row `slot` of a decode cache; k and v are donated."""
-        return self._stage("insert", k.shape[0], k.shape[3], k_new.shape[3])(k, v, k_new, v_new, np.int32(slot))
+        sizes = k.shape[0], self.layout.tokens((k, v)), self.layout.tokens((k_new, v_new))
+        return self._stage("insert", *sizes)(k, v, k_new, v_new, np.int32(slot))
 
     def blank(self, rows: int, context: int) -> tuple[Array, Array]:
         """An empty decode cache of one layer, in memory of its own, so that steps can update it in place."""
@@ -102,7 +105,7 @@ class Stages:
 
     def resize(self, k: Array, v: Array, order: np.ndarray, context: int) -> tuple[Array, Array]:
         """Row i of the result is row order[i] of the cache; the length is cut or padded to `context`."""
-        return self._stage("resize", k.shape[0], k.shape[3], len(order), context)(k, v, order)
+        return self._stage("resize", k.shape[0], self.layout.tokens((k, v)), len(order), context)(k, v, order)
 
     # ---- compilation ------------------------------------------------------------------------------------------------
 
@@ -147,12 +150,18 @@ class Stages:
             if width < s.contexts[0]:
                 self._stage("resize", 1, width, 1, s.contexts[0])
 
+    @property
+    def temporary_bytes(self) -> int:
+        """What the compiled stage that needs most takes on a device besides its arguments, results included."""
+        stats = [stage.memory_analysis() for stage in self._found.values()]
+        return max((s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats if s), default=0)
+
     def _stage(self, kind: str, *sizes: int | str):
         found = self._found.get((kind, *sizes))
         if found is None:
             fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
             name = "-".join([kind, *map(str, sizes)])
-            with blocks.few_rows(self._product):
+            with blocks.few_rows(self.attention.product):
                 found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
         return found
 
@@ -164,9 +173,9 @@ class Stages:
                 for a in params.kind_arrays(self.spec, kind)}
 
     def kv_specs(self, rows: int, context: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        kv, hd = self.spec.kv_heads, self.spec.head_dim
-        return (self._abstract((rows, kv, hd, context), sharding=self.kv_sharding),
-                self._abstract((rows, kv, context, hd), sharding=self.kv_sharding))
+        k, v = self.layout.shapes(self.spec, rows, context)
+        return (self._abstract(k, self.layout.dtype, self.kv_sharding),
+                self._abstract(v, self.layout.dtype, self.kv_sharding))
 
     def _activations(self, rows: int, width: int):
         """Abstract x and aux of a stage over [rows, width] tokens."""
@@ -196,13 +205,11 @@ class Stages:
             kept = []
 
             def attend(q, k, v, scoring=blocks.PLAIN):
-                k, v = jnp.transpose(k, (0, 2, 3, 1)), jnp.transpose(v, (0, 2, 1, 3))
-                kept.extend((k, v))
-                return attention(q, k, v, jnp.arange(width), scoring)
+                kept.extend(self.layout.kept(k, v))
+                return self.attention.first(q, *kept, scoring)
 
             x = module(weights)(x, aux, attend)
-            room = (0, context - width)
-            return x, jnp.pad(kept[0], ((0, 0),) * 3 + (room,)), jnp.pad(kept[1], ((0, 0),) * 2 + (room, (0, 0)))
+            return x, *self.layout.fitted(kept, context)
 
         out = (self.replicated, self.kv_sharding, self.kv_sharding)
         return first, (self._weights(kind), *self._activations(1, width)), (), out
@@ -211,37 +218,31 @@ class Stages:
         module = params.bind(self.spec, kind)
 
         def next_chunk(weights, x, aux, k, v, start):
-            cache = {}
+            cache = []
 
             def attend(q, k_new, v_new, scoring=blocks.PLAIN):
-                cache["k"] = lax.dynamic_update_slice(k, jnp.transpose(k_new, (0, 2, 3, 1)), (0, 0, 0, start))
-                cache["v"] = lax.dynamic_update_slice(v, jnp.transpose(v_new, (0, 2, 1, 3)), (0, 0, start, 0))
-                return attention(q, cache["k"], cache["v"], start + jnp.arange(width), scoring)
+                cache.extend(self.layout.written((k, v), (k_new, v_new), start))
+                return self.attention.later(q, *cache, start, scoring)
 
             x = module(weights)(x, aux, attend)
-            return x, cache["k"], cache["v"]
+            return x, *cache
 
         args = (self._weights(kind), *self._activations(1, width), *self.kv_specs(1, context),
                 self._abstract((), jnp.int32))
         return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
     def _build_decode(self, kind: str, rows: int, context: int):
-        module, hd = params.bind(self.spec, kind), self.spec.head_dim
+        module = params.bind(self.spec, kind)
 
         def decode(weights, x, aux, k, v, lengths):
-            row = jnp.arange(rows)
-            cache = {}
+            cache = []
 
             def attend(q, k_new, v_new, scoring=blocks.PLAIN):
-                cache["k"] = k.at[row, :, :, lengths].set(k_new[:, 0])
-                cache["v"] = v.at[row, :, lengths, :].set(v_new[:, 0])
-                if self._product is not None and self._product.attends(k) and scoring.plain:
-                    scale = hd ** -0.5 if scoring.scale is None else scoring.scale
-                    return self._product.attend(q[:, 0], cache["k"], cache["v"], lengths, scale)[:, None]
-                return attention(q, cache["k"], cache["v"], lengths[:, None, None, None], scoring)
+                cache.extend(self.layout.appended((k, v), (k_new, v_new), lengths))
+                return self.attention.step(q, *cache, lengths, scoring)
 
             x = module(weights)(x, aux, attend)
-            return x, cache["k"], cache["v"]
+            return x, *cache
 
         args = (self._weights(kind), *self._activations(rows, 1), *self.kv_specs(rows, context),
                 self._abstract((rows,), jnp.int32))
@@ -249,7 +250,7 @@ class Stages:
 
     def _build_last_row(self, width: int):
         def last_row(x, row):
-            return jnp.broadcast_to(lax.dynamic_slice_in_dim(x[0], row, 1), (_HEAD_ROWS, x.shape[2]))
+            return jnp.broadcast_to(lax.dynamic_slice_in_dim(x, row, 1, axis=1), (_HEAD_ROWS, 1, x.shape[2]))
 
         return last_row, (self._abstract((1, width, self.spec.dim)), self._abstract((), jnp.int32)), (), self.replicated
 
@@ -257,19 +258,19 @@ class Stages:
         module = params.bind(self.spec, "head")
 
         def head_greedy(weights, table, x):
-            return sampling.greedy(module(weights)(x, table))
+            return sampling.greedy(module(weights)(x[:, 0], table))
 
         return head_greedy, self._head_args(rows), (), self.replicated
 
     def _build_head_sample(self, rows: int):
         def head_sample(weights, table, x, draws):
-            return sampling.sample(self._logits(weights, table, x), draws)
+            return sampling.sample(self._logits(weights, table, x[:, 0]), draws)
 
         return head_sample, (*self._head_args(rows), self._abstract_draws(rows, edited=False)), (), self.replicated
 
     def _build_head_edit(self, rows: int):
         def head_edit(weights, table, x, draws):
-            return sampling.sample_edited(self._logits(weights, table, x), draws)
+            return sampling.sample_edited(self._logits(weights, table, x[:, 0]), draws)
 
         return head_edit, (*self._head_args(rows), self._abstract_draws(rows, edited=True)), (), self.replicated
 
@@ -294,7 +295,7 @@ class Stages:
 
     def _head_args(self, rows: int):
         table = self._weights("embed")["table"] if self.spec.tied_embeddings else None
-        return self._weights("head"), table, self._abstract((rows, self.spec.dim))
+        return self._weights("head"), table, self._abstract((rows, 1, self.spec.dim))
 
     def _abstract_draws(self, rows: int, edited: bool):
         return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), self.draws(rows, edited))
@@ -307,7 +308,6 @@ class Stages:
         args = (*self.kv_specs(rows, context), *self.kv_specs(1, staged), self._abstract((), jnp.int32))
         return insert, args, (0, 1), (self.kv_sharding, self.kv_sharding)
 
-
     def _build_blank(self, rows: int, context: int):
         shapes = self.kv_specs(rows, context)
 
@@ -317,39 +317,14 @@ class Stages:
         return blank, (), (), (self.kv_sharding, self.kv_sharding)
 
     def _build_resize(self, rows: int, context: int, new_rows: int, new_context: int):
-        keep, room = min(context, new_context), (0, max(0, new_context - context))
-
         def resize(k, v, order):
-            k, v = jnp.take(k, order, axis=0), jnp.take(v, order, axis=0)
-            k = jnp.pad(k[..., :keep], ((0, 0),) * 3 + (room,))
-            return k, jnp.pad(v[:, :, :keep], ((0, 0),) * 2 + (room, (0, 0)))
+            return self.layout.fitted((jnp.take(k, order, axis=0), jnp.take(v, order, axis=0)), new_context)
 
         args = (*self.kv_specs(rows, context), self._abstract((new_rows,), jnp.int32))
         return resize, args, (), (self.kv_sharding, self.kv_sharding)
 
 
-def attention(q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
-    """Grouped-query attention as two batched matrix products on layouts that XLA:CPU takes without a copy.
-
-    q [B, T, H, hd] with H = KV * G, k [B, KV, hd, S], v [B, KV, S, hd]; `at`, the positions of the queries, broadcasts
-    to [B, KV, G, T]. → [B, T, H * hd], float32 throughout.
-    """
-    b, t, h, hd = q.shape
-    kv, length = k.shape[1], k.shape[3]
-    g = h // kv
-    q = q.reshape(b, t, kv, g, hd).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, hd)
-    products = _batched_dot(q, k).reshape(b, kv, g, t, length)
-    weights = scoring.weights(products, hd, at).reshape(b, kv, g * t, length)
-    out = _batched_dot(weights, v).reshape(b, kv, g, t, hd)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, h * hd)
-
-
-def _batched_dot(a: Array, b: Array) -> Array:
-    """[B, KV, m, c] x [B, KV, c, n] → f32[B, KV, m, n]"""
-    return lax.dot_general(a, b, (((3,), (2,)), ((0, 1), (0, 1))), precision=lax.Precision.HIGHEST)
-
-
-def _fingerprint(spec: ModelSpec, product: native.Product | None) -> str:
+def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec and the source of everything that a stage traces through, whatever else this process has imported."""
     family(spec.family)  # imports it
     files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__]
@@ -358,4 +333,4 @@ def _fingerprint(spec: ModelSpec, product: native.Product | None) -> str:
         files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
                   if name == package or name.startswith(f"{package}.")]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
-    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", product.source() if product else "", *sources])
+    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])

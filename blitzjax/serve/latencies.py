@@ -15,8 +15,8 @@ from itertools import accumulate
 from blitzjax.serve.answers import Answer
 
 # Upper ends of the buckets in seconds; vLLM's for the first token.
-BOUNDS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-            160.0, 640.0, 2560.0)
+BOUNDS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+            80.0, 160.0, 640.0, 2560.0)
 
 
 @dataclass(slots=True)

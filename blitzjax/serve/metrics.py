@@ -1,5 +1,5 @@
-"""What do dashboards, autoscalers and probes read? The cluster in Prometheus' text format, over HTTP at /metrics, and at
-/health whether it can answer.
+"""What do dashboards, autoscalers and probes read? Over HTTP: the cluster in Prometheus' text format at /metrics, and
+whether it can answer at /health.
 
 Names that begin with vllm: mean what vLLM's mean, so what reads those works unchanged: the gauges of the Gateway API
 inference extension among them. Invariant: a scrape changes nothing, and no reader can hold up the event loop.
@@ -73,7 +73,7 @@ def _metrics(picture: pb.ClusterStatus) -> Iterator[_Metric]:
 
     yield "vllm:num_requests_waiting", "gauge", "Requests that no instance has room for yet.", each(lambda m: m.queued)
     yield "vllm:num_requests_running", "gauge", "Requests that an instance has.", each(lambda m: m.running)
-    yield ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pages of a model's instances that requests have; 1: all.",
+    yield ("vllm:kv_cache_usage_perc", "gauge", "Share of its instances' KV pages that requests have; 1: all.",
            each(lambda m: _usage([i for i in instances if i.model == m.name])))
     yield ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens that were looked for in prefix caches.",
            each(lambda m: m.prefix_cache_queries))

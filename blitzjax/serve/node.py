@@ -26,11 +26,11 @@ import jax
 
 from blitzjax import config as configs
 from blitzjax import commands, events, types
-from blitzjax.control.blocks import pages_of
 from blitzjax.engine import messages as m
 from blitzjax.engine.checkpoint import with_dtype
 from blitzjax.engine.instance import Instance, Output
 from blitzjax.engine.loading import Holder, Loader
+from blitzjax.engine.memory import common
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import BlitzError, ConfigError, TransferError
@@ -75,7 +75,7 @@ class Node:
         self._holders: dict[str, Holder] = {}
         self._current = ""  # the model that this is an instance of, or was last
         with computing_on(args.core):
-            self._devices = _devices(self.config.engine.tensor_parallel)
+            self._devices = _devices(self.config.engine)
         self._handoff = HandOff(args.host_ip, self._devices)
         for model in configure.models:
             self._add(model)
@@ -99,7 +99,7 @@ class Node:
             return
         with computing_on(self._core):
             store = LayerStore(spec, self._devices)
-            stages = Stages(spec, self.config.engine, store.mesh, self._compilers.fetch)
+            stages = Stages(spec, self.config.engine, store.mesh, fetch=self._compilers.fetch)
             stages.compile_all(self._compilers.begin)
             if self.config.scale.roles == "split":
                 stages.compile_moves()
@@ -163,10 +163,11 @@ class Node:
             elif served.store.is_copy:
                 self.loader.post(commands.DropCopy(self.name, name))
         engine, served = self.config.engine, self._models.get(self._current)
+        room = common([s.instance.room for s in list(self._models.values())], engine)
         units = served.store.units if served is not None and not served.store.is_copy else 0
         return codec.encode_event(events.InstanceJoined(
-            time.time(), self.name, self.incarnation, self._host, units, pages_of(engine), engine.page_size,
-            engine.max_num_seqs, self._current if units else "", tuple(self._models), tuple(copies)))
+            time.time(), self.name, self.incarnation, self._host, units, room.pages, engine.page_size,
+            room.slots, self._current if units else "", tuple(self._models), tuple(copies)))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""
@@ -267,18 +268,29 @@ class Node:
         self._emit(events.WorldJoined(time.time(), self.name))
 
     def _emit(self, output: Output) -> None:
-        if isinstance(output, m.Tokens):
-            event = pb.WorkerEvent()
-            codec.fill(event.tokens, output)
-        else:
-            event = codec.encode_event(output)
-        self._session.put(event)
+        self._session.put(encoded(output))
 
     def _connect(self, model: str, partner: types.InstanceId) -> PartnerLink:
         return PartnerLink(self._addresses[partner], self.name, partner, model, self._models[model].instance.post)
 
     def _send_kv(self, target: types.InstanceId, offer: m.KVOffer) -> KVCourier:
         return KVCourier(self._addresses[target], offer, self._models[offer.work.request.model].instance.post)
+
+
+def encoded(output: Output) -> pb.WorkerEvent:
+    """Tokens without logprobs, which every row has at every step, field by field: `codec.fill` takes twice as long."""
+    if not isinstance(output, m.Tokens):
+        return codec.encode_event(output)
+    event = pb.WorkerEvent()
+    said = event.tokens
+    if output.logprobs or output.prompt_logprobs:
+        codec.fill(said, output)
+        return event
+    said.request_id, said.attempt, said.start = output.request_id, output.attempt, output.start
+    said.token_ids.extend(output.token_ids)
+    said.finish_reason = output.finish_reason
+    said.layers_helped, said.cached_tokens = output.layers_helped, output.cached_tokens
+    return event
 
 
 class OldLink:
@@ -374,14 +386,11 @@ def computing_on(core: int | None) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def lendable(configure: pb.Configure) -> Path | None:
-    """Where executables are that other workers may have. Raises ConfigError."""
-    engine = configs.from_tables(json.loads(configure.config_json)).engine
-    return Path(engine.executable_cache).expanduser() if engine.share_executables else None
-
-
-def _devices(count: int) -> list[jax.Device]:
-    devices = jax.local_devices()
+def _devices(engine: configs.EngineConfig) -> list[jax.Device]:
+    """GPUs reserve their share of memory here, unless the environment says otherwise under the old name or the new."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", f"{engine.memory_fraction:g}")
+    devices, count = jax.local_devices(), engine.tensor_parallel
     if len(devices) < count:
         raise ConfigError(f"engine.tensor_parallel is {count} but this worker has {len(devices)} {devices[0].platform} "
                           f"device(s); on CPU set XLA_FLAGS=--xla_force_host_platform_device_count={count}")

@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class InferenceStub(object):
-    """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that a
-    server that crashes comes back, if not for so many seconds: the same call can then be made again. UNAVAILABLE with
-    trailing metadata "blitzjax-final" is the server's own word; without it the connection broke.
+    """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that
+    a server that crashes comes back: the same call can be made again, for so many seconds. UNAVAILABLE with trailing
+    metadata "blitzjax-final" is the server's own word; without it the connection broke.
     """
 
     def __init__(self, channel):
@@ -75,9 +75,9 @@ class InferenceStub(object):
 
 
 class InferenceServicer(object):
-    """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that a
-    server that crashes comes back, if not for so many seconds: the same call can then be made again. UNAVAILABLE with
-    trailing metadata "blitzjax-final" is the server's own word; without it the connection broke.
+    """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that
+    a server that crashes comes back: the same call can be made again, for so many seconds. UNAVAILABLE with trailing
+    metadata "blitzjax-final" is the server's own word; without it the connection broke.
     """
 
     def Generate(self, request, context):
@@ -177,9 +177,9 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference(object):
-    """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that a
-    server that crashes comes back, if not for so many seconds: the same call can then be made again. UNAVAILABLE with
-    trailing metadata "blitzjax-final" is the server's own word; without it the connection broke.
+    """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that
+    a server that crashes comes back: the same call can be made again, for so many seconds. UNAVAILABLE with trailing
+    metadata "blitzjax-final" is the server's own word; without it the connection broke.
     """
 
     @staticmethod

@@ -175,6 +175,26 @@ def test_one_instance_answers_and_stops_where_it_should(rigs) -> None:
     assert next(e for e in rig.events if isinstance(e, RequestFinished)).reason == "stop"
 
 
+def test_a_step_reads_nothing_from_the_device_but_the_tokens_of_its_rows(rigs, monkeypatch) -> None:
+    """Other ways from an array to the host would raise here; the pages of short answers are not kept."""
+    rig, read, asarray = rigs["old"], [], np.asarray
+    works = [work(n, 5, max_tokens=8, ignore_eos=True) for n in range(3)]
+    expected = reference(rig, works)
+
+    def counted(value: object, *args: object, **named: object) -> np.ndarray:
+        if isinstance(value, jax.Array):
+            read.append(value.nbytes)
+        return asarray(value, *args, **named)
+
+    monkeypatch.setattr(np, "asarray", counted)
+    for way in ("__array__", "__int__", "__float__", "__bool__", "__index__", "__iter__", "tolist", "item"):
+        monkeypatch.delattr(type(jax.numpy.zeros(1)), way)
+    assert reference(rig, works) == expected
+    steps = len(read) - len(works)  # every prompt's first token is read, too
+    assert 7 <= steps <= 7 + len(works) - 1, "one read a step; all rows decode together, but for what begins later"
+    assert max(read) <= 4 * np.dtype(np.int32).itemsize, "a token for each of four rows"
+
+
 def test_a_later_attempt_continues_where_the_first_was_lost(rigs) -> None:
     for sampling in ({}, {"temperature": 0.9, "seed": 11, "top_p": 0.9}, PENALISED | {"min_tokens": 7}):
         rig = rigs["old"]

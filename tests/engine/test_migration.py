@@ -194,7 +194,7 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
     if then != "the pair ends":
         old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
         old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
-    wait(lambda: new.instance.idle and new.instance._new is None, "the pair is over")
+    wait(lambda: new.instance.idle and new.instance._partners.new is None, "the pair is over")
 
 
 def slowed(rig: Rig, begin: Callable[[], object]) -> list[str]:

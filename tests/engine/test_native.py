@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from blitzjax.engine import native
+from blitzjax.engine.attention import attention
 from blitzjax.engine.executables import cpu_features, read_file
-from blitzjax.engine.stages import attention
 from blitzjax.models import blocks
 
 RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]

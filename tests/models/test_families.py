@@ -18,6 +18,7 @@ from answering import answer, token_ids, work
 from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
 from blitzjax.engine import params
+from blitzjax.engine.attention import Attention, fused
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, fill, unit_kind
 from blitzjax.engine.runner import Prefill, Runner
@@ -55,7 +56,7 @@ def _head(store: LayerStore):
 
 
 @functools.cache
-def _load(case: str, tp: int, chunk: int, cache: str) -> Model:
+def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | None = None) -> Model:
     spec = read_config(CHECKPOINTS[case]["config"], case, "float32")
     found, shapes = family(spec.family), dict(CHECKPOINTS[case]["tensors"])
     store = LayerStore(spec, jax.devices()[:tp])
@@ -72,13 +73,13 @@ def _load(case: str, tp: int, chunk: int, cache: str) -> Model:
                           executable_cache=cache)
     with np.load(REFERENCE / "families.npz") as file:
         expected = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{case}.")}
-    return Model(Runner(Stages(spec, config, store.mesh), store), expected)
+    return Model(Runner(Stages(spec, config, store.mesh, attention), store), expected)
 
 
 @pytest.fixture
 def load(tmp_path_factory: pytest.TempPathFactory):
     cache = str(tmp_path_factory.getbasetemp() / "executables")
-    return lambda case, tp=1, chunk=CHUNK: _load(case, tp, chunk, cache)
+    return lambda case, tp=1, chunk=CHUNK, attention=None: _load(case, tp, chunk, cache, attention)
 
 
 def assert_close(actual: np.ndarray, wanted: np.ndarray) -> None:
@@ -183,3 +184,15 @@ def test_sharded_matches_reference(case: str, tp: int, load) -> None:
     assert_close(logits, np.concatenate([model.expected["logits"], model.expected["steps"]]))
     at = len(model.expected["tokens"]) - 1
     assert logits[at:-1].argmax(-1).tolist() == model.expected["greedy"].tolist()
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_attention_of_gpus_matches_reference(case: str, load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their layout of keys and values, and their calls, by XLA: groups, windows, and what does not go through them."""
+    def gpus(case: str, tp: int = 1, chunk: int = CHUNK) -> Model:
+        return load(case, tp, chunk, fused("xla", "float32"))
+
+    test_parts_and_whole_match_reference(case, gpus)
+    test_decode_matches_reference(case, gpus)
+    test_prefix_hits_and_preemption_match_reference(case, gpus, monkeypatch)
+    test_sharded_matches_reference(case, 2, gpus)

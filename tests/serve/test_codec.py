@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blitzjax import commands, events, types
-from blitzjax.engine.messages import KVOffer
+from blitzjax.engine.messages import KVOffer, Tokens
 from blitzjax.serve import codec, eventlog
+from blitzjax.serve.node import encoded
 from blitzjax.v1 import worker_pb2 as pb
 
 _I32 = st.integers(-(2**31), 2**31 - 1)
@@ -50,6 +51,13 @@ def test_every_worker_event_survives_the_wire(kind):
         assert codec.decode_event(pb.WorkerEvent.FromString(wire)) == event
 
     check()
+
+
+@settings(max_examples=50, deadline=None)
+@given(values(Tokens))
+def test_what_a_worker_says_of_an_answer_survives_the_wire(said):
+    wire = encoded(said).SerializeToString()
+    assert codec.decode(Tokens, pb.WorkerEvent.FromString(wire).tokens) == said
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,0 +1,235 @@
+"""What do live partners say to this instance, and what becomes of a prompt that goes from one to the other?
+
+Invariant: a prompt that OLD took over leaves as a finished or failed request once its residuals and the partner's layers
+of KV are here; what a partner said before its StartLive came is answered when it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from blitzjax.engine import live, messages as m
+from blitzjax.engine.runner import Runner
+from blitzjax.engine.sequence import Sequence, sequence_of
+from blitzjax.transfer.handoff import HandOff
+from blitzjax.commands import EndLive, StartLive
+from blitzjax.events import Event, LiveDrained, RequestFailed, RequestHanded, RequestReturned
+from blitzjax.types import InstanceId, LivePair, RequestId, Work
+
+_NEAR_S = 0.2  # how long decode may pause for a partner's residuals
+
+Message = (StartLive | EndLive | m.UnitsArrived | m.Partnered | m.Pulled | m.Borrowed | m.Lent | m.Taken | m.HandedOver
+           | m.ActivationsTaken | m.KVTaken | m.PartnerLost)
+
+
+class Host(Protocol):
+    """The instance that has the partners. All of it but `post` is called by its engine thread."""
+
+    name: InstanceId
+    runner: Runner
+
+    def post(self, message: object) -> None: ...
+
+    def find(self, request_id: RequestId) -> Sequence | None: ...
+
+    def untouched(self) -> Iterable[Sequence]:
+        """What waits here and was not begun."""
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives a sequence from elsewhere a seat. False: there is none, or the parameters are not here."""
+
+    def answer_whole(self, sequence: Sequence) -> None:
+        """Its first token is out and the KV of its prompt is complete: it decodes from now on."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """Its seat is free: it goes on elsewhere."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """Frees everything that the sequence holds."""
+
+
+class Partners:
+    """Owned by the engine thread; at most one pair on each side. `connect` opens OLD's connection to a partner."""
+
+    def __init__(self, host: Host, handoff: HandOff, connect: Callable[[InstanceId], m.Partner],
+                 emit: Callable[[Event], None], now: Callable[[], float], timeout_s: float):
+        self._host, self._handoff, self._connect, self._timeout_s = host, handoff, connect, timeout_s
+        self._emit, self._now = emit, now
+        self.new: live.NewSide | None = None
+        self.old: live.OldSide | None = None
+        self.ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
+        self.awaited_until = 0.0  # residuals should be here by then; 0: none are on their way
+        self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # came before their StartLive
+
+    @property
+    def prompt_is_near(self) -> bool:
+        """A partner's prompt is ready to run, or will be in a moment: worth a pause, which a hung partner cannot stretch."""
+        return bool(self.ready) or self._now() < self.awaited_until
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case StartLive():
+                self._start(message.pair)
+            case EndLive():
+                self._end(message.pair)
+            case m.PartnerLost():
+                self._lost(message.partner)
+            case m.HandedOver():
+                if self.old is not None and self.old.pair.new == message.partner:
+                    self._handed_over(message)  # else the pair ended meanwhile: the brain runs the request again
+            case m.ActivationsTaken():
+                self._activations_taken(message)
+            case m.KVTaken():
+                self._kv_taken(message)
+            case m.Borrowed():
+                if self.old is not None and self.old.pair.new == message.partner:
+                    self.old.lend(message.borrow)
+            case m.Partnered() | m.Pulled():
+                self._met(message)
+            case m.Lent():
+                if self.new is not None and self.new.pair.old == message.partner:
+                    self.new.lent(message.loan)
+            case m.UnitsArrived():
+                if self.new is not None:
+                    self.new.arrived(self._host.runner.store.units)
+            case m.Taken():
+                if self.new is not None:
+                    self.new.taken(message.seq)
+
+    def answer_pull(self) -> None:
+        """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
+        sequence = self.new.answer() if self.new is not None else None
+        if sequence is not None:
+            self._host.forget(sequence)
+            self._handed(sequence.work, self.new.pair.old)
+
+    def left(self, sequence: Sequence) -> None:
+        """The request is over here."""
+        if self.new is not None:
+            self.new.remove(sequence.id)
+        if sequence in self.ready:
+            self.ready.remove(sequence)
+
+    def close(self) -> None:
+        """Every request and pair is forgotten."""
+        if self.old is not None:
+            self.old.close()
+        if self.new is not None:
+            self.new.close()
+        self.old = self.new = None
+        self.ready, self.awaited_until, self._early = [], 0.0, {}
+
+    # ---- pairs
+
+    def _start(self, pair: LivePair) -> None:
+        host = self._host
+        if pair.new == host.name:
+            self.new = live.NewSide(pair, host.runner, self._handoff)
+            self.new.arrived(host.runner.store.units)
+            for message in self._early.pop(pair.old, ()):
+                self._met(message)
+            return
+        if self.old is not None:
+            self.old.close()
+        self.old = live.OldSide(pair, host.runner, self._handoff, self._connect(pair.new), host.post, self._timeout_s)
+        for sequence in list(host.untouched()):  # goes to the pair's queue, where NEW helps with it
+            host.forget(sequence)
+            self._emit(RequestReturned(self._now(), host.name, sequence.id, sequence.work.attempt))
+
+    def _end(self, pair: LivePair) -> None:
+        if self.old is not None and self.old.pair == pair:
+            self.old.close()
+            self.old = None
+        if self.new is not None and self.new.pair == pair:
+            self.new.close()
+            self.new.answer()
+
+    def _lost(self, partner: InstanceId) -> None:
+        """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
+        if self.old is not None and self.old.pair.new == partner:
+            self.old.waiting, self.old.drained = False, True
+        self._early.pop(partner, None)
+        if self.new is not None and self.new.pair.old == partner:
+            self.new.partner_left()
+
+    # ---- NEW
+
+    def _met(self, message: m.Partnered | m.Pulled) -> None:
+        """OLD's connection is here, or OLD asks for a prompt; either may come before StartLive."""
+        partner = message.partner if isinstance(message, m.Partnered) else message.puller
+        if self.new is None or self.new.pair.old != partner:
+            self._early.setdefault(partner, []).append(message)
+        elif isinstance(message, m.Partnered):
+            self.new.partnered(message.old)
+        else:
+            self.new.asked(message)
+            self.answer_pull()
+
+    # ---- OLD
+
+    def _handed_over(self, message: m.HandedOver) -> None:
+        host, answer, work = self._host, message.answer, message.answer.work
+        self.old.waiting = False
+        if work is None:
+            if answer.drained and not self.old.drained:
+                self.old.drained = True
+                self._emit(LiveDrained(self._now(), host.name))
+            return
+        self._handed(work, host.name)
+        sequence = sequence_of(work)
+        if not host.admit(sequence):
+            self._fail(work, f"{host.name} has no room for a request handed over by {message.partner}")
+            return
+        sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
+        sequence.prefill = self.old.take(answer)
+        sequence.awaited = sequence.prefill is None
+        self.awaited_until = self._now() + _NEAR_S if sequence.awaited else 0.0
+        if not sequence.awaited:
+            self.ready.append(sequence)
+
+    def _activations_taken(self, message: m.ActivationsTaken) -> None:
+        sequence = self._current(message.work.request.id, message.work.attempt)
+        if sequence is None:
+            return
+        if message.error:
+            self._host.leave(sequence)
+            self._fail(message.work, message.error)
+            return
+        sequence.awaited, self.awaited_until = False, 0.0
+        sequence.prefill = live.resume(self._host.runner, message.work, message.next_layer, message.arrays)
+        self.ready.append(sequence)
+        if not sequence.kv_missing:
+            self._adopt_kv(sequence)
+
+    def _kv_taken(self, message: m.KVTaken) -> None:
+        sequence = self._current(message.request_id, message.attempt)
+        if sequence is None:
+            if message.rest is not None:
+                message.rest.settled(False)
+            return
+        if message.error:
+            self._host.leave(sequence)
+            self._fail(sequence.work, message.error)
+            return
+        sequence.partner_kv, sequence.partner_rest, sequence.kv_missing = message.arrays, message.rest, False
+        if sequence.prefill is not None:
+            self._adopt_kv(sequence)
+
+    def _adopt_kv(self, sequence: Sequence) -> None:
+        """The partner's layers of KV join the prompt's own; a prompt that waited for them joins the batch."""
+        flat = sequence.partner_kv
+        sequence.prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
+        sequence.partner_kv = []
+        if sequence.answered > len(sequence.work.generated):
+            self._host.answer_whole(sequence)
+
+    def _current(self, request_id: RequestId, attempt: int) -> Sequence | None:
+        sequence = self._host.find(request_id)
+        return sequence if sequence is not None and sequence.work.attempt == attempt else None
+
+    def _handed(self, work: Work, target: InstanceId) -> None:
+        self._emit(RequestHanded(self._now(), self._host.name, work.request.id, work.attempt, target))
+
+    def _fail(self, work: Work, why: str) -> None:
+        self._emit(RequestFailed(self._now(), self._host.name, work.request.id, work.attempt, why))
