@@ -143,7 +143,7 @@ class Attention:
 
 def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device], directory: Path,
            fetch: Fetch = lambda name: None) -> Attention:
-    """The fastest that is known to fit `devices`; what is in C++ is built into `directory`, which exists."""
+    """The fastest that is known to fit `devices`; what is in C++ is fetched or built into `directory`, which exists."""
     platform = devices[0].platform
     if platform == "cpu":
         fits = config.native_kernels and len(devices) == 1 and spec.dtype == "bfloat16"

@@ -36,7 +36,7 @@ class Stages:
 
     def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None,
                  fetch: Fetch = lambda name: None):
-        """`attention`: instead of what the devices get. `fetch`: asked before anything is compiled."""
+        """`attention`: instead of what the devices get. `fetch`: where executables may be had from."""
         self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
