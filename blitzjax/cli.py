@@ -114,12 +114,19 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (engine.max_model_len)")
     parser.add_argument("--max-num-seqs", type=int, help="sequences decoding together (engine.max_num_seqs)")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="of a step (engine.max_num_batched_tokens)")
+    parser.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction,
+                        help="share the KV of equal beginnings (engine.prefix_caching; on)")
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, help="devices per instance (engine.tensor_parallel)")
     parser.add_argument("--live", choices=("zigzag", "best_effort", "off"), help="work while loading (scale.live)")
     parser.add_argument("--source", choices=("multicast", "disk"), help="where parameters come from (scale.source)")
     parser.add_argument("--roles", choices=("mixed", "split"),
                         help="split: prompts run on some instances, others decode (scale.roles)")
     parser.add_argument("--scaling-policy", choices=("auto", "manual"), help="who decides (scale.policy)")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT",
+                        help="Prometheus' text at /metrics, and /health (serve.metrics_port; default: none)")
+    parser.add_argument("--shutdown-timeout", type=float, metavar="SECONDS",
+                        help="answers in flight may finish after SIGTERM (serve.shutdown_timeout_s; default 30)")
     parser.add_argument("--event-log", help="JSON lines of every event and command (serve.event_log)")
     parser.add_argument("--pin-cores", action="store_true", default=None, help="a core per worker (cluster.pin_cores)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; the flags above win over it")

@@ -186,7 +186,8 @@ def _table(picture: pb.ClusterStatus) -> Table:
 def _title(picture: pb.ClusterStatus) -> str:
     models = ", ".join(m.name for m in picture.models)
     chains = "".join(f"; moving {' → '.join(c.instances)}" for c in picture.chains)
-    asked, had = (sum(getattr(m, name) for m in picture.models) for name in ("prefix_cache_queries", "prefix_cache_hits"))
+    asked = sum(m.prefix_cache_queries for m in picture.models)
+    had = sum(m.prefix_cache_hits for m in picture.models)
     cached = f"; {had / asked:.0%} of prompt tokens cached" if asked else ""
     return (f"{models}: target {picture.target_instances}, {picture.queued_requests} queued, "
             f"{picture.running_requests} running{cached}{chains}")

@@ -22,6 +22,8 @@ _KNOBS = {
     "dtype": "engine.dtype", "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
     "roles": "scale.roles", "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
+    "metrics_port": "serve.metrics_port", "max_num_batched_tokens": "engine.max_num_batched_tokens",
+    "enable_prefix_caching": "engine.prefix_caching", "shutdown_timeout": "serve.shutdown_timeout_s",
 }
 
 

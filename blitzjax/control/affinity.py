@@ -19,7 +19,7 @@ class Affinity:
     """Owned by the router."""
 
     def __init__(self) -> None:
-        self._sent: OrderedDict[int, dict[InstanceId, int]] = OrderedDict()  # beginning → who, in which life; newest last
+        self._sent: OrderedDict[int, dict[InstanceId, int]] = OrderedDict()  # by beginning: who, in which life
         self._lives: dict[InstanceId, int] = {}
 
     def sent(self, instance: InstanceId, beginnings: Sequence[int]) -> None:

@@ -69,6 +69,10 @@ class Cluster:
                              sum(m.queued for m in models), sum(m.running for m in models),
                              sum(m.target for m in models), chains, models)
 
+    def uncompiled(self, model: str) -> list[InstanceId]:
+        """The workers that are here and not compiled for it yet."""
+        return [member.id for member in self._roster.all_alive() if model not in member.ready]
+
     def check(self) -> None:
         """Asserts every invariant of the brain."""
         fleets = self._fleets()
@@ -315,6 +319,8 @@ class Cluster:
                 or self._copies.coming(name) or any(run.model == name for run in self._transfers.runs()))
         if not left:
             del self._services[name]
+            for member in self._roster.members.values():
+                member.ready.discard(name)
 
     def _picture(self, m: Member) -> InstanceStatus:
         copies, service = self._copies.kept_by(m.id), self._services.get(m.model)

@@ -27,7 +27,7 @@ Fetch = Callable[[str], bytes | None]  # a file of that name from elsewhere, or 
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{16,24}\.(xla|so)")
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
-_CPU = ("vendor_id", "cpu family", "model\t", "flags", "CPU implementer", "CPU part", "Features")  # as /proc/cpuinfo says
+_CPU = ("vendor_id", "cpu family", "model\t", "flags", "CPU implementer", "CPU part", "Features")  # in /proc/cpuinfo
 
 
 class ExecutableCache:
@@ -130,11 +130,11 @@ def checked(content: bytes) -> bytes:
 
 
 def _machine() -> str:
-    """XLA:CPU compiles for the CPU that it runs on. For how many threads it cuts loops does not change what they give."""
+    """XLA:CPU compiles for the CPU that it runs on. For how many threads it cuts loops changes nothing that they give."""
     device = jax.local_devices()[0]
     return "\n".join(map(str, [
-        jax.__version__, metadata.version("jaxlib"), sys.version_info[:2], device.platform, device.client.platform_version,
-        device.device_kind, jax.local_device_count(), *_cpu(_CPU), os.environ.get("XLA_FLAGS", ""), "checksum last"]))
+        jax.__version__, metadata.version("jaxlib"), sys.version_info[:2], device.platform,
+        device.client.platform_version, device.device_kind, jax.local_device_count(), *_cpu(_CPU), os.environ.get("XLA_FLAGS", ""), "checksum last"]))
 
 
 def cpu_features() -> str:

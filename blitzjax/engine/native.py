@@ -2,9 +2,9 @@
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
 (matmul.cc), and attends over all the room that a cache has (attention.cc). Optional: built where it runs, against the
-headers of the jax that is installed, or taken from a worker that has built it; where the CPU has none of the instruction
-sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the last bits: instances that shall answer alike need CPUs that do, and
-all of them a compiler or none.
+headers of the jax that is installed, or taken from a worker that has built it; where the CPU has none of the
+instruction sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the last bits:
+instances that shall answer alike need CPUs that do, and one of them a compiler, or none.
 """
 
 from __future__ import annotations

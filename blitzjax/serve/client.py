@@ -1,7 +1,7 @@
 """A small Python client: `Client` for scripts, `AsyncClient` for programs. Needs grpc only.
 
 Failures are the exceptions of blitzjax/errors.py; other gRPC statuses (DEADLINE_EXCEEDED, say) are a BlitzError with
-that `code`.
+that `code`. A server that crashes and resumes (rejoin.py) is not one: calls go on with its successor.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TypeAlias, TypedDict, Unpack
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from blitzjax.serve.rejoin import Rejoin, Server, error_of
+from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
@@ -122,19 +123,21 @@ class Client:
         """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
         and says that it resumes.
         """
-        rejoin = Rejoin(generate_request(prompt, options), self._server, options.get("timeout_s"))
+        patience = Patience(self._server, options.get("timeout_s"))
+        rejoin = Rejoin(generate_request(prompt, options), patience)
         while True:
-            call = self._stub.Generate(rejoin.request, timeout=rejoin.left_s)
+            call = self._stub.Generate(rejoin.request, timeout=patience.left_s)
             try:
                 for message in call:
                     if (new := rejoin.unseen(message)) is not None:
-                        yield _chunk(new, rejoin.started)
+                        yield _chunk(new, patience.started)
                 return self._server.said(call.initial_metadata())
             except grpc.RpcError as e:
-                pause_s = rejoin.pause_after(e, call.initial_metadata(), call.trailing_metadata())
+                pause_s = patience.pause_after(e, call.initial_metadata(), call.trailing_metadata())
             finally:
                 call.cancel()
             time.sleep(pause_s)
+            rejoin.restart()
 
     def abort(self, *request_ids: str) -> None:
         self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
@@ -160,13 +163,19 @@ class Client:
 
     def watch(self, timeout_s: float | None = None) -> Iterator[pb.ClusterStatus]:
         """The cluster now and after every change; closing the iterator ends the call."""
-        call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=timeout_s)
-        try:
-            yield from call
-        except grpc.RpcError as e:
-            raise error_of(e) from e
-        finally:
-            call.cancel()
+        patience = Patience(self._server, timeout_s)
+        while True:
+            call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=patience.left_s)
+            try:
+                for picture in call:
+                    patience.heard()
+                    yield picture
+                return
+            except grpc.RpcError as e:
+                pause_s = patience.pause_after(e, call.initial_metadata(), call.trailing_metadata())
+            finally:
+                call.cancel()
+            time.sleep(pause_s)
 
     def ready(self) -> bool:
         """True when at least one instance serves, or a model that has none can have one at once."""
@@ -185,10 +194,16 @@ class Client:
             time.sleep(_POLL_S)
 
     def _unary(self, method: grpc.UnaryUnaryMultiCallable, request, timeout_s: float | None):
-        try:
-            return method(request, timeout=timeout_s)
-        except grpc.RpcError as e:
-            raise error_of(e) from e
+        patience = Patience(self._server, timeout_s)
+        while True:
+            try:
+                reply, call = method.with_call(request, timeout=patience.left_s)
+                self._server.said(call.initial_metadata())
+                return reply
+            except grpc.RpcError as e:
+                pause_s = patience.pause_after(e, e.initial_metadata(), e.trailing_metadata())
+            time.sleep(pause_s)
+            _ask_again(request)
 
 
 class AsyncClient:
@@ -222,20 +237,22 @@ class AsyncClient:
         """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
         and says that it resumes.
         """
-        rejoin = Rejoin(generate_request(prompt, options), self._server, options.get("timeout_s"))
+        patience = Patience(self._server, options.get("timeout_s"))
+        rejoin = Rejoin(generate_request(prompt, options), patience)
         while True:
-            call = self._stub.Generate(rejoin.request, timeout=rejoin.left_s)
+            call = self._stub.Generate(rejoin.request, timeout=patience.left_s)
             try:
                 async for message in call:
                     if (new := rejoin.unseen(message)) is not None:
-                        yield _chunk(new, rejoin.started)
+                        yield _chunk(new, patience.started)
                 self._server.said(await call.initial_metadata())
                 return
             except grpc.RpcError as e:
-                pause_s = rejoin.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
+                pause_s = patience.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
             finally:
                 call.cancel()
             await asyncio.sleep(pause_s)
+            rejoin.restart()
 
     async def abort(self, *request_ids: str) -> None:
         await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
@@ -262,14 +279,19 @@ class AsyncClient:
 
     async def watch(self, timeout_s: float | None = None) -> AsyncIterator[pb.ClusterStatus]:
         """The cluster now and after every change; closing the iterator ends the call."""
-        call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=timeout_s)
-        try:
-            async for picture in call:
-                yield picture
-        except grpc.RpcError as e:
-            raise error_of(e) from e
-        finally:
-            call.cancel()
+        patience = Patience(self._server, timeout_s)
+        while True:
+            call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=patience.left_s)
+            try:
+                async for picture in call:
+                    patience.heard()
+                    yield picture
+                return
+            except grpc.RpcError as e:
+                pause_s = patience.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
 
     async def ready(self) -> bool:
         """True when at least one instance serves, or a model that has none can have one at once."""
@@ -288,10 +310,23 @@ class AsyncClient:
             await asyncio.sleep(_POLL_S)
 
     async def _unary(self, method: grpc.aio.UnaryUnaryMultiCallable, request, timeout_s: float | None):
-        try:
-            return await method(request, timeout=timeout_s)
-        except grpc.RpcError as e:
-            raise error_of(e) from e
+        patience = Patience(self._server, timeout_s)
+        while True:
+            call = method(request, timeout=patience.left_s)
+            try:
+                reply = await call
+                self._server.said(await call.initial_metadata())
+                return reply
+            except grpc.RpcError as e:
+                pause_s = patience.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
+            await asyncio.sleep(pause_s)
+            _ask_again(request)
+
+
+def _ask_again(request: Message) -> None:
+    """What its last call had begun is no mistake of the next one."""
+    if "resume" in request.DESCRIPTOR.fields_by_name:
+        request.resume = True
 
 
 def deploy_request(directory: str | Path, min_instances: int | None, max_instances: int | None) -> pb.DeployRequest:

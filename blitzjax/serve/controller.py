@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.journal import Journal
+from blitzjax.serve.latencies import Latencies
 from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import ServedModel, load_model
 from blitzjax.serve.replica import Replica, message_of
@@ -43,9 +45,8 @@ class Controller:
         self.config = config
         if len({model.name for model in models}) < len(models):
             raise ConfigError(f"two models have the same name; they are {', '.join(m.name for m in models)}")
-        self.draining = False
+        self.draining = self.over = False
         self._started = time.monotonic()  # on that clock, `now` was 0
-        self.compiled: set[tuple[types.InstanceId, str]] = set()  # workers, for models deployed since the start
         self.refusals: dict[tuple[types.InstanceId, str], str] = {}
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
@@ -60,6 +61,7 @@ class Controller:
         self.replica = Replica(config, models, self.links)
         self.models = self.replica.models
         self._orders = self.replica.orders
+        self.latencies: defaultdict[str, Latencies] = defaultdict(Latencies)  # by model, since this process began
 
     def _make_links(self, models: Sequence[ServedModel], workers: Mapping[types.InstanceId, str]) -> Iterator[WorkerLink]:
         peers = [pb.Peer(instance=i, address=a, rank=rank) for rank, (i, a) in enumerate(workers.items())]
@@ -95,6 +97,11 @@ class Controller:
     @property
     def busy(self) -> bool:
         return bool(self._orders)
+
+    def check_open(self) -> None:
+        """Raises Unavailable when this process leaves: nobody should wait for it any longer."""
+        if self.over:
+            raise Unavailable("the server shut down")
 
     def status(self):
         return self.replica.cluster.status()
@@ -206,8 +213,6 @@ class Controller:
         due = self.replica.react(event)
         if isinstance(event, events.TransferEnded) and event.error:
             self._load_failed(event)
-        elif isinstance(event, events.ModelReady):
-            self.compiled.add((event.instance, event.model))
         self._served = self._served or self.ready
         for changed in self._watchers:
             changed.set()
@@ -299,7 +304,10 @@ class Controller:
             compact(self.journal, self.now(), self.replica)
 
     def give_up(self) -> None:
-        """Ends what still runs with UNAVAILABLE."""
+        """Ends what still runs, and whoever waits, with UNAVAILABLE."""
+        self.over = True
+        for changed in self._watchers:
+            changed.set()
         for answer in self._orders:
             self._orders.over(answer)
             answer.fail("UNAVAILABLE", "the server shut down before the answer was complete")

@@ -1,6 +1,7 @@
 """How does a running cluster take on one more model, and lose one?
 
-Invariant: a Deploy that fails leaves nothing behind; an Undeploy returns when no worker holds the model any more.
+Invariant: a Deploy that fails leaves nothing behind; an Undeploy returns when no worker holds the model any more. Both
+can be asked for again, to go on, of the controller that takes over from one that died.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import typing
 from pathlib import Path
 
 from blitzjax.errors import BlitzError, InvalidRequest
-from blitzjax.serve.model import ServedModel, load_model
+from blitzjax.serve.model import load_model
 from blitzjax.events import ModelUndeployed
-from blitzjax.types import InstanceId
 from blitzjax.v1 import inference_pb2 as pb
 
 if typing.TYPE_CHECKING:
@@ -23,15 +23,18 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
     """Returns once the workers that are here are compiled for it. Raises InvalidRequest or what a worker says."""
     started = controller.now()
     model = await asyncio.to_thread(load_model, Path(request.directory))
-    if model.name in controller.models:
+    known = controller.models.get(model.name)
+    if known is not None and not (request.resume and known.directory == model.directory):
         raise InvalidRequest(f"a model named {model.name!r} is deployed already")
     least = request.min_instances if request.HasField("min_instances") else None
     most = request.max_instances if request.HasField("max_instances") else None
-    _check_bounds(controller, least, most)
     with controller.subscribe() as changed:
-        awaited = _add(controller, model, least, most)
-        while missing := [i for i in awaited if controller.links[i].joined
-                          and (i, model.name) not in controller.compiled]:
+        if known is None:
+            _check_bounds(controller, least, most)
+            controller.deploy(model, least, most)
+        awaited = [link.instance for link in controller.links.values() if link.joined]
+        while missing := [i for i in controller.replica.cluster.uncompiled(model.name) if i in awaited]:
+            controller.check_open()
             refusal = next((controller.refusals.pop((i, model.name)) for i in missing
                             if (i, model.name) in controller.refusals), None)
             if refusal is not None:
@@ -42,29 +45,23 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
     return pb.DeployResponse(model=model.name, seconds=controller.now() - started)
 
 
-async def undeploy(controller: Controller, name: str) -> pb.UndeployResponse:
-    """Returns once its requests have ended and its parameters are dropped. Raises UnknownModel."""
-    started, name = controller.now(), controller.find(name).name
+async def undeploy(controller: Controller, name: str, resume: bool = False) -> pb.UndeployResponse:
+    """Returns once its requests have ended and its parameters are dropped. Raises UnknownModel, unless it was asked for
+    before and may be done.
+    """
+    started = controller.now()
+    if resume and name not in controller.models:
+        return pb.UndeployResponse()
+    name = controller.find(name).name
     with controller.subscribe() as changed:
         controller.on_event(ModelUndeployed(controller.now(), name))
         while any(m.name == name for m in controller.status().models):
+            controller.check_open()
             changed.clear()
             await changed.wait()
     if name in controller.models:  # nobody else waited for the same
-        _remove(controller, name)
+        controller.remove(name)
     return pb.UndeployResponse(seconds=controller.now() - started)
-
-
-def _add(controller: Controller, model: ServedModel, least: int | None, most: int | None) -> list[InstanceId]:
-    """Deploys it in the brain and on every worker. → those that are here now, which will say when they are ready."""
-    controller.deploy(model, least, most)
-    return [link.instance for link in controller.links.values() if link.joined]
-
-
-def _remove(controller: Controller, name: str) -> None:
-    """Nothing of the model is left in the brain."""
-    controller.remove(name)
-    controller.compiled -= {(link.instance, name) for link in controller.links.values()}
 
 
 def _check_bounds(controller: Controller, least: int | None, most: int | None) -> None:

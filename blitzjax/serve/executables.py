@@ -7,13 +7,16 @@ their commands, and from nobody else. Invariant: silent peers cost a small part 
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 
+from blitzjax import config as configs
 from blitzjax.serve.links import CHANNEL_OPTIONS
 from blitzjax.types import InstanceId
 from blitzjax.v1 import worker_pb2 as pb
@@ -23,6 +26,31 @@ log = logging.getLogger("blitzjax.worker")
 _TIMEOUT_S = 5.0  # of one question: an executable has at most some tens of MB
 _REST = 10  # a peer that cost t seconds in vain is left alone for so many times t
 _LEAST_REST_S = 1.0
+_LENDING = 8  # files read at a time; the gRPC server must have threads for them and for what it is there for
+
+
+class Lender:
+    """The other end: gives files of this worker's cache to workers that ask. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._directory: Path | None = None
+        self._reading = threading.BoundedSemaphore(_LENDING)
+
+    def open(self, configure: pb.Configure) -> None:
+        """From now on there may be something to lend, if the configuration wants it. Raises ConfigError."""
+        engine = configs.from_tables(json.loads(configure.config_json)).engine
+        self._directory = Path(engine.executable_cache).expanduser() if engine.share_executables else None
+
+    def lend(self, name: str) -> bytes | None:
+        """None while it must not, has none, or is asked by many."""
+        if self._directory is None or not self._reading.acquire(blocking=False):
+            return None
+        try:
+            from blitzjax.engine.executables import read_file  # imports jax
+
+            return read_file(self._directory, name)
+        finally:
+            self._reading.release()
 
 
 class Peer:

@@ -50,8 +50,7 @@ class Frontend(rpc.InferenceServicer):
             order = await order_of(request, model, self._controller.context_tokens(model),
                                    self._controller.page_size)
             answers = self._controller.submit(order, request.resume)
-            if self._controller.resume_s:
-                await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
+            await self._promise(context)
             await _stream(answers, model, self._controller, context, request.progress)
         except BlitzError as e:
             await _abort(context, e)
@@ -59,41 +58,53 @@ class Frontend(rpc.InferenceServicer):
             if answers:
                 self._controller.leave(answers)
 
+    async def _promise(self, context: grpc.aio.ServicerContext) -> None:
+        """The client may call again if this process crashes."""
+        if self._controller.resume_s:
+            await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
+
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
+        await self._promise(context)
         for request_id in request.request_ids:
             self._controller.abort(request_id)
         return pb.AbortResponse()
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.ClusterStatus:
+        await self._promise(context)
         return picture(self._controller)
 
     async def Scale(self, request: pb.ScaleRequest, context: grpc.aio.ServicerContext) -> pb.ScaleResponse:
+        await self._promise(context)
         try:
             return await self._scale(request)
         except BlitzError as e:
             await _abort(context, e)
 
     async def Deploy(self, request: pb.DeployRequest, context: grpc.aio.ServicerContext) -> pb.DeployResponse:
+        await self._promise(context)
         try:
             return await deployments.deploy(self._controller, request)
         except BlitzError as e:
             await _abort(context, e)
 
     async def Undeploy(self, request: pb.UndeployRequest, context: grpc.aio.ServicerContext) -> pb.UndeployResponse:
+        await self._promise(context)
         try:
-            return await deployments.undeploy(self._controller, request.model)
+            return await deployments.undeploy(self._controller, request.model, request.resume)
         except BlitzError as e:
             await _abort(context, e)
 
     async def WatchScale(self, request: pb.WatchScaleRequest, context: grpc.aio.ServicerContext) -> None:
+        await self._promise(context)
         sent, sent_at = pb.ClusterStatus(), -_WATCH_PERIOD_S
-        while True:
+        while not self._controller.over:
             now = picture(self._controller)
             sent.at = now.at
             if now != sent or now.at - sent_at >= _WATCH_PERIOD_S:
                 sent, sent_at = now, now.at
                 await context.write(now)
             await asyncio.sleep(_WATCH_GAP_S)
+        await _abort(context, Unavailable("the server shut down"))
 
     async def _scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
         controller, started = self._controller, self._controller.now()
@@ -120,6 +131,7 @@ class Frontend(rpc.InferenceServicer):
             while request.wait and now().serving != target:
                 await changed.wait()
                 changed.clear()
+                controller.check_open()
                 if now().target != target:
                     raise Superseded(f"the target became {now().target} while waiting for {target}")
         return pb.ScaleResponse(serving=now().serving, target=now().target, seconds=controller.now() - started)
@@ -151,6 +163,7 @@ async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: C
                 await context.write(_response(answer, piece, last, model.tokenizer, controller))
             if last:
                 left.remove(answer)
+                controller.latencies[model.name].ended(answer, controller.now())
 
 
 async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,

@@ -1,4 +1,5 @@
-"""What do dashboards and autoscalers read? The cluster's picture in Prometheus' text format, over HTTP at /metrics.
+"""What do dashboards, autoscalers and probes read? Over HTTP: the cluster in Prometheus' text format at /metrics, and
+whether it can answer at /health.
 
 Names that begin with vllm: mean what vLLM's mean, so what reads those works unchanged: the gauges of the Gateway API
 inference extension among them. Invariant: a scrape changes nothing, and no reader can hold up the event loop.
@@ -10,9 +11,10 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 from blitzjax.errors import BlitzError
+from blitzjax.serve.latencies import Histogram, Latencies
 from blitzjax.v1 import inference_pb2 as pb
 
 _log = logging.getLogger("blitzjax.controller")
@@ -21,15 +23,49 @@ _REQUEST_BYTES = 8192
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _Sample = tuple[dict[str, str], float]
+_Metric = tuple[str, str, str, list[_Sample]]  # name, type, what it is
 
 
-def render(picture: pb.ClusterStatus) -> str:
-    """One block for each metric: help, type, samples."""
-    return "".join(line + "\n" for name, kind, about, samples in _metrics(picture) for line in (
-        f"# HELP {name} {about}", f"# TYPE {name} {kind}", *(_line(name, *sample) for sample in samples)))
+def render(picture: pb.ClusterStatus, latencies: Mapping[str, Latencies]) -> str:
+    """One block for each metric: help, type, samples. `latencies` are those of models by name."""
+    blocks = [*_metrics(picture), *_counters(latencies)]
+    lines = [line for name, kind, about, samples in blocks for line in (
+        f"# HELP {name} {about}", f"# TYPE {name} {kind}", *(_line(name, *sample) for sample in samples))]
+    for name, about, read in _HISTOGRAMS:
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
+        for model, known in latencies.items():
+            lines += _histogram(name, {"model_name": model}, read(known))
+    return "\n".join(lines) + "\n"
 
 
-def _metrics(picture: pb.ClusterStatus) -> Iterator[tuple[str, str, str, list[_Sample]]]:
+_HISTOGRAMS: tuple[tuple[str, str, Callable[[Latencies], Histogram]], ...] = (
+    ("vllm:time_to_first_token_seconds", "Arrival to first token.", lambda known: known.first_token),
+    ("vllm:request_time_per_output_token_seconds", "Mean of an answer's tokens after the first.",
+     lambda known: known.per_token),
+    ("vllm:e2e_request_latency_seconds", "Arrival to last token.", lambda known: known.whole),
+    ("vllm:request_queue_time_seconds", "Arrival until an instance had room.", lambda known: known.queued),
+)
+
+
+def _histogram(name: str, labels: dict[str, str], durations: Histogram) -> Iterator[str]:
+    for bound, count in durations.cumulated():
+        yield _line(f"{name}_bucket", labels | {"le": bound}, count)
+    yield _line(f"{name}_sum", labels, durations.sum_s)
+    yield _line(f"{name}_count", labels, sum(durations.counts))
+
+
+def _counters(latencies: Mapping[str, Latencies]) -> Iterator[_Metric]:
+    models = latencies.items()
+    yield ("vllm:request_success_total", "counter", "Answers that ended, by why.",
+           [({"model_name": name, "finished_reason": reason}, count)
+            for name, known in models for reason, count in sorted(known.reasons.items())])
+    yield ("vllm:prompt_tokens_total", "counter", "Prompt tokens of answers that ended.",
+           [({"model_name": name}, known.prompt_tokens) for name, known in models])
+    yield ("vllm:generation_tokens_total", "counter", "Tokens of answers that ended.",
+           [({"model_name": name}, known.generated_tokens) for name, known in models])
+
+
+def _metrics(picture: pb.ClusterStatus) -> Iterator[_Metric]:
     models, instances = picture.models, picture.instances
 
     def each(read: Callable[[pb.ModelStatus], float]) -> list[_Sample]:
@@ -37,7 +73,7 @@ def _metrics(picture: pb.ClusterStatus) -> Iterator[tuple[str, str, str, list[_S
 
     yield "vllm:num_requests_waiting", "gauge", "Requests that no instance has room for yet.", each(lambda m: m.queued)
     yield "vllm:num_requests_running", "gauge", "Requests that an instance has.", each(lambda m: m.running)
-    yield ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pages of a model's instances that requests have; 1: all.",
+    yield ("vllm:kv_cache_usage_perc", "gauge", "Share of its instances' KV pages that requests have; 1: all.",
            each(lambda m: _usage([i for i in instances if i.model == m.name])))
     yield ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens that were looked for in prefix caches.",
            each(lambda m: m.prefix_cache_queries))
@@ -68,8 +104,8 @@ def _escaped(label: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def endpoint(picture: Callable[[], pb.ClusterStatus], host: str, port: int) -> AsyncIterator[None]:
-    """Answers scrapes while the block runs; port 0: there are none. Raises BlitzError when it cannot listen."""
+async def endpoint(metrics: Callable[[], str], ready: Callable[[], bool], host: str, port: int) -> AsyncIterator[None]:
+    """Answers scrapes and probes while the block runs; port 0: it does not. Raises BlitzError when it cannot listen."""
     if not port:
         yield
         return
@@ -78,7 +114,7 @@ async def endpoint(picture: Callable[[], pb.ClusterStatus], host: str, port: int
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             async with asyncio.timeout(_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(_response(head, picture))
+                writer.write(_response(head, metrics, ready))
                 await writer.drain()
         writer.close()
 
@@ -87,13 +123,20 @@ async def endpoint(picture: Callable[[], pb.ClusterStatus], host: str, port: int
     except OSError as e:
         raise BlitzError(f"cannot listen on {host}:{port} for metrics: {e.strerror}") from e
     _log.info("metrics are at http://%s:%d/metrics", host, port)
-    async with server:
+    try:
         yield
+    finally:
+        server.close()  # without waiting for connections that say nothing
 
 
-def _response(head: bytes, picture: Callable[[], pb.ClusterStatus]) -> bytes:
-    found = head.split(b" ")[:2] == [b"GET", b"/metrics"]
-    body = (render(picture()) if found else "only GET /metrics is here\n").encode()
-    status = "200 OK" if found else "404 Not Found"
+def _response(head: bytes, metrics: Callable[[], str], ready: Callable[[], bool]) -> bytes:
+    match head.split(b" ")[:2]:
+        case [b"GET", b"/metrics"]:
+            status, text = "200 OK", metrics()
+        case [b"GET", b"/health"]:
+            status, text = ("200 OK" if ready() else "503 Service Unavailable"), ""
+        case _:
+            status, text = "404 Not Found", "only GET /metrics and GET /health are here\n"
+    body = text.encode()
     return (f"HTTP/1.1 {status}\r\nContent-Type: {_TYPE}\r\nContent-Length: {len(body)}\r\n"
             "Connection: close\r\n\r\n").encode() + body

@@ -386,12 +386,6 @@ def computing_on(core: int | None) -> Iterator[None]:
     os.sched_setaffinity(0, before)
 
 
-def lendable(configure: pb.Configure) -> Path | None:
-    """Where executables are that other workers may have. Raises ConfigError."""
-    engine = configs.from_tables(json.loads(configure.config_json)).engine
-    return Path(engine.executable_cache).expanduser() if engine.share_executables else None
-
-
 def _devices(engine: configs.EngineConfig) -> list[jax.Device]:
     """GPUs reserve their share of memory here, unless the environment says otherwise under the old name or the new."""
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:

@@ -36,8 +36,8 @@ _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its default
 
 async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int,
                    page_size: int) -> Order:
-    """Raises InvalidRequest. `context_tokens` bounds prompt and answer together; `page_size` is that of prefix caches, 0
-    if instances have none to choose by.
+    """Raises InvalidRequest. `context_tokens` bounds prompt and answer together; `page_size` is that of prefix caches,
+    0 if instances have none to choose by.
     """
     if len(request.request_id) > MAX_ID_CHARS:
         raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")

@@ -1,4 +1,4 @@
-"""A client's stream that outlives the server: which part of an answer was seen, and when is it worth asking again?
+"""A client's call that outlives the server: when is it worth making again, and which part of an answer was seen?
 
 A server that resumes says so in a call's initial metadata; what it says itself, errors too, is final. Invariant: the
 chunks that pass `unseen` are each answer once, in order, however often the server sent it.
@@ -37,6 +37,39 @@ class Server:
 
 
 @dataclass(slots=True)
+class Patience:
+    """One call, made again while a server that resumes is away."""
+
+    server: Server
+    timeout_s: float | None
+    started: float = field(default_factory=time.monotonic)
+    _give_up: float | None = None  # when to stop; None: the last call was answered
+
+    @property
+    def left_s(self) -> float | None:
+        """The next call's timeout."""
+        return None if self.timeout_s is None else max(0.0, self.started + self.timeout_s - time.monotonic())
+
+    def heard(self) -> None:
+        """The server answers."""
+        self._give_up = None
+
+    def pause_after(self, error: grpc.RpcError, initial: Metadata | None, trailing: Metadata | None) -> float:
+        """Seconds until the call is worth making again. Raises what the error means when it never is."""
+        self.server.said(initial)
+        if initial and any(key == RESUME_KEY for key, _ in initial):
+            self.heard()
+        final = any(key == FINAL_KEY for key, _ in trailing or ())
+        now = time.monotonic()
+        if self._give_up is None:
+            self._give_up = now + self.server.resume_s
+        late = now >= self._give_up or self.left_s == 0.0
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
+            raise error_of(error) from error
+        return _PAUSE_S
+
+
+@dataclass(slots=True)
 class _Extent:
     """How much of one answer."""
 
@@ -50,24 +83,16 @@ class Rejoin:
     """One answered request, in one call or several. `request` is what to send next."""
 
     request: pb.GenerateRequest
-    server: Server
-    timeout_s: float | None
-    started: float = field(default_factory=time.monotonic)
+    patience: Patience
     _seen: dict[int, _Extent] = field(default_factory=dict)  # by index of the answer
     _sent: dict[int, _Extent] = field(default_factory=dict)  # in this call
-    _give_up: float | None = None  # when to stop asking; None: the stream is whole
 
     def __post_init__(self) -> None:
         self.request.request_id = self.request.request_id or uuid.uuid4().hex
 
-    @property
-    def left_s(self) -> float | None:
-        """The next call's timeout."""
-        return None if self.timeout_s is None else max(0.0, self.started + self.timeout_s - time.monotonic())
-
     def unseen(self, message: pb.GenerateResponse) -> pb.GenerateResponse | None:
         """What of the message is new; None: nothing. The message is changed."""
-        self._give_up = None
+        self.patience.heard()
         seen = self._seen.setdefault(message.index, _Extent())
         sent = self._sent.setdefault(message.index, _Extent())
         chars, tokens = seen.chars - sent.chars, seen.tokens - sent.tokens  # sent now, but seen before
@@ -84,20 +109,6 @@ class Rejoin:
         seen.chars, seen.tokens = max(seen.chars, sent.chars), max(seen.tokens, sent.tokens)
         seen.ended = bool(message.finish_reason)
         return message if message.text or message.token_ids or seen.ended or message.HasField("progress") else None
-
-    def pause_after(self, error: grpc.RpcError, initial: Metadata | None, trailing: Metadata | None) -> float:
-        """Seconds until the request is worth sending again. Raises what the error means when it never is."""
-        self.server.said(initial)
-        final = any(key == FINAL_KEY for key, _ in trailing or ())
-        now = time.monotonic()
-        if self._give_up is None:
-            self._give_up = now + self.server.resume_s
-        left = self.left_s
-        late = now >= self._give_up or left == 0.0
-        if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
-            raise error_of(error) from error
-        self.restart()
-        return _PAUSE_S
 
     def restart(self) -> None:
         """The next call begins; the server will send everything again."""

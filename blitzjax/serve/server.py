@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from blitzjax.errors import BlitzError
 from blitzjax.serve.frontend import SERVICE, Frontend, picture
-from blitzjax.serve.metrics import endpoint
+from blitzjax.serve.metrics import endpoint, render
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 if typing.TYPE_CHECKING:
@@ -63,8 +63,8 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     await server.start()
     print(f"controller of {', '.join(controller.models)} listens on {host}:{port}", flush=True)
     try:
-        async with (endpoint(lambda: picture(controller), host, controller.config.serve.metrics_port),
-                    background(controller.run(), _keep_health(controller, checker), stop.drain.wait()) as ended):
+        async with (_metrics(controller, host), background(controller.run(), _keep_health(controller, checker),
+                                                           stop.drain.wait()) as ended):
             await ended  # raises what broke
             await _drain(controller, checker, stop)
             controller.give_up()
@@ -72,6 +72,11 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     finally:
         await server.stop(0)
     controller.close()
+
+
+def _metrics(controller: Controller, host: str) -> contextlib.AbstractAsyncContextManager[None]:
+    return endpoint(lambda: render(picture(controller), controller.latencies),
+                    lambda: controller.ready and not controller.draining, host, controller.config.serve.metrics_port)
 
 
 async def _drain(controller: Controller, checker: health.aio.HealthServicer, stop: Stop) -> None:

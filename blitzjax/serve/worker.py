@@ -2,8 +2,8 @@
 
 The controller's session configures it and feeds it, a live partner's session pulls from it, a third kind brings the KV
 of one request; one that begins with Inspect is told what the worker holds, and one with FetchExecutable gets a file.
-Invariant: parameters and compiled stages outlive sessions, requests do not; a session outlives its controller if another
-one resumes it in time.
+Invariant: parameters and compiled stages outlive sessions, requests do not; a session outlives its controller if
+another one resumes it in time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import grpc
 
 from blitzjax.errors import BlitzError
+from blitzjax.serve.executables import Lender
 from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
 log = logging.getLogger("blitzjax.worker")
 _SESSIONS = 24  # concurrent Run calls: the controller, live partners, their successors while old ones end, and lenders
-_LENDING = 8  # of them, that may read executables; one more is told that there is none
 
 
 class Worker(rpc.WorkerServicer):
@@ -38,8 +37,7 @@ class Worker(rpc.WorkerServicer):
         self._args = args
         self._node = None
         self._lock = threading.Lock()
-        self._executables: Path | None = None  # there from the first Configure on, while the node still compiles
-        self._lending = threading.BoundedSemaphore(_LENDING)
+        self._lender = Lender()  # also while the node still compiles
 
     def Run(self, requests: Iterator[pb.WorkerCommand], context: grpc.ServicerContext) -> Iterator[pb.WorkerEvent]:
         first = next(requests, None)
@@ -54,7 +52,8 @@ class Worker(rpc.WorkerServicer):
                 holdings = pb.Holdings() if self._node is None else self._node.holdings()
                 return iter([pb.WorkerEvent(holdings=holdings)])
             case "fetch_executable":
-                return iter([pb.WorkerEvent(executable=pb.Executable(content=self._lend(first.fetch_executable.name)))])
+                content = self._lender.lend(first.fetch_executable.name)
+                return iter([pb.WorkerEvent(executable=pb.Executable(content=content))])
         context.abort(grpc.StatusCode.INVALID_ARGUMENT,
                       "a session begins with Configure, Partner, KVOffer, Inspect or FetchExecutable")
 
@@ -72,9 +71,9 @@ class Worker(rpc.WorkerServicer):
         try:
             with self._lock:
                 if self._node is None:
-                    from blitzjax.serve.node import Node, lendable  # imports jax: only now, and only here
+                    from blitzjax.serve.node import Node  # imports jax: only now, and only here
 
-                    self._executables = lendable(configure)
+                    self._lender.open(configure)
                     self._node = Node(configure, self._args)
                 node = self._node
             node.attach(configure, outbox)
@@ -110,17 +109,6 @@ class Worker(rpc.WorkerServicer):
 
         threading.Thread(target=feed, name="partner", daemon=True).start()
         yield from outbox
-
-    def _lend(self, name: str) -> bytes | None:
-        """An executable that this worker has; None while it must not lend, has none or is asked by many."""
-        if self._executables is None or not self._lending.acquire(blocking=False):
-            return None
-        try:
-            from blitzjax.engine.executables import read_file
-
-            return read_file(self._executables, name)
-        finally:
-            self._lending.release()
 
     def _receive_kv(self, first: pb.WorkerCommand, context) -> Iterator[pb.WorkerEvent]:
         node, outbox = self._configured(context), Outbox()

@@ -206,14 +206,16 @@ class ClusterStatus(_message.Message):
     def __init__(self, at: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., target_instances: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[ChainStatus, _Mapping]]] = ...) -> None: ...
 
 class DeployRequest(_message.Message):
-    __slots__ = ("directory", "min_instances", "max_instances")
+    __slots__ = ("directory", "min_instances", "max_instances", "resume")
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
     MAX_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     directory: str
     min_instances: int
     max_instances: int
-    def __init__(self, directory: _Optional[str] = ..., min_instances: _Optional[int] = ..., max_instances: _Optional[int] = ...) -> None: ...
+    resume: bool
+    def __init__(self, directory: _Optional[str] = ..., min_instances: _Optional[int] = ..., max_instances: _Optional[int] = ..., resume: bool = ...) -> None: ...
 
 class DeployResponse(_message.Message):
     __slots__ = ("model", "seconds")
@@ -224,10 +226,12 @@ class DeployResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class UndeployRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "resume")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    resume: bool
+    def __init__(self, model: _Optional[str] = ..., resume: bool = ...) -> None: ...
 
 class UndeployResponse(_message.Message):
     __slots__ = ("seconds",)

@@ -259,6 +259,17 @@ def test_an_instance_is_only_made_where_the_model_was_compiled() -> None:
     assert world.of("i1").model == "big" and world.of("i1").phase is SERVING
 
 
+def test_a_model_that_comes_back_is_compiled_again() -> None:
+    world = pool(2)
+    assert world.brain.uncompiled("big") == []
+    world.send(events.ModelUndeployed(0.0, "big")), world.settle(), world.tick(), world.settle()
+    assert [m.name for m in world.brain.status().models] == ["toy"]
+    world.send(events.ModelDeployed(0.0, BIG, 1))
+    assert world.brain.uncompiled("big") == ["i0", "i1"] and world.sent(LoadFromDisk) == []
+    world.send(events.ModelReady(0.0, "i1", "big"))
+    assert world.brain.uncompiled("big") == ["i0"]
+
+
 def test_a_model_at_zero_is_undeployed() -> None:
     world = pool(2)
     world.send(events.ModelUndeployed(0.0, "toy")), world.settle()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import pytest
-from toy import TOY_COORDINATOR, eventually, toy_config, toy_launch, wait_whole
+from toy import SPEC, TOY_COORDINATOR, eventually, toy_config, toy_launch, wait_whole, write_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_frontend import toy
 
 from blitzjax.cli_replay import replay
-from blitzjax.errors import BlitzError, QueueFull, Unavailable
+from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
 from blitzjax.serve import eventlog
+from blitzjax.serve.client import AsyncClient, Client
 from blitzjax.serve.local import Launch, LocalCluster
 from blitzjax.commands import Assign
 from blitzjax.events import InstanceLost, RequestArrived
@@ -191,6 +195,78 @@ def test_killed_controller_comes_back_and_its_clients_get_the_rest(start, tmp_pa
     assert cluster.stop() == 0, cluster.tail("controller")
     assert not (cluster.run_dir / "journal").exists()
     assert replay(log).different is None
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_scale_watch_and_deploy_go_on_with_the_next_controller(start, tmp_path, asynchronous: bool):
+    cluster = start("engine.max_num_seqs=1", "cluster.pool=3")
+    second = write_model(tmp_path / "second", spec=replace(SPEC, name="second"))
+    pictures, ended = [], threading.Event()
+
+    def watch(client: Client) -> None:
+        for picture in client.watch(timeout_s=60):
+            pictures.append(picture)
+            if ended.is_set():
+                return
+
+    def call(name: str, *args, **options):
+        """Of a new client, so that nothing was learned in earlier calls."""
+        if not asynchronous:
+            with cluster.client() as client:
+                return getattr(client, name)(*args, **options)
+
+        async def run():
+            async with AsyncClient(cluster.address) as client:
+                return await getattr(client, name)(*args, **options)
+
+        return asyncio.run(run())
+
+    with ThreadPoolExecutor(4) as callers, cluster.client() as watcher:
+        watching = callers.submit(watch, watcher)
+        eventually(lambda: bool(pictures))
+        for k in range(3):
+            cluster.signal_worker(k, signal.SIGSTOP)  # nothing gets done until the next controller is there
+        calls = [callers.submit(call, "scale", 2, model="toy", wait=True, timeout_s=60),
+                 callers.submit(call, "deploy", second, min_instances=1, timeout_s=60)]
+        eventually(lambda: [m.target for m in pictures[-1].models] == [2, 1])
+        cluster.signal_controller()
+        before = len(pictures)
+        eventually(lambda: cluster.controller_pid() is None)
+        for k in range(3):
+            cluster.signal_worker(k, signal.SIGCONT)
+        scaled, deployed = (c.result(60) for c in calls)
+        assert (scaled.serving, scaled.target, deployed.model) == (2, 2, "second")
+        eventually(lambda: len(pictures) > before and len(pictures[-1].models) == 2)
+        ended.set()
+        watching.result(20)
+        assert [p.at for p in pictures] == sorted(p.at for p in pictures)
+        with pytest.raises(InvalidRequest, match="deployed already"):
+            call("deploy", second)
+
+        busy = Background(cluster, [1], max_tokens=100, temperature=SLOW, model="second")
+        eventually(busy.begun, 10.0)
+        gone = callers.submit(call, "undeploy", "second", timeout_s=60)
+        eventually(lambda: any(m.closing for m in watcher.status().models))
+        cluster.signal_controller()
+        gone.result(60)
+        busy.join(20)
+        assert busy.error is None and len(busy.tokens) == 100
+        assert [m.name for m in call("status").models] == ["toy"]
+        with pytest.raises(UnknownModel):
+            call("undeploy", "second")
+
+
+def test_waiting_callers_are_told_when_the_server_leaves(start):
+    cluster = start("serve.shutdown_timeout_s=1.0")
+    with cluster.client() as client, ThreadPoolExecutor(2) as callers:
+        for k in range(2):
+            cluster.signal_worker(k, signal.SIGSTOP)
+        waiting = [callers.submit(client.scale, 2, wait=True), callers.submit(lambda: list(client.watch()))]
+        eventually(lambda: client.status().target_instances == 2)
+        cluster.terminate()
+        for call in waiting:
+            with pytest.raises(Unavailable, match="shut down"):
+                call.result(10)
 
 
 def test_hung_controller_is_replaced(start, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import urllib.error
@@ -12,11 +13,15 @@ import pytest
 from toy import eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.errors import BlitzError
+from blitzjax.serve.answers import Answer, Order
+from blitzjax.serve.latencies import Latencies
 from blitzjax.serve.local import LocalCluster, free_ports
 from blitzjax.serve.metrics import render
+from blitzjax.serve.model import load_model
+from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 
-_SAMPLE = re.compile(r'([a-z_]+:[a-z_]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (-?[\d.e+-]+)')
+_SAMPLE = re.compile(r'([a-z_]+:[a-z0-9_]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (-?[\d.e+-]+)')
 
 
 def samples(text: str) -> dict[str, float]:
@@ -29,7 +34,7 @@ def samples(text: str) -> dict[str, float]:
         if line.startswith("# HELP "):
             continue
         found = _SAMPLE.fullmatch(line)
-        assert found and found[1] in said, line
+        assert found and re.sub("_(bucket|sum|count)$", "", found[1]) in said, line
         read[f"{found[1]}{{{found[2]}}}"] = float(found[3])
     return read
 
@@ -43,7 +48,7 @@ def test_every_metric_of_a_picture() -> None:
                    pb.InstanceStatus(id="i1", phase="live", model='a "b"\\', layers_loaded=1, pages_total=10),
                    pb.InstanceStatus(id="i2", phase="idle", pages_total=10)])
     model = 'model_name="a \\"b\\"\\\\"'
-    assert samples(render(picture)) == {
+    assert samples(render(picture, {})) == {
         f"vllm:num_requests_waiting{{{model}}}": 3, f"vllm:num_requests_running{{{model}}}": 2,
         f"vllm:kv_cache_usage_perc{{{model}}}": 0.3, f"vllm:prefix_cache_queries_total{{{model}}}": 100,
         f"vllm:prefix_cache_hits_total{{{model}}}": 64, f"blitzjax:target_instances{{{model}}}": 2,
@@ -52,6 +57,32 @@ def test_every_metric_of_a_picture() -> None:
         f'blitzjax:layers_loaded{{{model},instance="i0"}}': 4, f'blitzjax:layers_loaded{{{model},instance="i1"}}': 1,
         'blitzjax:kv_received_bytes_total{instance="i0"}': 2**40,
         'blitzjax:kv_received_bytes_total{instance="i1"}': 0, 'blitzjax:kv_received_bytes_total{instance="i2"}': 0}
+
+
+def test_answers_that_ended_are_in_histograms(model_dir: Path) -> None:
+    known = {"toy": Latencies()}
+    for first_s, tokens in ((0.25, 1), (0.3, 11), (5000.0, 2)):
+        order = Order("r", "toy", (1, 2, 3), Sampling(max_tokens=20), (), 0, n=1, echo=None)
+        answer = Answer("r#0", order, 0, load_model(model_dir), 10.0, asyncio.Event())
+        answer.work(1, 10.2)
+        answer.push(0, [97], None, 10.0 + first_s)
+        answer.push(1, [97] * (tokens - 1), "length", 10.0 + first_s + 1.0)
+        known["toy"].ended(answer, 10.0 + first_s + 1.0)
+    read = samples(render(pb.ClusterStatus(), known))
+
+    def counted(name: str, bound: str) -> float:
+        return read[f'vllm:{name}_bucket{{model_name="toy",le="{bound}"}}']
+
+    name = "time_to_first_token_seconds"
+    assert [counted(name, bound) for bound in ("0.1", "0.25", "0.5", "2560", "+Inf")] == [0, 1, 2, 2, 3]
+    assert read[f'vllm:{name}_count{{model_name="toy"}}'] == 3
+    assert read[f'vllm:{name}_sum{{model_name="toy"}}'] == pytest.approx(5000.55)
+    name = "request_time_per_output_token_seconds"
+    assert [counted(name, bound) for bound in ("0.08", "0.25", "0.75", "2.5")] == [0, 1, 1, 2]
+    assert counted("request_queue_time_seconds", "0.1") == 0 and counted("request_queue_time_seconds", "0.25") == 3
+    assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 3
+    assert read['vllm:prompt_tokens_total{model_name="toy"}'] == 9
+    assert read['vllm:generation_tokens_total{model_name="toy"}'] == 14
 
 
 def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) -> None:
@@ -73,6 +104,9 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
         assert read['blitzjax:instances{model_name="toy",phase="serving"}'] == 1
         with pytest.raises(urllib.error.HTTPError, match="404"):
             scrape("/")
+        assert scrape("/health") == ""
+        assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 1
+        assert read['vllm:e2e_request_latency_seconds_count{model_name="toy"}'] == 1
         again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))
         with again, pytest.raises(BlitzError, match=f"cannot listen on 127.0.0.1:{port} for metrics"):
             again.wait_ready(20)

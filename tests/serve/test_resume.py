@@ -27,7 +27,7 @@ from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
 from blitzjax.serve.links import WORKER_SERVER_OPTIONS
 from blitzjax.serve.model import ServedModel, load_model
-from blitzjax.serve.rejoin import Rejoin, Server
+from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
@@ -382,7 +382,7 @@ def test_a_client_joins_what_it_gets_twice(seed: int):
                 logprobs=[inference_pb2.ScoredToken(token_id=t) for _, t in some],
                 prompt_token_ids=[7] if first else [], finish_reason="stop" if at[index] == len(whole[index]) else "")
 
-    rejoin, got = Rejoin(inference_pb2.GenerateRequest(), Server(), None), []
+    rejoin, got = Rejoin(inference_pb2.GenerateRequest(), Patience(Server(), None)), []
     for last in (False, False, False, True):
         rejoin.restart()
         for message in messages():
