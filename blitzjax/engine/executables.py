@@ -28,7 +28,8 @@ class ExecutableCache:
         traced code.
         """
         self.directory = directory
-        self.fingerprint = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
+        shaping = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
+        self.fingerprint = hashlib.sha256(shaping.encode()).hexdigest()  # once: it has all sources in it
         self._devices = list(devices)
         self.compiled = 0
         self.loaded = 0
