@@ -1,8 +1,8 @@
 """How much memory does a worker process need at most, against what it is there for: parameters and KV?
 
 Peak resident memory (VmHWM) of two workers of a cluster with a warm executable cache: one that loaded the model from
-disk, and one that got it by multicast. Each has had 16 answers at once, 128 tokens in, 64 out. SmolLM2-135M in bfloat16,
-default settings, no other limit. The goal: at most 2.5 x the parameters + KV + 400 MiB. Last line: one JSON object.
+disk, and one that got it by multicast. Each has had 16 answers at once, 128 tokens in, 64 out. SmolLM2-135M in
+bfloat16, default settings. The goal: at most 2.5 x the parameters + KV + 400 MiB. Last line: one JSON object.
 """
 
 from __future__ import annotations

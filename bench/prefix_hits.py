@@ -1,9 +1,9 @@
 """How much sooner is the first token of a prompt whose beginning the prefix cache has, and what does looking cost?
 
-Two instances, with and without a prefix cache, over gRPC, SmolLM2-135M, on the same core in turns. Pairs of prompts share
-their first tokens and end differently: the first of a pair finds nothing and is kept, the second is run behind the hit.
-Every pair goes to both instances; who begins alternates. What a miss costs is the ratio of the workers' CPU time for the
-first prompts, from the request to a moment after its end. Medians over pairs; last line: one JSON object.
+Two instances, with and without a prefix cache, over gRPC, SmolLM2-135M, on the same core in turns. Pairs of prompts
+share their first tokens and end differently: the first of a pair finds nothing and is kept, the second is run behind
+the hit. Every pair goes to both instances; who begins alternates. What a miss costs is the ratio of the workers' CPU
+times for the first prompts, from the request to a moment after its end. Medians over pairs; last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ def measure(rounds: int) -> dict[str, object]:
             for name in sorted(sides, reverse=k % 2 == 1):
                 for which, end in zip(("first", "second"), ends, strict=True):
                     row |= {f"{name}_{which}_{key}": value for key, value in sides[name].ask(prefix + end).items()}
-            for key in ("ttft_s", "cpu_s"):
-                row[f"miss_{key}_ratio"] = row[f"cache_first_{key}"] / row[f"plain_first_{key}"]
-                row[f"hit_{key}_ratio"] = row[f"cache_second_{key}"] / row[f"plain_second_{key}"]
+            for key in ("ttft", "cpu"):
+                row[f"miss_{key}_ratio"] = row[f"cache_first_{key}_s"] / row[f"plain_first_{key}_s"]
+                row[f"hit_{key}_ratio"] = row[f"cache_second_{key}_s"] / row[f"plain_second_{key}_s"]
             rows.append(row)
-            print("  pair {}: a miss takes {miss_cpu_s_ratio:.3f} x the CPU time without a cache, its first token "
-                  "{miss_ttft_s_ratio:.3f} x the time; a hit {hit_cpu_s_ratio:.3f} and {hit_ttft_s_ratio:.3f}".format(
-                      k, **row), flush=True)
-    return {**figures.median_of(rows[1:]), "prompt_tokens": _SHARED + _OWN, "answer_tokens": _MAX_TOKENS, "rounds": rounds}
+            print("  pair {}: a miss takes {miss_cpu_ratio:.3f} x the CPU time without a cache, its first token "
+                  "{miss_ttft_ratio:.3f} x the time; a hit {hit_cpu_ratio:.3f} and {hit_ttft_ratio:.3f}"
+                  .format(k, **row), flush=True)
+    return {**figures.median_of(rows[1:]), "prompt_tokens": _SHARED + _OWN, "answer_tokens": _MAX_TOKENS,
+            "rounds": rounds}
 
 
 class _Side:
@@ -64,7 +65,8 @@ class _Side:
         before = figures.cpu_s(self._pid)
         result = self._client.generate(prompt, max_tokens=_MAX_TOKENS, temperature=0.0, ignore_eos=True)
         time.sleep(_AFTER_S)
-        return {"ttft_s": result.usage.ttft_s, "cpu_s": figures.cpu_s(self._pid) - before, "cached": result.usage.cached_tokens}
+        return {"ttft_s": result.usage.ttft_s, "cpu_s": figures.cpu_s(self._pid) - before,
+                "cached": result.usage.cached_tokens}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,8 +24,8 @@ class ExecutableCache:
     """Compiles ahead of time, one file per stage and shape. Several processes may share the directory."""
 
     def __init__(self, directory: Path, fingerprint: str, devices: Sequence[jax.Device]):
-        """`directory` exists. Stages run on `devices`; `fingerprint` stands for what they compute: spec and source of the
-        traced code.
+        """`directory` exists. Stages run on `devices`; `fingerprint` stands for what they compute: spec and source of
+        the traced code.
         """
         self.directory = directory
         shaping = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
