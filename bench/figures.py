@@ -8,6 +8,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.control import live_sim
 
@@ -113,6 +114,12 @@ def ratios(modes: Mapping[str, Mapping[str, float | None]], of: str = "zigzag") 
         return {}
     return {f"{of}/{other} {name}": rounded(modes[of][key] / modes[other][key])
             for other in modes if other != of for name, key in (("mean", "ttft_mean_s"), ("p95", "ttft_p95_s"))}
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, all its threads."""
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> str:

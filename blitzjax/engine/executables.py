@@ -39,7 +39,8 @@ class ExecutableCache:
         traced code. `fetch` is asked before anything is compiled.
         """
         self.directory = directory
-        self.fingerprint = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
+        shaping = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
+        self.fingerprint = hashlib.sha256(shaping.encode()).hexdigest()  # once: it has all sources in it
         self._devices = list(devices)
         self._fetch = fetch
         self.compiled = 0

@@ -1,4 +1,4 @@
-"""What do live partners say to this instance, and what becomes of a prompt that goes from one to the other?
+"""What do live partners say to this instance, and what becomes of prompts that go from one to the other?
 
 Invariant: a prompt that OLD took over leaves as a finished or failed request once its residuals and the partner's layers
 of KV are here; what a partner said before its StartLive came is answered when it comes.
