@@ -67,7 +67,7 @@ class Pool:
     def settle_at_zero(self) -> None:
         """Every worker is idle in the world, and each model is in one memory, whole: its host copy."""
         self.wait(lambda: all(i.phase == "idle" and i.in_world for i in self.client.status().instances)
-                  and len(self.client.status().instances) == POOL
+                  and len(self.client.status().instances) == self.cluster.config.cluster.pool
                   and all(m.host_copy and not m.copying for m in self.client.status().models), "at zero")
         self.wait(lambda: self.one_copy_each(), "one copy each", 5)
 

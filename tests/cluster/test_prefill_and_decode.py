@@ -144,6 +144,23 @@ def test_the_decode_instance_dies(split: Rig, answers) -> None:
     settle(split, 2)
 
 
+def test_a_decode_instance_that_hangs_is_left_behind(split: Rig, answers) -> None:
+    """It neither answers nor closes its sockets: its requests run again elsewhere, and nobody waits for it."""
+    settle(split, 2)
+    hung = worker(split, "decode")
+    before = split.pids()
+    results = burst(split, answers)
+    split.wait(lambda s: held(s, hung) > 2, "decoding")
+    split.cluster.signal_worker(hung, signal.SIGSTOP)
+    status = split.wait(lambda s: decoding(s) - {f"i{hung}"}, "another decode instance", 20)
+    assert next(i.phase for i in status.instances if i.id == f"i{hung}") == "failed"
+    got = results()
+    assert any(result.usage.attempts > 1 for result in got) and any(result.usage.attempts == 1 for result in got)
+    assert split.pids() == before, "nobody died, nobody was restarted"
+    split.cluster.signal_worker(hung)
+    settle(split, 2)
+
+
 def test_the_prefill_instance_dies(split: Rig, answers) -> None:
     settle(split, 1)
     _, results = kill_while_busy(split, answers, "prefill")
