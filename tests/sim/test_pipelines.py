@@ -75,13 +75,3 @@ def test_a_prompt_crosses_every_hop_of_its_pipeline_and_every_request_ends_once(
     early = [e for e in events if isinstance(e, PrefillDone) and e.instance in new and e.at < new[e.instance]]
     assert len(new) == 3 and early
     assert all(e.at - serving[e.instance] > 2 * 0.2 + M24.prefill_s(1000) for e in early)
-
-
-def test_a_switch_between_two_passes_of_a_step_stops_neither() -> None:
-    """Costs as measured have one pass a chunk; every request must end whenever members become whole."""
-    measured = replace(M24, chunk_s=((512, 0.05), (2048, 0.17)))
-    for late in range(20):
-        arrivals = [replace(a, at=a.at + 0.005 * late, prompt_tokens=300 + a.prompt_tokens % 400) for a in BURST * 3]
-        setup = Setup(SPREAD, measured, SYSTEMS["lambda-scale"], 4, 2)
-        out = simulate(setup, iter(sorted(arrivals, key=lambda a: a.at)))
-        assert out.ended == len(arrivals) and out.rejects == 0 and out.scale_ups
