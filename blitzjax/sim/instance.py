@@ -36,10 +36,9 @@ class SimInstance:
                  emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
                  hand_over: Callable[[InstanceId, InstanceId, int, int], float],
                  send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float) -> None:
-        self.name, self.units = name, 0
+        self.name, self.units, self._version = name, 0, 0  # the version of what is running
         self._config, self._costs, self._clock = config, costs, clock
         self._emit, self._find, self._hand_over, self._send_kv, self._rpc_s = emit, find, hand_over, send_kv, rpc_s
-        self._version = 0  # of what is running
         self._reset()
 
     def _reset(self) -> None:
@@ -69,10 +68,8 @@ class SimInstance:
         """Asserts the invariants of the parts."""
         self._batcher.check()
         assert len(self._ends) <= len(self._sequences) and self._kv_tokens >= 0
-        assert self._busy or not self._runnable(), f"{self.name} sleeps over work"
-
-    def _runnable(self) -> bool:
-        return self.complete and (bool(self._ready) or bool(self._ends) or self._batcher.waiting_tokens > 0)
+        runnable = self.complete and (self._ready or self._ends or self._batcher.waiting_tokens)
+        assert self._busy or not runnable, f"{self.name} sleeps over work"
 
     def _queue_live(self, new: NewSide, request: Request) -> None:
         """Until the embedding is here, OLD lends the prompt's embedded rows."""
@@ -126,12 +123,16 @@ class SimInstance:
         self.pipeline = pipeline
         self.arrived(self._costs.spec.units)
 
-    def leave_pipeline(self) -> None:
+    def leave(self, pipeline: Pipeline) -> None:
         """It has every unit itself: fetches the KV that the others have, then goes on alone."""
-        pipeline = self.pipeline
-        assert pipeline is not None
         self.pipeline = None
-        self._between_steps(lambda: self._run(pipeline.kv_token_s * self._kv_tokens, lambda: None))
+        self._between_steps(partial(self._fetch_kv, pipeline.kv_token_s))
+
+    def _fetch_kv(self, token_s: float) -> None:
+        if self._busy:  # with another pass of the same step
+            self._due.append(partial(self._fetch_kv, token_s))
+        else:
+            self._run(token_s * self._kv_tokens, lambda: None)
 
     def _note_layers(self, new: NewSide) -> None:
         """The last layer counts once the head is here too, as in engine/live.py."""
@@ -325,8 +326,7 @@ class SimInstance:
         if self._ready:
             self._run_ready(self._ready.pop(0))
         elif chunks:
-            # What runs through the layers together: one chunk in our engine, all of a step in the paper's.
-            passes = [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]
+            passes = [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]  # the paper's: all at once
             decode_s = self._decode_s() if self._ends else 0.0
             self._run(decode_s + self._pass_s(passes[0]), self._stepped, passes)
         elif self._ends:

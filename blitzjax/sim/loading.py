@@ -94,7 +94,7 @@ class Loading:
             self._arrived(ticket, name, self._units, False)
             return
         if instance.pipeline is not None and instance.pipeline.ticket == ticket:  # else it was released meanwhile
-            instance.leave_pipeline()
+            instance.leave(instance.pipeline)
         self._whole(name, ticket)
         for later in waiting:
             self._prepared(name, later)
