@@ -13,6 +13,7 @@ from pathlib import Path
 import blitzjax
 from blitzjax import config as configs
 from blitzjax.config import Config, ScaleConfig
+from blitzjax.engine import cache
 from blitzjax.errors import BlitzError, CheckpointError
 
 _POOL = 3  # small enough for a laptop, large enough to scale
@@ -106,8 +107,8 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 
     `source` is where the parameters of MODEL are if it is code. Raises CheckpointError.
     """
-    if (Path(model) / "manifest.json").is_file():
-        return Path(model)
+    if source is None and (path := cache.cached(model, dtype)) is not None:
+        return path
     where = () if source is None else ("--checkpoint", str(source))
     done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype, *where],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -23,13 +23,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from blitzjax.engine.cache import FORMAT_VERSION, MANIFEST
 from blitzjax.engine.params import LayerStore, align, fill, unit_arrays, unit_name
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family
 from blitzjax.types import ModelSpec, frozen
 
-FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: caches are shared between versions
-MANIFEST, WEIGHTS = "manifest.json", "weights.bin"
+WEIGHTS = "weights.bin"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _REPAIR = "restore the file, or delete the directory and convert the model again"
 

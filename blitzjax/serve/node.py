@@ -139,7 +139,7 @@ class Node:
         """What is in memory now."""
         return pb.Holdings(holdings=[
             pb.Holding(model=name, units=served.store.units, bytes=served.store.held_bytes, copy=served.store.is_copy)
-            for name, served in list(self._models.items()) if served.store.held_bytes])
+            for name, served in list(self._models.items()) if served.store.held_bytes or served.store.units])
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 

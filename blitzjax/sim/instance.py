@@ -6,7 +6,6 @@ are; layers are events only on the NEW side of a live pair. Invariant: what is r
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +15,7 @@ from blitzjax.control.blocks import PageLedger
 from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
-from blitzjax.sim.parts import NewSide, OldSide, Sequence, Stretch
+from blitzjax.sim.parts import DecodeBatch, NewSide, OldSide, Sequence, Stretch
 from blitzjax.sim.pipelines import Pipeline
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import (
@@ -52,9 +51,7 @@ class SimInstance:
         self._busy = False
         self._version += 1
         self._stretch: Stretch | None = None  # set while only decode steps run
-        self._steps = 0  # decode steps run so far
-        self._ends: list[tuple[int, RequestId]] = []  # heap: after which step each decoding sequence ends
-        self._kv_tokens = 0  # of decoding sequences
+        self._decoding = DecodeBatch()
         self._decode_due = 0.0
         self._due: list[Callable[[], None]] = []  # waits for the end of the running step
         self._regular_turn = False  # NEW, complete: the batch is next, then a prompt of the pair
@@ -67,8 +64,8 @@ class SimInstance:
     def check(self) -> None:
         """Asserts the invariants of the parts."""
         self._batcher.check()
-        assert len(self._ends) <= len(self._sequences) and self._kv_tokens >= 0
-        runnable = self.complete and (self._ready or self._ends or self._batcher.waiting_tokens)
+        assert len(self._decoding) <= len(self._sequences) and self._decoding.kv_tokens >= 0
+        runnable = self.complete and (self._ready or self._decoding or self._batcher.waiting_tokens)
         assert self._busy or not runnable, f"{self.name} sleeps over work"
 
     def _queue_live(self, new: NewSide, request: Request) -> None:
@@ -132,7 +129,7 @@ class SimInstance:
         if self._busy:  # with another pass of the same step
             self._due.append(partial(self._fetch_kv, token_s))
         else:
-            self._run(token_s * self._kv_tokens, lambda: None)
+            self._run(token_s * self._decoding.kv_tokens, lambda: None)
 
     def _note_layers(self, new: NewSide) -> None:
         """The last layer counts once the head is here too, as in engine/live.py."""
@@ -159,9 +156,8 @@ class SimInstance:
         sequence = self._sequences.get(command.request_id)
         if sequence is None or sequence.attempt != command.attempt:
             return
-        end = self._leave_batch(command.request_id)
-        if end is not None:
-            left = end - self._steps
+        left = self._decoding.leave(sequence.request)
+        if left is not None:
             tokens = sequence.request.total_tokens - 1 - left
             self._send_kv(self.name, command.target, tokens, partial(self._migrated, sequence, left, command.target))
 
@@ -184,8 +180,7 @@ class SimInstance:
         request = sequence.request
         if self._sequences.get(request.id) is sequence:
             self._batcher.prefilled(request.id)
-            self._kv_tokens += request.total_tokens - 1 - left
-            heapq.heappush(self._ends, (self._steps + left, request.id))
+            self._decoding.join(request, left)
 
     # ---- live pairs
 
@@ -327,9 +322,9 @@ class SimInstance:
             self._run_ready(self._ready.pop(0))
         elif chunks:
             passes = [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]  # the paper's: all at once
-            decode_s = self._decode_s() if self._ends else 0.0
+            decode_s = self._decode_s() if self._decoding else 0.0
             self._run(decode_s + self._pass_s(passes[0]), self._stepped, passes)
-        elif self._ends:
+        elif self._decoding:
             self._run_decode()
         elif self._regular_turn:
             self._regular_turn = False
@@ -339,7 +334,7 @@ class SimInstance:
         """NEW's next layer. Once it is complete, its batch has a turn after every prompt."""
         new = self._new
         assert new is not None
-        if self._regular_turn and (self._ends or self._ready or self._batcher.waiting_tokens):
+        if self._regular_turn and (self._decoding or self._ready or self._batcher.waiting_tokens):
             self._regular_turn = False
             return False
         chosen = new.queue.next()
@@ -361,7 +356,7 @@ class SimInstance:
         """The rest of a handed-over prompt, after a decode step when one is due."""
         spec, engine = self._costs.spec, self._config.engine
         rest = (spec.layers - sequence.next_layer) / spec.layers
-        decode = bool(self._ends) and self._decode_due <= 0
+        decode = bool(self._decoding) and self._decode_due <= 0
         seconds = rest * self._costs.prefill_s(sequence.request.prompt_tokens) + (self._decode_s() if decode else 0.0)
         self._decode_due = (1.0 if decode else self._decode_due) - (
             rest * sequence.request.prompt_tokens / engine.max_num_batched_tokens)
@@ -395,8 +390,8 @@ class SimInstance:
 
     def _run_decode(self) -> None:
         prompts_wait = self._new is not None and len(self._new.queue) > 0
-        steps = 1 if prompts_wait else self._ends[0][0] - self._steps
-        growth_s = len(self._ends) * self._costs.kv_token_s
+        steps = 1 if prompts_wait else self._decoding.steps_left
+        growth_s = len(self._decoding) * self._costs.kv_token_s
         self._stretch = Stretch(self._clock.now, self._decode_s(), growth_s, steps)
         self._run(self._stretch.lasts(steps), self._decoded, steps)
 
@@ -405,15 +400,14 @@ class SimInstance:
         self._count_steps(steps)
 
     def _decode_s(self) -> float:
-        seconds = self._costs.decode_s(len(self._ends), self._kv_tokens)
-        return seconds if self.pipeline is None else seconds + self.pipeline.pass_s(len(self._ends))
+        seconds = self._costs.decode_s(len(self._decoding), self._decoding.kv_tokens)
+        return seconds if self.pipeline is None else seconds + self.pipeline.pass_s(len(self._decoding))
 
     def _count_steps(self, steps: int) -> None:
         """`steps` tokens for every decoding sequence; those that have all of theirs finish."""
-        self._steps += steps
-        self._kv_tokens += steps * len(self._ends)
-        while self._ends and self._ends[0][0] <= self._steps:
-            sequence = self._sequences[self._ends[0][1]]
+        self._decoding.ran(steps)
+        while (request_id := self._decoding.ended) is not None:
+            sequence = self._sequences[request_id]
             self._forget(sequence)
             self._say_finished(sequence, "length")
 
@@ -433,18 +427,5 @@ class SimInstance:
         """Frees everything that the sequence holds here."""
         request = sequence.request
         self._batcher.finish(request.id)
-        self._leave_batch(request.id)
+        self._decoding.leave(request)
         del self._sequences[request.id]
-
-    def _leave_batch(self, request_id: RequestId) -> int | None:
-        """Decodes it no longer. → the step after which it would have ended; None when it is not decoding."""
-        if self._ends and self._ends[0][1] == request_id:
-            end, _ = heapq.heappop(self._ends)
-        else:
-            end = next((e for e, i in self._ends if i == request_id), None)
-            if end is None:
-                return None
-            self._ends.remove((end, request_id))
-            heapq.heapify(self._ends)
-        self._kv_tokens -= self._sequences[request_id].request.total_tokens - 1 - (end - self._steps)
-        return end

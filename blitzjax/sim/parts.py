@@ -1,7 +1,8 @@
-"""What a simulated instance is made of: its requests, a stretch of decode steps, and the sides of a live pair."""
+"""What a simulated instance is made of: its requests, those that decode, a stretch of their steps, a live pair's sides."""
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
@@ -38,6 +39,51 @@ class Stretch:
         b = self.first_s - self.growth_s / 2
         steps = ceil(2 * elapsed / (b + sqrt(b * b + 2 * self.growth_s * elapsed)) - 1e-9)  # root of lasts(n) = elapsed
         return min(max(steps, 1), self.steps)
+
+
+class DecodeBatch:
+    """Requests that decode together, one token each per step. `kv_tokens` is the KV of all."""
+
+    def __init__(self) -> None:
+        self._steps = 0  # run so far
+        self._ends: list[tuple[int, RequestId]] = []  # heap: after which step each has its last token
+        self.kv_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @property
+    def steps_left(self) -> int:
+        """Until the first of them ends."""
+        return self._ends[0][0] - self._steps
+
+    @property
+    def ended(self) -> RequestId | None:
+        """One that has all of its tokens, and is still here."""
+        return self._ends[0][1] if self._ends and self._ends[0][0] <= self._steps else None
+
+    def ran(self, steps: int) -> None:
+        self._steps += steps
+        self.kv_tokens += steps * len(self._ends)
+
+    def join(self, request: Request, left: int) -> None:
+        """`left` tokens are still to be decoded."""
+        heapq.heappush(self._ends, (self._steps + left, request.id))
+        self.kv_tokens += request.total_tokens - 1 - left
+
+    def leave(self, request: Request) -> int | None:
+        """→ how many tokens were left; None when it was not here."""
+        if self._ends and self._ends[0][1] == request.id:
+            end, _ = heapq.heappop(self._ends)
+        else:
+            end = next((e for e, i in self._ends if i == request.id), None)
+            if end is None:
+                return None
+            self._ends.remove((end, request.id))
+            heapq.heapify(self._ends)
+        left = end - self._steps
+        self.kv_tokens -= request.total_tokens - 1 - left
+        return left
 
 
 class NewSide:

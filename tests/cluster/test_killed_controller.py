@@ -32,7 +32,7 @@ def test_while_requests_decode(rig: Rig, long) -> None:
     workers = rig.pids()
     answers = {p: rig.send(list(p), max_tokens=LONG) for p in long}
     short = rig.send([1, 2, 3], max_tokens=12)  # ends while no controller is there
-    rig.wait(lambda s: s.running_requests > 12, "busy")
+    rig.wait(lambda s: s.running_requests >= 6, "busy")
     kill(rig)
     assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long
     assert {answer.result().usage.attempts for answer in answers.values()} == {1}

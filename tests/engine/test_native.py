@@ -150,6 +150,7 @@ def test_without_a_compiler_xla_multiplies_and_the_log_says_so_once(tmp_path: Pa
 
 def test_without_a_compiler_the_library_of_another_worker_does(product, directory: Path, tmp_path: Path,
                                                                monkeypatch) -> None:
+    native._library(product.variant, directory, lambda name: None)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OSError, match="c\\+\\+"):
         native._library(product.variant, tmp_path, lambda name: None)

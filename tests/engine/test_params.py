@@ -12,14 +12,16 @@ import pytest
 from blitzjax.engine.convert import TINY, random_unit
 from blitzjax.engine.params import (ALIGNMENT_BYTES, LayerStore, ShardingRules, fill, layout, model_bytes, unit_arrays,
                                     unit_bytes, unit_kind, unit_name)
+from blitzjax.transfer.departures import Departures
+from blitzjax.transfer.pieces import Trailer, chunk_size, cut
 from blitzjax.types import ModelSpec
 
 BF16 = replace(TINY, dtype="bfloat16")
 UNEVEN = replace(TINY, heads=9, kv_heads=3)  # as SmolLM2: three KV heads do not divide by two
 
 
-def loaded(spec: ModelSpec, tp: int) -> LayerStore:
-    store = LayerStore(spec, jax.devices()[:tp])
+def loaded(spec: ModelSpec, tp: int, own_memory: bool | None = None) -> LayerStore:
+    store = LayerStore(spec, jax.devices()[:tp], own_memory)
     for unit in range(spec.units):
         fill(store, unit, random_unit(spec, unit, seed=3))
         store.commit(unit)
@@ -123,3 +125,47 @@ def test_equal_slabs_have_equal_checksums() -> None:
         for lane in range(2):
             assert one.checksum(unit, lane) == two.checksum(unit, lane)
     assert one.checksum(1, 0) != one.checksum(1, 1)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_devices_with_memory_of_their_own_leave_none_of_the_hosts(tp: int) -> None:
+    """As on a GPU: arrays are copies, slabs are gone, and come back byte for byte, two units at a time."""
+    shared, own = loaded(BF16, tp), loaded(BF16, tp, own_memory=True)
+    assert own.held_bytes == 0 < shared.held_bytes
+    for unit in range(BF16.units):
+        for lane in range(tp):
+            assert own.checksum(unit, lane) == shared.checksum(unit, lane)
+    assert own.held_bytes == 0, "checksums are remembered"
+    for unit in range(BF16.units):
+        for name, array in own.params(unit).items():
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(shared.params(unit)[name]))
+        for lane in range(tp):
+            np.testing.assert_array_equal(own.slab(unit, lane), shared.slab(unit, lane))
+        assert own.held_bytes <= tp * sum(sorted(map(own.slab_bytes, range(BF16.units)))[-2:])
+    own.release()
+    assert own.held_bytes == own.units == 0
+
+
+def test_a_host_copy_of_dropped_slabs_is_whole_and_can_be_used_again() -> None:
+    shared, own = loaded(BF16, 1), loaded(BF16, 1, own_memory=True)
+    own.keep()
+    assert own.is_copy and own.held_bytes == shared.held_bytes
+    own.use()
+    assert own.held_bytes == 0 and not own.is_copy
+    for unit in range(BF16.units):
+        for name, array in own.params(unit).items():
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(shared.params(unit)[name]))
+        np.testing.assert_array_equal(own.slab(unit, 0), shared.slab(unit, 0))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_multicast_sends_the_same_bytes_from_the_devices(tp: int) -> None:
+    sent = []
+    for store in (loaded(BF16, tp), loaded(BF16, tp, own_memory=True)):
+        chunk = chunk_size(store.slab_bytes(0), 4096)
+        pieces = cut(store, 0, BF16.units, chunk)
+        departures = Departures(store, pieces, chunk)
+        sent.append([[(c[:piece.payload].tobytes(), Trailer.read(c) if piece.last else None)
+                      for c in departures.chunks(piece, end=False)] for piece in pieces])
+        departures.close()
+    assert len(sent[0]) > BF16.units and sent[0] == sent[1]

