@@ -135,7 +135,8 @@ def _machine() -> str:
     device = jax.local_devices()[0]
     return "\n".join(map(str, [
         jax.__version__, metadata.version("jaxlib"), sys.version_info[:2], device.platform,
-        device.client.platform_version, device.device_kind, jax.local_device_count(), *_cpu(_CPU), os.environ.get("XLA_FLAGS", ""), "checksum last"]))
+        device.client.platform_version, device.device_kind, jax.local_device_count(), *_cpu(_CPU),
+        os.environ.get("XLA_FLAGS", ""), "checksum last"]))
 
 
 def cpu_features() -> str:
