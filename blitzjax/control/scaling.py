@@ -202,7 +202,8 @@ class Scaler:
         commands += self._release_drained(at)
         needy = self._provisioner.stranded() + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
-        if not needy and not self._fleet.loading() and self.goal.means is not self._means:
+        there = not needy and not self.missing and not self._fleet.loading()
+        if there and self.goal.means is not self._means:  # they were about this goal
             self.goal = replace(self.goal, means=self._means)
         if signs == (0, 0) and not commands and not needy and not self._fleet.count(Phase.DRAINING):
             self._settled = state

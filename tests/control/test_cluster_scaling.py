@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fake_world import SPEC, World, config, serving
 
 from blitzjax import events, types as t
+from blitzjax.config import ClusterConfig
 from blitzjax.control.cluster import Cluster
 from blitzjax.control.topology import Port
 from blitzjax.commands import (
@@ -103,6 +106,17 @@ def test_nobody_starts_before_everybody_is_ready() -> None:
         StartTransfer("i0", 1), StartTransfer("i1", 1), StartTransfer("i2", 1), StartLive("i2", pair),
         StartLive("i0", pair)]
     assert world.phases() == [SERVING, LOADING, LIVE]  # only the tail goes live
+
+
+def test_how_to_scale_is_remembered_until_there_is_somebody_to_scale_to() -> None:
+    world = World(2, replace(config(), cluster=ClusterConfig(pool=2)))
+    world.join("i0", SPEC.units)
+    assert world.scale(2, live="off") == []
+    world.tick()
+    world.join("i1")
+    for name in ("i0", "i1"):
+        world.send(events.TransferReady(world.at, name, 1))
+    assert world.phases() == [SERVING, LOADING]
 
 
 def test_a_burst_scales_up_live_and_ends_with_two_equals() -> None:
