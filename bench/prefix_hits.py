@@ -8,7 +8,6 @@ times for the first prompts, from the request to a moment after its end. Medians
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import figures, fleet, prompts
-from bench.result import say
+from bench.result import of_rounds
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import Client
 from blitzjax.serve.model import load_model
@@ -70,13 +69,7 @@ class _Side:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.prefix_hits", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="two rounds")
-    parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
-    args = parser.parse_args(argv)
-    say("prefix_hits", measure(2 if args.quick else args.rounds), argv, args.out)
-    return 0
+    return of_rounds("prefix_hits", __doc__, measure, 9, argv)
 
 
 if __name__ == "__main__":

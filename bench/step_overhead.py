@@ -8,13 +8,11 @@ line: one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ from jax import Array
 from jax.stages import Compiled
 
 from bench import figures
-from bench.result import say
+from bench.result import of_rounds
 from blitzjax.config import Config, EngineConfig
 from blitzjax.engine import messages as m
 from blitzjax.engine.instance import Instance, Output
@@ -130,13 +128,7 @@ def _each(call: Callable[[], Array]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.step_overhead", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="two rounds")
-    parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
-    args = parser.parse_args(argv)
-    say("step_overhead", measure(2 if args.quick else args.rounds), argv, args.out)
-    return 0
+    return of_rounds("step_overhead", __doc__, measure, 7, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.serve.client import Result
 from blitzjax.serve.local import LocalCluster
+from blitzjax.types import ModelSpec
 from blitzjax.v1 import inference_pb2 as pb
 
 SPEC = replace(TINY, layers=8)
@@ -77,6 +78,14 @@ def describe(status: pb.ClusterStatus) -> str:
 def prompts(count: int, seed: int, longest: int = 150) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(rng.choice([3, 20, 70, longest]))] for _ in range(count)]
+
+
+def written(factory: pytest.TempPathFactory, specs: Sequence[ModelSpec]) -> list[Path]:
+    """A checkpoint directory of random parameters for each."""
+    directories = [factory.mktemp("models") / spec.name for spec in specs]
+    for seed, (directory, spec) in enumerate(zip(directories, specs, strict=True)):
+        write_random(directory, spec, seed=seed)
+    return directories
 
 
 @pytest.fixture(scope="package")

@@ -6,12 +6,11 @@ Two hosts, which are two addresses of the loopback device, with two workers each
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from rig import written
 
 from blitzjax import config as configs
-from blitzjax.engine.convert import write_random
 from blitzjax.serve.local import Launch, LocalCluster
 from test_models_from_zero import SPECS, Pool, all_right, ask
 
@@ -20,10 +19,7 @@ HOSTS = {"127.0.0.1": (0, 1), "127.0.0.2": (2, 3)}
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    directories: list[Path] = []
-    for seed, spec in enumerate(SPECS):
-        directories.append(tmp_path_factory.mktemp("models") / spec.name)
-        write_random(directories[-1], spec, seed=seed)
+    directories = written(tmp_path_factory, SPECS)
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", "scale.min_instances=0", "cluster.pool=4", "cluster.threads=1",
         "engine.dtype=float32", "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",

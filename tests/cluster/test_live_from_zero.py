@@ -10,9 +10,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from rig import written
 
 from blitzjax import config as configs
-from blitzjax.engine.convert import write_random
 from blitzjax.serve.client import Client, Result
 from blitzjax.serve.local import LocalCluster
 from test_models_from_zero import SPECS
@@ -45,10 +45,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    directories: list[Path] = []
-    for seed, spec in enumerate(SPECS):
-        directories.append(tmp_path_factory.mktemp("models") / spec.name)
-        write_random(directories[-1], spec, seed=seed)
+    directories = written(tmp_path_factory, SPECS)
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", "scale.min_instances=0", "cluster.pool=2", "cluster.threads=1",
         "engine.dtype=float32", "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import grpc
 import pytest
+from rig import written
 
 from blitzjax import config as configs
-from blitzjax.engine.convert import TINY, write_random
+from blitzjax.engine.convert import TINY
 from blitzjax.engine.params import layout
 from blitzjax.errors import UnknownModel
 from blitzjax.serve.client import Result
@@ -85,10 +85,7 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    directories: list[Path] = []
-    for seed, spec in enumerate(SPECS):
-        directories.append(tmp_path_factory.mktemp("models") / spec.name)
-        write_random(directories[-1], spec, seed=seed)
+    directories = written(tmp_path_factory, SPECS)
     config = configs.load(None, (
         "serve.port=0", "scale.min_instances=0", "scale.zero_after_s=1.0", "scale.down_after_s=15.0",
         f"cluster.pool={POOL}", "scale.max_instances=1", "cluster.threads=1", "engine.dtype=float32",

@@ -51,3 +51,4 @@ def test_a_restored_brain_goes_on_as_before(seed: int, roles: str) -> None:
     for arrivals in range(250):
         act(world, rng.choice(ACTIONS), rng.randrange(12), arrivals)
     heal(world)
+    assert world.ended and set(world.open) <= world.cancelled  # all ended, and both brains said the same until then

@@ -349,6 +349,8 @@ def test_workers_rejoin_after_the_coordination_service_died(start):
     cluster.signal_coordinator()
     eventually(lambda: all(cluster.worker_pid(k) not in (None, before[k]) for k in range(2)))
     cluster.wait_ready(10)
+    with cluster.client() as client:
+        assert len(client.generate([1, 2, 3], max_tokens=3).token_ids) == 3
 
 
 def test_no_process_survives_a_killed_parent(model_dir, tmp_path):
@@ -375,6 +377,7 @@ time.sleep(60)
             return True
 
     eventually(lambda: gone(first) and gone(second), 2.0)
+    assert gone(first) and gone(second)
     with socket.socket() as probe:
         eventually(lambda: probe.connect_ex((address.split(":")[0], int(address.split(":")[1]))) != 0, 2.0)
 
