@@ -3,8 +3,9 @@
 While parameters arrive at the NEW side of a live pair, its OLD side takes nothing from the queue; NEW takes for both
 (BlitzScale, section 5.1: new requests are redirected, payloads are tiny) and OLD pulls from NEW.
 
-The least busy instance takes it, or one that probably has the KV of how the prompt begins: that one may have as many
-more prompt tokens to run as the hit saves, and half the free slots.
+The least busy instance takes it - the fewest prompt tokens to run; of equals, the most free slots - or one that
+probably has the KV of how the prompt begins: that one may have as many more prompt tokens to run as the hit saves, and
+half the free slots.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Seat:
 
 
 _KEEPS_KV = (Phase.SERVING, Phase.LIVE, Phase.DRAINING)
-_Place = tuple[int, bool, InstanceId, int, Seat]  # backlog, is it LIVE, who, when
+_Place = tuple[int, bool, int, InstanceId, int, Seat]  # backlog, is it LIVE, minus free slots, who, when
 
 
 class Router:
@@ -57,10 +58,10 @@ class Router:
             self._affinity.forget(seat.instance)
         if self._takes(seat):
             self._updates += 1
-            place = (seat.backlog_tokens, seat.phase is Phase.LIVE, seat.instance, self._updates, seat)
+            place = (seat.backlog_tokens, seat.phase is Phase.LIVE, -seat.free_slots, seat.instance, self._updates, seat)
             heapq.heappush(self._order, place)
         if len(self._order) > 4 * len(self._seats) + 64:
-            self._order = [place for place in self._order if self._seats[place[2]] is place[4]]
+            self._order = [place for place in self._order if self._seats[place[3]] is place[5]]
             heapq.heapify(self._order)
 
     def assigned(self, request: Request, instance: InstanceId) -> None:
@@ -83,11 +84,11 @@ class Router:
         """Whoever has most of the prompt and is not much busier than `best`; of these, the least busy."""
         for pages, instances in self._affinity.holders(request.beginnings):
             seats = [self._seats[i] for i in instances if self._seats[i].phase is Phase.SERVING]
-            near = [(seat.backlog_tokens, seat.instance) for seat in seats
+            near = [(seat.backlog_tokens, -seat.free_slots, seat.instance) for seat in seats
                     if self._takes(seat) and self._has_room(seat, request) and 2 * seat.free_slots >= best.free_slots
                     and seat.backlog_tokens <= best.backlog_tokens + pages * seat.page_size]
             if near:
-                return min(near)[1]
+                return min(near)[2]
         return None
 
     def _least_busy(self, request: Request) -> Seat | None:
@@ -96,7 +97,7 @@ class Router:
                 heapq.heappush(self._order, place)
             self._passed, self._asked = [], request
         while self._order:
-            seat = self._order[0][4]
+            seat = self._order[0][5]
             if self._seats[seat.instance] is not seat:
                 heapq.heappop(self._order)
             elif self._has_room(seat, request):

@@ -20,9 +20,11 @@ def to(*seats: Seat, request: Request = REQUEST) -> InstanceId | None:
     return router.choose(request)
 
 
-def test_the_least_backlog_wins_then_the_id() -> None:
+def test_the_least_backlog_wins_then_the_fewest_running_then_the_id() -> None:
     assert to(B, A) == "a"
     assert to(replace(A, backlog_tokens=10), B) == "b"
+    assert to(A, replace(B, free_slots=3)) == "b"
+    assert to(replace(A, backlog_tokens=10), replace(B, free_slots=1)) == "b"
 
 
 def test_no_room_no_request() -> None:
