@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,7 +59,7 @@ class Launch:
     coordination service must then listen on a `coordinator_host` that they reach.
     """
 
-    run_dir: Path | None = None  # logs; None: a fresh temporary directory
+    run_dir: Path | None = None  # logs; None: a temporary directory, which goes with a cluster that nothing happened to
     hosts: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, ...], ...] = ()
     coordinator_host: str = "127.0.0.1"
@@ -89,7 +90,7 @@ class LocalCluster:
         self._stopping = threading.Event()
         self._terminating = False
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards every _Process against the supervisor
+        self._lock = threading.RLock()  # guards every _Process against the supervisor; signal handlers take it again
         self.worker_addresses = tuple(f"{self._host(k)}:{ports[k + 2]}" for k in range(pool))
         coordinator = f"{launch.coordinator_host}:{ports[1]}"
         self._coordinator = self._process("coordinator", (
@@ -111,8 +112,12 @@ class LocalCluster:
         self.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.stop()
+        unharmed = self._controller.code in (0, None) and not any(
+            process.lives > 1 for process in (self._controller, self._coordinator, *self._workers))
+        if self._launch.run_dir is None and unharmed and kind is None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def start(self) -> None:
         """Starts every process and returns at once; see `wait_ready`."""
@@ -219,7 +224,9 @@ class LocalCluster:
 
     def _supervise(self) -> None:
         supervised = (self._coordinator, *self._workers)
-        self._controller.start()
+        with self._lock:
+            if not self._terminating:
+                self._controller.start_when_due()
         while not self._stopping.wait(_POLL_S):
             with self._lock:
                 if self._controller.poll():
@@ -272,6 +279,7 @@ class _Process:
     def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], log: Path | None):
         self.name, self.log = name, log
         self.code: int | None = None  # of the last life
+        self.lives = 0  # so far
         self.short_lives = 0  # in a row
         self.ended = threading.Event()  # it will not start again; of the controller only
         self._argv, self._env = argv, env
@@ -282,8 +290,10 @@ class _Process:
     def pid(self) -> int | None:
         return None if self._popen is None else self._popen.pid
 
-    def start(self) -> None:
+    def _start(self) -> None:
         argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._argv)
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)  # temporary files are cleaned away after some days
         out = sys.stderr.buffer if self.log is None else self.log.open("ab")
         try:
             self._popen = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
@@ -291,11 +301,16 @@ class _Process:
         finally:
             if self.log is not None:
                 out.close()
-        self._born = time.monotonic()
+        self._born, self.lives = time.monotonic(), self.lives + 1
 
     def start_when_due(self) -> None:
+        """What cannot start now, without memory or files say, is tried again; it must not end all others."""
         if self._popen is None and time.monotonic() >= self._due:
-            self.start()
+            try:
+                self._start()
+            except OSError as e:
+                print(f"blitzjax: cannot start {self.name}: {e}", file=sys.stderr)
+                self._due = time.monotonic() + _BACKOFF_S[1]
 
     def poll(self) -> bool:
         """True once per death; then it starts again after a pause that grows with short lives."""
