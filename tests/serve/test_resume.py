@@ -20,8 +20,8 @@ from toy import SPEC, toy_config, write_model
 from toy_worker import ToyWorker
 
 from blitzjax.config import Config
-from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
-from blitzjax.serve import accepted
+from blitzjax.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
+from blitzjax.serve import accepted, deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
@@ -31,7 +31,6 @@ from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
-from blitzjax.events import ModelUndeployed
 from blitzjax.types import Phase, Sampling
 from blitzjax.v1 import inference_pb2, worker_pb2_grpc
 from blitzjax.v1 import worker_pb2 as pb
@@ -279,8 +278,7 @@ async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
         world.controller.deploy(third, 0, None)
         await world.serving(2)
         await world.restart()
-        world.controller.on_event(ModelUndeployed(world.controller.now(), "3rd"))
-        world.controller.remove("3rd")
+        await deployments.undeploy(world.controller, "3rd")
         [before] = world.controller.submit(order("r", 1, 60, model="2nd"))
         await eventually(lambda: before.generated)
         world.compact()
@@ -396,3 +394,46 @@ def test_a_client_joins_what_it_gets_twice(seed: int):
         assert [p.token_id for m in mine for p in m.logprobs] == [t for _, t in items]
         assert [m.finish_reason for m in mine if m.finish_reason] == ["stop"]
         assert [list(m.prompt_token_ids) for m in mine] == [[7], *[[]] * (len(mine) - 1)]
+
+
+@in_a_loop
+async def test_an_order_for_a_model_that_left_while_its_prompt_was_tokenized(toys, tmp_path):
+    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
+    async with toys("cluster.pool=2") as world:
+        controller = world.start()
+        await world.serving(1)
+        controller.deploy(second, 0, None)
+        await deployments.undeploy(controller, "2nd")
+        with pytest.raises(UnknownModel, match="no model '2nd' here; served: toy"):
+            controller.submit(order("late", 1, model="2nd"))
+        assert list((await world.restart()).models) == ["toy"]
+
+
+@in_a_loop
+async def test_an_undeployed_model_goes_whether_or_not_its_caller_waits(toys, tmp_path):
+    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
+    async with toys("cluster.pool=2") as world:
+        controller = world.start()
+        await world.serving(1)
+        controller.deploy(second, 1, None)
+        await world.serving(2)
+        [answer] = controller.submit(order("r", 1, 20, model="2nd"))
+        await eventually(lambda: answer.generated)
+        caller = asyncio.create_task(deployments.undeploy(controller, "2nd"))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        await ended(answer)
+        assert answer.generated == answered(1, 20)
+        await eventually(lambda: "2nd" not in controller.models)
+        await eventually(lambda: all(set(worker.toy.specs) == {"toy"} for worker in world.workers))
+
+
+@in_a_loop
+async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(toys, tmp_path):
+    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
+    async with toys("cluster.pool=2") as world:
+        controller = world.start()
+        await eventually(lambda: all(link.joined for link in controller.links.values()))
+        request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
+        controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
+        assert (await deployments.deploy(controller, request)).model == "2nd"
