@@ -437,3 +437,21 @@ async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(t
         request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
         controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
         assert (await deployments.deploy(controller, request)).model == "2nd"
+
+
+@in_a_loop
+@pytest.mark.parametrize("full", ["events", "journal"])
+async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, full: str):
+    async with toys(f"serve.event_log={tmp_path / 'events'}") as world:
+        controller = world.start()
+        await world.serving(1)
+        if full == "events":
+            controller.replica.event_log._file = open("/dev/full", "a")
+        else:
+            controller.journal._file = open("/dev/full", "ab")
+        answers = [controller.submit(order(f"r{k}", k, stop=("x" * 1000,) * 16, tokens=5))[0] for k in range(8)]
+        await ended(*answers)
+        assert all(answer.generated == answered(k, 5) for k, answer in enumerate(answers))
+        assert sum("cannot be written" in record.message for record in caplog.records) == 1
+        assert (controller.journal is None) == (full == "journal")
+        world.journal.touch()
