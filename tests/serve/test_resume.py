@@ -20,7 +20,7 @@ from toy import SPEC, toy_config, write_model
 from toy_worker import ToyWorker
 
 from blitzjax.config import Config
-from blitzjax.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
+from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
 from blitzjax.serve import accepted, deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
@@ -394,64 +394,3 @@ def test_a_client_joins_what_it_gets_twice(seed: int):
         assert [p.token_id for m in mine for p in m.logprobs] == [t for _, t in items]
         assert [m.finish_reason for m in mine if m.finish_reason] == ["stop"]
         assert [list(m.prompt_token_ids) for m in mine] == [[7], *[[]] * (len(mine) - 1)]
-
-
-@in_a_loop
-async def test_an_order_for_a_model_that_left_while_its_prompt_was_tokenized(toys, tmp_path):
-    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
-    async with toys("cluster.pool=2") as world:
-        controller = world.start()
-        await world.serving(1)
-        controller.deploy(second, 0, None)
-        await deployments.undeploy(controller, "2nd")
-        with pytest.raises(UnknownModel, match="no model '2nd' here; served: toy"):
-            controller.submit(order("late", 1, model="2nd"))
-        assert list((await world.restart()).models) == ["toy"]
-
-
-@in_a_loop
-async def test_an_undeployed_model_goes_whether_or_not_its_caller_waits(toys, tmp_path):
-    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
-    async with toys("cluster.pool=2") as world:
-        controller = world.start()
-        await world.serving(1)
-        controller.deploy(second, 1, None)
-        await world.serving(2)
-        [answer] = controller.submit(order("r", 1, 20, model="2nd"))
-        await eventually(lambda: answer.generated)
-        caller = asyncio.create_task(deployments.undeploy(controller, "2nd"))
-        await asyncio.sleep(0.01)
-        caller.cancel()
-        await ended(answer)
-        assert answer.generated == answered(1, 20)
-        await eventually(lambda: "2nd" not in controller.models)
-        await eventually(lambda: all(set(worker.toy.specs) == {"toy"} for worker in world.workers))
-
-
-@in_a_loop
-async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(toys, tmp_path):
-    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
-    async with toys("cluster.pool=2") as world:
-        controller = world.start()
-        await eventually(lambda: all(link.joined for link in controller.links.values()))
-        request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
-        controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
-        assert (await deployments.deploy(controller, request)).model == "2nd"
-
-
-@in_a_loop
-@pytest.mark.parametrize("full", ["events", "journal"])
-async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, full: str):
-    async with toys(f"serve.event_log={tmp_path / 'events'}") as world:
-        controller = world.start()
-        await world.serving(1)
-        if full == "events":
-            controller.replica.event_log._file = open("/dev/full", "a")
-        else:
-            controller.journal._file = open("/dev/full", "ab")
-        answers = [controller.submit(order(f"r{k}", k, stop=("x" * 1000,) * 16, tokens=5))[0] for k in range(8)]
-        await ended(*answers)
-        assert all(answer.generated == answered(k, 5) for k, answer in enumerate(answers))
-        assert sum("cannot be written" in record.message for record in caplog.records) == 1
-        assert (controller.journal is None) == (full == "journal")
-        world.journal.touch()
