@@ -6,13 +6,18 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from test_resume import answered, ended, eventually, in_a_loop, order, toys  # noqa: F401
-from toy import SPEC, write_model
+from test_resume import Toys, answered, ended, eventually, in_a_loop, order
+from toy import SPEC, toy_config, write_model
 
 from blitzjax.errors import UnknownModel
 from blitzjax.serve import deployments
 from blitzjax.serve.model import load_model
 from blitzjax.v1 import inference_pb2
+
+
+@pytest.fixture
+def toys(model_dir, tmp_path):
+    return lambda *overrides: Toys(toy_config("serve.resume_timeout_s=2.0", *overrides), load_model(model_dir), tmp_path)
 
 
 @in_a_loop
