@@ -35,8 +35,11 @@ def serve(args: argparse.Namespace) -> int:
     config = configure(args, len(args.model))
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
+    names = args.served_model_name or []
+    if names and len(names) != len(args.model):
+        raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
-    cluster = LocalCluster(config, models, Launch(console=True))
+    cluster = LocalCluster(config, models, Launch(console=True), names)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
@@ -45,7 +48,7 @@ def serve(args: argparse.Namespace) -> int:
             cluster.wait_ready(float("inf"))
         except BlitzError:  # the controller has said why; or it was told to go, with code 0
             return cluster.wait(0)
-        print(_banner(args.model, cluster.address, config), flush=True)
+        print(_banner(names or [Path(model).name for model in args.model], cluster.address, config), flush=True)
         return cluster.wait()
 
 
@@ -126,7 +129,7 @@ def _banner(models: list[str], address: str, config: Config) -> str:
     each = " each" if len(models) > 1 else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
-        f"blitzjax {blitzjax.__version__} is ready: {', '.join(Path(model).name for model in models)} on {address}, "
+        f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
         f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"

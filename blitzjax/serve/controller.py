@@ -338,6 +338,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", required=True, help="i0=HOST:PORT,i1=HOST:PORT,... in rank order")
     parser.add_argument("--model-dir", required=True, type=Path, action="append",
                         help="converted checkpoint (see: blitzjax convert); again for every further model")
+    parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME",
+                        help="of the --model-dir in the same place (default: the checkpoint's)")
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
     parser.add_argument("--journal", type=Path, help="what a crashed controller leaves behind, to be resumed from there")
@@ -356,7 +358,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _config(args)
         workers = _workers(args.workers)
-        models = [load_model(directory) for directory in args.model_dir]
+        models = [load_model(directory, name) for directory, name in _named(args.model_dir, args.served_model_name)]
         controller = with_journal(lambda: Controller(config, models, workers), args.journal)
     except (BlitzError, OSError) as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
@@ -376,6 +378,13 @@ def _config(args: argparse.Namespace) -> Config:
         return configs.from_tables(json.loads(args.config_json))
     except ValueError as e:
         raise ConfigError(f"--config-json is not JSON: {e}") from e
+
+
+def _named(directories: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str]]:
+    """Each directory with its name; all have the checkpoint's when none is given."""
+    if names and len(names) != len(directories):
+        raise ConfigError(f"{len(directories)} models have {len(names)} names; give each one, or none")
+    return list(zip(directories, names or [""] * len(directories), strict=True))
 
 
 def _workers(text: str) -> dict[str, str]:

@@ -75,8 +75,10 @@ class LocalCluster:
     One thread, the supervisor, starts and restarts processes: a child's death signal follows the thread that made it.
     """
 
-    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch()):
-        """`model_dirs`: one checkpoint or several, to begin with. `config.serve.port` 0 picks a free port.
+    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch(),
+                 names: Sequence[str] = ()):
+        """`model_dirs`: one checkpoint or several, to begin with, served under `names` if there are any.
+        `config.serve.port` 0 picks a free port.
 
         Nothing starts before `start`.
         """
@@ -100,7 +102,7 @@ class LocalCluster:
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
         self._controller = self._process("controller", (
-            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs), "--workers",
+            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs, names), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
             json.dumps(configs.to_tables(self.config)), *journal), to_stderr=launch.console)
         resumes = config.serve.resume_timeout_s > 0  # else killing it would be the end
@@ -358,9 +360,11 @@ def worker_env(config: Config, k: int) -> dict[str, str]:
     return env
 
 
-def _model_args(model_dirs: Path | Sequence[Path]) -> Iterator[str]:
+def _model_args(model_dirs: Path | Sequence[Path], names: Sequence[str]) -> Iterator[str]:
     for directory in [model_dirs] if isinstance(model_dirs, Path) else model_dirs:
         yield from ("--model-dir", str(directory))
+    for name in names:
+        yield f"--served-model-name={name}"
 
 
 def free_ports(count: int) -> list[int]:

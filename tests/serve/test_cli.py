@@ -16,7 +16,7 @@ _HEAVY = ("jax", "jaxlib", "flax", "numpy", "torch", "orbax")
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=20)
+    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=120)
 
 
 def test_help_is_instant():
@@ -30,7 +30,7 @@ def test_help_is_instant():
                                      "blitzjax.serve.controller, blitzjax.serve.local"])
 def test_clients_and_controller_never_import_jax(modules):
     code = f"import sys, {modules}; print([m for m in {_HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -135,3 +135,8 @@ def test_calibration_finds_out_first_whether_it_can_write(tmp_path: Path, capsys
 def test_a_simulation_without_instances_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sim", "--instances", "0"]) == 2
     assert "needs more than 0 instances" in capsys.readouterr().err
+
+
+def test_each_model_has_a_name_or_none_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "smollm2-135m", "other", "--served-model-name", "chat"]) == 2
+    assert "a name for each of the 2 models, got 1" in capsys.readouterr().err

@@ -79,3 +79,20 @@ async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, ful
         assert sum("cannot be written" in record.message for record in caplog.records) == 1
         assert (controller.journal is None) == (full == "journal")
         world.journal.touch()
+
+
+@in_a_loop
+async def test_a_model_keeps_the_name_that_it_is_served_by(model_dir, tmp_path):
+    model = load_model(model_dir, "mine")
+    async with Toys(toy_config("serve.resume_timeout_s=2.0"), model, tmp_path) as world:
+        controller = world.start()
+        await world.serving(1)
+        with pytest.raises(UnknownModel, match="no model 'toy' here; served: mine"):
+            controller.submit(order("r", 1))
+        [answer] = controller.submit(order("r", 1, 20, model="mine"))
+        await eventually(lambda: answer.generated)
+        world.compact()
+        await world.restart()
+        [answer] = world.controller.submit(order("r", 1, 20, model="mine"), resume=True)
+        await ended(answer)
+        assert answer.generated == answered(1, 20) and list(world.controller.models) == ["mine"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch, wait_whole
 
+from blitzjax.errors import UnknownModel
 from blitzjax.serve.local import Launch, LocalCluster
 
 _LAUNCH = Launch(worker=TOY_WORKER, coordinator=TOY_COORDINATOR)  # in a temporary directory
@@ -56,3 +57,12 @@ def test_told_to_go_before_it_began_it_goes(model_dir: Path) -> None:
     with cluster:
         cluster.wait(5)
         assert cluster.controller_pid() is None
+
+
+def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
+    with LocalCluster(toy_config(), [model_dir] * 2, _LAUNCH, ("chat", "base")) as cluster, cluster.client() as client:
+        wait_whole(cluster)
+        assert [m.name for m in client.status().models] == ["chat", "base"]
+        assert [client.generate("a", model=name, max_tokens=2).text for name in ("chat", "base")] == ["bc", "bc"]
+        with pytest.raises(UnknownModel, match="served: chat, base"):
+            client.generate("a", model="toy")
