@@ -55,7 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="A JAX serving engine whose instances work while their parameters still arrive.")
     parser.add_argument("--version", action="version", version=f"blitzjax {blitzjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(_command(commands, "serve", "a whole cluster on this machine", ("blitzjax.cli_serve", "serve")))
+    serve = _command(commands, "serve", "a whole cluster on this machine, or this machine's part of one",
+                     ("blitzjax.cli_serve", "serve"))
+    _add_serve(serve)
+    _add_hosts(serve)
     _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
     _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
     _add_deploy(_command(commands, "deploy", "serve one more model over the same workers",
@@ -132,6 +135,13 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; the flags above win over it")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
                         help="any knob; wins over everything else; may be repeated")
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hosts", metavar="HOST,HOST,...",
+                        help="machines that share the pool; the same command runs on each, but for --host-index")
+    parser.add_argument("--host-index", type=int, default=0, metavar="K",
+                        help="this machine is the K-th of them; clients talk to the first, 0")
 
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:

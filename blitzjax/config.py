@@ -84,7 +84,8 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    pool: int = 1  # worker processes
+    pool: int = 1  # worker processes, on all hosts
+    base_port: int = 6400  # on several hosts: of the coordination service; a host's workers listen on the next ones
     threads: int = 0  # XLA threads per worker; 0: all its cores
     pin_cores: bool = False  # worker k computes on core k modulo the cores
     heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
@@ -193,5 +194,6 @@ def _check_ranges(c: Config) -> None:
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
+    want(0 < c.cluster.base_port < 65536 - c.cluster.pool, "cluster.base_port and those above it must be TCP ports")
     want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")
     want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")
