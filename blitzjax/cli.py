@@ -22,6 +22,7 @@ _PROGRAMS = {
     "worker": ("blitzjax.serve.worker", "one worker process of the pool"),
     "coordinator": ("blitzjax.transfer.coordinator", "the coordination service that workers join"),
     "controller": ("blitzjax.serve.controller", "the process that clients talk to"),
+    "gateway": ("blitzjax.serve.gateway", "OpenAI's HTTP interface in front of a controller"),
 }
 
 
@@ -115,6 +116,8 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--pool", type=int, help="worker processes (cluster.pool; default 3)")
     parser.add_argument("--host", help="listen here (serve.host)")
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
+    parser.add_argument("--http-port", type=int, metavar="PORT",
+                        help="OpenAI's interface over HTTP (serve.http_port; default: none)")
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (engine.max_model_len)")
     parser.add_argument("--max-num-seqs", type=int, help="sequences decoding together (engine.max_num_seqs)")
     parser.add_argument("--max-num-batched-tokens", type=int, help="of a step (engine.max_num_batched_tokens)")

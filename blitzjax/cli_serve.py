@@ -23,7 +23,8 @@ _POOL = 3  # small enough for a laptop, large enough to scale
 
 _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
-    "dtype": "engine.dtype", "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_num_seqs",
+    "http_port": "serve.http_port", "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
+    "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
     "roles": "scale.roles", "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
     "metrics_port": "serve.metrics_port", "max_num_batched_tokens": "engine.max_num_batched_tokens",
@@ -144,11 +145,12 @@ def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     each = " each" if len(models) > 1 else ""
+    http = f"  http    http://{config.serve.host}:{config.serve.http_port}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(Path(model).name for model in models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
-        f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
+        f"{http}  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"
         f"  stop    Ctrl-C; answers in flight finish")

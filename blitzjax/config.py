@@ -24,6 +24,7 @@ class ServeConfig:
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
+    http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
     hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
@@ -189,6 +190,7 @@ def _check_ranges(c: Config) -> None:
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")

@@ -28,6 +28,8 @@ from blitzjax.serve.processes import TAIL_LINES, TELL_AFTER, Process, tail
 from blitzjax.serve.pulse import Pulse
 from blitzjax.serve.workers import POLL_S, Launch, Workers, free_ports
 
+_GATEWAY_GRACE_S = 2.0
+
 
 class LocalCluster:
     """`with LocalCluster(config, directory) as cluster: cluster.client().generate(...)`.
@@ -60,6 +62,9 @@ class LocalCluster:
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
             json.dumps(configs.to_tables(self.config)), *journal), dict(os.environ),
             None if launch.console else self.run_dir / "controller.log")
+        self._gateway = [Process("gateway", (
+            sys.executable, "-m", "blitzjax.serve.gateway", "--address", self.address, "--host", host, "--port",
+            str(config.serve.http_port)), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
         resumes = config.serve.resume_timeout_s > 0  # else killing it would be the end
         self._pulse = Pulse(self.address, config.serve.hang_timeout_s if resumes else 0.0)
 
@@ -154,7 +159,7 @@ class LocalCluster:
 
     def _supervise(self) -> None:
         workers = self._workers.processes.values()
-        supervised = (self._coordinator, *workers)
+        supervised = (self._coordinator, *workers, *self._gateway)
         self._controller.start()
         while not self._stopping.wait(POLL_S):
             with self._lock:
@@ -174,6 +179,8 @@ class LocalCluster:
                     self._controller.start_when_due()
             for process in dead:
                 process.tell()
+        for gateway in self._gateway:  # what the controller said last is on its way to readers
+            gateway.end(_GATEWAY_GRACE_S)
         for process in (self._controller, *supervised):
             process.kill()
         self._pulse.forget()

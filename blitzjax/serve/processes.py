@@ -88,6 +88,13 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, number)
 
+    def end(self, grace_s: float) -> None:
+        """SIGTERM, and some time for it."""
+        self.signal(signal.SIGTERM)
+        if self._popen is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(grace_s)
+
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
         if self._popen is not None:
