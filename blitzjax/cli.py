@@ -98,8 +98,8 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str,
 
 def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="+" if several else None,
-                        help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, a built-in name, "
-                             "or code of your own as package.module:function")
+                        help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, OWNER/NAME on the "
+                             "Hugging Face hub, a built-in name, or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the parameters (engine.dtype)")
 

@@ -130,6 +130,7 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
     """
     if source is None and (path := cache.cached(model, dtype)) is not None:
         return path
+    print(f"preparing {model}: what is converted once is kept in {cache.default_cache()}", file=sys.stderr, flush=True)
     where = () if source is None else ("--checkpoint", str(source))
     done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype, *where],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
