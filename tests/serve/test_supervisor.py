@@ -10,7 +10,8 @@ import pytest
 from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.errors import UnknownModel
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 
 _LAUNCH = Launch(worker=TOY_WORKER, coordinator=TOY_COORDINATOR)  # in a temporary directory
 
