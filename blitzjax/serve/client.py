@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from blitzjax.errors import InvalidRequest
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
@@ -336,13 +337,22 @@ def deploy_request(directory: str | Path, min_instances: int | None, max_instanc
 
 
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
-    """Raises TypeError for an option that does not exist, or for a message of a chat that is none."""
+    """Raises TypeError for an option that does not exist, or for a message of a chat that is none; InvalidRequest for a
+    number or a text that no request can hold.
+    """
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     outside = ("model", "request_id", "priority", "progress", "timeout_s")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
+    try:
+        return _request(prompt, options, outside)
+    except ValueError as e:  # a number out of range, or half a character
+        raise InvalidRequest(str(e)) from e
+
+
+def _request(prompt: Prompt, options: Options, outside: Sequence[str]) -> pb.GenerateRequest:
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
                              priority=options.get("priority", 0), progress=options.get("progress", False),
                              sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))

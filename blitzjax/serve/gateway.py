@@ -74,10 +74,17 @@ class Gateway:
         return await self._reply(request, openai.chat(await _body(request)))
 
     async def _reply(self, request: web.Request, asked: openai.Asked) -> web.StreamResponse:
-        reply = openai.Reply(asked, asked.options.get("model") or (await self._client.status()).models[0].name)
+        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model())
         if asked.stream:
             return await self._stream(request, asked, reply)
         return web.json_response(reply.whole(await self._whole(asked)))
+
+    async def _first_model(self) -> str:
+        """What a request without a model gets."""
+        models = (await self._client.status()).models
+        if not models:
+            raise UnknownModel("no model is served; deploy one")
+        return models[0].name
 
     async def _whole(self, asked: openai.Asked) -> Sequence[Sequence[Result]]:
         chunks: list[list[Chunk]] = [[] for _ in asked.prompts]
@@ -166,7 +173,7 @@ def _failed(error: BlitzError) -> web.Response:
 async def _body(request: web.Request) -> openai.JSON:
     try:
         return await request.json()
-    except ValueError as e:
+    except (ValueError, LookupError, RecursionError) as e:  # LookupError: in an encoding that is none
         raise InvalidRequest(f"the body is not JSON: {e}") from e
 
 

@@ -44,7 +44,7 @@ class VllmEngine(rpc.VllmEngineServicer):
             if controller.draining:
                 raise Unavailable("the server is shutting down; try another one")
             model = controller.find("")
-            order = await order_of(translated(request), model, controller.context_tokens(model), controller.page_size)
+            order = await order_of(_ours(request), model, controller.context_tokens(model), controller.page_size)
             answers = controller.submit(order)
             await self._stream(answers, request.stream, context)
         except BlitzError as e:
@@ -107,6 +107,14 @@ class VllmEngine(rpc.VllmEngineServicer):
                 num_running_reqs=running, num_waiting_reqs=waiting, num_total_reqs=running + waiting,
                 num_used_tokens=used * engine.page_size, max_total_num_tokens=total * engine.page_size,
                 token_usage=used / total if total else 0.0, max_running_requests=engine.max_num_seqs * len(serving))])
+
+
+def _ours(request: vllm.GenerateRequest) -> pb.GenerateRequest:
+    """`translated`; vLLM's numbers without a sign may be larger than any of ours."""
+    try:
+        return translated(request)
+    except ValueError as e:
+        raise InvalidRequest(str(e)) from e
 
 
 def translated(request: vllm.GenerateRequest) -> pb.GenerateRequest:

@@ -233,3 +233,26 @@ def test_without_a_controller_it_says_so():
     finally:
         gateway.terminate()
         assert gateway.wait(10) == 0
+
+
+@pytest.mark.parametrize(("body", "says"), [
+    ({"prompt": "a", "n": 1 << 40}, "out of range"),
+    ({"prompt": "a", "seed": 1 << 70}, "out of range"),
+    ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "out of range"),
+    ({"prompt": "a", "priority": 1 << 40}, "out of range"),
+    ({"prompt": "a\ud800", "max_tokens": 1}, "surrogates"),
+    ({"prompt": "a", "stop": "\udfff"}, "surrogates"),
+    ({"prompt": "a", "model": "\udfff"}, "surrogates"),
+])
+def test_values_that_no_request_can_hold_are_the_callers_error(site, body, says):
+    for stream in (False, True):
+        status, said, _ = site.ask("POST", "/v1/completions", body | {"stream": stream})
+        assert status == 400 and says in said["error"]["message"], said
+        assert said["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_nested_without_end_is_the_callers_error(site):
+    status, said, _ = site.ask("POST", "/v1/completions", b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}")
+    assert status == 400 and "not JSON" in said["error"]["message"]
+    status, said, _ = site.ask("POST", "/v1/completions", b"{}", **{"Content-Type": "application/json; charset=none"})
+    assert status == 400 and "not JSON" in said["error"]["message"]

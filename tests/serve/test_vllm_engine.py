@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -35,8 +37,8 @@ def test_whole_answer(stub):
 
 def test_stream_and_its_end(stub):
     *chunks, last = ask(stub, [97], stream=True, temperature=SLOW)
-    assert [tuple(r.chunk.token_ids) for r in chunks] == [(t,) for t in toy(97, 5)]
-    assert [r.chunk.completion_tokens for r in chunks] == [1, 2, 3, 4, 5]
+    assert len(chunks) > 1 and sum((tuple(r.chunk.token_ids) for r in chunks), ()) == toy(97, 5)
+    assert [r.chunk.completion_tokens for r in chunks] == list(accumulate(len(r.chunk.token_ids) for r in chunks))
     assert tuple(last.complete.output_ids) == toy(97, 5)
 
 
@@ -87,6 +89,14 @@ def test_what_is_not_done_is_refused(stub, sampling, says):
     with pytest.raises(grpc.RpcError) as refused:
         ask(stub, [97], **sampling)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT and says in refused.value.details()
+
+
+@pytest.mark.parametrize(("prompt", "sampling"), [
+    ([1 << 31], {}), ([97], {"top_k": 1 << 31}), ([97], {"stop_token_ids": [1 << 31]}), ([97], {"n": 1 << 31})])
+def test_numbers_beyond_ours_are_refused(stub, prompt, sampling):
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(stub, prompt, **sampling)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_model_server_and_load(stub, cluster):
