@@ -25,6 +25,11 @@ def sim(args: argparse.Namespace) -> int:
         return _list()
     if args.duration_s <= 0 or args.load <= 0:
         raise ConfigError("--duration-s and --load must be above 0")
+    if args.out:  # found out before the minutes that it takes
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"cannot write to {args.out}: {e.strerror}") from e
     machine, model = costs.read(args.costs) if args.costs else (
         _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
     systems = [_named(SYSTEMS, name, "system") for name in args.systems.split(",")]
@@ -50,7 +55,6 @@ def sim(args: argparse.Namespace) -> int:
     if args.out is not None:
         said = {"trace": args.trace, "start": f"{args.start_s:g} s", "model": model.spec.name, "machine": machine.name,
                 "instances": instances, "roles": args.roles, "scaled by": f"{factor:.3g}", "seed": args.seed}
-        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "report.html").write_text(report.to_html(outcomes, said))
         (args.out / "report.json").write_text(report.to_json(outcomes, said))
         (args.out / "table.csv").write_text(report.to_csv(rows))

@@ -132,9 +132,11 @@ def test_a_knob_out_of_its_range_is_named(key: str, value: object) -> None:
         configs.load(None, (f"{key}={value}",))
 
 
-def test_calibration_finds_out_first_whether_it_can_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [("bench", "calibrate", "no-such-model"), ("sim", "--trace", "no-such-trace")])
+def test_it_is_found_out_first_whether_results_can_be_written(command: tuple[str, ...], tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert cli.main(["bench", "calibrate", "no-such-model", "--out", str(tmp_path / "file" / "costs")]) == 2
+    assert cli.main([*command, "--out", str(tmp_path / "file" / "costs")]) == 2
     assert "cannot write to" in capsys.readouterr().err
 
 
