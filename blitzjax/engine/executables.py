@@ -84,7 +84,10 @@ class ExecutableCache:
         jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
         compiled = jitted.lower(*args).compile()
         self.compiled += 1
-        keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
+        try:
+            keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
+        except OSError as e:
+            log.warning("%s cannot be kept, so the next start compiles it again: %s", path, e)
         return compiled
 
     def _digest(self, name: str, args: tuple, donate: tuple[int, ...], out_shardings) -> str:
@@ -109,17 +112,21 @@ def receive(path: Path, fetch: Fetch) -> bool:
         return False
     try:
         keep(path, checked(content))
-    except ValueError as e:
-        log.warning("%s came damaged: %s", path.name, e)
+    except (ValueError, OSError) as e:
+        log.warning("%s came damaged, or cannot be kept: %s", path.name, e)
         return False
     return True
 
 
 def keep(path: Path, payload: bytes) -> None:
-    """Replaces the file at once."""
+    """Replaces the file at once. Raises OSError, and leaves nothing then."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_bytes(payload + hashlib.sha256(payload).digest())
-    draft.replace(path)
+    try:
+        draft.write_bytes(payload + hashlib.sha256(payload).digest())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def checked(content: bytes) -> bytes:
