@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import glob
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator
@@ -110,6 +112,8 @@ def random_unit(spec: ModelSpec, unit: int, seed: int) -> dict[str, np.ndarray]:
 def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent / f".{target.name}.lock"):
+        for left in target.parent.glob(f".{glob.escape(target.name)}-????????"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not target.exists():
             convert(source, name, dtype, target)
     return target

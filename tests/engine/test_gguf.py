@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_gguf_file_is_converted_once_and_cached(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delattr(convert, "convert")
     assert resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache") == first
     assert resolve(str(first), "float32", tmp_path / "cache") == first
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf")
+    target = resolve(str(tmp_path / "m.gguf"), "float32", tmp_path / "cache")
+    left = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    others = [target.parent / f".{target.name}-0123abcd-float32.lock", target.parent / f".{target.name}-0123abcd-float32-x"]
+    for other in others:
+        other.mkdir()
+    assert resolve(str(tmp_path / "m.gguf"), "float32", tmp_path / "cache") == target and target.exists()
+    assert not left.exists() and all(other.exists() for other in others)
 
 
 def test_gguf_rows_of_q_and_k_are_put_back(tmp_path: Path) -> None:
