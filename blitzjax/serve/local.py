@@ -202,6 +202,8 @@ class LocalCluster:
     def _controller_died(self) -> None:
         """Killed, it starts again and resumes. What killed it again and again may be in the journal: that goes."""
         self._pulse.forget()
+        if self._terminating and self._controller.code == -signal.SIGTERM:
+            self._controller.code = 0  # told to go before it could listen
         if self._controller.code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
             self._controller.ended.set()
             return

@@ -60,6 +60,14 @@ def test_told_to_go_before_it_began_it_goes(model_dir: Path) -> None:
         assert cluster.controller_pid() is None
 
 
+def test_told_to_go_while_it_begins_it_goes(model_dir: Path, temporary: Path) -> None:
+    with LocalCluster(toy_config(), model_dir, _LAUNCH) as cluster:
+        eventually(lambda: cluster.controller_pid() is not None)
+        cluster.terminate()
+        assert cluster.wait(20) == 0
+    assert list(temporary.iterdir()) == []
+
+
 def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
     with LocalCluster(toy_config(), [model_dir] * 2, _LAUNCH, ("chat", "base")) as cluster, cluster.client() as client:
         wait_whole(cluster)
