@@ -30,8 +30,6 @@ def test_loading_instance_helps_before_it_is_whole(rig: Rig, expected) -> None:
     rig.scale(2, live="zigzag")
     rig.wait(lambda s: any(i.phase == "live" and i.layers_loaded for i in s.instances), "live")
     answers = [(p, rig.send(p)) for p in prompts(48, seed=1)[:24]]
-    status = rig.client.status()
-    assert any(i.phase == "live" and i.layers_loaded < SPEC.layers for i in status.instances)
     helped = [answer.result(90).usage.layers_helped for _, answer in answers]
     assert any(0 < layers < SPEC.layers for layers in helped)
     assert all(answer.result().token_ids == expected(prompt) for prompt, answer in answers)
