@@ -29,7 +29,7 @@ def sim(args: argparse.Namespace) -> int:
         _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
     systems = [_named(SYSTEMS, name, "system") for name in args.systems.split(",")]
     most = machine.hosts * (machine.gpus // model.tensor_parallel)
-    instances = args.instances or most
+    instances = most if args.instances is None else args.instances
     if args.begin < 1 or instances < (1 + (args.roles == "split")) * args.begin:
         raise ConfigError(f"--begin {args.begin} with {args.roles} roles needs more than {instances} instances")
     if instances > most:  # a larger cluster of the same kind

@@ -115,6 +115,7 @@ class Journal:
         self._size = stop or 0
         self._heard: dict[types.InstanceId, int] = {}
         self._limit = _SHORT_BYTES
+        self._failed: OSError | None = None  # a write, and so the next flush
         if not stop:
             self._write(self._header)
             self.flush()
@@ -146,6 +147,9 @@ class Journal:
         self._record({"removed": model, "at": at})
 
     def flush(self) -> None:
+        """Raises OSError when what was written since the last one did not reach the file."""
+        if self._failed is not None:
+            raise self._failed
         self._file.flush()
 
     @property
@@ -182,7 +186,10 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         self._size += len(line)
-        self._file.write(line)
+        try:
+            self._file.write(line)
+        except OSError as e:  # more than the buffer holds
+            self._failed = e
 
 
 def _line(record: Mapping[str, object]) -> bytes:

@@ -154,13 +154,13 @@ class Replica:
     def snapshot(self) -> bytes:
         """Raises what pickle raises, if a part of the brain cannot be pickled."""
         links = {link.instance: link.state() for link in self.links.values()}
-        directories = [model.directory for model in self.models.values()]
-        return pickle.dumps((self.cluster, directories, self.orders.past(), self._unconfirmed, self.prefixes, links))
+        models = [(model.directory, model.name) for model in self.models.values()]
+        return pickle.dumps((self.cluster, models, self.orders.past(), self._unconfirmed, self.prefixes, links))
 
     def restore(self, snapshot: bytes) -> None:
         """Into a new replica. Raises CheckpointError when a model is not there any more."""
-        self.cluster, directories, past, self._unconfirmed, self.prefixes, links = pickle.loads(snapshot)
-        models = [load_model(directory) for directory in directories]
+        self.cluster, known, past, self._unconfirmed, self.prefixes, links = pickle.loads(snapshot)
+        models = [load_model(directory, name) for directory, name in known]
         self.models.clear()
         self.models |= {model.name: model for model in models}
         self.orders.restore(*past)

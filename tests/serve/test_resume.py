@@ -21,7 +21,7 @@ from toy_worker import ToyWorker
 
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
-from blitzjax.serve import accepted
+from blitzjax.serve import accepted, deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
@@ -31,7 +31,6 @@ from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
-from blitzjax.events import ModelUndeployed
 from blitzjax.types import Phase, Sampling
 from blitzjax.v1 import inference_pb2, worker_pb2_grpc
 from blitzjax.v1 import worker_pb2 as pb
@@ -279,8 +278,7 @@ async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
         world.controller.deploy(third, 0, None)
         await world.serving(2)
         await world.restart()
-        world.controller.on_event(ModelUndeployed(world.controller.now(), "3rd"))
-        world.controller.remove("3rd")
+        await deployments.undeploy(world.controller, "3rd")
         [before] = world.controller.submit(order("r", 1, 60, model="2nd"))
         await eventually(lambda: before.generated)
         world.compact()
