@@ -13,6 +13,7 @@ from blitzjax.config import Config
 from blitzjax.control.batching import Batcher, Chunk, State
 from blitzjax.control.blocks import PageLedger
 from blitzjax.control.zigzag import Handed
+from blitzjax.sim import parts
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.parts import DecodeBatch, NewSide, OldSide, Sequence, Stretch
@@ -28,16 +29,19 @@ from blitzjax.types import FinishReason, InstanceId, LivePair, Request, RequestI
 class SimInstance:
     """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
     and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves
-    the KV of a request.
+    the KV of a request. Reading the embedding from disk takes `embed_s`.
     """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
                  emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
                  hand_over: Callable[[InstanceId, InstanceId, int, int], float],
-                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float) -> None:
+                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float,
+                 embed_s: float = 0.0) -> None:
         self.name, self.units, self._version = name, 0, 0  # the version of what is running
+        self.model = ""  # that the units are of
         self._config, self._costs, self._clock = config, costs, clock
-        self._emit, self._find, self._hand_over, self._send_kv, self._rpc_s = emit, find, hand_over, send_kv, rpc_s
+        self._emit, self._find, self._hand_over, self._send_kv = emit, find, hand_over, send_kv
+        self._rpc_s, self._embed_s = rpc_s, embed_s
         self._reset()
 
     def _reset(self) -> None:
@@ -69,10 +73,12 @@ class SimInstance:
         assert self._busy or not runnable, f"{self.name} sleeps over work"
 
     def _queue_live(self, new: NewSide, request: Request) -> None:
-        """Until the embedding is here, OLD lends the prompt's embedded rows."""
+        """Until the embedding is here, OLD lends the prompt's embedded rows; who is alone reads it from disk."""
         has_embedding = self.units > self._costs.spec.embed_unit
         new.queue.add(request.id, has_embedding, (request.rank_s,))
-        if not has_embedding:
+        if new.embedded_at is not None and not has_embedding:
+            self._clock.at(new.embedded_at, self._lent, new, request.id)
+        elif not has_embedding:
             rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
             self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
 
@@ -84,7 +90,10 @@ class SimInstance:
 
     def assign(self, request: Request, attempt: int) -> None:
         self._sequences[request.id] = Sequence(request, attempt)
-        if self._new is not None and not self.complete and self._batcher.hold(request):
+        if not self.complete and self._batcher.hold(request):
+            if self._new is None:
+                self._new = parts.alone(self.name, self._costs.spec.layers, self._clock.now + self._embed_s)
+                self._note_layers(self._new)
             self._queue_live(self._new, request)
             self._answer()
         else:

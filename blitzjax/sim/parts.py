@@ -8,7 +8,7 @@ from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
 from blitzjax.control.zigzag import LiveQueue
-from blitzjax.types import LivePair, Request, RequestId
+from blitzjax.types import InstanceId, LivePair, Request, RequestId
 
 if TYPE_CHECKING:
     from blitzjax.sim.instance import SimInstance
@@ -94,6 +94,15 @@ class NewSide:
         self.queue: LiveQueue[RequestId] = LiveQueue(layers, pair.mode)
         self.open = True  # OLD may pull
         self.puller: SimInstance | None = None  # OLD waits for an answer
+        self.embedded_at: float | None = None  # alone: when the embedding was read from disk
+
+
+def alone(name: InstanceId, layers: int, embedded_at: float) -> NewSide:
+    """Nobody lends rows to it nor pulls from it."""
+    new = NewSide(LivePair("", name, "zigzag"), layers)
+    new.queue.close()
+    new.open, new.embedded_at = False, embedded_at
+    return new
 
 
 class OldSide:
