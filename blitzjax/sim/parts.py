@@ -8,10 +8,10 @@ from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
 from blitzjax.control.zigzag import LiveQueue
-from blitzjax.types import InstanceId, LivePair, Request, RequestId
+from blitzjax.types import LivePair, Request, RequestId
 
 if TYPE_CHECKING:
-    from blitzjax.sim.instance import SimInstance
+    from blitzjax.sim.partners import Partners
 
 
 @dataclass(slots=True)
@@ -93,20 +93,18 @@ class NewSide:
         self.pair = pair
         self.queue: LiveQueue[RequestId] = LiveQueue(layers, pair.mode)
         self.open = True  # OLD may pull
-        self.puller: SimInstance | None = None  # OLD waits for an answer
+        self.puller: Partners | None = None  # OLD waits for an answer
         self.embedded_at: float | None = None  # alone: when the embedding was read from disk
 
 
-def alone(name: InstanceId, layers: int, embedded_at: float) -> NewSide:
-    """Nobody lends rows to it nor pulls from it."""
-    new = NewSide(LivePair("", name, "zigzag"), layers)
-    new.queue.close()
-    new.open, new.embedded_at = False, embedded_at
-    return new
+    def close(self) -> None:
+        """Nothing is handed over any more."""
+        self.open = False
+        self.queue.close()
 
 
 class OldSide:
-    def __init__(self, pair: LivePair, partner: SimInstance) -> None:
+    def __init__(self, pair: LivePair, partner: Partners) -> None:
         self.pair, self.partner = pair, partner
         self.waiting = False  # a pull is on its way
         self.drained = False
