@@ -155,6 +155,7 @@ class Partners:
         if self.new is not None and self.new.pair == pair:
             self.new.close()
             self.new.answer()
+            live.go_on_alone(self.new, self._host.runner, self._checkpoint)
 
     def _lost(self, partner: InstanceId) -> None:
         """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
