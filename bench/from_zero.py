@@ -78,6 +78,9 @@ def _occupy_keeper(client: Client, model: str) -> None:
         stream = second
     client.scale(1, model=_OTHER, live="off", wait=True, timeout_s=_SCALE_S)
     stream.close()
+    left = next(i.id for i in client.status().instances if i.phase == "serving")
+    if left != keeper:
+        raise SystemExit(f"{left} is occupied, but {keeper} has the copy: nothing would cross the network. Run it again.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,8 @@ from bench.result import say
 from blitzjax import config as configs
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"

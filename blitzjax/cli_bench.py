@@ -11,7 +11,8 @@ from pathlib import Path
 from blitzjax.calibrate import Calibration
 from blitzjax.cli_serve import checkpoint, configure
 from blitzjax.config import Config
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.serve.model import load_model
 from blitzjax.sim import costs
 from blitzjax.sim.costs import MachineCosts, ModelCosts

@@ -24,6 +24,7 @@ class ServeConfig:
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
+    http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
     hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
@@ -84,7 +85,8 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    pool: int = 1  # worker processes
+    pool: int = 1  # worker processes, on all hosts
+    base_port: int = 6400  # on several hosts: of the coordination service; a host's workers listen on the next ones
     threads: int = 0  # XLA threads per worker; 0: all its cores
     pin_cores: bool = False  # worker k computes on core k modulo the cores
     heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
@@ -188,10 +190,12 @@ def _check_ranges(c: Config) -> None:
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
     want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
     want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
+    want(0 < c.cluster.base_port < 65536 - c.cluster.pool, "cluster.base_port and those above it must be TCP ports")
     want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")
     want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")

@@ -98,6 +98,10 @@ class Answer:
     def ended(self) -> bool:
         return self.finish_reason is not None or self.failure is not None
 
+    def ends(self, token: int) -> bool:
+        """It stops this answer, unless that is too short yet, and is not part of its text."""
+        return token in self._silent
+
     def work(self, attempt: int, now: float) -> Work:
         """Starts an attempt: it continues after the tokens that earlier ones emitted."""
         self.attempt, self.attempts = attempt, self.attempts + 1

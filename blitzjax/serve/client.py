@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
     logprobs: int
     prompt_logprobs: int
     echo: bool
+    fill_context: bool
     model: str
     request_id: str
     priority: int  # lower goes first

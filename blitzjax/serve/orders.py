@@ -147,7 +147,8 @@ def _want(ok: bool, message: str) -> None:
 def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int) -> Sampling:
     """Fills defaults; draws a seed when there is none. Raises InvalidRequest when the answer does not fit."""
     room = context_tokens - prompt_tokens
-    wanted = s.max_tokens if s.HasField("max_tokens") else max(1, min(DEFAULT_MAX_TOKENS, room))
+    unsaid = max(1, room if s.fill_context else min(DEFAULT_MAX_TOKENS, room))
+    wanted = s.max_tokens if s.HasField("max_tokens") else unsaid
     _want(wanted <= room, f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} "
                           f"exceeds the context of {context_tokens} tokens")
     _want(s.min_tokens <= wanted, f"min_tokens must be at most max_tokens ({wanted}), got {s.min_tokens}")

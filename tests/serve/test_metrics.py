@@ -15,9 +15,10 @@ from toy import eventually, toy_config, toy_launch, wait_whole
 from blitzjax.errors import BlitzError
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.latencies import Latencies
-from blitzjax.serve.local import LocalCluster, free_ports
+from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.metrics import render
 from blitzjax.serve.model import load_model
+from blitzjax.serve.workers import free_ports
 from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 

@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from blitzjax import config as configs
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.types import ModelSpec
 
 EOS, BOS, VOCAB = 256, 257, 258
