@@ -79,7 +79,8 @@ class Replica:
         if isinstance(said, pb.Tokens):
             return self._told_tokens(instance, said, at)
         due: list[events.Event] = []
-        for request_id, attempt, start, token in zip(said.request_ids, said.attempts, said.starts, said.token_ids):
+        columns = said.request_ids, said.attempts, said.starts, said.token_ids
+        for request_id, attempt, start, token in zip(*columns, strict=True):
             answer = self._awaited(request_id, attempt)
             if answer is not None:
                 due += self._push(instance, answer, at, start, [token])
