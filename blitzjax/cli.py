@@ -199,7 +199,12 @@ def _add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--costs", type=Path, metavar="FILE", help="a measured row instead of --machine and --model")
     parser.add_argument("--instances", type=int, help="in the pool (default: as many as the machine holds)")
     parser.add_argument("--begin", type=int, default=1,
-                        help="instances that serve at the beginning, of each role (default 1)")
+                        help="instances that serve at the beginning, of each model and role; 0: models start at zero, "
+                             "and go back there (default 1)")
+    parser.add_argument("--models", type=int, default=1,
+                        help="so many, of these costs, share the pool; the k-th is asked 1/k as often (default 1)")
+    parser.add_argument("--zero-after-s", type=float, default=30.0,
+                        help="scale.zero_after_s, with --begin 0 (default 30)")
     parser.add_argument("--roles", choices=("mixed", "split"), default="mixed",
                         help="split: prompts run on some instances, which send their KV to others (default mixed)")
     parser.add_argument("--down-after-s", type=float, default=0.333, help="scale.down_after_s (default 0.333)")

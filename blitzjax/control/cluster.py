@@ -44,7 +44,7 @@ class Cluster:
         self._topology = Topology()
         self._transfers = Transfers(self._topology, config.cluster.max_world)
         self._roster = Roster()
-        self._copies = HostCache(self._roster, self._transfers, config.cluster.pool)
+        self._copies = HostCache(self._roster, self._transfers, config.cluster.pool, config.scale.host_copies)
         self._services: dict[str, Service] = {}
         self._parts: set[InstanceId] = set()  # joined IDLE with some units of an instance
         for spec in [specs] if isinstance(specs, ModelSpec) else specs:

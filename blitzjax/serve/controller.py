@@ -226,11 +226,11 @@ class Controller:
         self._changed()
         return due
 
-    def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None:
+    def on_tokens(self, instance: types.InstanceId, said: pb.Tokens | pb.Decoded) -> None:
         now = self.now()
         if self.journal is not None:
-            self.journal.said(now, instance, tokens)
-        for event in self.replica.told(instance, tokens, now):
+            self.journal.said(now, instance, said)
+        for event in self.replica.told(instance, said, now):
             self.on_event(event)
 
     def on_lost(self, instance: types.InstanceId, reason: str) -> None:

@@ -39,8 +39,11 @@ def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: 
         cluster.wait_ready(120)
         answers = [client.generate(prompt, max_tokens=6, ignore_eos=True) for prompt in asked]
         assert [list(a.token_ids) for a in answers[:3]] == expected
+        deadline = time.monotonic() + 60
+        while len(client.status().instances) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         client.scale(2, live="zigzag")
-        deadline = time.monotonic() + 30
         while not any(i.phase == "live" and i.layers_loaded for i in client.status().instances):
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -40,7 +40,8 @@ STEP = 0.01  # pause of a toy worker before a token, in seconds
 
 def order(request_id: str, first: int, tokens: int = 40, n: int = 1, step: float = STEP, **fields) -> Order:
     return Order(**{"request_id": request_id, "model": "toy", "prompt": (first,), "priority": 0, "n": n, "echo": None,
-                    "stop": (), "sampling": Sampling(max_tokens=tokens, temperature=step, logprobs=1)} | fields)
+                    "stop": (), "sampling": Sampling(max_tokens=tokens, temperature=step, logprobs=first % 2 * 2 - 1)}
+                 | fields)
 
 
 def answered(first: int, tokens: int) -> list[int]:
@@ -143,7 +144,7 @@ async def test_requests_run_on_while_no_controller_is_there(toys):
         for k, answer in enumerate(answers):
             piece = answer.take()
             assert piece.token_ids == answer.generated == answered(k, 40)
-            assert [p.logprob for p in piece.logprobs] == [-t for t in answer.generated]
+            assert [p.logprob for p in piece.logprobs] == (k % 2) * [-t for t in answer.generated]
             assert (answer.finish_reason, answer.attempts) == ("length", 1)
 
 
