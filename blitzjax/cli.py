@@ -110,6 +110,9 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     _add_model(parser, several)
+    if several:
+        parser.add_argument("--served-model-name", nargs="+", metavar="NAME",
+                            help="what clients call each MODEL (default: the name of its file or directory)")
     parser.add_argument("--instances", type=int,
                         help="instances of each model that always serve; 0: none while nobody asks "
                              "(scale.min_instances; default 1)")

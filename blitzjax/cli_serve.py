@@ -42,11 +42,14 @@ def serve(args: argparse.Namespace) -> int:
         raise BlitzError("--host-index says which of --hosts this machine is; give --hosts, the same on all machines")
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
+    names = args.served_model_name or []
+    if names and len(names) != len(args.model):
+        raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
     launch = across(config, hosts, args.host_index) if hosts else Launch()
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
     if args.host_index:
         return _only_workers(config, launch)
-    cluster = LocalCluster(config, models, replace(launch, console=True))
+    cluster = LocalCluster(config, models, replace(launch, console=True), names)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
@@ -55,7 +58,7 @@ def serve(args: argparse.Namespace) -> int:
             cluster.wait_ready(float("inf"))
         except BlitzError:  # the controller has said why; or it was told to go, with code 0
             return cluster.wait(0)
-        print(_banner(args.model, cluster.address, config), flush=True)
+        print(_banner(names or [Path(model).name for model in args.model], cluster.address, config), flush=True)
         return cluster.wait()
 
 
@@ -149,7 +152,7 @@ def _banner(models: list[str], address: str, config: Config) -> str:
     http = f"  http    http://{config.serve.host}:{config.serve.http_port}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
-        f"blitzjax {blitzjax.__version__} is ready: {', '.join(Path(model).name for model in models)} on {address}, "
+        f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
         f"{http}  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"

@@ -29,7 +29,7 @@ def sim(args: argparse.Namespace) -> int:
     machine, model = costs.read(args.costs) if args.costs else (
         _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
     most = machine.hosts * (machine.gpus // model.tensor_parallel)
-    instances = args.instances or most
+    instances = most if args.instances is None else args.instances
     if instances > most:  # a larger cluster of the same kind
         machine = replace(machine, hosts=-(-instances // (machine.gpus // model.tensor_parallel)))
     setups = [shell.Setup(machine, model, _named(SYSTEMS, name, "system"), instances, args.begin, args.down_after_s,

@@ -189,14 +189,25 @@ def _check_ranges(c: Config) -> None:
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
+    want(0 <= c.serve.port < 65536, f"serve.port must be in [0, 65535] (0: any free port), got {c.serve.port}")
+    for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
+        want(_at(c, key) >= 1, f"{key} must be at least 1")
+    for key in ("serve.shutdown_timeout_s", "scale.down_after_s", "scale.zero_after_s", "scale.live_queue_tokens",
+                "engine.kv_pages", "engine.prefix_cache_bytes", "cluster.threads", "cluster.fast_gbps"):
+        want(_at(c, key) >= 0, f"{key} must be at least 0")
+    for key in ("transfer.collective_timeout_s", "transfer.handoff_timeout_s", "cluster.heartbeat_s",
+                "scale.migrate_tokens_per_s"):
+        want(_at(c, key) > 0, f"{key} must be above 0")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
-    want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
-    want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
     want(0 < c.cluster.base_port < 65536 - c.cluster.pool, "cluster.base_port and those above it must be TCP ports")
-    want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")
     want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")
+
+
+def _at(config: Config, key: str) -> float:
+    table, _, name = key.partition(".")
+    return getattr(getattr(config, table), name)

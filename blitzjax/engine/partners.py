@@ -189,7 +189,7 @@ class Partners:
                 self._emit(LiveDrained(self._now(), host.name))
             return
         self._handed(work, host.name)
-        sequence = sequence_of(work)
+        sequence = sequence_of(work, host.runner.spec)
         if not host.admit(sequence):
             self._fail(work, f"{host.name} has no room for a request handed over by {message.partner}")
             return

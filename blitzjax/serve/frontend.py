@@ -116,7 +116,10 @@ class Frontend(rpc.InferenceServicer):
         name = controller.find(request.model).name
 
         def now() -> ModelStatus:
-            return next(m for m in controller.status().models if m.name == name)
+            found = next((m for m in controller.status().models if m.name == name), None)
+            if found is None:
+                raise Superseded(f"{name} was undeployed")
+            return found
 
         least = min(1, now().least)
         if not least <= target <= pool:
@@ -138,7 +141,7 @@ class Frontend(rpc.InferenceServicer):
 
 
 class Superseded(BlitzError):
-    """Somebody else changed the target."""
+    """Somebody else changed the target, or took the model away."""
 
     code = "ABORTED"
 

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -37,8 +38,10 @@ class LocalCluster:
     One thread, the supervisor, starts and restarts processes: a child's death signal follows the thread that made it.
     """
 
-    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch()):
-        """`model_dirs`: one checkpoint or several, to begin with. `config.serve.port` 0 picks a free port.
+    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch(),
+                 names: Sequence[str] = ()):
+        """`model_dirs`: one checkpoint or several, to begin with, served under `names` if there are any.
+        `config.serve.port` 0 picks a free port.
 
         Nothing starts before `start`.
         """
@@ -48,17 +51,18 @@ class LocalCluster:
         self.address = f"{host}:{self.config.serve.port}"
         self._workers = Workers(config, launch, launch.ports or ports[1:])
         self.run_dir, self.worker_addresses = self._workers.run_dir, self._workers.addresses
+        self._temporary = launch.run_dir is None
         self._stopping = threading.Event()
         self._terminating = False
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards every process against the supervisor
+        self._lock = threading.RLock()  # guards every process against the supervisor; signal handlers take it again
         self._coordinator = Process("coordinator", (
             *launch.coordinator, "--address", self._workers.coordinator, "--size", str(pool), "--heartbeat-s",
             str(config.cluster.heartbeat_s)), dict(os.environ), self.run_dir / "coordinator.log")
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
         self._controller = Process("controller", (
-            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs), "--workers",
+            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs, names), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
             json.dumps(configs.to_tables(self.config)), *journal), dict(os.environ),
             None if launch.console else self.run_dir / "controller.log")
@@ -74,8 +78,12 @@ class LocalCluster:
         self.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.stop()
+        processes = (self._controller, self._coordinator, *self._gateway, *self._workers.processes.values())
+        unharmed = self._controller.code in (0, None) and not any(process.lives > 1 for process in processes)
+        if self._temporary and unharmed and kind is None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def start(self) -> None:
         """Starts every process and returns at once; see `wait_ready`."""
@@ -160,7 +168,9 @@ class LocalCluster:
     def _supervise(self) -> None:
         workers = self._workers.processes.values()
         supervised = (self._coordinator, *workers, *self._gateway)
-        self._controller.start()
+        with self._lock:
+            if not self._terminating:
+                self._controller.start_when_due()
         while not self._stopping.wait(POLL_S):
             with self._lock:
                 if self._controller.poll():
@@ -204,6 +214,8 @@ class LocalCluster:
             self._journal.unlink(missing_ok=True)
 
 
-def _model_args(model_dirs: Path | Sequence[Path]) -> Iterator[str]:
+def _model_args(model_dirs: Path | Sequence[Path], names: Sequence[str]) -> Iterator[str]:
     for directory in [model_dirs] if isinstance(model_dirs, Path) else model_dirs:
         yield from ("--model-dir", str(directory))
+    for name in names:
+        yield f"--served-model-name={name}"

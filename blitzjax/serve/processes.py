@@ -42,6 +42,7 @@ class Process:
     def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], log: Path | None):
         self.name, self.log = name, log
         self.code: int | None = None  # of the last life
+        self.lives = 0  # so far
         self.short_lives = 0  # in a row
         self.ended = threading.Event()  # it will not start again; of the controller only
         self._argv, self._env = argv, env
@@ -52,8 +53,10 @@ class Process:
     def pid(self) -> int | None:
         return None if self._popen is None else self._popen.pid
 
-    def start(self) -> None:
+    def _start(self) -> None:
         argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._argv)
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)  # temporary files are cleaned away after some days
         out = sys.stderr.buffer if self.log is None else self.log.open("ab")
         try:
             self._popen = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
@@ -61,11 +64,16 @@ class Process:
         finally:
             if self.log is not None:
                 out.close()
-        self._born = time.monotonic()
+        self._born, self.lives = time.monotonic(), self.lives + 1
 
     def start_when_due(self) -> None:
+        """What cannot start now, without memory or files say, is tried again; it must not end all others."""
         if self._popen is None and time.monotonic() >= self._due:
-            self.start()
+            try:
+                self._start()
+            except OSError as e:
+                print(f"blitzjax: cannot start {self.name}: {e}", file=sys.stderr)
+                self._due = time.monotonic() + _BACKOFF_S[1]
 
     def poll(self) -> bool:
         """True once per death; then it starts again after a pause that grows with short lives."""

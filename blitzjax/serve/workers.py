@@ -34,7 +34,7 @@ class Launch:
     are the workers that start on this one, and every machine is told the same `ports`.
     """
 
-    run_dir: Path | None = None  # logs; None: a fresh temporary directory
+    run_dir: Path | None = None  # logs; None: a temporary directory, which goes with a cluster that nothing happened to
     hosts: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, ...], ...] = ()
     coordinator_host: str = "127.0.0.1"

@@ -54,7 +54,7 @@ class Rig:
 
     def _collect(self, output: object) -> None:
         with self.changed:
-            self.events.append(output)
+            self.events += apart(output)
             self.changed.notify_all()
 
     def load(self, units: int) -> None:
@@ -71,6 +71,14 @@ class Rig:
         self.instance.post(m.Stop())
         self.thread.join(20)
         self.instance.check()
+
+
+def apart(output: object) -> list[object]:
+    """A Decoded as Tokens of each answer, all else as it is."""
+    if not isinstance(output, m.Decoded):
+        return [output]
+    rows = zip(output.request_ids, output.attempts, output.starts, output.token_ids, strict=True)
+    return [m.Tokens(request_id, attempt, start, (token,), "", 0) for request_id, attempt, start, token in rows]
 
 
 class DirectPartner:
