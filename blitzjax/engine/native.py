@@ -33,7 +33,7 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 120.0
 _LANES = 16  # float32 values of the longest register
-FEW_ROWS = 32  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do not depend on how many others there are
+FEW_ROWS = 16  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do not depend on how many others there are
 
 
 @dataclass(frozen=True, slots=True)
