@@ -104,6 +104,20 @@ inline Vector Widened(Words pairs, int half) {
 }
 inline Vector Activations(const Kept* x) { return _mm512_loadu_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm512_fmadd_ps(x, w, sum); }
+inline Words RoundedWords(const float* from) {
+  const Words bits = _mm512_loadu_si512(from);
+  const Words last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const Words up = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+  const Words quiet = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_and_si512(quiet, _mm512_set1_epi32(0xffff0000));
+}
+inline void Keep(const float* from, Kept* to) {
+  const Words a = RoundedWords(from), b = RoundedWords(from + kLanes);
+  const Words even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi32(a, even, b));
+  _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b));
+}
 #else
 inline Words Load(const uint16_t* w) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(w)); }
 inline Vector Widened(Words pairs, int half) {
@@ -112,15 +126,14 @@ inline Vector Widened(Words pairs, int half) {
 }
 inline Vector Activations(const Kept* x) { return _mm256_loadu_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm256_fmadd_ps(x, w, sum); }
-#endif
-inline Vector Weights(const uint16_t* w, int half) { return Widened(Load(w), half); }
-
 inline void Keep(const float* from, Kept* to) {
   uint32_t bits[kStep], kept[kStep];
   std::memcpy(bits, from, sizeof bits);
   for (int i = 0; i < kLanes; ++i) kept[i] = Rounded(bits[2 * i]), kept[kLanes + i] = Rounded(bits[2 * i + 1]);
   std::memcpy(to, kept, sizeof kept);
 }
+#endif
+inline Vector Weights(const uint16_t* w, int half) { return Widened(Load(w), half); }
 
 #endif
 
@@ -136,7 +149,14 @@ inline void Step(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, Ve
   }
 }
 
-// kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n]. The next kOuts rows of w are fetched if `kFetch`.
+// Fetches a line of weights that will be read soon into the second-level cache: the first has few fills in flight.
+inline void Fetch(const uint16_t* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+
+constexpr int64_t kLineWeights = 32;   // of a line of the caches
+constexpr int64_t kAheadWeights = 4096;  // how far ahead they are fetched: for longer than memory takes
+
+// kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n]. As many weights further on are fetched if
+// `kFetch`.
 template <int kRows, int kOuts, bool kFetch>
 inline void Block(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, float* y, int64_t n) {
   constexpr int kSums = (kRows * kOuts + kLanes - 1) / kLanes * kLanes;
@@ -145,8 +165,8 @@ inline void Block(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, f
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep) {
     if constexpr (kFetch)
-      UNROLLED for (int o = 0; o < kOuts; ++o)
-        _mm_prefetch(reinterpret_cast<const char*>(w + (o + kOuts) * k + i), _MM_HINT_T0);
+      UNROLLED for (int o = 0; o < kOuts * kStep / kLineWeights; ++o)
+        Fetch(w + i * kOuts + o * kLineWeights + kAheadWeights);
     Step<kRows, kOuts>(x + i, stride, w + i, k, sums);
   }
   if (i < k) {
@@ -156,15 +176,17 @@ inline void Block(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, f
   }
   float out[kSums];
   UNROLLED for (int s = 0; s < kSums; s += kLanes) Store(out + s, Sums(sums + s));
-  for (int r = 0; r < kRows; ++r)
-    for (int o = 0; o < kOuts; ++o) y[r * n + o] = out[r * kOuts + o];
+  UNROLLED for (int r = 0; r < kRows; ++r) std::memcpy(y + r * n, out + r * kOuts, kOuts * sizeof(float));
 }
 
 // Many rows, where there is no instruction for bfloat16: kPanel rows of weights at a time are widened and turned, so
 // that a register has the same place of several rows. Sums are then added along k, without any across a register.
+// kPlaces places at a time, which stay in the caches near by until all rows of x have met them.
 #ifndef __AVX512BF16__
 
 constexpr int kPanelVectors = 3, kPanel = kPanelVectors * kLanes;
+constexpr int64_t kPlaces = 192;
+constexpr int64_t kFetchPlaces = 2;  // a line of weights is fetched in these: all of the next panel by 24 rows of x
 
 // Turns kLanes registers of kLanes words.
 inline void Turn(Words* w) {
@@ -195,15 +217,16 @@ inline void Turn(Words* w) {
 #endif
 }
 
-// kPanel rows of w [kPanel, k] into panel [stride, kPanel], in the order in which x is kept.
-void Pack(const uint16_t* w, int64_t k, int64_t stride, float* panel) {
-  for (int64_t i = 0; i < stride; i += kStep)
+// `count` places of kPanel rows of w [kPanel, k] into panel [count rounded up to kStep, kPanel], in the order in which
+// x is kept.
+void Pack(const uint16_t* w, int64_t k, int64_t count, float* panel) {
+  for (int64_t i = 0; i < count; i += kStep)
     for (int v = 0; v < kPanelVectors; ++v) {
       Words words[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         const uint16_t* from = w + (v * kLanes + lane) * k + i;
         uint16_t rest[kStep] = {};
-        if (i + kStep > k) from = static_cast<uint16_t*>(std::memcpy(rest, from, (k - i) * sizeof(uint16_t)));
+        if (i + kStep > count) from = static_cast<uint16_t*>(std::memcpy(rest, from, (count - i) * sizeof(uint16_t)));
         words[lane] = Load(from);
       }
       Turn(words);
@@ -215,18 +238,25 @@ void Pack(const uint16_t* w, int64_t k, int64_t stride, float* panel) {
     }
 }
 
-// kRows rows of x times a panel into y [kRows, n].
+// kRows rows of x times a panel of `count` places: into y [kRows, n] if `first`, else added to what is there. Weights
+// from `next` on are fetched meanwhile unless it is null.
 template <int kRows>
-inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, float* y, int64_t n) {
+inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, int64_t count, bool first,
+                       const uint16_t* next, float* y, int64_t n) {
   Vector sums[kRows * kPanelVectors];
-  UNROLLED for (int s = 0; s < kRows * kPanelVectors; ++s) sums[s] = Zero();
-  for (int64_t i = 0; i < stride; ++i, panel += kPanel) {
-    Vector b[kPanelVectors];
-    UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
-    UNROLLED for (int r = 0; r < kRows; ++r) {
-      const Vector a = Broadcast(x[r * stride + i]);
-      UNROLLED for (int v = 0; v < kPanelVectors; ++v)
-        sums[r * kPanelVectors + v] = MultiplyAdd(sums[r * kPanelVectors + v], a, b[v]);
+  UNROLLED for (int r = 0; r < kRows; ++r)
+    UNROLLED for (int v = 0; v < kPanelVectors; ++v)
+      sums[r * kPanelVectors + v] = first ? Zero() : Activations(y + r * n + v * kLanes);
+  for (int64_t i = 0; i < count;) {
+    if (next) Fetch(next), next += kLineWeights;
+    for (const int64_t stop = i + kFetchPlaces; i < stop; ++i, panel += kPanel) {
+      Vector b[kPanelVectors];
+      UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
+      UNROLLED for (int r = 0; r < kRows; ++r) {
+        const Vector a = Broadcast(x[r * stride + i]);
+        UNROLLED for (int v = 0; v < kPanelVectors; ++v)
+          sums[r * kPanelVectors + v] = MultiplyAdd(sums[r * kPanelVectors + v], a, b[v]);
+      }
     }
   }
   UNROLLED for (int r = 0; r < kRows; ++r)
@@ -238,9 +268,9 @@ inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, float*
 
 // Registers for sums, so that there are some left for operands.
 #ifdef __AVX512F__
-constexpr int kMostRows = 4, kMostOuts = 6, kPanelRows = 8;
+constexpr int kMostRows = 8, kMostOuts = 6, kPanelRows = 8;
 #else
-constexpr int kMostRows = 4, kMostOuts = 2, kPanelRows = 4;
+constexpr int kMostRows = 4, kMostOuts = 4, kPanelRows = 4;
 #endif
 
 constexpr size_t kLine = 64;
@@ -260,7 +290,7 @@ Array<T> Allocated(int64_t count) {
 
 constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
 constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
-constexpr int64_t kFewRows = 32;      // more are worth a panel
+constexpr int64_t kFewRows = 16;      // more are worth a panel
 
 struct Work {
   const uint16_t* w;
@@ -283,13 +313,15 @@ struct Work {
     }
   }
 
-  // Rows [first, last) with rows j .. j + kOuts of weights.
+  // Rows [first, last) with rows j .. j + kOuts of weights. The first of them fetch.
   template <int kOuts>
   void Rows(int64_t first, int64_t last, int64_t j) const {
-    const bool fetch = first == 0;
     int64_t r = first;
-    if (fetch && r + kMostRows <= last) Tile<kMostRows, kOuts, true>(r, j), r += kMostRows;
-    for (; r + kMostRows <= last; r += kMostRows) Tile<kMostRows, kOuts, false>(r, j);
+    if constexpr (kOuts < kMostOuts)
+      for (; r + kMostRows <= last; r += kMostRows)
+        r == 0 ? Tile<kMostRows, kOuts, true>(r, j) : Tile<kMostRows, kOuts, false>(r, j);
+    constexpr int kHalf = kMostRows / 2;
+    for (; r + kHalf <= last; r += kHalf) r == 0 ? Tile<kHalf, kOuts, true>(r, j) : Tile<kHalf, kOuts, false>(r, j);
     for (; r + 2 <= last; r += 2) Tile<2, kOuts, true>(r, j);
     if (r < last) Tile<1, kOuts, true>(r, j);
   }
@@ -306,7 +338,10 @@ struct Work {
     for (int64_t first = 0; first < m; first += kChunk) {
       const int64_t last = std::min(m, first + kChunk);
       int64_t j = begin;
-      for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j);
+      if (m < kMostRows)
+        for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j);
+      else
+        for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(first, last, j);
       for (; j < end; ++j) Rows<1>(first, last, j);
     }
   }
@@ -314,19 +349,23 @@ struct Work {
 #ifndef __AVX512BF16__
   // Returns the end of the last whole panel.
   int64_t Panels(int64_t begin, int64_t end) const {
-    const Array<float> panel = Allocated<float>(stride * kPanel);
-    for (; begin + kPanel <= end; begin += kPanel) {
-      Pack(w + begin * k, k, stride, panel.get());
-      int64_t r = 0;
-      for (; r + kPanelRows <= m; r += kPanelRows) PanelTile<kPanelRows>(r, begin, panel.get());
-      for (; r < m; ++r) PanelTile<1>(r, begin, panel.get());
-    }
+    const Array<float> panel = Allocated<float>(kPlaces * kPanel);
+    for (; begin + kPanel <= end; begin += kPanel)
+      for (int64_t i = 0; i < k; i += kPlaces) {
+        const int64_t count = std::min(kPlaces, stride - i);
+        Pack(w + begin * k + i, k, std::min(kPlaces, k - i), panel.get());
+        const uint16_t *next = w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPanel;
+        int64_t r = 0;
+        for (; r + kPanelRows <= m; r += kPanelRows, next += count / kFetchPlaces * kLineWeights)
+          PanelTile<kPanelRows>(r, begin, i, count, panel.get(), next < last ? next : nullptr);
+        for (; r < m; ++r) PanelTile<1>(r, begin, i, count, panel.get(), nullptr);
+      }
     return begin;
   }
 
   template <int kRows>
-  void PanelTile(int64_t r, int64_t j, const float* panel) const {
-    PanelBlock<kRows>(x.get() + r * stride, stride, panel, y + r * n + j, n);
+  void PanelTile(int64_t r, int64_t j, int64_t i, int64_t count, const float* panel, const uint16_t* next) const {
+    PanelBlock<kRows>(x.get() + r * stride + i, stride, panel, count, i == 0, next, y + r * n + j, n);
   }
 #endif
 };

@@ -65,14 +65,14 @@ def test_x_is_rounded_as_xla_rounds_it(product: native.Product) -> None:
 def test_a_row_does_not_depend_on_its_batch(product: native.Product) -> None:
     x, w = operands(130, 100, 205)
     few, many = np.asarray(jax.jit(product)(x[:1], w)), np.asarray(jax.jit(product)(x, w))
-    for rows in (1, 2, 3, 5, 8, 11, 31, 32, 33, 64, 67, 129):
+    for rows in (1, 2, 3, 5, 8, 11, 15, 16, 17, 32, 64, 67, 129):
         got = np.asarray(jax.jit(product)(x[:rows], w))
         if rows <= native.FEW_ROWS:
             np.testing.assert_array_equal(got[: len(few)], few)
             few = got
         else:
             np.testing.assert_array_equal(got, many[:rows])
-    for row in (5, 30):
+    for row in (5, 14):
         np.testing.assert_array_equal(np.asarray(jax.jit(product)(x[row : row + 1], w))[0], few[row])
 
 
