@@ -4,6 +4,8 @@ layers a program: live, theirs run one at a time.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from blitzjax import config as configs
@@ -19,10 +21,13 @@ def test_sharded_cluster_answers_like_itself_before_scaling(tmp_path_factory, tp
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", "cluster.pool=2", "engine.dtype=float32", "engine.max_model_len=128",
         f"engine.tensor_parallel={tp}", f"engine.fused_layers={fused_layers}", "engine.max_num_seqs=4",
-        "engine.max_num_batched_tokens=64", "transfer.chunk_bytes=1024", f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
+        "engine.max_num_batched_tokens=64", "transfer.chunk_bytes=1024",
+        f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     asked = prompts(8, seed=2, longest=100)
     with LocalCluster(config, directory) as cluster, cluster.client() as client:
         cluster.wait_ready(120)
+        while sum(i.in_world for i in client.status().instances) < 2:
+            time.sleep(0.05)
         alone = [client.generate(p, max_tokens=8, ignore_eos=True).token_ids for p in asked]
         client.scale(2, live="zigzag")
         answers = [client.generate(p, max_tokens=8, ignore_eos=True) for p in asked]
