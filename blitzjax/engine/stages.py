@@ -183,9 +183,7 @@ class Stages:
 
     def _activations(self, rows: int, width: int):
         """Abstract x and aux of a stage over [rows, width] tokens."""
-        positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-        aux = jax.eval_shape(functools.partial(family(self.spec.family).aux, self.spec), positions)
-        aux = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), aux)
+        aux = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), _aux_shapes(self.spec, rows, width))
         return self._abstract((rows, width, self.spec.dim)), aux
 
     def _build_embed(self, rows: int, width: int):
@@ -329,6 +327,12 @@ class Stages:
 
         args = (*self.kv_specs(rows, context), self._abstract((new_rows,), jnp.int32))
         return resize, args, (), (self.kv_sharding, self.kv_sharding)
+
+
+@functools.lru_cache(maxsize=256)  # traces; every layer's stages of a shape need them
+def _aux_shapes(spec: ModelSpec, rows: int, width: int):
+    positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    return jax.eval_shape(functools.partial(family(spec.family).aux, spec), positions)
 
 
 def _groups(spec: ModelSpec, size: int) -> dict[Span, Span]:
