@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -19,7 +20,8 @@ from bench import netns
 from blitzjax import config as configs
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import AsyncClient, Result
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.v1 import inference_pb2 as pb
 
 _SUBNET = "10.77.0.0/24"  # of the hosts
@@ -58,9 +60,9 @@ def fleet(checkpoint: Path | Sequence[Path], pool: int, rate_mbit: int | None, t
 
     With a rate, worker k lives in network namespace k; controller and client are outside, on the same bridge.
     """
-    directory = Path(tempfile.mkdtemp(prefix="blitzjax-bench-"))
-    config = _config(directory, pool, tables)
     with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch())
+        config = _config(directory, pool, tables)
         launch, hosts = Launch(run_dir=directory), []
         if rate_mbit is not None:
             hosts = stack.enter_context(netns.hosts(pool, rate_mbit))
@@ -71,6 +73,14 @@ def fleet(checkpoint: Path | Sequence[Path], pool: int, rate_mbit: int | None, t
         cluster.wait_ready(_READY_S)
         _wait_for_pool(cluster, pool)
         yield Fleet(cluster, directory, tuple(hosts))
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory that goes with the block; one that fails leaves it, for the logs in it."""
+    directory = Path(tempfile.mkdtemp(prefix="blitzjax-bench-"))
+    yield directory
+    shutil.rmtree(directory)
 
 
 def _config(directory: Path, pool: int, tables: Mapping[str, Mapping[str, object]]) -> configs.Config:

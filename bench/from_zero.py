@@ -9,9 +9,9 @@ prompts, medians of rounds. Last line: one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,13 +33,15 @@ _SCALE_S = 60.0
 def measure(rounds: int, count: int, tokens: int, link_mbit: int | None) -> dict[str, object]:
     directory = checkpoint(_MODEL, "bfloat16")
     model = load_model(directory)
-    other = Path(tempfile.mkdtemp(prefix="blitzjax-bench-")) / _OTHER
-    write_random(other, replace(TINY, name=_OTHER), seed=_SEED)
     asked = prompts.of_lengths(model.tokenizer.encode, [tokens] * count, _SEED)
     tables = {"engine": {"max_model_len": 512, "max_num_seqs": 4, "prefix_caching": False}, "scale": {"min_instances": 0}}
     ttft_s: dict[str, list[float]] = {mode: [] for mode in _MODES}
     answers = set()
-    with fleet.fleet((directory, other), 2, link_mbit, tables) as made, Client(made.address) as client:
+    with contextlib.ExitStack() as stack:
+        other = stack.enter_context(fleet.scratch()) / _OTHER
+        write_random(other, replace(TINY, name=_OTHER), seed=_SEED)
+        made = stack.enter_context(fleet.fleet((directory, other), 2, link_mbit, tables))
+        client = stack.enter_context(Client(made.address))
         for number in range(rounds + 1):
             for mode in _MODES if number % 2 else _MODES[::-1]:
                 mean_s, said = _wake(client, model.name, asked, mode)
@@ -78,6 +80,9 @@ def _occupy_keeper(client: Client, model: str) -> None:
         stream = second
     client.scale(1, model=_OTHER, live="off", wait=True, timeout_s=_SCALE_S)
     stream.close()
+    left = next(i.id for i in client.status().instances if i.phase == "serving")
+    if left != keeper:
+        raise SystemExit(f"{left} is occupied, but {keeper} has the copy: nothing would cross the network. Run it again.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def measure(checkpoint: Path, scale_ups: Sequence[ScaleUp], count: int, max_toke
     for mode in dict.fromkeys(trial.scale_up.mode for trial in trials):
         modes[mode] = _count([trial for trial in trials if trial.scale_up.mode == mode])
     return {"token_mismatches": sum(m["mismatches"] for m in modes.values()),
-            "near_ties": sum(m["near_ties"] for m in modes.values()), "tokens": modes, "logs": str(made.directory),
+            "near_ties": sum(m["near_ties"] for m in modes.values()), "tokens": modes,
             "requests": sum(m["requests"] for m in modes.values())}
 
 

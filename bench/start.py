@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from bench.result import say
 from blitzjax import config as configs
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"
@@ -48,7 +47,7 @@ def _start(directory: Path, instances: int, source: str, prompt: prompts.Tokens)
         "scale": {"policy": "manual", "min_instances": instances, "max_instances": instances, "source": source},
         "cluster": {"pool": instances, "pin_cores": True, "threads": 1}})
     began = time.monotonic()
-    with LocalCluster(config, directory, Launch(run_dir=Path(tempfile.mkdtemp(prefix="blitzjax-bench-")))) as cluster:
+    with LocalCluster(config, directory) as cluster:
         ready, first = asyncio.run(_first_tokens(cluster.address, instances, prompt))
         workers = max(figures.cpu_s(cluster.worker_pid(k)) for k in range(instances))
         controller = figures.cpu_s(cluster.controller_pid())

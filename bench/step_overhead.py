@@ -66,10 +66,10 @@ def _steps(store: LayerStore, stages: Stages, config: EngineConfig) -> tuple[flo
 
     def emit(output: Output) -> None:
         outbox.put(encoded(output))
-        if isinstance(output, m.Tokens) and output.request_id == "r0":
+        if isinstance(output, m.Decoded):
             marks.append((time.process_time(), time.perf_counter()))
-            if output.finish_reason:
-                instance.post(m.Stop())
+        elif isinstance(output, m.Tokens) and output.finish_reason:
+            instance.post(m.Stop())
 
     instance = Instance("one", Config(engine=config), store, stages, None, emit, None, None)
     tokens = _CONTEXT - _PROMPT

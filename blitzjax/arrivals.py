@@ -21,6 +21,7 @@ class Arrival:
     at: float  # seconds from the beginning of the trace
     prompt_tokens: int
     answer_tokens: int
+    model: int = 0  # which of several
 
 
 _SPREAD_S = 0.1  # bursts and silences are patterns of seconds; copies at one instant would be bursts of their own
@@ -59,7 +60,17 @@ def window(arrivals: Iterable[Arrival], start_s: float, duration_s: float) -> li
 
 def truncate(arrivals: Iterable[Arrival], prompt_tokens: int, answer_tokens: int) -> list[Arrival]:
     """Longer prompts and answers are cut, as the paper's client does with prompts above 4095 tokens."""
-    return [Arrival(a.at, min(a.prompt_tokens, prompt_tokens), min(a.answer_tokens, answer_tokens)) for a in arrivals]
+    return [replace(a, prompt_tokens=min(a.prompt_tokens, prompt_tokens),
+                    answer_tokens=min(a.answer_tokens, answer_tokens)) for a in arrivals]
+
+
+def deal(arrivals: list[Arrival], models: int, seed: int) -> list[Arrival]:
+    """Every arrival goes to one of so many models, the k-th with a weight of 1 / k: some are rarely asked."""
+    if models == 1:
+        return arrivals
+    weights = [1 / (k + 1) for k in range(models)]
+    drawn = random.Random(f"models {seed}").choices(range(models), weights, k=len(arrivals))
+    return [replace(arrival, model=model) for arrival, model in zip(arrivals, drawn)]
 
 
 def scale(arrivals: list[Arrival], factor: float, seed: int) -> Iterator[Arrival]:
@@ -79,7 +90,7 @@ def scale(arrivals: list[Arrival], factor: float, seed: int) -> Iterator[Arrival
         for k in range(copies):
             sizes = arrivals[drawn % len(arrivals)]
             drawn += 1
-            yield Arrival(arrival.at + gap_s * k / copies, sizes.prompt_tokens, sizes.answer_tokens)
+            yield Arrival(arrival.at + gap_s * k / copies, sizes.prompt_tokens, sizes.answer_tokens, arrival.model)
 
 
 def _arrivals(rows: list[Mapping[str, object]]) -> Iterator[Arrival]:

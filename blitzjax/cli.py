@@ -22,6 +22,7 @@ _PROGRAMS = {
     "worker": ("blitzjax.serve.worker", "one worker process of the pool"),
     "coordinator": ("blitzjax.transfer.coordinator", "the coordination service that workers join"),
     "controller": ("blitzjax.serve.controller", "the process that clients talk to"),
+    "gateway": ("blitzjax.serve.gateway", "OpenAI's HTTP interface in front of a controller"),
 }
 
 
@@ -55,7 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="A JAX serving engine whose instances work while their parameters still arrive.")
     parser.add_argument("--version", action="version", version=f"blitzjax {blitzjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(_command(commands, "serve", "a whole cluster on this machine", ("blitzjax.cli_serve", "serve")))
+    serve = _command(commands, "serve", "a whole cluster on this machine, or this machine's part of one",
+                     ("blitzjax.cli_serve", "serve"))
+    _add_serve(serve)
+    _add_hosts(serve)
     _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
     _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
     _add_deploy(_command(commands, "deploy", "serve one more model over the same workers",
@@ -94,8 +98,8 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str,
 
 def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="+" if several else None,
-                        help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, a built-in name, "
-                             "or code of your own as package.module:function")
+                        help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, OWNER/NAME on the "
+                             "Hugging Face hub, a built-in name, or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the parameters (engine.dtype)")
 
@@ -106,12 +110,17 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     _add_model(parser, several)
+    if several:
+        parser.add_argument("--served-model-name", nargs="+", metavar="NAME",
+                            help="what clients call each MODEL (default: the name of its file or directory)")
     parser.add_argument("--instances", type=int,
                         help="instances of each model that always serve; 0: none while nobody asks "
                              "(scale.min_instances; default 1)")
     parser.add_argument("--pool", type=int, help="worker processes (cluster.pool; default 3)")
     parser.add_argument("--host", help="listen here (serve.host)")
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
+    parser.add_argument("--http-port", type=int, metavar="PORT",
+                        help="OpenAI's interface over HTTP (serve.http_port; default: none)")
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (engine.max_model_len)")
     parser.add_argument("--max-num-seqs", type=int, help="sequences decoding together (engine.max_num_seqs)")
     parser.add_argument("--max-num-batched-tokens", type=int, help="of a step (engine.max_num_batched_tokens)")
@@ -132,6 +141,13 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; the flags above win over it")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
                         help="any knob; wins over everything else; may be repeated")
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hosts", metavar="HOST,HOST,...",
+                        help="machines that share the pool; the same command runs on each, but for --host-index")
+    parser.add_argument("--host-index", type=int, default=0, metavar="K",
+                        help="this machine is the K-th of them; clients talk to the first, 0")
 
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +199,12 @@ def _add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--costs", type=Path, metavar="FILE", help="a measured row instead of --machine and --model")
     parser.add_argument("--instances", type=int, help="in the pool (default: as many as the machine holds)")
     parser.add_argument("--begin", type=int, default=1,
-                        help="instances that serve at the beginning, of each role (default 1)")
+                        help="instances that serve at the beginning, of each model and role; 0: models start at zero, "
+                             "and go back there (default 1)")
+    parser.add_argument("--models", type=int, default=1,
+                        help="so many, of these costs, share the pool; the k-th is asked 1/k as often (default 1)")
+    parser.add_argument("--zero-after-s", type=float, default=30.0,
+                        help="scale.zero_after_s, with --begin 0 (default 30)")
     parser.add_argument("--roles", choices=("mixed", "split"), default="mixed",
                         help="split: prompts run on some instances, which send their KV to others (default mixed)")
     parser.add_argument("--down-after-s", type=float, default=0.333, help="scale.down_after_s (default 0.333)")

@@ -11,7 +11,9 @@ from pathlib import Path
 from blitzjax.calibrate import Calibration
 from blitzjax.cli_serve import checkpoint, configure
 from blitzjax.config import Config
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.errors import BlitzError
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.serve.model import load_model
 from blitzjax.sim import costs
 from blitzjax.sim.costs import MachineCosts, ModelCosts
@@ -21,6 +23,10 @@ _READY_S = 600.0  # a first start compiles
 
 def calibrate(args: argparse.Namespace) -> int:
     """Writes costs.json and costs.toml."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BlitzError(f"cannot write to {args.out}: {e.strerror}") from e
     with tempfile.TemporaryDirectory(prefix="blitzjax-calibrate-") as directory:
         config = measured(configure(args), Path(directory) / "events.jsonl")
         model = load_model(checkpoint(args.model, config.engine.dtype, args.checkpoint))
@@ -30,7 +36,6 @@ def calibrate(args: argparse.Namespace) -> int:
             with cluster.client() as client:
                 calibration = Calibration(client, config, model, lambda text: print(f"  {text}", flush=True))
                 machine, costed = calibration.run(platform.node() or "here")
-    args.out.mkdir(parents=True, exist_ok=True)
     costs.write(args.out / "costs.json", machine, costed)
     (args.out / "costs.toml").write_text(to_toml(machine, costed))
     print(f"one instance: {costed.prefill_tokens_per_s:.0f} prompt tokens/s, decode step {costed.step_s * 1e3:.1f} ms "

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import blitzjax
@@ -15,12 +17,14 @@ from blitzjax import config as configs
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import cache
 from blitzjax.errors import BlitzError, CheckpointError
+from blitzjax.serve.workers import Launch, WorkerHost, across
 
 _POOL = 3  # small enough for a laptop, large enough to scale
 
 _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
-    "dtype": "engine.dtype", "max_model_len": "engine.max_model_len", "max_num_seqs": "engine.max_num_seqs",
+    "http_port": "serve.http_port", "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
+    "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
     "roles": "scale.roles", "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
     "metrics_port": "serve.metrics_port", "max_num_batched_tokens": "engine.max_num_batched_tokens",
@@ -30,13 +34,22 @@ _KNOBS = {
 
 def serve(args: argparse.Namespace) -> int:
     """Runs until Ctrl-C, SIGTERM, or the controller's end; returns the controller's exit code."""
-    from blitzjax.serve.local import Launch, LocalCluster
+    from blitzjax.serve.local import LocalCluster
 
-    config = configure(args, len(args.model))
+    hosts = args.hosts.split(",") if args.hosts else []
+    config = configure(args, len(args.model), max(1, len(hosts)))
+    if args.host_index and not hosts:
+        raise BlitzError("--host-index says which of --hosts this machine is; give --hosts, the same on all machines")
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
+    names = args.served_model_name or []
+    if names and len(names) != len(args.model):
+        raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
+    launch = across(config, hosts, args.host_index) if hosts else Launch()
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
-    cluster = LocalCluster(config, models, Launch(console=True))
+    if args.host_index:
+        return _only_workers(config, launch)
+    cluster = LocalCluster(config, models, replace(launch, console=True), names)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
@@ -45,8 +58,19 @@ def serve(args: argparse.Namespace) -> int:
             cluster.wait_ready(float("inf"))
         except BlitzError:  # the controller has said why; or it was told to go, with code 0
             return cluster.wait(0)
-        print(_banner(args.model, cluster.address, config), flush=True)
+        print(_banner(names or [Path(model).name for model in args.model], cluster.address, config), flush=True)
         return cluster.wait()
+
+
+def _only_workers(config: Config, launch: Launch) -> int:
+    """This machine's part of a cluster whose controller is elsewhere. Runs until Ctrl-C or SIGTERM."""
+    host = WorkerHost(config, launch)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: host.stop())
+    names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in launch.here)
+    print(f"starting workers {names}; their logs are in {host.workers.run_dir}", flush=True)
+    host.run()
+    return 0
 
 
 def deploy(args: argparse.Namespace) -> int:
@@ -64,9 +88,9 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def configure(args: argparse.Namespace, models: int = 1) -> Config:
+def configure(args: argparse.Namespace, models: int = 1, hosts: int = 1) -> Config:
     """File, then flags, then --set. Sizes that nobody gave follow each other: the pool bounds the instances of so many
-    models.
+    models, and is divided over so many hosts.
     """
     flags = [f"{key}={json.dumps(value)}" for name, key in _KNOBS.items() if (value := getattr(args, name)) is not None]
     given = _given(args.config) | {text.partition("=")[0].strip() for text in (*flags, *args.set)}
@@ -75,7 +99,7 @@ def configure(args: argparse.Namespace, models: int = 1) -> Config:
         overrides.insert(0, f"scale.max_instances={1 << 30}")
     if "cluster.pool" not in given:
         lowest = _least(configs.load(args.config, overrides).scale) * models
-        overrides.insert(0, f"cluster.pool={max(_POOL, lowest)}")
+        overrides.insert(0, f"cluster.pool={ceil(max(_POOL, lowest) / hosts) * hosts}")
     config = configs.load(args.config, overrides)
     pool, least = config.cluster.pool, _least(config.scale)
     needed = least * models
@@ -109,6 +133,7 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
     """
     if source is None and (path := cache.cached(model, dtype)) is not None:
         return path
+    print(f"preparing {model}: what is converted once is kept in {cache.default_cache()}", file=sys.stderr, flush=True)
     where = () if source is None else ("--checkpoint", str(source))
     done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype, *where],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -124,11 +149,12 @@ def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     each = " each" if len(models) > 1 else ""
+    http = f"  http    http://{config.serve.host}:{config.serve.http_port}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
-        f"blitzjax {blitzjax.__version__} is ready: {', '.join(Path(model).name for model in models)} on {address}, "
+        f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
-        f"  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
+        f"{http}  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"
         f"  stop    Ctrl-C; answers in flight finish")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from blitzjax import arrivals
 from blitzjax.arrivals import Arrival
+from blitzjax.config import ScaleConfig
 from blitzjax.errors import ConfigError
 from blitzjax.sim import costs, report, shell
 from blitzjax.sim.costs import ModelCosts
@@ -27,35 +28,51 @@ def sim(args: argparse.Namespace) -> int:
         raise ConfigError("--duration-s and --load must be above 0")
     machine, model = costs.read(args.costs) if args.costs else (
         _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
-    systems = [_named(SYSTEMS, name, "system") for name in args.systems.split(",")]
     most = machine.hosts * (machine.gpus // model.tensor_parallel)
-    instances = args.instances or most
-    if args.begin < 1 or instances < (1 + (args.roles == "split")) * args.begin:
-        raise ConfigError(f"--begin {args.begin} with {args.roles} roles needs more than {instances} instances")
+    instances = most if args.instances is None else args.instances
     if instances > most:  # a larger cluster of the same kind
         machine = replace(machine, hosts=-(-instances // (machine.gpus // model.tensor_parallel)))
+    setups = [shell.Setup(machine, model, _named(SYSTEMS, name, "system"), instances, args.begin, args.down_after_s,
+                          roles=args.roles, scale=ScaleConfig(zero_after_s=args.zero_after_s), models=args.models)
+              for name in args.systems.split(",")]
+    _check_begin(args, setups)
     trace = arrivals.truncate(arrivals.window(arrivals.read(_trace(args.trace)), args.start_s, args.duration_s),
                               _LONGEST_PROMPT, model.spec.max_len - _LONGEST_PROMPT)
     if not trace:
         raise ConfigError(f"no requests in the {args.duration_s:g} s from second {args.start_s:g} of {args.trace}")
     factor = scale_factor(trace, model, instances, args.load)
+    trace = arrivals.deal(trace, args.models, args.seed)
     gc.disable()  # what a request leaves behind holds no cycles; looking for some takes a tenth of the time
     try:
-        outcomes = [_run(shell.Setup(machine, model, system, instances, args.begin, args.down_after_s,
-                                     roles=args.roles), trace, factor, args.seed) for system in systems]
+        outcomes = [_run(setup, trace, factor, args.seed) for setup in setups]
     finally:
         gc.enable()
     rows = report.table(outcomes)
     print(report.to_text(rows))
+    if args.begin == 0:
+        print(f"requests that found no instance of their model, mean TTFT: {report.cold(outcomes)}")
     if args.out is not None:
         said = {"trace": args.trace, "start": f"{args.start_s:g} s", "model": model.spec.name, "machine": machine.name,
                 "instances": instances, "roles": args.roles, "scaled by": f"{factor:.3g}", "seed": args.seed}
+        if args.models > 1:
+            said["models"] = args.models
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "report.html").write_text(report.to_html(outcomes, said))
         (args.out / "report.json").write_text(report.to_json(outcomes, said))
         (args.out / "table.csv").write_text(report.to_csv(rows))
         print(f"wrote {args.out / 'report.html'}, report.json, table.csv")
     return 0
+
+
+def _check_begin(args: argparse.Namespace, setups: list[shell.Setup]) -> None:
+    if args.begin < 0 or args.models < 1:
+        raise ConfigError("--begin must be 0 or more, --models 1 or more")
+    if args.begin == 0 and args.roles == "split":
+        raise ConfigError("--begin 0 needs mixed roles: with split ones, one instance decodes all the time")
+    for setup in setups:
+        if setup.serving * setup.models > setup.instances:
+            raise ConfigError(f"{setup.system.name} begins with {setup.serving} instances of each of {setup.models} "
+                              f"models, more than {setup.instances}")
 
 
 def scale_factor(trace: list[Arrival], model: ModelCosts, instances: int, load: float) -> float:

@@ -24,6 +24,7 @@ class ServeConfig:
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
+    http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
     hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
@@ -72,6 +73,7 @@ class ScaleConfig:
     forecast_s: float = 0.0  # the policy looks so far ahead along the growth of the backlog; 0: not at all
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     zero_after_s: float = 30.0  # with min_instances 0: the last one drains when nobody has asked for this long
+    host_copies: bool = True  # a model without an instance stays in the memory of one host; false: on disk only
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
 
 
@@ -85,7 +87,8 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    pool: int = 1  # worker processes
+    pool: int = 1  # worker processes, on all hosts
+    base_port: int = 6400  # on several hosts: of the coordination service; a host's workers listen on the next ones
     threads: int = 0  # XLA threads per worker; 0: all its cores
     pin_cores: bool = False  # worker k computes on core k modulo the cores
     heartbeat_s: float = 10.0  # coordination service declares a silent worker dead after this
@@ -187,13 +190,26 @@ def _check_ranges(c: Config) -> None:
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
+    want(0 <= c.serve.port < 65536, f"serve.port must be in [0, 65535] (0: any free port), got {c.serve.port}")
+    for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
+        want(_at(c, key) >= 1, f"{key} must be at least 1")
+    for key in ("serve.shutdown_timeout_s", "scale.down_after_s", "scale.zero_after_s", "scale.live_queue_tokens",
+                "engine.kv_pages", "engine.prefix_cache_bytes", "cluster.threads", "cluster.fast_gbps"):
+        want(_at(c, key) >= 0, f"{key} must be at least 0")
+    for key in ("transfer.collective_timeout_s", "transfer.handoff_timeout_s", "cluster.heartbeat_s",
+                "scale.migrate_tokens_per_s"):
+        want(_at(c, key) > 0, f"{key} must be above 0")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(c.engine.fused_layers >= 0, "engine.fused_layers must be at least 0 (0: every layer is a program of its own)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
-    want(c.engine.prefix_cache_bytes >= 0, "engine.prefix_cache_bytes must be at least 0")
-    want(c.cluster.pool >= 1, "cluster.pool must be at least 1")
-    want(c.cluster.fast_gbps >= 0, "cluster.fast_gbps must not be negative")
+    want(0 < c.cluster.base_port < 65536 - c.cluster.pool, "cluster.base_port and those above it must be TCP ports")
     want(c.transfer.chunk_bytes >= 64, "transfer.chunk_bytes must be at least 64")
+
+
+def _at(config: Config, key: str) -> float:
+    table, _, name = key.partition(".")
+    return getattr(getattr(config, table), name)

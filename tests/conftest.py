@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,11 @@ def nothing_compiled_stays() -> Iterator[None]:
         gc.collect()
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logs_are_with_the_tests_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Clusters whose processes were killed keep their directories."""
+    tempfile.tempdir = str(tmp_path_factory.getbasetemp())
+    yield
+    tempfile.tempdir = None

@@ -139,15 +139,19 @@ class Batcher:
 
     # ---- memory
 
+    def held_tokens(self, request_id: RequestId) -> int:
+        """How many tokens a request that does not wait has pages for."""
+        return self._ledger.held_tokens(request_id)
+
     def victim(self, tokens: Mapping[RequestId, int]) -> RequestId | None:
-        """Gives every DECODING request pages for its `tokens` tokens, earlier ranks first. → None when all have some;
-        else the last in rank, PREFILLING or DECODING, which must be preempted before this is asked again.
+        """Gives the DECODING ones of these requests pages for so many tokens, earlier ranks first. → None when all have
+        some; else the last in rank, PREFILLING or DECODING, which must be preempted before this is asked again.
         """
-        short = [seat for seat in self._in[State.DECODING].values()
-                 if not self._ledger.holds(seat.request.id, tokens[seat.request.id])]
+        decoding = self._in[State.DECODING]
+        short = [decoding[i] for i, count in tokens.items() if i in decoding and self.held_tokens(i) < count]
         for seat in sorted(short, key=lambda seat: seat.rank):
             if not self._ledger.grow(seat.request.id, tokens[seat.request.id]):
-                running = [*self._in[State.DECODING].values(), *self._in[State.PREFILLING].values()]
+                running = [*decoding.values(), *self._in[State.PREFILLING].values()]
                 return max(running, key=lambda seat: seat.rank).request.id
         return None
 
@@ -241,7 +245,7 @@ class Batcher:
         self._ledger.check()
         for seat in self._seats.values():
             waits = seat.state is State.WAITING
-            assert waits or self._ledger.holds(seat.request.id, seat.prompt_tokens), f"{seat.request.id} lacks pages"
+            assert waits or self.held_tokens(seat.request.id) >= seat.prompt_tokens, f"{seat.request.id} lacks pages"
             assert not (waits and seat.done), f"{seat.request.id} has run tokens and no pages"
         waiting = {i for i, seat in self._seats.items() if seat.state is State.WAITING}
         assert {i for _, i in self._queue} == waiting and len(self._queue) == len(waiting)

@@ -93,9 +93,9 @@ class PageLedger:
         owned += self._take(max(0, more))
         return True
 
-    def holds(self, request_id: RequestId, tokens: int) -> bool:
-        """Whether the request's pages suffice for `tokens` tokens."""
-        return tokens <= len(self._owned[request_id]) * self.page_size
+    def held_tokens(self, request_id: RequestId) -> int:
+        """How many tokens the request's pages suffice for."""
+        return len(self._owned[request_id]) * self.page_size
 
     def release(self, request_id: RequestId) -> None:
         """Takes the pages back; a request without pages is ignored. Pages with a key become idle, of a prefix the last

@@ -6,7 +6,7 @@ never; requests are the services', instances the roster's, host copies the cache
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import assert_never
 
@@ -44,7 +44,7 @@ class Cluster:
         self._topology = Topology()
         self._transfers = Transfers(self._topology, config.cluster.max_world)
         self._roster = Roster()
-        self._copies = HostCache(self._roster, self._transfers, config.cluster.pool)
+        self._copies = HostCache(self._roster, self._transfers, config.cluster.pool, config.scale.host_copies)
         self._services: dict[str, Service] = {}
         self._parts: set[InstanceId] = set()  # joined IDLE with some units of an instance
         for spec in [specs] if isinstance(specs, ModelSpec) else specs:
@@ -60,6 +60,11 @@ class Cluster:
             commands += service.dispatch(event.at)
             commands += service.migrations.start()
         return commands
+
+    @property
+    def models(self) -> Collection[str]:
+        """Those that are deployed, or not gone yet."""
+        return self._services.keys()
 
     def status(self) -> ClusterStatus:
         chains = tuple((run.ticket, run.chain) for run in self._transfers.runs())

@@ -2,7 +2,7 @@
 
 A model that an instance serves needs no host copy; any other has one, with a worker of the host that keeps fewest. It
 comes from the last instance before that goes, else from disk, and is where the first instance's parameters come from.
-Invariant: a model has at most one host copy, whole or in the making.
+Invariant: a model has at most one host copy, whole or in the making; none where `scale.host_copies` is false.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ class _Copy:
 
 
 class HostCache:
-    """Host copies of all models. Owned by the Cluster; `pool` is the number of workers that it waits for."""
+    """Host copies of all models, if any are `kept`. Owned by the Cluster; `pool` is the number of workers that it waits
+    for.
+    """
 
-    def __init__(self, roster: Roster, transfers: Transfers, pool: int) -> None:
-        self._roster, self._transfers, self._pool = roster, transfers, pool
+    def __init__(self, roster: Roster, transfers: Transfers, pool: int, kept: bool) -> None:
+        self._roster, self._transfers, self._pool, self._kept = roster, transfers, pool, kept
         self._copies: dict[str, _Copy] = {}
         self._lacking_since: dict[str, float] = {}
 
@@ -56,7 +58,7 @@ class HostCache:
 
     def due(self, fleet: Fleet) -> bool:
         """Whether a model's copy may have to be made or dropped."""
-        return fleet.model in self._copies or not fleet.size
+        return fleet.model in self._copies or (self._kept and not fleet.size)
 
     # ---- decisions
 
@@ -66,7 +68,7 @@ class HostCache:
         """
         copy = self._copies.get(fleet.model)
         if copy is None:
-            if not wanted or fleet.size:
+            if fleet.size or not (wanted and self._kept):
                 self._lacking_since.pop(fleet.model, None)
                 return []
             since = self._lacking_since.setdefault(fleet.model, at)
@@ -88,7 +90,7 @@ class HostCache:
     def retire(self, at: float, fleet: Fleet, last: Member) -> tuple[bool | None, list[Command]]:
         """The last instance is about to go. → (whether it keeps its parameters then; None: it must wait, commands)."""
         copy = self._copies.get(fleet.model)
-        if copy is not None and copy.whole:
+        if not self._kept or copy is not None and copy.whole:
             return False, []
         able = last.in_world and not self._transfers.busy(last.id)
         if copy is not None and self._transfers.settling(copy.instance):
@@ -139,7 +141,7 @@ class HostCache:
 
     def found(self, model: str, instance: InstanceId, fleet: Fleet | None) -> list[Command]:
         """A worker that joined keeps a copy: the cluster's, or one too many."""
-        if fleet is None or model in self._copies or fleet.count(Phase.SERVING):
+        if fleet is None or not self._kept or model in self._copies or fleet.count(Phase.SERVING):
             return [DropCopy(instance, model)]
         self._copies[model] = _Copy(instance, fleet.units, whole=True)
         return []
@@ -169,6 +171,7 @@ class HostCache:
 
     def check(self, fleets: dict[str, Fleet]) -> None:
         """Asserts the invariant."""
+        assert self._kept or not self._copies
         for model, copy in self._copies.items():
             assert model in fleets, f"a copy of {model}, which is not deployed"
             assert self._roster.alive(copy.instance) is not None, f"{copy.instance} is gone and keeps {model}"

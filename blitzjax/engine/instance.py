@@ -32,7 +32,7 @@ from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, Event, PrefillDone, RequestFinished
 from blitzjax.types import InstanceId, RequestId, Span, TokenLogprob, Work
 
-Output: TypeAlias = Event | m.Tokens
+Output: TypeAlias = Event | m.Tokens | m.Decoded
 
 
 class Instance:
@@ -115,7 +115,7 @@ class Instance:
     def _accept(self, work: Work) -> None:
         if work.request.id in self._sequences:  # an earlier attempt that is still here is void
             self.leave(self._sequences[work.request.id])
-        sequence = sequence_of(work)
+        sequence = sequence_of(work, self.spec)
         loading = self.store.usable < self.spec.units
         if loading and self._batcher.hold(work.request, len(sequence.tokens)):
             self._partners.begin_early(sequence)
@@ -154,12 +154,10 @@ class Instance:
                 yield sequence
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
-        if sequence.id not in self._cache.slots:
-            if self._partners.old is not None:
-                self._partners.old.leave_rest(sequence.id)
-            return None
-        self._batcher.pause(sequence.id)
-        return self._cache.lift(sequence.id)
+        kv = self._decoding.lift(sequence)
+        if kv is None and self._partners.old is not None:
+            self._partners.old.leave_rest(sequence.id)
+        return kv
 
     def admit(self, sequence: Sequence) -> bool:
         complete = self.store.usable == self.spec.units
@@ -302,7 +300,8 @@ class Instance:
         sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
         if sequence.answered == len(sequence.work.generated):
             self._emit(PrefillDone(self._now(), self.name, sequence.id, sequence.work.attempt))
-        reason = self._say(sequence, int(drawn.tokens[0]), drawn.logprobs(0, sampling.logprobs), prompt)
+        reason = sequence.append(int(drawn.tokens[0]))
+        self._say(sequence, reason, drawn.logprobs(0, sampling.logprobs), prompt)
         if not sequence.kv_missing:
             self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
         if reason:
@@ -316,24 +315,29 @@ class Instance:
             self.join(sequence, kv)
 
     def _decode(self) -> None:
+        """One message has the tokens of all who have nothing else to say."""
         rows, drawn = self._decoding.step(self._sequences)
-        tokens = drawn.tokens.tolist()
+        tokens, alike, others = drawn.tokens.tolist(), [], []
         for row, sequence in rows:
-            if reason := self._say(sequence, tokens[row], drawn.logprobs(row, sequence.work.sampling.logprobs)):
+            reason = sequence.append(tokens[row])
+            if reason or sequence.work.sampling.logprobs >= 0:
+                others.append((row, sequence, reason))
+            else:
+                alike.append(sequence)
+        if alike:
+            self._emit(m.Decoded(tuple([s.id for s in alike]), tuple([s.work.attempt for s in alike]),
+                                 tuple([s.answered - 1 for s in alike]), tuple([s.tokens[-1] for s in alike])))
+        for row, sequence, reason in others:
+            self._say(sequence, reason, drawn.logprobs(row, sequence.work.sampling.logprobs))
+            if reason:
                 self._end(sequence, reason)
-        self._cache.shrink(max(len(sequence.tokens) for _, sequence in rows))
 
-    def _say(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...],
-             prompt: tuple[TokenLogprob, ...] = ()) -> str:
-        """Appends and emits a token. → why the sequence ends with it, if so."""
-        start = sequence.answered
-        sequence.append(token)
-        reason = sequence.finish_reason(self.spec)
-        if logprobs:
-            sequence.logprobs += logprobs
-        self._emit(m.Tokens(sequence.id, sequence.work.attempt, start, (token,), reason, sequence.layers_helped,
-                            logprobs, prompt, sequence.cached_tokens or 0))
-        return reason
+    def _say(self, sequence: Sequence, reason: str, logprobs: tuple[TokenLogprob, ...],
+             prompt: tuple[TokenLogprob, ...] = ()) -> None:
+        """Emits the last token; `reason`: why the answer ends with it, if so."""
+        sequence.logprobs += logprobs
+        self._emit(m.Tokens(sequence.id, sequence.work.attempt, sequence.answered - 1, (sequence.tokens[-1],), reason,
+                            sequence.layers_helped, logprobs, prompt, sequence.cached_tokens or 0))
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         self.leave(sequence)

@@ -2,8 +2,8 @@
 
 Invariant: a prompt is in NEW's queue or on OLD, never on both; what travels is its residual (needed at once) and the KV
 of the layers that NEW ran (needed when OLD begins to decode it). The embedding comes after the layers, so until then OLD
-lends NEW the embedded rows of the prompts that NEW is about to run. Where no instance serves yet, a NEW side is alone
-and takes the embedding from its own checkpoint.
+lends NEW the embedded rows of the prompts that NEW is about to run. Where no instance serves, not yet or not any more,
+a NEW side is alone and takes the embedding from its own checkpoint.
 """
 
 from __future__ import annotations
@@ -280,18 +280,21 @@ class OldSide:
 
 
 def alone(name: InstanceId, runner: Runner, handoff: HandOff, checkpoint: Path | None) -> NewSide:
-    """A NEW side whom nobody lends rows to nor pulls from. Without a readable checkpoint its prompts wait for the
-    embedding.
-    """
+    """A NEW side whom nobody lends rows to nor pulls from."""
     new = NewSide(LivePair("", name, "zigzag"), runner, handoff)
     new.close()
+    go_on_alone(new, runner, checkpoint)
+    return new
+
+
+def go_on_alone(new: NewSide, runner: Runner, checkpoint: Path | None) -> None:
+    """Its prompts get the embedding from disk; without a readable checkpoint they wait for it to arrive."""
     if checkpoint is not None and runner.store.embedding is None:
         try:
             runner.store.preview(Checkpoint.open(checkpoint).read_unit(runner.spec.embed_unit))
         except CheckpointError as e:
-            log.warning("%s: prompts wait for the embedding: %s", name, e)
+            log.warning("%s: prompts wait for the embedding: %s", new.pair.new, e)
     new.arrived(runner.store.usable)
-    return new
 
 
 def resume(runner: Runner, work: Work, next_layer: int, activations: list[Array]) -> Prefill:

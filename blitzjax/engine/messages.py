@@ -11,12 +11,9 @@ from jax import Array
 from blitzjax.types import InstanceId, RequestId, TokenLogprob, Work
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens of an answer, starting at its index `start`; `finish_reason` is empty until the last ones.
-
-    Nobody changes it. It is not frozen because every row of every step makes one, which then takes four times as long.
-    """
+    """New tokens of an answer, starting at its index `start`; `finish_reason` is empty until the last ones."""
 
     request_id: RequestId
     attempt: int
@@ -27,6 +24,16 @@ class Tokens:
     logprobs: tuple[TokenLogprob, ...] = ()  # of each token, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with token 0, of the prompt but its first token, if asked for
     cached_tokens: int = 0  # of the prompt, that the prefix cache had
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One token more for each of several answers that go on: all that most of a decode step's rows have to say."""
+
+    request_ids: tuple[RequestId, ...]
+    attempts: tuple[int, ...]
+    starts: tuple[int, ...]  # the token's index in its answer
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,7 +239,7 @@ class Moves:
             return f"{self._host.name} runs attempt {here.work.attempt} of it"
         if here is not None:
             self._host.leave(here)
-        sequence = sequence_of(work)
+        sequence = sequence_of(work, self._stages.spec)
         sequence.repeat(offer.said)
         if not self._host.admit(sequence):
             return f"{self._host.name} has no room for a request that was sent to it"

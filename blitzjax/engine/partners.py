@@ -155,6 +155,7 @@ class Partners:
         if self.new is not None and self.new.pair == pair:
             self.new.close()
             self.new.answer()
+            live.go_on_alone(self.new, self._host.runner, self._checkpoint)
 
     def _lost(self, partner: InstanceId) -> None:
         """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
@@ -188,7 +189,7 @@ class Partners:
                 self._emit(LiveDrained(self._now(), host.name))
             return
         self._handed(work, host.name)
-        sequence = sequence_of(work)
+        sequence = sequence_of(work, host.runner.spec)
         if not host.admit(sequence):
             self._fail(work, f"{host.name} has no room for a request handed over by {message.partner}")
             return

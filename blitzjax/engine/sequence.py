@@ -20,8 +20,10 @@ class Sequence:
 
     work: Work
     tokens: list[int]
+    answered: int  # tokens of the answer so far, those of earlier attempts included
     _array: np.ndarray  # i32[prompt + max_tokens], `tokens` again, when penalties read them at every step; else empty
     edits_until: float  # see sampling.edits_until
+    ends: tuple[int, ...]  # tokens that end the answer
     prefill: Prefill | None = None  # until the sequence joined the decode batch
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
     awaited: bool = False  # its residuals are on their way from a partner
@@ -38,11 +40,6 @@ class Sequence:
         return self.work.request.id
 
     @property
-    def answered(self) -> int:
-        """Tokens of the answer so far, those of earlier attempts included."""
-        return len(self.tokens) - len(self.work.prompt)
-
-    @property
     def scored(self) -> bool:
         """The prompt's logprobs are wanted and were not sent; they travel with the answer's first token."""
         return self.work.sampling.prompt_logprobs >= 0 and not self.answered
@@ -52,10 +49,16 @@ class Sequence:
         """i32[tokens], if penalties read it; else empty."""
         return self._array[: len(self.tokens)]
 
-    def append(self, token: int) -> None:
+    def append(self, token: int) -> str:
+        """ → why the answer ends with the token: "stop", "length", or "" to go on."""
         if len(self._array):
             self._array[len(self.tokens)] = token
         self.tokens.append(token)
+        self.answered += 1
+        sampling = self.work.sampling
+        if token in self.ends and self.answered > sampling.min_tokens:
+            return "stop"
+        return "length" if self.answered >= sampling.max_tokens else ""
 
     @property
     def said(self) -> Tokens:
@@ -71,16 +74,9 @@ class Sequence:
         self.layers_helped, self.cached_tokens = said.layers_helped, said.cached_tokens
         self.logprobs, self.prompt_logprobs = list(said.logprobs), said.prompt_logprobs
 
-    def finish_reason(self, spec: ModelSpec) -> str:
-        """ "stop", "length", or "" to go on; looks at the last token."""
-        sampling, answered = self.work.sampling, self.answered
-        if answered > sampling.min_tokens and self.tokens[-1] in end_tokens(sampling, spec):
-            return "stop"
-        return "length" if answered >= sampling.max_tokens else ""
 
-
-def sequence_of(work: Work) -> Sequence:
+def sequence_of(work: Work, spec: ModelSpec) -> Sequence:
     tokens = [*work.prompt, *work.generated]
     array = np.zeros(work.request.total_tokens if penalised(work.sampling) else 0, np.int32)
     array[: len(tokens)] = tokens[: len(array)]
-    return Sequence(work, tokens, array, edits_until(work.sampling))
+    return Sequence(work, tokens, len(work.generated), array, edits_until(work.sampling), end_tokens(work.sampling, spec))

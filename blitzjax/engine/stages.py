@@ -11,6 +11,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -345,7 +346,9 @@ def _groups(spec: ModelSpec, size: int) -> dict[Span, Span]:
 
 
 def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
-    """The spec and the source of everything that a stage traces through, whatever else this process has imported."""
+    """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
+    this process has imported.
+    """
     family(spec.family)  # imports it
     files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__]
     if own.is_reference(spec.family):
@@ -353,4 +356,4 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
         files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
                   if name == package or name.startswith(f"{package}.")]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
-    return "\n".join([repr(spec), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])
+    return "\n".join([repr(replace(spec, name="")), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])

@@ -60,6 +60,7 @@ class Progress:
     cached_tokens: int
     assigned_s: float | None
     first_token_s: float | None
+    last_token_s: float | None
     finish_reason: FinishReason | None
     failure: Failure | None
 
@@ -86,6 +87,8 @@ class Answer:
         self.cached_tokens = 0
         self.assigned_s: float | None = None
         self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self.gaps_s: list[float] = []  # between one message with tokens and the next, as this process heard them
         self.finish_reason: FinishReason | None = None
         self.failure: Failure | None = None
         self._piece = Piece()
@@ -97,6 +100,10 @@ class Answer:
     @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.failure is not None
+
+    def ends(self, token: int) -> bool:
+        """It stops this answer, unless that is too short yet, and is not part of its text."""
+        return token in self._silent
 
     def work(self, attempt: int, now: float) -> Work:
         """Starts an attempt: it continues after the tokens that earlier ones emitted."""
@@ -113,8 +120,12 @@ class Answer:
             raise IndexError(f"tokens {len(self.generated)}..{start - 1} of {self.request.id} never came")
         known = len(self.generated) - start
         fresh, logprobs = token_ids[known:], logprobs[known:]
-        if fresh and not self.generated:
-            self._begin(now, prompt_logprobs)
+        if fresh:
+            if self.last_token_s is None:
+                self._begin(now, prompt_logprobs)
+            else:
+                self.gaps_s.append(now - self.last_token_s)
+            self.last_token_s = now
         for i, token in enumerate(fresh):
             self._piece.logprobs.extend(logprobs[i : i + 1])
             self._logprobs.extend(logprobs[i : i + 1])
@@ -150,7 +161,7 @@ class Answer:
     def progress(self) -> Progress:
         return Progress(tuple(self.generated), tuple(self._logprobs), tuple(self._prompt_logprobs), self.attempt,
                         self.attempts, self.layers_helped, self.cached_tokens, self.assigned_s, self.first_token_s,
-                        self.finish_reason, self.failure)
+                        self.last_token_s, self.finish_reason, self.failure)
 
     def restore(self, past: Progress) -> None:
         """Makes a new answer what another one was; all of it can be taken again."""
@@ -161,7 +172,8 @@ class Answer:
             self.end(past.finish_reason)
         self.attempt, self.attempts = past.attempt, past.attempts
         self.layers_helped, self.cached_tokens = past.layers_helped, past.cached_tokens
-        self.assigned_s, self.first_token_s, self.failure = past.assigned_s, past.first_token_s, past.failure
+        self.assigned_s, self.first_token_s, self.last_token_s = past.assigned_s, past.first_token_s, past.last_token_s
+        self.failure = past.failure
 
     def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:
         """The first token is here; what is said of the prompt goes with it."""

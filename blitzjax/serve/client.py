@@ -22,7 +22,7 @@ from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids, or chat messages
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids (an array, too), or a chat
 
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
@@ -43,13 +43,14 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float]
     seed: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     n: int
     logprobs: int
     prompt_logprobs: int
     echo: bool
+    fill_context: bool
     model: str
     request_id: str
     priority: int  # lower goes first
@@ -335,22 +336,31 @@ def deploy_request(directory: str | Path, min_instances: int | None, max_instanc
 
 
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
-    """Raises TypeError for an option that does not exist."""
+    """Raises TypeError for an option that does not exist, or for a message of a chat that is none."""
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     outside = ("model", "request_id", "priority", "progress", "timeout_s")
+    if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
+        options = options | {"stop": (stop,)}
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
                              priority=options.get("priority", 0), progress=options.get("progress", False),
                              sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))
     if isinstance(prompt, str):
         out.text = prompt
-    elif prompt and isinstance(prompt[0], Mapping):
-        out.chat.messages.extend(pb.ChatMessage(role=m["role"], content=m["content"]) for m in prompt)
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        out.chat.messages.extend(_message(m) for m in prompt)
     else:
         out.tokens.SetInParent()
         out.tokens.ids.extend(prompt)
     return out
+
+
+def _message(said: Mapping[str, str]) -> pb.ChatMessage:
+    role, content = said.get("role"), said.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise TypeError(f"a message has a role and a content, both of them text; got {dict(said)}")
+    return pb.ChatMessage(role=role, content=content)
 
 
 def collect(chunks: Sequence[Chunk]) -> Result:

@@ -99,7 +99,7 @@ def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:
 
 @functools.cache
 def _names(kind: type) -> tuple[str, ...]:
-    """Tokens are encoded a thousand times a second: `dataclasses.fields` alone took a third of that."""
+    """Without the cache `dataclasses.fields` alone takes a third of the time."""
     return tuple(f.name for f in dataclasses.fields(kind))
 
 

@@ -137,7 +137,8 @@ class Controller:
     def submit(self, order: Order, resume: bool = False) -> tuple[Answer, ...]:
         """Starts the order's answers, or goes on with those of a client that comes back and may insist on them.
 
-        Raises InvalidRequest when its id is in use, Unavailable when there is nothing to `resume`.
+        Raises InvalidRequest when its id is in use, Unavailable when there is nothing to `resume`, UnknownModel when
+        the model left meanwhile.
         """
         known = self._orders.claim(order)
         if known is not None:
@@ -146,6 +147,7 @@ class Controller:
             raise Unavailable("this answer is not known any more; ask again without resume")
         if self._orders.running(order.request_id):
             raise InvalidRequest(f"request id {order.request_id!r} is still running; ids must be unique")
+        self.find(order.model)
         first, now = self._orders.next_number, self.now()
         if self.journal is not None:
             self.journal.admitted(now, order, first)
@@ -173,19 +175,26 @@ class Controller:
         self.on_event(events.ScaleRequested(self.now(), target, live, source, model))
 
     def deploy(self, model: ServedModel, least: int | None, most: int | None) -> None:
-        """In the brain and on every worker."""
+        """In the brain and on every worker. What workers said of an earlier model of that name is forgotten."""
         now = self.now()
+        self.refusals = {key: said for key, said in self.refusals.items() if key[1] != model.name}
         if self.journal is not None:
             self.journal.deployed(now, str(model.directory), least, most)
         for event in self.replica.deploy(model, least, most, now):
             self.on_event(event)
 
-    def remove(self, name: str) -> None:
-        """Nothing of the model is left in the brain."""
-        if self.journal is not None:
-            self.journal.removed(self.now(), name)
-        self.replica.remove(name)
-        self._flush()
+    def _remove_gone(self) -> None:
+        """Undeployed models of which nothing is left in the brain, whether or not anybody waits for it."""
+        for name in [name for name in self.models if name not in self.replica.cluster.models]:
+            if self.journal is not None:
+                self.journal.removed(self.now(), name)
+            self.replica.remove(name)
+            self._flush()
+            self._changed()
+
+    def _changed(self) -> None:
+        for changed in self._watchers:
+            changed.set()
 
     # ---- what workers say
 
@@ -214,15 +223,14 @@ class Controller:
         if isinstance(event, events.TransferEnded) and event.error:
             self._load_failed(event)
         self._served = self._served or self.ready
-        for changed in self._watchers:
-            changed.set()
+        self._changed()
         return due
 
-    def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None:
+    def on_tokens(self, instance: types.InstanceId, said: pb.Tokens | pb.Decoded) -> None:
         now = self.now()
         if self.journal is not None:
-            self.journal.said(now, instance, tokens)
-        for event in self.replica.told(instance, tokens, now):
+            self.journal.said(now, instance, said)
+        for event in self.replica.told(instance, said, now):
             self.on_event(event)
 
     def on_lost(self, instance: types.InstanceId, reason: str) -> None:
@@ -241,8 +249,7 @@ class Controller:
         if model:
             _log.error("%s cannot serve %s: %s", instance, model, message)
             self.refusals[instance, model] = message
-            for changed in self._watchers:
-                changed.set()
+            self._changed()
             return
         _log.error("%s refused to serve: %s", instance, message)
         if self._broken is not None and not self._broken.done() and all(link.refused for link in self.links.values()):
@@ -296,6 +303,7 @@ class Controller:
         self._flush()
         for link in self.links.values():
             link.confirm()
+        self._remove_gone()
         self._orders.prune(self.now())
         if self.now() >= self._claims_until:
             for answers in self._orders.abandoned():
@@ -306,8 +314,7 @@ class Controller:
     def give_up(self) -> None:
         """Ends what still runs, and whoever waits, with UNAVAILABLE."""
         self.over = True
-        for changed in self._watchers:
-            changed.set()
+        self._changed()
         for answer in self._orders:
             self._orders.over(answer)
             answer.fail("UNAVAILABLE", "the server shut down before the answer was complete")
@@ -331,6 +338,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", required=True, help="i0=HOST:PORT,i1=HOST:PORT,... in rank order")
     parser.add_argument("--model-dir", required=True, type=Path, action="append",
                         help="converted checkpoint (see: blitzjax convert); again for every further model")
+    parser.add_argument("--served-model-name", action="append", default=[], metavar="NAME",
+                        help="of the --model-dir in the same place (default: the checkpoint's)")
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
     parser.add_argument("--journal", type=Path, help="what a crashed controller leaves behind, to be resumed from there")
@@ -349,7 +358,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = _config(args)
         workers = _workers(args.workers)
-        models = [load_model(directory) for directory in args.model_dir]
+        models = [load_model(directory, name) for directory, name in _named(args.model_dir, args.served_model_name)]
         controller = with_journal(lambda: Controller(config, models, workers), args.journal)
     except (BlitzError, OSError) as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
@@ -369,6 +378,13 @@ def _config(args: argparse.Namespace) -> Config:
         return configs.from_tables(json.loads(args.config_json))
     except ValueError as e:
         raise ConfigError(f"--config-json is not JSON: {e}") from e
+
+
+def _named(directories: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str]]:
+    """Each directory with its name; all have the checkpoint's when none is given."""
+    if names and len(names) != len(directories):
+        raise ConfigError(f"{len(directories)} models have {len(names)} names; give each one, or none")
+    return list(zip(directories, names or [""] * len(directories), strict=True))
 
 
 def _workers(text: str) -> dict[str, str]:

@@ -55,12 +55,10 @@ async def undeploy(controller: Controller, name: str, resume: bool = False) -> p
     name = controller.find(name).name
     with controller.subscribe() as changed:
         controller.on_event(ModelUndeployed(controller.now(), name))
-        while any(m.name == name for m in controller.status().models):
+        while name in controller.models:
             controller.check_open()
             changed.clear()
             await changed.wait()
-    if name in controller.models:  # nobody else waited for the same
-        controller.remove(name)
     return pb.UndeployResponse(seconds=controller.now() - started)
 
 

@@ -1,20 +1,24 @@
 """What happened and what was decided, as JSON lines: a run can be read, measured and replayed.
 
 The first line describes the run (`specs`, `config`); every other one is an event or a command, in the order in which
-the brain saw or gave them: feeding the events to a fresh Cluster gives the commands again.
+the brain saw or gave them: feeding the events to a fresh Cluster gives the commands again. A log that cannot be written,
+on a full disk say, ends; what it is about goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from blitzjax import commands, events, types
 
+_log = logging.getLogger("blitzjax.controller")
 T = typing.TypeVar("T")
 _KINDS = {kind.__name__: kind for kind in (*typing.get_args(events.Event), *typing.get_args(commands.Command))}
 _COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(commands.Command))
@@ -39,13 +43,23 @@ class EventLog:
         self._write({"command": type(command).__name__, "at": at, **dataclasses.asdict(command)})
 
     def flush(self) -> None:
-        self._file.flush()
+        self._attempt(lambda: self._file.flush())
 
     def close(self) -> None:
-        self._file.close()
+        self._attempt(lambda: self._file.close())
 
     def _write(self, record: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._attempt(lambda: self._file.write(json.dumps(record, separators=(",", ":")) + "\n"))
+
+    def _attempt(self, step: Callable[[], object]) -> None:
+        if self._file.closed:
+            return
+        try:
+            step()
+        except OSError as e:
+            _log.error("the event log cannot be written and ends here: %s", e)
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import grpc
 
@@ -53,7 +53,7 @@ class Frontend(rpc.InferenceServicer):
             await self._promise(context)
             await _stream(answers, model, self._controller, context, request.progress)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
         finally:
             if answers:
                 self._controller.leave(answers)
@@ -78,21 +78,21 @@ class Frontend(rpc.InferenceServicer):
         try:
             return await self._scale(request)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
 
     async def Deploy(self, request: pb.DeployRequest, context: grpc.aio.ServicerContext) -> pb.DeployResponse:
         await self._promise(context)
         try:
             return await deployments.deploy(self._controller, request)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
 
     async def Undeploy(self, request: pb.UndeployRequest, context: grpc.aio.ServicerContext) -> pb.UndeployResponse:
         await self._promise(context)
         try:
             return await deployments.undeploy(self._controller, request.model, request.resume)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
 
     async def WatchScale(self, request: pb.WatchScaleRequest, context: grpc.aio.ServicerContext) -> None:
         await self._promise(context)
@@ -104,7 +104,7 @@ class Frontend(rpc.InferenceServicer):
                 sent, sent_at = now, now.at
                 await context.write(now)
             await asyncio.sleep(_WATCH_GAP_S)
-        await _abort(context, Unavailable("the server shut down"))
+        await abort(context, Unavailable("the server shut down"))
 
     async def _scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
         controller, started = self._controller, self._controller.now()
@@ -116,7 +116,10 @@ class Frontend(rpc.InferenceServicer):
         name = controller.find(request.model).name
 
         def now() -> ModelStatus:
-            return next(m for m in controller.status().models if m.name == name)
+            found = next((m for m in controller.status().models if m.name == name), None)
+            if found is None:
+                raise Superseded(f"{name} was undeployed")
+            return found
 
         least = min(1, now().least)
         if not least <= target <= pool:
@@ -138,19 +141,27 @@ class Frontend(rpc.InferenceServicer):
 
 
 class Superseded(BlitzError):
-    """Somebody else changed the target."""
+    """Somebody else changed the target, or took the model away."""
 
     code = "ABORTED"
 
 
 async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: Controller,
                   context: grpc.aio.ServicerContext, progress: bool) -> None:
-    """Sends pieces as they come, joined when the client is slower than the tokens, until all answers of one order
-    have ended. The first that fails ends the others. Before the first token, with `progress`, what they wait for.
+    """Until all answers of one order have ended. Before the first token, with `progress`, what they wait for."""
+    if progress:
+        await _tell_progress(answers[0].changed, answers[0].order.request_id, model, controller, context)
+    async for answer, piece, last in pieces(answers, controller, context):
+        if last or piece.token_ids:
+            await context.write(_response(answer, piece, last, model.tokenizer, controller))
+
+
+async def pieces(answers: tuple[Answer, ...], controller: Controller,
+                 context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[Answer, Piece, bool]]:
+    """What answers of one order say, as it comes, joined when the client is slower than the tokens, and whether it was
+    the last of that answer. The first that fails ends the call, and with it the others.
     """
     changed, left = answers[0].changed, list(answers)
-    if progress:
-        await _tell_progress(changed, answers[0].order.request_id, model, controller, context)
     while left:
         await changed.wait()
         changed.clear()
@@ -159,11 +170,10 @@ async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: C
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
                 await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message, _FINAL)
-            if last or piece.token_ids:
-                await context.write(_response(answer, piece, last, model.tokenizer, controller))
+            yield answer, piece, last
             if last:
                 left.remove(answer)
-                controller.latencies[model.name].ended(answer, controller.now())
+                controller.latencies[answer.order.model].ended(answer, controller.now())
 
 
 async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,
@@ -256,5 +266,5 @@ def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, in
     return {"prefix_cache_queries": counts.queries[key], "prefix_cache_hits": counts.hits[key]}
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
+async def abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
     await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)

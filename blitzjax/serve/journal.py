@@ -53,7 +53,7 @@ class Said:
 
     at: float
     instance: types.InstanceId
-    tokens: pb.Tokens
+    said: pb.Tokens | pb.Decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ class Journal:
         self._size = stop or 0
         self._heard: dict[types.InstanceId, int] = {}
         self._limit = _SHORT_BYTES
+        self._failed: OSError | None = None  # a write, and so the next flush
         if not stop:
             self._write(self._header)
             self.flush()
@@ -129,12 +130,12 @@ class Journal:
     def happened(self, event: events.Event) -> None:
         self._record(eventlog.event_record(event))
 
-    def said(self, at: float, instance: types.InstanceId, tokens: pb.Tokens) -> None:
+    def said(self, at: float, instance: types.InstanceId, said: pb.Tokens | pb.Decoded) -> None:
         """The hot path: no JSON encoder."""
         heard, self._heard = self._heard, {}
         tail = ",".join(f'"{i}":{count}' for i, count in heard.items())
-        coded = base64.b64encode(tokens.SerializeToString()).decode()
-        self._write(f'{{"tokens":"{coded}","at":{at!r},"instance":"{instance}","heard":{{{tail}}}}}\n'.encode())
+        kind, coded = said.DESCRIPTOR.name, base64.b64encode(said.SerializeToString()).decode()
+        self._write(f'{{"{kind}":"{coded}","at":{at!r},"instance":"{instance}","heard":{{{tail}}}}}\n'.encode())
 
     def stream_ended(self, at: float, request_id: types.RequestId, delivered: bool) -> None:
         self._record({"ended": request_id, "at": at, "delivered": delivered})
@@ -146,6 +147,9 @@ class Journal:
         self._record({"removed": model, "at": at})
 
     def flush(self) -> None:
+        """Raises OSError when what was written since the last one did not reach the file."""
+        if self._failed is not None:
+            raise self._failed
         self._file.flush()
 
     @property
@@ -182,7 +186,10 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         self._size += len(line)
-        self._file.write(line)
+        try:
+            self._file.write(line)
+        except OSError as e:  # more than the buffer holds
+            self._failed = e
 
 
 def _line(record: Mapping[str, object]) -> bytes:
@@ -240,8 +247,10 @@ def read(path: Path) -> Iterator[Line]:
 
 def _decoded(record: Mapping[str, object]) -> Record:
     match record:
-        case {"tokens": coded}:
+        case {"Tokens": coded}:
             return Said(record["at"], record["instance"], pb.Tokens.FromString(base64.b64decode(coded)))
+        case {"Decoded": coded}:
+            return Said(record["at"], record["instance"], pb.Decoded.FromString(base64.b64decode(coded)))
         case {"event": _}:
             return Happened(eventlog.item_of(record))
         case {"order": order}:

@@ -1,7 +1,7 @@
 """How long did the answers take that ended? Counts and histograms by model, for metrics.py.
 
-Times are the controller's, until it gave the last tokens to the client's stream. Invariant: an answer counts once, when
-its stream has all of it; those that failed, or whose clients left, are not here.
+Times are the controller's: a token comes when it hears of it, an answer ends when its stream has all of it. Invariant: an
+answer counts once, then; those that failed, or whose clients left, are not here.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ class Latencies:
 
     first_token: Histogram = field(default_factory=Histogram)  # since the arrival
     per_token: Histogram = field(default_factory=Histogram)  # mean of an answer's tokens after the first
+    between_tokens: Histogram = field(default_factory=Histogram)  # each token after the first
     whole: Histogram = field(default_factory=Histogram)
     queued: Histogram = field(default_factory=Histogram)  # until an instance had room
+    prefill: Histogram = field(default_factory=Histogram)  # from there to the first token
+    decode: Histogram = field(default_factory=Histogram)  # from there to the last one
+    inference: Histogram = field(default_factory=Histogram)  # both
     reasons: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -53,9 +57,17 @@ class Latencies:
         self.prompt_tokens += answer.request.prompt_tokens
         self.generated_tokens += tokens
         self.whole.add(at - arrival_s)
-        if answer.assigned_s is not None:
-            self.queued.add(answer.assigned_s - arrival_s)
-        if answer.first_token_s is not None:
-            self.first_token.add(answer.first_token_s - arrival_s)
-            if tokens > 1:
-                self.per_token.add((at - answer.first_token_s) / (tokens - 1))
+        if answer.assigned_s is None:
+            return  # the client had what it wanted before an instance had room
+        self.queued.add(answer.assigned_s - arrival_s)
+        if answer.first_token_s is None:
+            return
+        decode_s = answer.last_token_s - answer.first_token_s
+        self.first_token.add(answer.first_token_s - arrival_s)
+        self.prefill.add(answer.first_token_s - answer.assigned_s)
+        self.decode.add(decode_s)
+        self.inference.add(answer.last_token_s - answer.assigned_s)
+        if tokens > 1:
+            self.per_token.add(decode_s / (tokens - 1))
+        for gap_s in answer.gaps_s:
+            self.between_tokens.add(gap_s)

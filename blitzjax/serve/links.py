@@ -56,7 +56,7 @@ class Shell(Protocol):
 
     def on_event(self, event: events.Event) -> None: ...
 
-    def on_tokens(self, instance: types.InstanceId, tokens: pb.Tokens) -> None: ...
+    def on_tokens(self, instance: types.InstanceId, said: pb.Tokens | pb.Decoded) -> None: ...
 
     def on_refused(self, instance: types.InstanceId, message: str, model: str = "") -> None: ...
 
@@ -200,8 +200,8 @@ class WorkerLink:
         self._forget(message.taken)
         self._shell.heard(self.instance, self.received)
         match which:
-            case "tokens":
-                self._shell.on_tokens(self.instance, message.tokens)
+            case "tokens" | "decoded":
+                self._shell.on_tokens(self.instance, getattr(message, which))
             case "refused" if message.refused.model:  # the session goes on without it
                 self._shell.on_refused(self.instance, message.refused.message, message.refused.model)
             case "refused":

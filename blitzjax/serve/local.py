@@ -1,4 +1,5 @@
-"""A whole cluster on this machine: coordination service, worker pool and controller as supervised processes.
+"""A whole cluster on this machine: coordination service, worker pool and controller as supervised processes. Or, of a
+cluster on several machines, what runs on the first.
 
 Invariant: no process outlives its LocalCluster, even when the parent is killed. Workers, the coordination service and a
 controller that was killed start again; a controller that ends by itself ends the cluster. Used by `blitzjax serve`,
@@ -11,61 +12,24 @@ import atexit
 import contextlib
 import json
 import os
-import random
+import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from blitzjax import config as configs
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import Client
+from blitzjax.serve.processes import TAIL_LINES, TELL_AFTER, Process, tail
 from blitzjax.serve.pulse import Pulse
+from blitzjax.serve.workers import POLL_S, Launch, Workers, free_ports
 
-_POLL_S = 0.05
-_BACKOFF_S = (0.2, 5.0)  # first and longest pause before a process starts again
-_HEALTHY_S = 10.0  # a process that lived this long starts again without a growing pause
-_TELL_AFTER = 3  # short lives in a row before the end of its log is shown
-_TAIL_LINES = 25
-_PORTS = (20000, 32000)  # below Linux's ephemeral ports: nobody's outgoing connection takes one between two lives
-
-# Huge pages, and freed memory stays with the process: fresh pages are the main cost of large temporaries and caches.
-_MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=34359738368"
-
-# Runs before each program: dies with the parent (PR_SET_PDEATHSIG = 1), becomes the program.
-_LAUNCH = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    os._exit(1)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Where and how processes start; the default is everything on loopback.
-
-    `hosts[k]` and `prefixes[k]` move worker k to another address, inside another network namespace say; the
-    coordination service must then listen on a `coordinator_host` that they reach.
-    """
-
-    run_dir: Path | None = None  # logs; None: a fresh temporary directory
-    hosts: tuple[str, ...] = ()
-    prefixes: tuple[tuple[str, ...], ...] = ()
-    coordinator_host: str = "127.0.0.1"
-    env: Mapping[str, str] = field(default_factory=dict)  # for workers, over everything else
-    worker: tuple[str, ...] = (sys.executable, "-m", "blitzjax.cli", "worker")
-    coordinator: tuple[str, ...] = (sys.executable, "-m", "blitzjax.transfer.coordinator")
-    console: bool = False  # the controller writes to our stderr instead of its log
+_GATEWAY_GRACE_S = 2.0
 
 
 class LocalCluster:
@@ -74,8 +38,10 @@ class LocalCluster:
     One thread, the supervisor, starts and restarts processes: a child's death signal follows the thread that made it.
     """
 
-    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch()):
-        """`model_dirs`: one checkpoint or several, to begin with. `config.serve.port` 0 picks a free port.
+    def __init__(self, config: Config, model_dirs: Path | Sequence[Path], launch: Launch = Launch(),
+                 names: Sequence[str] = ()):
+        """`model_dirs`: one checkpoint or several, to begin with, served under `names` if there are any.
+        `config.serve.port` 0 picks a free port.
 
         Nothing starts before `start`.
         """
@@ -83,25 +49,26 @@ class LocalCluster:
         ports = free_ports(pool + 2)
         self.config = replace(config, serve=replace(config.serve, port=config.serve.port or ports[0]))
         self.address = f"{host}:{self.config.serve.port}"
-        self.run_dir = launch.run_dir or Path(tempfile.mkdtemp(prefix="blitzjax-"))
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._launch = launch
+        self._workers = Workers(config, launch, launch.ports or ports[1:])
+        self.run_dir, self.worker_addresses = self._workers.run_dir, self._workers.addresses
+        self._temporary = launch.run_dir is None
         self._stopping = threading.Event()
         self._terminating = False
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards every _Process against the supervisor
-        self.worker_addresses = tuple(f"{self._host(k)}:{ports[k + 2]}" for k in range(pool))
-        coordinator = f"{launch.coordinator_host}:{ports[1]}"
-        self._coordinator = self._process("coordinator", (
-            *launch.coordinator, "--address", coordinator, "--size", str(pool), "--heartbeat-s",
-            str(config.cluster.heartbeat_s)))
-        self._workers = [self._worker(k, coordinator) for k in range(pool)]
+        self._lock = threading.RLock()  # guards every process against the supervisor; signal handlers take it again
+        self._coordinator = Process("coordinator", (
+            *launch.coordinator, "--address", self._workers.coordinator, "--size", str(pool), "--heartbeat-s",
+            str(config.cluster.heartbeat_s)), dict(os.environ), self.run_dir / "coordinator.log")
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
-        self._controller = self._process("controller", (
-            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs), "--workers",
+        self._controller = Process("controller", (
+            sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs, names), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
-            json.dumps(configs.to_tables(self.config)), *journal), to_stderr=launch.console)
+            json.dumps(configs.to_tables(self.config)), *journal), dict(os.environ),
+            None if launch.console else self.run_dir / "controller.log")
+        self._gateway = [Process("gateway", (
+            sys.executable, "-m", "blitzjax.serve.gateway", "--address", self.address, "--host", host, "--port",
+            str(config.serve.http_port)), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
         resumes = config.serve.resume_timeout_s > 0  # else killing it would be the end
         self._pulse = Pulse(self.address, config.serve.hang_timeout_s if resumes else 0.0)
 
@@ -111,8 +78,12 @@ class LocalCluster:
         self.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self.stop()
+        processes = (self._controller, self._coordinator, *self._gateway, *self._workers.processes.values())
+        unharmed = self._controller.code in (0, None) and not any(process.lives > 1 for process in processes)
+        if self._temporary and unharmed and kind is None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def start(self) -> None:
         """Starts every process and returns at once; see `wait_ready`."""
@@ -161,14 +132,14 @@ class LocalCluster:
                     raise BlitzError(f"the controller ended with code {code}:\n{said}")
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no instance serves after {timeout_s:g} s; logs are in {self.run_dir}")
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
 
     # ---- what tests and benchmarks do to processes
 
     def worker_pid(self, k: int) -> int | None:
         """None while it is down."""
         with self._lock:
-            return self._workers[k].pid
+            return self._workers.processes[k].pid
 
     def controller_pid(self) -> int | None:
         """None while it is down."""
@@ -176,7 +147,7 @@ class LocalCluster:
             return self._controller.pid
 
     def signal_worker(self, k: int, number: signal.Signals = signal.SIGKILL) -> None:
-        self._signal(self._workers[k], number)
+        self._signal(self._workers.processes[k], number)
 
     def signal_controller(self, number: signal.Signals = signal.SIGKILL) -> None:
         self._signal(self._controller, number)
@@ -184,43 +155,23 @@ class LocalCluster:
     def signal_coordinator(self, number: signal.Signals = signal.SIGKILL) -> None:
         self._signal(self._coordinator, number)
 
-    def tail(self, name: str, lines: int = _TAIL_LINES) -> str:
+    def tail(self, name: str, lines: int = TAIL_LINES) -> str:
         """End of a log: "controller", "coordinator" or "worker-K"."""
-        try:
-            return "\n".join((self.run_dir / f"{name}.log").read_text(errors="replace").splitlines()[-lines:])
-        except FileNotFoundError:
-            return ""
+        return tail(self.run_dir / f"{name}.log", lines)
 
-    # ---- making processes
-
-    def _host(self, k: int) -> str:
-        return self._launch.hosts[k] if self._launch.hosts else "127.0.0.1"
-
-    def _worker(self, k: int, coordinator: str) -> _Process:
-        launch, cluster = self._launch, self.config.cluster
-        prefix = launch.prefixes[k] if launch.prefixes else ()
-        host = ("--host-ip", self._host(k)) if launch.hosts else ()
-        cores = sorted(os.sched_getaffinity(0))
-        core = ("--core", str(cores[k % len(cores)])) if cluster.pin_cores else ()
-        argv = (*prefix, *launch.worker, "--listen", self.worker_addresses[k], "--rank", str(k), "--world",
-                str(cluster.pool), "--coordinator", coordinator, *host, *core)
-        return self._process(f"worker-{k}", argv, env=worker_env(self.config, k) | dict(launch.env))
-
-    def _process(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None,
-                 to_stderr: bool = False) -> _Process:
-        log = None if to_stderr else self.run_dir / f"{name}.log"
-        return _Process(name, tuple(argv), dict(os.environ if env is None else env), log)
-
-    def _signal(self, process: _Process, number: signal.Signals) -> None:
+    def _signal(self, process: Process, number: signal.Signals) -> None:
         with self._lock:
             process.signal(number)
 
     # ---- the supervisor thread
 
     def _supervise(self) -> None:
-        supervised = (self._coordinator, *self._workers)
-        self._controller.start()
-        while not self._stopping.wait(_POLL_S):
+        workers = self._workers.processes.values()
+        supervised = (self._coordinator, *workers, *self._gateway)
+        with self._lock:
+            if not self._terminating:
+                self._controller.start_when_due()
+        while not self._stopping.wait(POLL_S):
             with self._lock:
                 if self._controller.poll():
                     self._controller_died()
@@ -228,7 +179,7 @@ class LocalCluster:
                     self._kill_hung()
                 dead = [process for process in supervised if process.poll()]
                 if self._coordinator in dead:  # workers joined the dead service: they must join the next one
-                    for worker in self._workers:
+                    for worker in workers:
                         worker.signal(signal.SIGKILL)
                 for process in supervised:
                     process.start_when_due()
@@ -237,7 +188,9 @@ class LocalCluster:
                 if not self._controller.ended.is_set():
                     self._controller.start_when_due()
             for process in dead:
-                self._tell(process)
+                process.tell()
+        for gateway in self._gateway:  # what the controller said last is on its way to readers
+            gateway.end(_GATEWAY_GRACE_S)
         for process in (self._controller, *supervised):
             process.kill()
         self._pulse.forget()
@@ -257,107 +210,12 @@ class LocalCluster:
             return
         print(f"blitzjax: the controller was killed by signal {-self._controller.code}; it starts again and resumes",
               file=sys.stderr)
-        if self._controller.short_lives > _TELL_AFTER:
+        if self._controller.short_lives > TELL_AFTER:
             self._journal.unlink(missing_ok=True)
 
-    def _tell(self, process: _Process) -> None:
-        if process.short_lives == _TELL_AFTER:
-            print(f"blitzjax: {process.name} ends again and again (code {process.code}); the end of {process.log}:\n"
-                  f"{self.tail(process.name)}", file=sys.stderr)
 
-
-class _Process:
-    """One program and its lives. Owned by the supervisor; others hold the cluster's lock."""
-
-    def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], log: Path | None):
-        self.name, self.log = name, log
-        self.code: int | None = None  # of the last life
-        self.short_lives = 0  # in a row
-        self.ended = threading.Event()  # it will not start again; of the controller only
-        self._argv, self._env = argv, env
-        self._popen: subprocess.Popen[bytes] | None = None
-        self._born = self._due = 0.0
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._popen is None else self._popen.pid
-
-    def start(self) -> None:
-        argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._argv)
-        out = sys.stderr.buffer if self.log is None else self.log.open("ab")
-        try:
-            self._popen = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                           start_new_session=True)
-        finally:
-            if self.log is not None:
-                out.close()
-        self._born = time.monotonic()
-
-    def start_when_due(self) -> None:
-        if self._popen is None and time.monotonic() >= self._due:
-            self.start()
-
-    def poll(self) -> bool:
-        """True once per death; then it starts again after a pause that grows with short lives."""
-        if self._popen is None or self._popen.poll() is None:
-            return False
-        self.code, self._popen = self._popen.returncode, None
-        self.short_lives = self.short_lives + 1 if time.monotonic() - self._born < _HEALTHY_S else 0
-        self._due = time.monotonic() + min(_BACKOFF_S[1], _BACKOFF_S[0] * 2 ** max(0, self.short_lives - 1))
-        return True
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the whole process group; nothing happens while it is down."""
-        if self._popen is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        if self._popen is not None:
-            self._popen.wait()
-            self.poll()
-
-
-def worker_env(config: Config, k: int) -> dict[str, str]:
-    """Environment of worker `k`: ours, then what XLA and glibc need for it; what the user set is kept."""
-    env = dict(os.environ)
-    accelerators = sorted(Path("/dev").glob("nvidia[0-9]*"))
-    tensor_parallel = config.engine.tensor_parallel
-    if not accelerators and not list(Path("/dev").glob("accel[0-9]*")):
-        env.setdefault("JAX_PLATFORMS", "cpu")
-    env.setdefault("GLIBC_TUNABLES", _MALLOC)
-    env["PYTHONUNBUFFERED"] = "1"
-    if config.cluster.threads > 0:
-        env["NPROC"] = str(config.cluster.threads)
-    if env.get("JAX_PLATFORMS") == "cpu":
-        flags = [f"--xla_cpu_collective_timeout_seconds={max(1, round(config.transfer.collective_timeout_s))}"]
-        if tensor_parallel > 1:
-            flags.append(f"--xla_force_host_platform_device_count={tensor_parallel}")
-        env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), *flags]).strip()
-    elif len(accelerators) >= config.cluster.pool * tensor_parallel:
-        mine = range(k * tensor_parallel, (k + 1) * tensor_parallel)
-        env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, mine)))
-    elif accelerators:  # workers share devices
-        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / config.cluster.pool:.3f}")
-    return env
-
-
-def _model_args(model_dirs: Path | Sequence[Path]) -> Iterator[str]:
+def _model_args(model_dirs: Path | Sequence[Path], names: Sequence[str]) -> Iterator[str]:
     for directory in [model_dirs] if isinstance(model_dirs, Path) else model_dirs:
         yield from ("--model-dir", str(directory))
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nothing listens on now."""
-    with contextlib.ExitStack() as held:
-        return [_bind(held) for _ in range(count)]
-
-
-def _bind(held: contextlib.ExitStack) -> int:
-    while True:
-        port = random.randrange(*_PORTS)
-        sock = held.enter_context(socket.socket())
-        with contextlib.suppress(OSError):
-            sock.bind(("0.0.0.0", port))
-            return port
+    for name in names:
+        yield f"--served-model-name={name}"

@@ -42,8 +42,13 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[Latencies], Histogram]], ...] = (
     ("vllm:time_to_first_token_seconds", "Arrival to first token.", lambda known: known.first_token),
     ("vllm:request_time_per_output_token_seconds", "Mean of an answer's tokens after the first.",
      lambda known: known.per_token),
+    ("vllm:inter_token_latency_seconds", "Between one token of an answer and the next.",
+     lambda known: known.between_tokens),
     ("vllm:e2e_request_latency_seconds", "Arrival to last token.", lambda known: known.whole),
     ("vllm:request_queue_time_seconds", "Arrival until an instance had room.", lambda known: known.queued),
+    ("vllm:request_prefill_time_seconds", "From there to the first token.", lambda known: known.prefill),
+    ("vllm:request_decode_time_seconds", "From the first token to the last one.", lambda known: known.decode),
+    ("vllm:request_inference_time_seconds", "Both.", lambda known: known.inference),
 )
 
 
@@ -130,7 +135,7 @@ async def endpoint(metrics: Callable[[], str], ready: Callable[[], bool], host: 
 
 
 def _response(head: bytes, metrics: Callable[[], str], ready: Callable[[], bool]) -> bytes:
-    match head.split(b" ")[:2]:
+    match head.replace(b"?", b" ", 1).split(b" ")[:2]:  # what a scraper asks besides changes nothing
         case [b"GET", b"/metrics"]:
             status, text = "200 OK", metrics()
         case [b"GET", b"/health"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blitzjax.engine.cache import MANIFEST
@@ -25,12 +25,18 @@ class ServedModel:
     tokenizer: Tokenizer | None
 
 
-def load_model(directory: Path) -> ServedModel:
-    """Reads `manifest.json` and the tokenizer, never the arrays. Raises CheckpointError."""
+def load_model(directory: Path, name: str = "") -> ServedModel:
+    """Reads `manifest.json` and the tokenizer, never the arrays; the model is served as `name`, if there is one.
+
+    Raises CheckpointError.
+    """
     path = directory / MANIFEST
     try:
         manifest_json = path.read_text()
         spec = codec.model_spec(manifest_json)
+        if name:
+            manifest = json.loads(manifest_json)
+            spec, manifest_json = replace(spec, name=name), json.dumps(manifest | {"spec": manifest["spec"] | {"name": name}})
         size = sum(int(unit["bytes"]) for unit in json.loads(manifest_json)["units"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{directory} is not a blitzjax checkpoint ({path.name}: {e!r}); "

@@ -278,18 +278,14 @@ class Node:
 
 
 def encoded(output: Output) -> pb.WorkerEvent:
-    """Tokens without logprobs, which every row has at every step, field by field: `codec.fill` takes twice as long."""
-    if not isinstance(output, m.Tokens):
-        return codec.encode_event(output)
     event = pb.WorkerEvent()
-    said = event.tokens
-    if output.logprobs or output.prompt_logprobs:
-        codec.fill(said, output)
-        return event
-    said.request_id, said.attempt, said.start = output.request_id, output.attempt, output.start
-    said.token_ids.extend(output.token_ids)
-    said.finish_reason = output.finish_reason
-    said.layers_helped, said.cached_tokens = output.layers_helped, output.cached_tokens
+    match output:
+        case m.Tokens():
+            codec.fill(event.tokens, output)
+        case m.Decoded():
+            codec.fill(event.decoded, output)
+        case _:
+            return codec.encode_event(output)
     return event
 
 

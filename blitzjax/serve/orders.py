@@ -33,6 +33,8 @@ _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its default
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs")
 
+_OFF = ("top_k", "seed")  # -1 is like none, as in vLLM
+
 
 async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int,
                    page_size: int) -> Order:
@@ -104,9 +106,9 @@ def _check_draw(s: pb.SamplingParams) -> None:
     _want(math.isfinite(s.temperature) and 0 <= s.temperature <= MAX_TEMPERATURE,
           f"temperature must be in [0, {MAX_TEMPERATURE:g}], got {s.temperature:g}")
     _want(not s.HasField("top_p") or 0 < s.top_p <= 1, f"top_p must be in (0, 1], got {s.top_p:g}")
-    _want(s.top_k >= 0, f"top_k must be at least 0 (0: off), got {s.top_k}")
+    _want(s.top_k >= -1, f"top_k must be at least 1, or 0 or -1 (off), got {s.top_k}")
     _want(0 <= s.min_p <= 1, f"min_p must be in [0, 1], got {s.min_p:g}")
-    _want(s.seed >= 0, f"seed must be in [0, 2^63), got {s.seed}")
+    _want(s.seed >= -1, f"seed must be in [0, 2^63), or -1 (drawn here), got {s.seed}")
     _want(not s.HasField("n") or 1 <= s.n <= MAX_N, f"n must be in [1, {MAX_N}], got {s.n}")
     _want(s.n <= 1 or s.temperature > 0, f"n={s.n} greedy answers would be the same; set a temperature above 0")
 
@@ -147,11 +149,13 @@ def _want(ok: bool, message: str) -> None:
 def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int) -> Sampling:
     """Fills defaults; draws a seed when there is none. Raises InvalidRequest when the answer does not fit."""
     room = context_tokens - prompt_tokens
-    wanted = s.max_tokens if s.HasField("max_tokens") else max(1, min(DEFAULT_MAX_TOKENS, room))
+    unsaid = max(1, room if s.fill_context else min(DEFAULT_MAX_TOKENS, room))
+    wanted = s.max_tokens if s.HasField("max_tokens") else unsaid
     _want(wanted <= room, f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} "
                           f"exceeds the context of {context_tokens} tokens")
     _want(s.min_tokens <= wanted, f"min_tokens must be at most max_tokens ({wanted}), got {s.min_tokens}")
     given = {name: getattr(s, name) for name in _WITH_DEFAULTS if s.HasField(name)}
+    given = {name: value for name, value in given.items() if name not in _OFF or value != -1}
     bias = tuple(LogitBias(token, value) for token, value in sorted(s.logit_bias.items()))
     return Sampling(**{"seed": secrets.randbits(31), **given, "max_tokens": wanted, "logit_bias": bias,
                        "stop_token_ids": tuple(s.stop_token_ids)})

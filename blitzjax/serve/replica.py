@@ -18,7 +18,7 @@ from blitzjax.config import Config
 from blitzjax.control.cluster import Cluster
 from blitzjax.serve import codec
 from blitzjax.serve.accepted import Accepted
-from blitzjax.serve.answers import Order
+from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import ServedModel, load_model
@@ -75,26 +75,46 @@ class Replica:
     def admit(self, order: Order, first: int, at: float) -> list[events.Event]:
         return [events.RequestArrived(at, answer.request) for answer in self.orders.admit(order, first, at)]
 
-    def told(self, instance: types.InstanceId, tokens: pb.Tokens, at: float) -> list[events.Event]:
-        answer = self.orders.get(tokens.request_id)
-        if answer is None or tokens.attempt != answer.attempt:
-            return []  # the client left, or a later attempt runs elsewhere
+    def told(self, instance: types.InstanceId, said: pb.Tokens | pb.Decoded, at: float) -> list[events.Event]:
+        if isinstance(said, pb.Tokens):
+            return self._told_tokens(instance, said, at)
+        due: list[events.Event] = []
+        columns = said.request_ids, said.attempts, said.starts, said.token_ids
+        for request_id, attempt, start, token in zip(*columns, strict=True):
+            answer = self._awaited(request_id, attempt)
+            if answer is not None:
+                due += self._push(instance, answer, at, start, [token])
+        return due
+
+    def _told_tokens(self, instance: types.InstanceId, tokens: pb.Tokens, at: float) -> list[events.Event]:
+        answer = self._awaited(tokens.request_id, tokens.attempt)
+        if answer is None:
+            return []
         if self._caches and tokens.start == 0 and not answer.generated and answer.sampling.prompt_logprobs < 0:
             self.prefixes.add(answer.order.model, instance, answer.request.prompt_tokens, tokens.cached_tokens)
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
         answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
+        return self._push(instance, answer, at, tokens.start, list(tokens.token_ids), tokens.finish_reason,
+                          codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
+
+    def _awaited(self, request_id: types.RequestId, attempt: int) -> Answer | None:
+        """None: the client left, or a later attempt runs elsewhere."""
+        answer = self.orders.get(request_id)
+        return answer if answer is not None and answer.attempt == attempt else None
+
+    def _push(self, instance: types.InstanceId, answer: Answer, at: float, start: int, token_ids: list[int],
+              reason: str = "", *logprobs: list[types.TokenLogprob]) -> list[events.Event]:
         try:
-            answer.push(tokens.start, list(tokens.token_ids), tokens.finish_reason or None, at,
-                        codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
+            answer.push(start, token_ids, reason or None, at, *logprobs)
         except IndexError as e:
             _log.error("%s: %s", instance, e)
             answer.fail("INTERNAL", str(e))
         if not answer.ended:
             return []
         self.orders.over(answer)
-        if tokens.finish_reason and answer.failure is None:
+        if reason and answer.failure is None:
             self._unconfirmed[answer.request.id] = events.RequestFinished(
-                at, instance, answer.request.id, answer.attempt, tokens.finish_reason)
+                at, instance, answer.request.id, answer.attempt, reason)
             return []
         return [events.RequestCancelled(at, answer.request.id)]  # a stop string, or broken
 
@@ -154,13 +174,13 @@ class Replica:
     def snapshot(self) -> bytes:
         """Raises what pickle raises, if a part of the brain cannot be pickled."""
         links = {link.instance: link.state() for link in self.links.values()}
-        directories = [model.directory for model in self.models.values()]
-        return pickle.dumps((self.cluster, directories, self.orders.past(), self._unconfirmed, self.prefixes, links))
+        models = [(model.directory, model.name) for model in self.models.values()]
+        return pickle.dumps((self.cluster, models, self.orders.past(), self._unconfirmed, self.prefixes, links))
 
     def restore(self, snapshot: bytes) -> None:
         """Into a new replica. Raises CheckpointError when a model is not there any more."""
-        self.cluster, directories, past, self._unconfirmed, self.prefixes, links = pickle.loads(snapshot)
-        models = [load_model(directory) for directory in directories]
+        self.cluster, known, past, self._unconfirmed, self.prefixes, links = pickle.loads(snapshot)
+        models = [load_model(directory, name) for directory, name in known]
         self.models.clear()
         self.models |= {model.name: model for model in models}
         self.orders.restore(*past)

@@ -102,8 +102,8 @@ def _replayed(replica: Replica, line: Line, due: list[events.Event]) -> Past:
         case Happened(event=event):
             at, due = event.at, _without(event, due)
             due = [*replica.replay(event), *due]
-        case Said(at=at, instance=instance, tokens=tokens):
-            due = [*due, *replica.told(instance, tokens, at)]
+        case Said(at=at, instance=instance, said=said):
+            due = [*due, *replica.told(instance, said, at)]
         case StreamEnded(at=at, request_id=request_id, delivered=delivered):
             replica.orders.stream_ended(request_id, delivered, at)
             replica.orders.prune(at)

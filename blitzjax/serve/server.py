@@ -19,7 +19,9 @@ from grpc_reflection.v1alpha import reflection
 from blitzjax.errors import BlitzError
 from blitzjax.serve.frontend import SERVICE, Frontend, picture
 from blitzjax.serve.metrics import endpoint, render
+from blitzjax.serve.vllm_engine import SERVICE as VLLM_SERVICE, VllmEngine
 from blitzjax.v1 import inference_pb2_grpc as rpc
+from blitzjax.v1 import vllm_engine_pb2_grpc as vllm_rpc
 
 if typing.TYPE_CHECKING:
     from blitzjax.serve.controller import Controller
@@ -52,8 +54,9 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     checker = health.aio.HealthServicer()
     rpc.add_InferenceServicer_to_server(Frontend(controller), server)
+    vllm_rpc.add_VllmEngineServicer_to_server(VllmEngine(controller), server)
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, VLLM_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     stop = Stop()
     await _set_health(checker, False)
     try:
@@ -104,7 +107,7 @@ async def _keep_health(controller: Controller, checker: health.aio.HealthService
 
 async def _set_health(checker: health.aio.HealthServicer, ready: bool) -> None:
     status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-    for name in ("", SERVICE):
+    for name in ("", SERVICE, VLLM_SERVICE):
         await checker.set(name, status)
 
 

@@ -67,6 +67,8 @@ class Tokenizer:
                                          **self._names)
         except jinja2.TemplateError as e:
             raise InvalidRequest(f"the model's chat template refused the messages: {e}") from e
+        except Exception as e:  # the template's own mistakes may raise anything
+            raise InvalidRequest(f"the model's chat template failed on the messages: {type(e).__name__}: {e}") from e
 
 
 class IncrementalDecoder:

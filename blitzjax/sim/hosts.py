@@ -1,10 +1,13 @@
-"""Which ports does each instance have, and which hosts have the model in their memory?
+"""Which ports does each instance have, and which hosts have which model in their memory?
 
-Invariant: an instance's ports are those of its GPUs together; a host keeps its copy until `ttl_s` after its last use.
+Invariant: an instance's ports are those of its GPUs together; a host keeps a copy until `ttl_s` after its last use, and
+of each model one host at most keeps the brain's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -82,25 +85,36 @@ class Fleetports:
 
 @dataclass(slots=True)
 class HostCopies:
-    """ServerlessLLM's host cache. `ttl_s` 0 keeps nothing; infinite keeps everything, from the start (AllCache)."""
+    """ServerlessLLM's host cache, and the copies that the brain orders. `ttl_s` 0 caches nothing; infinite everything,
+    from the start (AllCache).
+    """
 
     ttl_s: float
-    _until: dict[str, float] = field(default_factory=dict)  # host → when its copy is dropped
-    _users: dict[str, int] = field(default_factory=dict)  # host → instances that hold the model
+    _until: dict[tuple[str, str], float] = field(default_factory=dict)  # host, model → when its copy is dropped
+    _users: Counter[tuple[str, str]] = field(default_factory=Counter)  # host, model → instances
+    _ordered: dict[str, InstanceId] = field(default_factory=dict)  # model → who keeps it
 
-    def hit(self, host: str, at: float) -> bool:
+    def hit(self, host: str, model: str, at: float) -> bool:
         if self.ttl_s == inf:
             return True
-        return self.ttl_s > 0 and (self._users.get(host, 0) > 0 or self._until.get(host, -inf) >= at)
+        return self.ttl_s > 0 and (self._users[host, model] > 0 or self._until.get((host, model), -inf) >= at)
 
-    def hold(self, host: str) -> None:
-        """An instance on `host` has the model now: the copy stays at least as long."""
-        self._users[host] = self._users.get(host, 0) + 1
+    def hold(self, host: str, model: str) -> None:
+        """An instance on `host` has the model now: a cached copy stays at least as long."""
+        self._users[host, model] += 1
 
-    def leave(self, host: str, at: float) -> None:
-        self._users[host] -= 1
-        self._until[host] = at + self.ttl_s
+    def leave(self, host: str, model: str, at: float) -> None:
+        self._users[host, model] -= 1
+        self._until[host, model] = at + self.ttl_s
 
-    def count(self, hosts: list[str], at: float) -> int:
+    def keep(self, model: str, instance: InstanceId) -> None:
+        """By order of the brain; whole, or on its way."""
+        assert self._ordered.setdefault(model, instance) == instance, f"{model} is kept twice"
+
+    def drop(self, model: str) -> None:
+        del self._ordered[model]
+
+    def count(self, hosts: list[str], models: Iterable[str], at: float) -> int:
         """Copies in host memory."""
-        return sum(self.hit(host, at) for host in hosts)
+        cached = sum(self.hit(host, model, at) for model in models for host in hosts) if self.ttl_s else 0
+        return cached + len(self._ordered)

@@ -10,44 +10,43 @@ from collections.abc import Callable
 from functools import partial
 
 from blitzjax.config import Config
-from blitzjax.control.batching import Batcher, Chunk, State
+from blitzjax.control.batching import Batcher, Chunk
 from blitzjax.control.blocks import PageLedger
-from blitzjax.control.zigzag import Handed
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.costs import ModelCosts
-from blitzjax.sim.parts import DecodeBatch, NewSide, OldSide, Sequence, Stretch
+from blitzjax.sim.partners import Partners
+from blitzjax.sim.parts import DecodeBatch, NewSide, Sequence, Stretch
 from blitzjax.sim.pipelines import Pipeline
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
-from blitzjax.events import (
-    Drained, Event, KVMigrated, LiveDrained, PrefillDone, RequestFailed, RequestFinished, RequestHanded,
-    RequestReturned,
-)
-from blitzjax.types import FinishReason, InstanceId, LivePair, Request, RequestId
+from blitzjax.events import Drained, Event, KVMigrated, PrefillDone, RequestFinished
+from blitzjax.types import FinishReason, InstanceId, Request, RequestId
 
 
 class SimInstance:
     """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
     and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves
-    the KV of a request.
+    the KV of a request. Reading the embedding from disk takes `embed_s`.
     """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
                  emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
                  hand_over: Callable[[InstanceId, InstanceId, int, int], float],
-                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float) -> None:
+                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float,
+                 embed_s: float = 0.0) -> None:
         self.name, self.units, self._version = name, 0, 0  # the version of what is running
+        self.model = ""  # that the units are of
         self._config, self._costs, self._clock = config, costs, clock
-        self._emit, self._find, self._hand_over, self._send_kv, self._rpc_s = emit, find, hand_over, send_kv, rpc_s
+        self._emit, self._find, self._send_kv = emit, find, send_kv
+        self.partners = Partners(self, costs.spec, clock, emit, lambda name: find(name).partners, hand_over, rpc_s,
+                                 embed_s)
         self._reset()
 
     def _reset(self) -> None:
         engine = self._config.engine
-        self._batcher = Batcher(engine.max_num_seqs, engine.max_num_batched_tokens,
-                                PageLedger(engine.kv_pages, engine.page_size))
-        self._sequences: dict[RequestId, Sequence] = {}
-        self._ready: list[Sequence] = []  # handed over, residuals here
-        self._new: NewSide | None = None
-        self._old: OldSide | None = None
+        self.batcher = Batcher(engine.max_num_seqs, engine.max_num_batched_tokens,
+                               PageLedger(engine.kv_pages, engine.page_size))
+        self.sequences: dict[RequestId, Sequence] = {}
+        self.partners.close()
         self._busy = False
         self._version += 1
         self._stretch: Stretch | None = None  # set while only decode steps run
@@ -63,45 +62,32 @@ class SimInstance:
 
     def check(self) -> None:
         """Asserts the invariants of the parts."""
-        self._batcher.check()
-        assert len(self._decoding) <= len(self._sequences) and self._decoding.kv_tokens >= 0
-        runnable = self.complete and (self._ready or self._decoding or self._batcher.waiting_tokens)
+        self.batcher.check()
+        assert len(self._decoding) <= len(self.sequences) and self._decoding.kv_tokens >= 0
+        runnable = self.complete and (self.partners.ready or self._decoding or self.batcher.waiting_tokens)
         assert self._busy or not runnable, f"{self.name} sleeps over work"
-
-    def _queue_live(self, new: NewSide, request: Request) -> None:
-        """Until the embedding is here, OLD lends the prompt's embedded rows."""
-        has_embedding = self.units > self._costs.spec.embed_unit
-        new.queue.add(request.id, has_embedding, (request.rank_s,))
-        if not has_embedding:
-            rows_s = self._hand_over(new.pair.old, self.name, request.prompt_tokens, 0)
-            self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
-
-    def _lent(self, new: NewSide, request_id: RequestId) -> None:
-        new.queue.ready(request_id)
-        self._wake()
 
     # ---- commands
 
     def assign(self, request: Request, attempt: int) -> None:
-        self._sequences[request.id] = Sequence(request, attempt)
-        if self._new is not None and not self.complete and self._batcher.hold(request):
-            self._queue_live(self._new, request)
-            self._answer()
+        self.sequences[request.id] = Sequence(request, attempt)
+        if not self.complete and self.batcher.hold(request):
+            self.partners.begin_early(self.sequences[request.id])
         else:
-            self._batcher.add(request)
-        self._wake()
+            self.batcher.add(request)
+        self.wake()
 
     def obey(self, command: Abort | Migrate | StartLive | EndLive | Release) -> None:
         match command:
             case Abort(request_id=request_id):
-                if request_id in self._sequences:
-                    self._between_steps(partial(self._abort, self._sequences[request_id]))
+                if request_id in self.sequences:
+                    self._between_steps(partial(self._abort, self.sequences[request_id]))
             case Migrate():
                 self._between_steps(partial(self._begin_migration, command))
             case StartLive(pair=pair):
-                self._start_live(pair)
+                self.partners.start(pair)
             case EndLive(pair=pair):
-                self._end_live(pair)
+                self.partners.end(pair)
             case Release():
                 self._reset()
                 self.units = 0
@@ -110,10 +96,8 @@ class SimInstance:
     def arrived(self, units: int) -> None:
         """Units [0, units) are here."""
         self.units = units
-        if self._new is not None:
-            self._note_layers(self._new)
-            self._answer()
-        self._wake()
+        self.partners.arrived()
+        self.wake()
 
     def join(self, pipeline: Pipeline) -> None:
         """With the other members it has every unit."""
@@ -131,29 +115,19 @@ class SimInstance:
         else:
             self._run(token_s * self._decoding.kv_tokens, lambda: None)
 
-    def _note_layers(self, new: NewSide) -> None:
-        """The last layer counts once the head is here too, as in engine/live.py."""
-        spec = self._costs.spec
-        if self.units > spec.embed_unit:
-            for request_id in new.queue.items:
-                new.queue.ready(request_id)
-        new.queue.loaded(spec.layers if self.complete else min(spec.layers_loaded(self.units), spec.layers - 1))
-
     def _abort(self, sequence: Sequence) -> None:
         request_id = sequence.request.id
-        if self._sequences.get(request_id) is not sequence:
+        if self.sequences.get(request_id) is not sequence:
             return
-        if self._new is not None:
-            self._new.queue.remove(request_id)
-        self._ready = [s for s in self._ready if s is not sequence]
-        self._forget(sequence)
+        self.partners.left(sequence)
+        self.forget(sequence)
         self._say_finished(sequence, "abort")
 
     # ---- migration
 
     def _begin_migration(self, command: Migrate) -> None:
         """Stops decoding the request; its seat and pages stay until the KV has left."""
-        sequence = self._sequences.get(command.request_id)
+        sequence = self.sequences.get(command.request_id)
         if sequence is None or sequence.attempt != command.attempt:
             return
         left = self._decoding.leave(sequence.request)
@@ -162,117 +136,33 @@ class SimInstance:
             self._send_kv(self.name, command.target, tokens, partial(self._migrated, sequence, left, command.target))
 
     def _migrated(self, sequence: Sequence, left: int, target: InstanceId) -> None:
-        self._forget(sequence)
+        self.forget(sequence)
         self._find(target).adopt(sequence, left)
-        self._wake()
+        self.wake()
 
     def adopt(self, sequence: Sequence, left: int) -> None:
         """The whole KV of a request is here; `left` tokens are still to be decoded."""
         request = sequence.request
-        self._sequences[request.id] = sequence
+        self.sequences[request.id] = sequence
         self._emit(KVMigrated(self._clock.now, self.name, request.id, sequence.attempt))
-        held = self._batcher.hold(request)
+        held = self.batcher.hold(request)
         assert held, f"{self.name} has no room for {request.id}"
         self._between_steps(partial(self._join_batch, sequence, left))
-        self._wake()
+        self.wake()
 
     def _join_batch(self, sequence: Sequence, left: int) -> None:
         request = sequence.request
-        if self._sequences.get(request.id) is sequence:
-            self._batcher.prefilled(request.id)
+        if self.sequences.get(request.id) is sequence:
+            self.batcher.prefilled(request.id)
             self._decoding.join(request, left)
-
-    # ---- live pairs
-
-    def _start_live(self, pair: LivePair) -> None:
-        if pair.new == self.name:
-            self._new = NewSide(pair, self._costs.spec.layers)
-            self._note_layers(self._new)
-        else:
-            self._old = OldSide(pair, self._find(pair.new))
-            self._return_untouched()
-            self._wake()
-
-    def _return_untouched(self) -> None:
-        """What this side has not begun goes to the pair's queue, where NEW helps with it."""
-        for sequence in list(self._sequences.values()):
-            if self._batcher.state(sequence.request.id) is State.WAITING:
-                self._forget(sequence)
-                self._emit(RequestReturned(self._clock.now, self.name, sequence.request.id, sequence.attempt))
-
-    def _end_live(self, pair: LivePair) -> None:
-        if self._old is not None and self._old.pair == pair:
-            self._old = None
-        if self._new is not None and self._new.pair == pair:
-            self._new.open = False
-            self._new.queue.close()
-            self._answer()
-            self._wake()
-
-    def _maybe_pull(self) -> None:
-        """OLD asks for its next prompt when it is idle, or about to be."""
-        old = self._old
-        if old is None or old.waiting or old.drained or self._ready or self._batcher.waiting or not self._batcher.room:
-            return
-        old.waiting = True
-        self._clock.after(self._rpc_s, old.partner.pulled, self)
-
-    def pulled(self, old: SimInstance) -> None:
-        if self._new is None:  # the pair is over, or its StartLive is still on the way
-            self._clock.after(self._rpc_s, old.handed, self.name, None)
-            return
-        self._new.puller = old
-        self._answer()
-
-    def _answer(self) -> None:
-        """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
-        new = self._new
-        if new is None or new.puller is None:
-            return
-        given = new.queue.pull() if new.open else None
-        old = new.puller
-        if isinstance(given, Handed):
-            sequence = self._sequences.pop(given.item)
-            self._batcher.finish(given.item)
-            new.puller = None
-            self._emit(RequestHanded(self._clock.now, self.name, given.item, sequence.attempt, old.name))
-            sequence.next_layer = given.next_layer
-            layers = given.next_layer
-            wait_s = self._hand_over(self.name, old.name, sequence.request.prompt_tokens, layers) if layers else 0.0
-            self._clock.after(self._rpc_s + wait_s, old.handed, self.name, sequence)
-        elif not new.open or new.queue.drained:
-            new.puller = None
-            self._clock.after(self._rpc_s, old.handed, self.name, None)
-
-    def handed(self, partner: InstanceId, sequence: Sequence | None) -> None:
-        """The answer to a pull: a prompt and its residuals, or None when there is nothing any more."""
-        old = self._old
-        if old is not None and old.pair.new == partner:
-            old.waiting = False
-            if sequence is None:
-                if not old.drained:
-                    old.drained = True
-                    self._emit(LiveDrained(self._clock.now, self.name))
-                return
-        if sequence is None:
-            return
-        request = sequence.request
-        self._emit(RequestHanded(self._clock.now, self.name, request.id, sequence.attempt, self.name))
-        if not self._batcher.hold(request):
-            why = f"{self.name} has no room for a request handed over by {partner}"
-            self._emit(RequestFailed(self._clock.now, self.name, request.id, sequence.attempt, why))
-            return
-        self._sequences[request.id] = sequence
-        self._ready.append(sequence)
-        self._wake()
 
     # ---- what runs
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         """Something new is here: decode steps that were foreseen end with the running one."""
         if not self._busy:
             self._begin()
-        elif self._stretch is not None and (self._ready or self._batcher.waiting):
+        elif self._stretch is not None and (self.partners.ready or self.batcher.waiting):
             self._shorten()
 
     def _shorten(self) -> None:
@@ -312,14 +202,14 @@ class SimInstance:
 
     def _begin(self) -> None:
         """Starts the next piece of work, if there is any: `_step` of engine/instance.py."""
-        if self._new is not None and self._begin_layer():
+        if self.partners.new is not None and self._begin_layer():
             return
         if not self.complete:
             return
-        self._maybe_pull()
-        chunks = self._batcher.next_chunks()
-        if self._ready:
-            self._run_ready(self._ready.pop(0))
+        self.partners.maybe_pull()
+        chunks = self.batcher.next_chunks()
+        if self.partners.ready:
+            self._run_ready(self.partners.ready.pop(0))
         elif chunks:
             passes = [(chunk,) for chunk in chunks] if self._costs.chunk_s else [chunks]  # the paper's: all at once
             decode_s = self._decode_s() if self._decoding else 0.0
@@ -332,25 +222,25 @@ class SimInstance:
 
     def _begin_layer(self) -> bool:
         """NEW's next layer. Once it is complete, its batch has a turn after every prompt."""
-        new = self._new
+        new = self.partners.new
         assert new is not None
-        if self._regular_turn and (self._decoding or self._ready or self._batcher.waiting_tokens):
+        if self._regular_turn and (self._decoding or self.partners.ready or self.batcher.waiting_tokens):
             self._regular_turn = False
             return False
         chosen = new.queue.next()
         if chosen is None:
             if not new.open and self.complete and not new.queue.items:
-                self._new = None
+                self.partners.new = None
             return False
-        tokens = self._sequences[chosen[0]].request.prompt_tokens
+        tokens = self.sequences[chosen[0]].request.prompt_tokens
         self._run(self._costs.prefill_s(tokens) / self._costs.spec.layers, self._layer_ran, new, chosen[0])
         return True
 
     def _layer_ran(self, new: NewSide, request_id: RequestId) -> None:
         if new.queue.ran(request_id):
-            self._first_token(self._sequences[request_id])
+            self._first_token(self.sequences[request_id])
             self._regular_turn = self.complete
-        self._answer()
+        self.partners.answer()
 
     def _run_ready(self, sequence: Sequence) -> None:
         """The rest of a handed-over prompt, after a decode step when one is due."""
@@ -361,12 +251,12 @@ class SimInstance:
         self._decode_due = (1.0 if decode else self._decode_due) - (
             rest * sequence.request.prompt_tokens / engine.max_num_batched_tokens)
         ahead_s = self._config.transfer.pull_ahead_layers / spec.layers * seconds
-        self._clock.after(seconds - ahead_s, self._maybe_pull)
+        self._clock.after(seconds - ahead_s, self.partners.maybe_pull)
         self._run(seconds, self._ran_ready, sequence, decode)
 
     def _ran_ready(self, sequence: Sequence, decode: bool) -> None:
         self._count_steps(int(decode))
-        if self._sequences.get(sequence.request.id) is sequence:
+        if self.sequences.get(sequence.request.id) is sequence:
             self._first_token(sequence)
 
     def _pass_s(self, chunks: tuple[Chunk, ...]) -> float:
@@ -381,15 +271,15 @@ class SimInstance:
 
     def _ran_pass(self, passes: list[tuple[Chunk, ...]]) -> None:
         for chunk in passes[0]:
-            self._batcher.chunk_done(chunk)
-            sequence = self._sequences.get(chunk.request_id)
+            self.batcher.chunk_done(chunk)
+            sequence = self.sequences.get(chunk.request_id)
             if sequence is not None and chunk.stop == sequence.request.prompt_tokens:
                 self._first_token(sequence)
         if passes[1:]:
             self._run(self._pass_s(passes[1]), self._ran_pass, passes[1:])
 
     def _run_decode(self) -> None:
-        prompts_wait = self._new is not None and len(self._new.queue) > 0
+        prompts_wait = self.partners.new is not None and len(self.partners.new.queue) > 0
         steps = 1 if prompts_wait else self._decoding.steps_left
         growth_s = len(self._decoding) * self._costs.kv_token_s
         self._stretch = Stretch(self._clock.now, self._decode_s(), growth_s, steps)
@@ -407,8 +297,8 @@ class SimInstance:
         """`steps` tokens for every decoding sequence; those that have all of theirs finish."""
         self._decoding.ran(steps)
         while (request_id := self._decoding.ended) is not None:
-            sequence = self._sequences[request_id]
-            self._forget(sequence)
+            sequence = self.sequences[request_id]
+            self.forget(sequence)
             self._say_finished(sequence, "length")
 
     def _first_token(self, sequence: Sequence) -> None:
@@ -417,15 +307,15 @@ class SimInstance:
             self._join_batch(sequence, request.max_tokens - 1)
         self._emit(PrefillDone(self._clock.now, self.name, request.id, sequence.attempt))
         if request.max_tokens == 1:
-            self._forget(sequence)
+            self.forget(sequence)
             self._say_finished(sequence, "length")
 
     def _say_finished(self, sequence: Sequence, reason: FinishReason) -> None:
         self._emit(RequestFinished(self._clock.now, self.name, sequence.request.id, sequence.attempt, reason))
 
-    def _forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Sequence) -> None:
         """Frees everything that the sequence holds here."""
         request = sequence.request
-        self._batcher.finish(request.id)
+        self.batcher.finish(request.id)
         self._decoding.leave(request)
-        del self._sequences[request.id]
+        del self.sequences[request.id]

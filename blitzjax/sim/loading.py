@@ -1,7 +1,8 @@
 """How do parameters move in virtual time? Chains, lanes, and loads from SSD or host memory, over shared links.
 
 Mirrors transfer/broadcast.py and engine/loading.py: the same commands in, the same events out. Lanes of one plan
-meet in every domain: a unit is there once each lane has brought its part and the domain has gathered them.
+meet in every domain: a unit is there once each lane has brought its part and the domain has gathered them. All models
+have the same costs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from blitzjax.sim.hosts import Fleetports, HostCopies
 from blitzjax.sim.instance import SimInstance
 from blitzjax.sim.links import Fabric
 from blitzjax.sim.pipelines import Pipeline, Scatter
-from blitzjax.commands import LoadFromDisk, PrepareTransfer, StartTransfer
+from blitzjax.commands import Command, DropCopy, KeepCopy, LoadFromDisk, PrepareTransfer, StartTransfer, UseCopy
 from blitzjax.events import Event, LayerLoaded, TransferEnded, TransferReady
 from blitzjax.types import Chain, InstanceId, MulticastPlan
 
@@ -38,17 +39,29 @@ class Loading:
         self._units = costs.spec.units
         self._prefix = [0.0, *accumulate(costs.unit_bytes)]  # bytes of units [0, u)
 
-    def obey(self, command: PrepareTransfer | StartTransfer | LoadFromDisk) -> None:
+    def obey(self, command: Command) -> None:
         match command:
             case PrepareTransfer(instance=name, plan=plan):
                 self._plans[plan.ticket] = plan
+                if plan.copy and name == plan.chains[0].instances[-1]:
+                    self._copies.keep(plan.model, name)
                 self._clock.after(self._machine.setup_s, self._prepared, name, plan.ticket)
             case StartTransfer(ticket=ticket):
                 plan = self._plans.pop(ticket, None)  # its members get the command together; the first one starts it
                 if plan is not None:
                     self._begin(plan)
-            case LoadFromDisk(instance=name, ticket=ticket, start_unit=start):
-                self._begin_load(ticket, name, start)
+            case LoadFromDisk():
+                self._begin_load(command)
+            case KeepCopy(instance=name, ticket=ticket, model=model):
+                self._copies.keep(model, name)
+                self._fabric.begin([self._ports.of[name].ssd], [self._prefix[-1]],
+                                   lambda mark: self._sent(name, ticket))
+            case UseCopy():
+                self._use_copy(command)
+            case DropCopy(model=model):
+                self._copies.drop(model)
+            case _:
+                raise AssertionError(f"{command} moves no parameters")
 
     def _prepared(self, name: InstanceId, ticket: int) -> None:
         if name in self._partial:
@@ -57,7 +70,10 @@ class Loading:
             self._emit(TransferReady(self._clock.now, name, ticket))
 
     def _begin(self, plan: MulticastPlan) -> None:
-        if self._scatter is not None:
+        if not plan.copy:
+            for name in (name for chain in plan.chains for name in chain.instances[1:]):
+                self._instances[name].model = plan.model
+        if self._scatter is not None and not plan.copy:
             self._scatter.begin(plan, lambda source: self._sent(source, plan.ticket))
             return
         gather = _Gather([chain for chain in plan.chains if chain.lanes > 1], self._ports)
@@ -66,7 +82,10 @@ class Loading:
             tail = names[-1]
 
             def got(member: int, units: int, names: tuple[InstanceId, ...] = names, tail: InstanceId = tail) -> None:
-                self._arrived(plan.ticket, names[member], units, names[member] == tail)
+                if not plan.copy:
+                    self._arrived(plan.ticket, names[member], units, names[member] == tail)
+                elif units == self._units:
+                    self._sent(names[member], plan.ticket)
 
             def lane_got(member: int, units: int, chain: Chain = chain) -> None:
                 for names, here in gather.got(chain.lane, chain.instances[member], units):
@@ -79,8 +98,9 @@ class Loading:
                       [at / chain.lanes for at in self._prefix], chain.start_unit, self._machine.chunk_bytes,
                       chain.lanes > 1, lane_got if chain.lanes > 1 else got, source_done)
 
-    def _sent(self, source: InstanceId, ticket: int) -> None:
-        self._emit(TransferEnded(self._clock.now, source, ticket, self._units, ""))
+    def _sent(self, name: InstanceId, ticket: int) -> None:
+        """A source has sent everything, or a host copy is whole."""
+        self._emit(TransferEnded(self._clock.now, name, ticket, self._units, ""))
 
     def _formed(self, name: InstanceId, pipeline: Pipeline) -> None:
         """To the brain it is an instance like others from now on."""
@@ -100,7 +120,7 @@ class Loading:
             self._prepared(name, later)
 
     def _serves(self, name: InstanceId, ticket: int) -> None:
-        self._copies.hold(self._ports.of[name].host)
+        self._copies.hold(self._ports.of[name].host, self._instances[name].model)
         self._emit(TransferEnded(self._clock.now, name, ticket, self._units, ""))
 
     def _gather_s(self, chain: Chain, name: InstanceId) -> float:
@@ -112,12 +132,24 @@ class Loading:
         for name in names:
             self._arrived(ticket, name, units, True)
 
-    def _begin_load(self, ticket: int, name: InstanceId, start: int) -> None:
+    def _begin_load(self, command: LoadFromDisk) -> None:
         """From host memory if the host has a copy, else from SSD through host memory."""
-        ports = self._ports.of[name]
-        links = [ports.pcie] if self._copies.hit(ports.host, self._clock.now) else [ports.ssd, ports.pcie]
+        name, start, ports = command.instance, command.start_unit, self._ports.of[command.instance]
+        self._instances[name].model = command.model
+        hit = self._copies.hit(ports.host, command.model, self._clock.now)
         marks = [at - self._prefix[start] for at in self._prefix[start + 1:]]
-        self._fabric.begin(links, marks, lambda mark: self._arrived(ticket, name, start + mark + 1, True))
+        self._fabric.begin([ports.pcie] if hit else [ports.ssd, ports.pcie], marks,
+                           lambda mark: self._arrived(command.ticket, name, start + mark + 1, True))
+
+    def _use_copy(self, command: UseCopy) -> None:
+        """Onto the GPUs of who keeps it; whole at once, as engine/loading.py has it."""
+        name = command.instance
+        self._instances[name].model = command.model
+
+        def moved(mark: int) -> None:
+            self._copies.drop(command.model)
+            self._arrived(command.ticket, name, self._units, False)
+        self._fabric.begin([self._ports.of[name].pcie], [self._prefix[-1]], moved)
 
     def _arrived(self, ticket: int, name: InstanceId, units: int, may_be_live: bool) -> None:
         """Only chain tails and lone loads can be live: the brain hears of the others when they are complete."""

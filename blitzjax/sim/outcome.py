@@ -12,7 +12,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from blitzjax.sim.links import Link
-from blitzjax.commands import LoadFromDisk, PrepareTransfer
+from blitzjax.commands import LoadFromDisk, PrepareTransfer, UseCopy
 from blitzjax.types import InstanceId, Request
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Outcome:
     arrived_s: array[float] = field(default_factory=lambda: array("d"))  # of every request that ended
     ttft_s: array[float] = field(default_factory=lambda: array("d"))
     tpot_s: array[float] = field(default_factory=lambda: array("d"))  # mean gap between tokens; 0 for one token
+    cold_ttft_s: array[float] = field(default_factory=lambda: array("d"))  # of those that found no instance
     rejects: int = 0
     scale_ups: list[ScaleUp] = field(default_factory=list)
     releases: list[tuple[float, InstanceId]] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Outcome:
     links: dict[str, float] = field(default_factory=dict)  # "nic_out:i0003" → bytes that it carried
     _percentiles: dict[str, list[float]] = field(default_factory=dict)
     _first: dict[str, float] = field(default_factory=dict)
+    _cold: set[str] = field(default_factory=set)
     _since: dict[InstanceId, float] = field(default_factory=dict)  # instances that hold or receive the model
     _told: dict[tuple[int, InstanceId], float] = field(default_factory=dict)
 
@@ -73,8 +75,15 @@ class Outcome:
     def first_token(self, request_id: str, at: float) -> None:
         self._first.setdefault(request_id, at)
 
+    def came_cold(self, request_id: str) -> None:
+        """No instance has all of its model."""
+        self._cold.add(request_id)
+
     def finished(self, request: Request, at: float) -> None:
         first = self._first.pop(request.id)
+        if request.id in self._cold:
+            self._cold.remove(request.id)
+            self.cold_ttft_s.append(first - request.arrival_s)
         self.arrived_s.append(request.arrival_s)
         self.ttft_s.append(first - request.arrival_s)
         self.tpot_s.append((at - first) / max(request.max_tokens - 1, 1))
@@ -83,13 +92,14 @@ class Outcome:
         self._first.pop(request.id, None)
         self.rejects += 1
 
-    def scaling(self, command: PrepareTransfer | LoadFromDisk, at: float) -> None:
+    def scaling(self, command: PrepareTransfer | LoadFromDisk | UseCopy, at: float) -> None:
         """An instance is told to receive, or to send."""
-        if isinstance(command, LoadFromDisk):
+        if not isinstance(command, PrepareTransfer):
             ticket, receives = command.ticket, True
         else:
             ticket = command.plan.ticket
-            receives = any(command.instance in chain.instances[1:] for chain in command.plan.chains)
+            targets = [] if command.plan.copy else [i for chain in command.plan.chains for i in chain.instances[1:]]
+            receives = command.instance in targets
         if receives:
             self.occupy(command.instance, at)
             self._told[ticket, command.instance] = at

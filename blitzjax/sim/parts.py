@@ -11,7 +11,7 @@ from blitzjax.control.zigzag import LiveQueue
 from blitzjax.types import LivePair, Request, RequestId
 
 if TYPE_CHECKING:
-    from blitzjax.sim.instance import SimInstance
+    from blitzjax.sim.partners import Partners
 
 
 @dataclass(slots=True)
@@ -93,11 +93,18 @@ class NewSide:
         self.pair = pair
         self.queue: LiveQueue[RequestId] = LiveQueue(layers, pair.mode)
         self.open = True  # OLD may pull
-        self.puller: SimInstance | None = None  # OLD waits for an answer
+        self.puller: Partners | None = None  # OLD waits for an answer
+        self.embedded_at: float | None = None  # alone: when the embedding was read from disk
+
+
+    def close(self) -> None:
+        """Nothing is handed over any more."""
+        self.open = False
+        self.queue.close()
 
 
 class OldSide:
-    def __init__(self, pair: LivePair, partner: SimInstance) -> None:
+    def __init__(self, pair: LivePair, partner: Partners) -> None:
         self.pair, self.partner = pair, partner
         self.waiting = False  # a pull is on its way
         self.drained = False

@@ -103,6 +103,11 @@ def to_text(rows: Sequence[Row]) -> str:
                                for k, (cell, width) in enumerate(zip(line, widths))) for line in cells)
 
 
+def cold(outcomes: Sequence[Outcome]) -> str:
+    """Per system: TTFT and number of the requests that came while no instance had all of their model."""
+    return ", ".join(f"{o.setup.system.name} {mean(o.cold_ttft_s):.3g} s ({len(o.cold_ttft_s)})" for o in outcomes)
+
+
 def _table_html(rows: Sequence[Row]) -> str:
     moved = [key for key in rows[0] if key.endswith("_bytes") and key != "host_bytes"]
     gigabytes = [{"system": row["system"]} | {key.removesuffix("_bytes"): row[key] / 1e9 for key in moved}

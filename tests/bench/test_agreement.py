@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from bench.agreement import Course, compare
+from bench.agreement import Course, between, compare, drift
 from blitzjax.commands import PrepareTransfer, Release
 from blitzjax.events import PrefillDone, RequestArrived, Ticked, TransferEnded
+from blitzjax.sim.costs import MODELS
 from blitzjax.types import Chain, MulticastPlan, Request
 
 PLAN = MulticastPlan(1, "m", (Chain(("i0", "i1", "i2"), 0, 6, 0),))
@@ -36,3 +39,11 @@ def test_decisions_and_times_are_those_of_the_receivers() -> None:
     (course(ticks=2), False)])
 def test_the_goals(sim: Course, agrees: bool) -> None:
     assert compare(course(begin=100.0), sim)["agrees"] is agrees
+
+
+def test_the_simulation_gets_the_mean_of_both_calibrations_and_the_rate_of_the_first() -> None:
+    before = replace(MODELS["llama3-8b"], chunk_s=((32, 0.1), (64, 0.2)))
+    after = replace(before, prefill_tokens_per_s=1.0, step_s=3 * before.step_s, chunk_s=((32, 0.3), (64, 0.3)))
+    mean = between(before, after)
+    assert mean == replace(before, step_s=pytest.approx(2 * before.step_s), chunk_s=((32, 0.2), (64, 0.25)))
+    assert drift(before, after) == pytest.approx(1.5)

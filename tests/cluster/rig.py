@@ -4,6 +4,7 @@ enough to be interrupted: about 0.2 s a layer.
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -60,6 +61,10 @@ class Rig:
     def index(self, phase: str) -> int:
         """Worker number of the first instance in `phase`."""
         return next(int(i.id[1:]) for i in self.client.status().instances if i.phase == phase)
+
+    def log(self) -> list[dict[str, object]]:
+        """Events and commands so far."""
+        return [json.loads(line) for line in self.event_log.read_text().rpartition("\n")[0].splitlines()[1:]]
 
     def pids(self) -> dict[int, int | None]:
         return {k: self.cluster.worker_pid(k) for k in range(POOL)}

@@ -65,14 +65,22 @@ def test_the_only_serving_worker(rig: Rig, expected) -> None:
 
 @pytest.mark.parametrize("live", ["zigzag", "off"])
 def test_source_of_a_multicast(rig: Rig, expected, live: str) -> None:
-    """It is the live partner (OLD) too when live."""
+    """It is the live partner (OLD) too when live: then its requests run behind the layers that were sent."""
     rig.only(1)
     source = rig.index("serving")
+    begun = len(rig.log())
+    short = [p for p in prompts(48, seed=1) if len(p) == 3]
+    long = [(p, rig.send(p, max_tokens=250)) for p in short[:4]]  # the source has them when it dies
     rig.scale(3, live=live)
     answers = burst(rig)
     rig.wait(lambda s: any(i.phase in ("loading", "live") and i.layers_loaded >= 2 for i in s.instances), "loading")
     kill(rig, source)
     assert all_right(answers, expected)
+    assert all(answer.result(90).token_ids[:8] == expected(prompt) for prompt, answer in long)
+    records = rig.log()[begun:]
+    lost = next(n for n, r in enumerate(records) if r.get("event") == "InstanceLost")
+    whole = next(n for n, r in enumerate(records) if r.get("event") == "TransferEnded" and not r["error"] and n > lost)
+    assert any(r.get("command") == "Assign" for r in records[lost:whole]) == (live == "zigzag")
     rig.settle(3)
     assert only_the_killed_one_died(rig)
 

@@ -26,7 +26,9 @@ def test_sharded_cluster_answers_like_itself_before_scaling(tmp_path_factory, tp
     asked = prompts(8, seed=2, longest=100)
     with LocalCluster(config, directory) as cluster, cluster.client() as client:
         cluster.wait_ready(120)
+        deadline = time.monotonic() + 120
         while sum(i.in_world for i in client.status().instances) < 2:
+            assert time.monotonic() < deadline, "both workers join"
             time.sleep(0.05)
         alone = [client.generate(p, max_tokens=8, ignore_eos=True).token_ids for p in asked]
         client.scale(2, live="zigzag")

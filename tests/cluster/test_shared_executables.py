@@ -13,7 +13,8 @@ import pytest
 
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 
 READY = re.compile(r"is ready for \S+ in [\d.]+ s: (\d+) stages compiled, (\d+) loaded, (\d+) fetched")
 

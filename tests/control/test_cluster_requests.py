@@ -184,10 +184,9 @@ def test_a_hand_over_that_only_a_dead_partner_announced_is_run_again() -> None:
 
 def test_a_hand_over_to_a_dead_partner_is_run_again() -> None:
     world = pair()
-    world.kill("i0")
-    world.send(events.RequestHanded(0.0, "i1", "a", 1, "i0"))
-    assert world.brain.status().queued == 2  # "own" and "a"; "b" waits on i1 for its layers
-    assert world.of("i1").waiting == 1
+    assert Assign("i1", "own", 2) in world.kill("i0")  # i1 goes on alone
+    assert world.send(events.RequestHanded(0.0, "i1", "a", 1, "i0")) == [Assign("i1", "a", 2)]
+    assert world.of("i1").waiting == 3
 
 
 def test_late_and_odd_events_are_ignored() -> None:

@@ -246,11 +246,37 @@ def test_the_last_source_dies_and_the_rest_comes_from_disk() -> None:
     world.load("i1"), world.load("i1"), world.exchange()
     world.arrive("a")
     world.kill("i0")
-    assert world.phases() == [FAILED, LOADING] and world.of("i1").waiting == 1
+    assert world.phases() == [FAILED, LIVE] and world.of("i1").waiting == 1
+    assert any(isinstance(c, Assign) and c.instance == "i1" for c in world.arrive("b"))  # nobody else serves
     world.exchange()
     assert world.sent(LoadFromDisk) == [LoadFromDisk("i1", 2, 2, "toy")]
     world.settle(compute=True)
-    assert world.phases() == [FAILED, SERVING] and world.ended == {"a": "length"}
+    assert world.phases() == [FAILED, SERVING] and world.ended == {"a": "length", "b": "length"}
+
+
+def test_every_instance_on_its_way_executes_alone_once_the_last_that_served_is_gone() -> None:
+    """The chain's middle, and a NEW side whose OLD died while another served."""
+    world = serving(5, 2)
+    world.scale(5), world.exchange()
+    (old, new), = [(i.id, i.partner) for i in world.brain.status().instances if i.partner and i.phase is SERVING][:1]
+    world.kill(old)
+    (other,) = [i.id for i in world.brain.status().instances if i.phase is SERVING]
+    assert world.of(new).phase is LOADING
+    world.kill(other)
+    assert sorted(p.value for p in world.phases()) == ["failed", "failed", "live", "live", "live"]
+    assigned = {c.instance for n in range(3) for c in world.arrive(f"r{n}") if isinstance(c, Assign)}
+    assert len(assigned) == 3
+    world.settle(compute=True)
+    assert set(world.ended.values()) == {"length"} and world.phases().count(SERVING) == 3
+
+
+def test_with_live_off_nothing_goes_on_alone() -> None:
+    world = serving(2)
+    world.scale(2, live="off"), world.exchange()
+    world.kill("i0")
+    assert world.phases() == [FAILED, LOADING] and world.arrive("a") == []
+    world.settle(compute=True)
+    assert world.ended == {"a": "length"}
 
 
 def test_the_same_members_form_another_clique_after_a_failure() -> None:

@@ -148,6 +148,18 @@ def test_a_copy_whose_source_dies_goes_on_from_disk_where_it_was() -> None:
     assert copies(world, "toy") == [other] and whole(world, "toy") == [other]
 
 
+def test_without_host_copies_a_model_at_zero_is_on_disk_only() -> None:
+    world = World(2, config(min_instances=0, host_copies=False), specs=SPECS[:2])
+    assert world.join("i0", copies=["toy"])[0] == DropCopy("i0", "toy")
+    world.join("i1"), world.settle(), world.tick(COMPILE_WAIT_S)
+    world.arrive("r"), world.settle(compute=True)
+    assert world.ended == {"r": "length"} and len(world.sent(LoadFromDisk)) == 1
+    (last,) = whole(world, "toy")
+    world.scale(0), world.settle()
+    assert world.sent(Release) == [Release(last)] and not whole(world, "toy")
+    assert world.sent(KeepCopy) == world.sent(UseCopy) == []
+
+
 def test_a_worker_whose_disk_fails_is_not_asked_again_at_once() -> None:
     world = World(2, config(min_instances=0))
     world.disk_fails = {"i0"}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -177,6 +180,25 @@ def test_unknown_configuration_is_refused(tmp_path: Path, changes: dict[str, obj
 def test_directory_of_nothing_says_what_it_may_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="manifest.json.*safetensors.*Orbax"):
         resolve(str(directory(tmp_path / "hf")), "float32", tmp_path / "cache")
+
+
+def test_a_repository_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--acme--mine"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    write_shards(directory(repository / "snapshots" / ("0" * 40)), tensors(), 2)
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "BLITZJAX_CACHE": str(tmp_path / "ours")}
+
+    def converted(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "blitzjax.cli", "convert", name, "--dtype", "float32"], env=env,
+                              capture_output=True, text=True)
+
+    first, second = converted("acme/mine"), converted("acme/mine")
+    assert first.returncode == 0, first.stderr
+    assert second.stdout == first.stdout and Checkpoint.open(Path(first.stdout.strip())).spec == replace(SPEC, name="mine")
+    missing = converted("acme/other")
+    assert missing.returncode == 2 and "no directory 'acme/other', and the Hugging Face hub does not" in missing.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------------

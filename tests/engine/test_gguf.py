@@ -27,7 +27,7 @@ FAMILIES = json.loads((Path(__file__).parents[1] / "reference" / "families.json"
 
 
 def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str = "llama", merge: str = "a b",
-               raw: Mapping[str, np.ndarray] = {}, kind: str = "F32") -> None:
+               raw: Mapping[str, np.ndarray] = {}, kind: str = "F32", pre: str = "gpt-2") -> None:
     """A one-layer GGUF file whose q and k rows are interleaved as llama.cpp stores them; `rename` gets a suffix.
 
     `raw` replaces tensors by the bytes of blocks of type `kind`.
@@ -45,7 +45,8 @@ def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str =
     tokens = sorted(vocab, key=vocab.__getitem__)
     tokens[258] = "ab"
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_bos_token_id(256)
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 256 + [3, 3, 1] + [3] * 13)
     writer.add_token_merges([merge])
@@ -106,6 +107,15 @@ def test_gguf_with_broken_merges_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", merge="x y")
     with pytest.raises(CheckpointError, match="tokens in it do not make a tokenizer"):
         resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("pre", "ids"), [("gpt-2", (258,)), ("llama-bpe", (256, 258)), ("qwen2", (258,))])
+def test_texts_begin_as_with_llama_cpp_where_the_file_does_not_say(tmp_path: Path, pre: str, ids: tuple[int, ...]) -> None:
+    """Llama 3's files have no add_bos_token."""
+    write_gguf(tmp_path / "m.gguf", pre=pre)
+    directory = resolve(str(tmp_path / "m.gguf"), "float32", tmp_path / "cache")
+    built = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert tuple(built.encode("ab").ids) == ids
 
 
 def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Rig:
 
     def _collect(self, output: object) -> None:
         with self.changed:
-            self.events.append(output)
+            self.events += apart(output)
             self.changed.notify_all()
 
     def load(self, units: int) -> None:
@@ -71,6 +71,14 @@ class Rig:
         self.instance.post(m.Stop())
         self.thread.join(20)
         self.instance.check()
+
+
+def apart(output: object) -> list[object]:
+    """A Decoded as Tokens of each answer, all else as it is."""
+    if not isinstance(output, m.Decoded):
+        return [output]
+    rows = zip(output.request_ids, output.attempts, output.starts, output.token_ids, strict=True)
+    return [m.Tokens(request_id, attempt, start, (token,), "", 0) for request_id, attempt, start, token in rows]
 
 
 class DirectPartner:
@@ -351,19 +359,26 @@ def test_old_leaves_what_it_has_not_begun_to_the_pair_and_finishes_the_rest(rigs
     assert old.instance.idle
 
 
-def test_new_side_alone_finishes_what_it_has_when_the_pair_ends(rigs) -> None:
-    old, new = rigs["old"], rigs["new"]
-    expected = reference(old, WORKS)
-    pair = LivePair("old", "new", "zigzag")
-    new.instance.post(StartLive("new", pair))
-    for item in WORKS:
+def test_new_goes_on_alone_behind_the_loader_when_old_is_gone(rigs, tmp_path) -> None:
+    """With what it has, and with what comes now: nobody lends it embedded rows any more."""
+    expected = reference(rigs["old"], WORKS)
+    checkpoint.write(tmp_path / "tiny", SPEC, map(weights, range(SPEC.units)), None)
+    rigs["alone"] = new = Rig("alone", rigs["old"].instance.config, rigs, tmp_path / "tiny")
+    pair = LivePair("old", "alone", "zigzag")
+    new.instance.post(StartLive("alone", pair))
+    for item in WORKS[:2]:
         new.instance.post(item)
-    new.load(3)
-    new.instance.post(EndLive("new", pair))
+    new.load(1)
     new.instance.post(m.PartnerLost("old"))
+    new.instance.post(EndLive("alone", pair))
+    for item in WORKS[2:]:
+        new.instance.post(item)
+    new.load(SPEC.embed_unit)
+    wait_for_depth(new, SPEC.layers - 1)
+    assert not answers(new)
     new.load(SPEC.units)
     new.wait(lambda events: finished(events) >= set(expected), "answers")
-    assert answers(new) == expected
+    assert answers(new) == expected and new.instance.idle
 
 
 @pytest.mark.parametrize("damage", [None, "corrupt", "absent"])
@@ -383,15 +398,20 @@ def test_an_instance_that_loads_alone_runs_its_prompts_behind_the_loader(rigs, t
         rig.instance.post(item)
     rig.load(SPEC.embed_unit)
     ran = SPEC.layers - 1 if damage is None else 0  # the last layer is run once the head is here
-    deadline = time.monotonic() + 30
-    while any(depth(rig, item) < ran for item in WORKS):
-        assert time.monotonic() < deadline, [depth(rig, item) for item in WORKS]
-        time.sleep(0.01)
+    wait_for_depth(rig, ran)
     time.sleep(0.1)
     assert {depth(rig, item) for item in WORKS} == {ran} and not answers(rig)
     rig.load(SPEC.units)
     rig.wait(lambda events: finished(events) >= set(expected), "answers")
     assert answers(rig) == expected and rig.instance.idle
+
+
+def wait_for_depth(rig: Rig, layers: int) -> None:
+    """Until so many layers were run over every prompt."""
+    deadline = time.monotonic() + 30
+    while any(depth(rig, item) < layers for item in WORKS):
+        assert time.monotonic() < deadline, [depth(rig, item) for item in WORKS]
+        time.sleep(0.01)
 
 
 def depth(rig: Rig, item: Work) -> int:

@@ -13,7 +13,7 @@ from blitzjax.engine import messages as m
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
 from blitzjax.types import LivePair, TokenLogprob, Work
-from test_instance import PENALISED, SPEC, Rig, answers, finished, reference, work
+from test_instance import PENALISED, SPEC, Rig, answers, apart, finished, reference, work
 
 WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tokens, sampling) in enumerate([
     (5, {}), (40, PENALISED), (64, {"temperature": 0.8, "seed": 5, "top_k": 40}),
@@ -30,11 +30,12 @@ class Mover(Rig):
 
     def _collect(self, output: object) -> None:
         super()._collect(output)
-        if isinstance(output, m.Tokens) and output.request_id in self.moves:
-            after, target = self.moves[output.request_id]
-            if output.start + len(output.token_ids) >= after:
-                del self.moves[output.request_id]
-                migrate(self, output.request_id, target)
+        for said in apart(output):
+            if isinstance(said, m.Tokens) and said.request_id in self.moves:
+                after, target = self.moves[said.request_id]
+                if said.start + len(said.token_ids) >= after:
+                    del self.moves[said.request_id]
+                    migrate(self, said.request_id, target)
 
 
 @pytest.fixture

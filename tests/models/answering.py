@@ -25,6 +25,9 @@ def answer(store: LayerStore, stages: Stages, engine: EngineConfig, works: Seque
     def collect(output: object) -> None:
         if isinstance(output, m.Tokens):
             said[output.request_id].append(output)
+        elif isinstance(output, m.Decoded):
+            for request_id, start, token in zip(output.request_ids, output.starts, output.token_ids, strict=True):
+                said[request_id].append(m.Tokens(request_id, 1, start, (token,), "", 0))
         elif isinstance(output, RequestFinished):
             running.remove(output.request_id)
             if not running:

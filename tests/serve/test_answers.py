@@ -126,6 +126,9 @@ def test_tokens_of_a_stale_attempt_are_dropped(model):
     for attempt in (2, 3, 4):
         controller.on_tokens("i0", pb.Tokens(request_id=a.request.id, attempt=attempt, token_ids=[90 + attempt]))
     assert a.generated == [93]
+    controller.on_tokens("i0", pb.Decoded(request_ids=[a.request.id, "nobody's", a.request.id], attempts=[2, 3, 3],
+                                          starts=[1, 1, 1], token_ids=[80, 81, 82]))
+    assert a.generated == [93, 82]
     controller.on_tokens("i0", pb.Tokens(request_id="nobody's", attempt=0, token_ids=[1]))
     controller.leave([a])
     assert not controller.busy
@@ -138,3 +141,15 @@ def test_a_hole_in_the_tokens_fails_the_request_instead_of_hiding_it(model):
     controller.on_tokens("i0", pb.Tokens(request_id=a.request.id, attempt=1, start=2, token_ids=[5]))
     assert a.failure.code == "INTERNAL" and "never came" in a.failure.message
     assert not controller.busy
+
+
+def test_of_one_step_each_answer_has_its_own(model):
+    controller = Controller(toy_config(), [model], {"i0": "127.0.0.1:1"})
+    answers = [controller.submit(replace(order("b"), request_id=name))[0] for name in ("stops", "lacks", "goes on")]
+    for a in answers:
+        a.work(1, 0.0)
+    controller.on_tokens("i0", pb.Decoded(request_ids=[a.request.id for a in answers], attempts=[1, 1, 1],
+                                          starts=[0, 2, 0], token_ids=[ord("b"), ord("c"), ord("c")]))
+    assert [a.generated for a in answers] == [[ord("b")], [], [ord("c")]]
+    assert answers[0].finish_reason == "stop" and "never came" in answers[1].failure.message
+    assert [a.request.id for a in controller.replica.orders] == [answers[2].request.id]

@@ -9,13 +9,14 @@ import pytest
 from toy import write_model
 
 from blitzjax import cli, cli_serve
+from blitzjax import config as configs
 from blitzjax.errors import BlitzError, ConfigError
 
 _HEAVY = ("jax", "jaxlib", "flax", "numpy", "torch", "orbax")
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=20)
+    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=120)
 
 
 def test_help_is_instant():
@@ -29,7 +30,7 @@ def test_help_is_instant():
                                      "blitzjax.serve.controller, blitzjax.serve.local"])
 def test_clients_and_controller_never_import_jax(modules):
     code = f"import sys, {modules}; print([m for m in {_HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -51,6 +52,10 @@ def test_a_reader_that_left_is_no_error():
     (("serve", "toy", "--set", "scale.lvie=off"), "unknown key scale.lvie"),
     (("serve", "toy", "--set", "nonsense"), "--set wants table.key=value"),
     (("serve", "toy", "--instances", "3", "--pool", "2"), "give --pool 3"),
+    (("serve", "toy", "--hosts", "127.0.0.1,127.0.0.2", "--pool", "3"), "give --pool a multiple"),
+    (("serve", "toy", "--hosts", "127.0.0.1,127.0.0.2", "--host-index", "2"), "must be in [0, 1]"),
+    (("serve", "toy", "--hosts", "no.such.host.invalid"), "cannot resolve"),
+    (("serve", "toy", "--host-index", "1"), "give --hosts"),
     (("serve", "toy", "--config", "/nonexistent.toml"), "cannot read config"),
     (("serve", "toy", "--live", "sometimes"), "invalid choice"),
     (("status", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
@@ -114,3 +119,28 @@ def test_bad_knobs_are_config_errors():
 def test_converted_checkpoint_is_used_as_it_is(tmp_path: Path):
     directory = write_model(tmp_path / "toy")
     assert cli_serve.checkpoint(str(directory), "float32") == directory
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("serve.port", 99999), ("serve.max_queued_requests", 0), ("serve.shutdown_timeout_s", -1), ("cluster.threads", -2),
+    ("scale.down_after_s", "nan"), ("transfer.collective_timeout_s", 0), ("engine.kv_pages", -1)])
+def test_a_knob_out_of_its_range_is_named(key: str, value: object) -> None:
+    """gRPC took 99999 for another port, and said nothing."""
+    with pytest.raises(ConfigError, match=f"{key} must be"):
+        configs.load(None, (f"{key}={value}",))
+
+
+def test_calibration_finds_out_first_whether_it_can_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "calibrate", "no-such-model", "--out", str(tmp_path / "file" / "costs")]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+
+
+def test_a_simulation_without_instances_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sim", "--instances", "0"]) == 2
+    assert "more than 0" in capsys.readouterr().err
+
+
+def test_each_model_has_a_name_or_none_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "smollm2-135m", "other", "--served-model-name", "chat"]) == 2
+    assert "a name for each of the 2 models, got 1" in capsys.readouterr().err

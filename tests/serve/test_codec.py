@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blitzjax import commands, events, types
-from blitzjax.engine.messages import KVOffer, Tokens
+from blitzjax.engine.messages import Decoded, KVOffer, Tokens
 from blitzjax.serve import codec, eventlog
 from blitzjax.serve.node import encoded
 from blitzjax.v1 import worker_pb2 as pb
@@ -54,10 +54,10 @@ def test_every_worker_event_survives_the_wire(kind):
 
 
 @settings(max_examples=50, deadline=None)
-@given(values(Tokens))
-def test_what_a_worker_says_of_an_answer_survives_the_wire(said):
-    wire = encoded(said).SerializeToString()
-    assert codec.decode(Tokens, pb.WorkerEvent.FromString(wire).tokens) == said
+@given(values(Tokens), values(Decoded))
+def test_what_a_worker_says_of_answers_survives_the_wire(tokens, decoded):
+    wires = [pb.WorkerEvent.FromString(encoded(said).SerializeToString()) for said in (tokens, decoded)]
+    assert codec.decode(Tokens, wires[0].tokens) == tokens and codec.decode(Decoded, wires[1].decoded) == decoded
 
 
 @settings(max_examples=30, deadline=None)

@@ -22,7 +22,8 @@ from blitzjax.cli_replay import replay
 from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
 from blitzjax.serve import eventlog
 from blitzjax.serve.client import AsyncClient, Client
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.commands import Assign
 from blitzjax.events import InstanceLost, RequestArrived
 

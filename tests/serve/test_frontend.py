@@ -6,6 +6,7 @@ import threading
 import time
 
 import grpc
+import numpy as np
 import pytest
 from toy import EOS, VOCAB, eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -70,6 +71,21 @@ def test_stop_string_is_cut_and_frees_the_worker(client):
     eventually(lambda: quiet(client))
 
 
+def test_one_stop_string_needs_no_list(client):
+    assert client.generate("a", max_tokens=20, stop="fed def").text == "bcdefghijklmnopqrstu"
+    assert client.generate("a", max_tokens=20, stop="def").text == "bc"
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": [{"text": "x"}]}])
+def test_a_message_that_is_none_is_refused_before_it_is_sent(client, message):
+    with pytest.raises(TypeError, match="a role and a content"):
+        client.generate([message])
+
+
+def test_a_prompt_may_be_an_array(client):
+    assert client.generate(np.array([97, 98], np.int64), max_tokens=2).text == "cd"
+
+
 def test_half_a_stop_string_at_the_end_is_text(client):
     result = client.generate("a", max_tokens=3, stop=["de"])
     assert (result.text, result.finish_reason) == ("bcd", "length")
@@ -77,7 +93,7 @@ def test_half_a_stop_string_at_the_end_is_text(client):
 
 def test_seed_is_drawn_and_reported(client):
     assert client.generate("a", max_tokens=1, seed=2**63 - 1).usage.seed == 2**63 - 1
-    assert client.generate("a", max_tokens=1).usage.seed != client.generate("a", max_tokens=1).usage.seed
+    assert client.generate("a", max_tokens=1).usage.seed != client.generate("a", max_tokens=1, seed=-1).usage.seed >= 0
 
 
 def test_n_answers_come_in_one_stream_each_with_its_end(client):
@@ -150,7 +166,7 @@ def test_default_max_tokens_shrinks_to_what_fits(client):
     ("a", {"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
     ("a", {"top_p": 1.1}, "top_p"),
     ("a", {"top_p": float("nan")}, "top_p"),
-    ("a", {"top_k": -1}, "top_k must be at least 0"),
+    ("a", {"top_k": -2}, "top_k must be at least 1, or 0 or -1"),
     ("a", {"min_p": 1.1}, r"min_p must be in \[0, 1\], got 1.1"),
     ("a", {"repetition_penalty": 0.0}, r"repetition_penalty must be in \(0, 100\], got 0"),
     ("a", {"presence_penalty": 2.5}, r"presence_penalty must be in \[-2, 2\], got 2.5"),
@@ -166,7 +182,7 @@ def test_default_max_tokens_shrinks_to_what_fits(client):
     ("a", {"logprobs": 21}, r"logprobs must be in \[0, 20\], got 21"),
     ("a", {"prompt_logprobs": -1}, r"prompt_logprobs must be in \[0, 20\], got -1"),
     ("a", {"max_tokens": 0}, "max_tokens must be at least 1"),
-    ("a", {"seed": -1}, "seed must be in"),
+    ("a", {"seed": -2}, "seed must be in"),
     ("a", {"stop": ["x"] * 17}, "at most 16 stop strings, got 17"),
     ("a", {"stop": [""]}, "stop string is empty"),
     ("a", {"stop": ["x" * 1025]}, "1024 characters"),

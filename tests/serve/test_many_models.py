@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,21 @@ def test_a_model_comes_and_goes_while_others_serve(cluster: LocalCluster, client
         client.generate("x", model="third")
     assert [m.name for m in client.status().models] == ["left", "right"]
     assert not any(i.model == "third" or "third" in i.copies for i in client.status().instances)
+
+
+def test_whoever_waits_for_instances_of_a_model_that_leaves_is_told(client: Client, tmp_path: Path) -> None:
+    client.deploy(write_model(tmp_path / "third", spec=replace(SPEC, name="third")))
+    streams = [client.stream("a", model=name, max_tokens=400, temperature=0.05) for name in ("left", "right")]
+    for stream in streams:
+        next(stream)  # no worker is free
+    with ThreadPoolExecutor(1) as callers:
+        waiting = callers.submit(client.scale, 1, model="third", wait=True, timeout_s=10)
+        eventually(lambda: any(m.name == "third" and m.target == 1 for m in client.status().models))
+        client.undeploy("third", timeout_s=10)
+        with pytest.raises(BlitzError, match="ABORTED: third was undeployed"):
+            waiting.result()
+    for stream in streams:
+        stream.close()
 
 
 def test_what_cannot_be_deployed_is_refused(client: Client, tmp_path: Path) -> None:

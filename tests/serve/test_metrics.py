@@ -15,9 +15,10 @@ from toy import eventually, toy_config, toy_launch, wait_whole
 from blitzjax.errors import BlitzError
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.latencies import Latencies
-from blitzjax.serve.local import LocalCluster, free_ports
+from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.metrics import render
 from blitzjax.serve.model import load_model
+from blitzjax.serve.workers import free_ports
 from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -79,6 +80,11 @@ def test_answers_that_ended_are_in_histograms(model_dir: Path) -> None:
     assert read[f'vllm:{name}_sum{{model_name="toy"}}'] == pytest.approx(5000.55)
     name = "request_time_per_output_token_seconds"
     assert [counted(name, bound) for bound in ("0.08", "0.25", "0.75", "2.5")] == [0, 1, 1, 2]
+    for name, buckets in (("inter_token_latency", {"0.75": 0, "2.5": 2, "+Inf": 2}),
+                          ("request_prefill_time", {"0.02": 0, "0.06": 1, "0.25": 2, "2560": 2, "+Inf": 3}),
+                          ("request_decode_time", {"0.001": 1, "0.75": 1, "2.5": 3, "+Inf": 3}),
+                          ("request_inference_time", {"0.02": 0, "0.06": 1, "0.75": 1, "2.5": 2, "+Inf": 3})):
+        assert {bound: counted(f"{name}_seconds", bound) for bound in buckets} == buckets, name
     assert counted("request_queue_time_seconds", "0.1") == 0 and counted("request_queue_time_seconds", "0.25") == 3
     assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 3
     assert read['vllm:prompt_tokens_total{model_name="toy"}'] == 9
@@ -104,7 +110,7 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
         assert read['blitzjax:instances{model_name="toy",phase="serving"}'] == 1
         with pytest.raises(urllib.error.HTTPError, match="404"):
             scrape("/")
-        assert scrape("/health") == ""
+        assert scrape("/health") == "" and scrape("/metrics?name=x").startswith("# HELP")
         assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 1
         assert read['vllm:e2e_request_latency_seconds_count{model_name="toy"}'] == 1
         again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))

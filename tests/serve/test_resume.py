@@ -21,7 +21,7 @@ from toy_worker import ToyWorker
 
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
-from blitzjax.serve import accepted
+from blitzjax.serve import accepted, deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
@@ -31,7 +31,6 @@ from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.serve.replica import Replica
 from blitzjax.serve.resume import compact, replay, with_journal
 from blitzjax.serve.sessions import Session
-from blitzjax.events import ModelUndeployed
 from blitzjax.types import Phase, Sampling
 from blitzjax.v1 import inference_pb2, worker_pb2_grpc
 from blitzjax.v1 import worker_pb2 as pb
@@ -41,7 +40,8 @@ STEP = 0.01  # pause of a toy worker before a token, in seconds
 
 def order(request_id: str, first: int, tokens: int = 40, n: int = 1, step: float = STEP, **fields) -> Order:
     return Order(**{"request_id": request_id, "model": "toy", "prompt": (first,), "priority": 0, "n": n, "echo": None,
-                    "stop": (), "sampling": Sampling(max_tokens=tokens, temperature=step, logprobs=1)} | fields)
+                    "stop": (), "sampling": Sampling(max_tokens=tokens, temperature=step, logprobs=first % 2 * 2 - 1)}
+                 | fields)
 
 
 def answered(first: int, tokens: int) -> list[int]:
@@ -144,7 +144,7 @@ async def test_requests_run_on_while_no_controller_is_there(toys):
         for k, answer in enumerate(answers):
             piece = answer.take()
             assert piece.token_ids == answer.generated == answered(k, 40)
-            assert [p.logprob for p in piece.logprobs] == [-t for t in answer.generated]
+            assert [p.logprob for p in piece.logprobs] == (k % 2) * [-t for t in answer.generated]
             assert (answer.finish_reason, answer.attempts) == ("length", 1)
 
 
@@ -279,8 +279,7 @@ async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
         world.controller.deploy(third, 0, None)
         await world.serving(2)
         await world.restart()
-        world.controller.on_event(ModelUndeployed(world.controller.now(), "3rd"))
-        world.controller.remove("3rd")
+        await deployments.undeploy(world.controller, "3rd")
         [before] = world.controller.submit(order("r", 1, 60, model="2nd"))
         await eventually(lambda: before.generated)
         world.compact()

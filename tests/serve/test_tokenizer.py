@@ -92,6 +92,13 @@ def test_chat_template_is_sandboxed(tmp_path):
         tokenizer.chat([{"role": "user", "content": ""}])
 
 
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ messages[0].content + 1 }}", "TypeError"), ("{% for i in range(10**9) %}x{% endfor %}", "Range too big")])
+def test_a_chat_template_that_fails_is_the_requests_error(tmp_path, template, says):
+    with pytest.raises(InvalidRequest, match=f"template failed on the messages: .*{says}"):
+        Tokenizer(write_model(tmp_path, template=template)).chat([{"role": "user", "content": "x"}])
+
+
 def test_model_without_chat_template_says_so(tmp_path):
     with pytest.raises(InvalidRequest, match="no chat template"):
         Tokenizer(write_model(tmp_path, template=None)).chat([{"role": "user", "content": ""}])

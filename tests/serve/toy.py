@@ -13,7 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from blitzjax import config as configs
-from blitzjax.serve.local import Launch, LocalCluster
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import Launch
 from blitzjax.types import ModelSpec
 
 EOS, BOS, VOCAB = 256, 257, 258
@@ -66,7 +67,7 @@ def wait_whole(cluster: LocalCluster) -> None:
         eventually(lambda: len(client.status().instances) == cluster.config.cluster.pool, 20)
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Waits for what other processes do."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -97,6 +97,7 @@ class Toy:
         self.copies: dict[str, int] = {}  # models kept in host memory, units
         self.plans: dict[int, types.MulticastPlan] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.step = pb.Decoded()
 
     def deploy(self, model: pb.Model) -> None:
         spec = codec.model_spec(model.model_json)
@@ -190,11 +191,15 @@ class Toy:
             await asyncio.sleep(sampling.temperature)
             last = (last + 1) % spec.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
-            self.session.put(pb.WorkerEvent(tokens=pb.Tokens(
-                request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last], finish_reason=reason,
-                logprobs=logprobs([last], sampling.logprobs),
-                prompt_logprobs=logprobs(work.prompt[1:], sampling.prompt_logprobs) if index == 0 else ())))
-            if index == len(work.generated):
+            first = index == len(work.generated)
+            if first or reason or sampling.logprobs >= 0:
+                self.session.put(pb.WorkerEvent(tokens=pb.Tokens(
+                    request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last],
+                    finish_reason=reason, logprobs=logprobs([last], sampling.logprobs),
+                    prompt_logprobs=logprobs(work.prompt[1:], sampling.prompt_logprobs) if index == 0 else ())))
+            else:
+                self.decoded(work, index, last)
+            if first:
                 self.emit(events.PrefillDone(*at))
             if reason:
                 if os.environ.get("TOY_DIE_AFTER") == str(last):
@@ -203,6 +208,19 @@ class Toy:
                 break
         self.tasks.pop(work.request.id, None)
         self.emit(events.RequestFinished(*at, reason))
+
+    def decoded(self, work: types.Work, index: int, token: int) -> None:
+        """Tokens that come in one moment share a message."""
+        if not self.step.token_ids:
+            asyncio.get_running_loop().call_soon(self.step_done)
+        self.step.request_ids.append(work.request.id)
+        self.step.attempts.append(work.attempt)
+        self.step.starts.append(index)
+        self.step.token_ids.append(token)
+
+    def step_done(self) -> None:
+        self.session.put(pb.WorkerEvent(decoded=self.step))
+        self.step = pb.Decoded()
 
 
 def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:

@@ -53,5 +53,9 @@ def test_scaling_keeps_the_pattern_and_the_sizes() -> None:
     assert [a.at for a in scaled] == sorted(a.at for a in scaled)
     times = sorted(a.at for a in trace)  # bursts stay bursts, silence stays silence
     assert all(a.at - times[bisect.bisect(times, a.at) - 1] < 0.1 for a in scaled)
+    dealt = arrivals.deal(trace, 3, seed=1)
+    shares = [sum(a.model == k for a in dealt) / len(trace) for k in range(3)]
+    assert shares == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.05)
+    assert {a.model for a in arrivals.scale(dealt, 0.5, seed=1)} == {0, 1, 2} and arrivals.deal(trace, 1, 1) == trace
     half = list(arrivals.scale(trace, 0.5, seed=1))
     assert len(half) / len(trace) == pytest.approx(0.5, rel=0.15)

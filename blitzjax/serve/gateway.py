@@ -1,0 +1,209 @@
+"""OpenAI's HTTP interface in front of a controller, in a process of its own: a client like any other.
+
+Invariant: every request ends with a body or an error in OpenAI's form, and a reader that leaves ends its generation. A
+controller that crashes and resumes is a pause here too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+import blitzjax
+from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
+from blitzjax.serve import openai
+from blitzjax.serve.client import AsyncClient, Chunk, Prompt, Result, collect_all
+from blitzjax.v1 import inference_pb2 as pb
+
+KEY_VARIABLE = "BLITZJAX_API_KEY"
+_BODY_BYTES = 64 << 20
+_SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
+_RETRY_AFTER_S = "1"
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Unauthenticated(BlitzError):
+    code = "UNAUTHENTICATED"
+
+
+class Gateway:
+    """Handlers. Holds nothing but the client."""
+
+    def __init__(self, client: AsyncClient, api_key: str):
+        self._client, self._key, self._started = client, api_key, int(time.time())
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._answer_errors])
+        app.add_routes([
+            web.get("/health", self.health), web.get("/version", self.version), web.get("/v1/models", self.models),
+            web.get("/v1/models/{name}", self.model), web.post("/v1/completions", self.completions),
+            web.post("/v1/chat/completions", self.chat)])
+        return app
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 when an instance serves, or a model at zero can have one; 503 otherwise."""
+        return web.Response(status=200 if await self._client.ready() else 503)
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": blitzjax.__version__})
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response(openai.models(await self._client.status(), self._started))
+
+    async def model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        for known in openai.models(await self._client.status(), self._started)["data"]:
+            if known["id"] == name:
+                return web.json_response(known)
+        raise UnknownModel(f"no model {name!r} is served; see /v1/models")
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._reply(request, openai.completion(await _body(request)))
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._reply(request, openai.chat(await _body(request)))
+
+    async def _reply(self, request: web.Request, asked: openai.Asked) -> web.StreamResponse:
+        reply = openai.Reply(asked, asked.options.get("model") or (await self._client.status()).models[0].name)
+        if asked.stream:
+            return await self._stream(request, asked, reply)
+        return web.json_response(reply.whole(await self._whole(asked)))
+
+    async def _whole(self, asked: openai.Asked) -> Sequence[Sequence[Result]]:
+        chunks: list[list[Chunk]] = [[] for _ in asked.prompts]
+        async with contextlib.aclosing(self._chunks(asked)) as arriving:
+            async for number, chunk in arriving:
+                chunks[number].append(chunk)
+        return [collect_all(of_prompt) for of_prompt in chunks]
+
+    async def _stream(self, request: web.Request, asked: openai.Asked, reply: openai.Reply) -> web.StreamResponse:
+        """Server-sent events. What fails before the first is an HTTP status; afterwards, an event."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        usages: list[list[pb.Usage]] = [[] for _ in asked.prompts]
+        async with contextlib.aclosing(self._chunks(asked)) as arriving:
+            try:
+                async for number, chunk in arriving:
+                    if not response.prepared:
+                        await response.prepare(request)
+                    await _event(response, reply.piece(number, chunk))
+                    if chunk.usage is not None:
+                        usages[number].append(chunk.usage)
+            except BlitzError as e:
+                if not response.prepared:
+                    raise
+                await _event(response, openai.failure(e)[1])
+            else:
+                if asked.include_usage:
+                    await _event(response, reply.total(usages))
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _chunks(self, asked: openai.Asked) -> AsyncIterator[tuple[int, Chunk]]:
+        """Of the answers to all prompts, as they come, each with its prompt's number. Closing it ends all."""
+        queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
+
+        async def read(number: int, prompt: Prompt) -> None:
+            async for chunk in self._client.stream(prompt, **asked.options):
+                queue.put_nowait((number, chunk))
+
+        async def read_all() -> None:
+            try:
+                async with asyncio.TaskGroup() as readers:
+                    for number, prompt in enumerate(asked.prompts):
+                        readers.create_task(read(number, prompt))
+            finally:
+                queue.put_nowait(None)
+
+        reading = asyncio.create_task(read_all())
+        try:
+            while (item := await queue.get()) is not None:
+                yield item
+            await reading
+        except ExceptionGroup as group:  # the first failure cancelled the others
+            raise group.exceptions[0] from None
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+
+    @web.middleware
+    async def _answer_errors(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Checks the key and gives every failure OpenAI's form."""
+        try:
+            if self._key and request.path != "/health":
+                given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+                if not hmac.compare_digest(given.encode(), self._key.encode()):
+                    raise Unauthenticated("the API key is wrong or missing: send it as Authorization: Bearer KEY")
+            response = await handler(request)
+        except BlitzError as e:
+            response = _failed(e)
+        except web.HTTPNotFound:
+            response = _failed(UnknownModel(f"{request.method} {request.path} is not there"))
+        except web.HTTPException as e:
+            response = web.json_response({"error": {"message": e.reason, "type": "invalid_request_error", "param": None,
+                                                    "code": e.status}}, status=e.status)
+        if not response.prepared and (name := request.headers.get("X-Request-Id")):
+            response.headers["X-Request-Id"] = name
+        return response
+
+
+def _failed(error: BlitzError) -> web.Response:
+    status, body = openai.failure(error)
+    headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
+    return web.json_response(body, status=status, headers=headers)
+
+
+async def _body(request: web.Request) -> openai.JSON:
+    try:
+        return await request.json()
+    except ValueError as e:
+        raise InvalidRequest(f"the body is not JSON: {e}") from e
+
+
+async def _event(response: web.StreamResponse, body: openai.JSON) -> None:
+    await response.write(b"data: " + json.dumps(body).encode() + b"\n\n")
+
+
+async def run(address: str, host: str, port: int, api_key: str) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises OSError if the port is taken."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    async with AsyncClient(address) as client:
+        runner = web.AppRunner(Gateway(client, api_key).application(), handler_cancellation=True, access_log=None,
+                               shutdown_timeout=_SHUTDOWN_S)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, host, port).start()
+            print(f"OpenAI's interface to {address}: http://{host}:{port}/v1", flush=True)
+            await stopping.wait()
+        finally:
+            await runner.cleanup()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="blitzjax gateway", description=__doc__)
+    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="the controller")
+    parser.add_argument("--host", default="127.0.0.1", help="listen here")
+    parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000)")
+    args = parser.parse_args(argv)
+    try:
+        asyncio.run(run(args.address, args.host, args.port, os.environ.get(KEY_VARIABLE, "")))
+    except OSError as e:
+        print(f"blitzjax gateway: cannot listen on {args.host}:{args.port}: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

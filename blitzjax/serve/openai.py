@@ -1,0 +1,295 @@
+"""OpenAI's JSON, on either side of our own requests: what a body asks for, and how answers look.
+
+Fields that vLLM adds (`top_k`, `min_p`, `ignore_eos`, ...) mean the same here. Invariant: a body is understood wholly or
+refused by the name of the field; nothing that would change an answer is ignored.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from blitzjax.errors import BlitzError, InvalidRequest
+from blitzjax.serve.client import Chunk, Options, Prompt, Result
+from blitzjax.v1 import inference_pb2 as pb
+
+JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+
+_COMPLETION_TOKENS = 16  # OpenAI's default
+_TEMPERATURE = 1.0  # likewise; our own requests are greedy by default
+_NUMBER = (int, float)
+_SAMPLING: Mapping[str, type | tuple[type, ...]] = {
+    "temperature": _NUMBER, "top_p": _NUMBER, "top_k": int, "min_p": _NUMBER, "repetition_penalty": _NUMBER,
+    "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER, "seed": int, "n": int, "min_tokens": int,
+    "stop_token_ids": list, "ignore_eos": bool, "prompt_logprobs": int, "priority": int}
+_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+_HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
+    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "skip_special_tokens": (True,)}
+_STATUS: Mapping[str, tuple[int, str]] = {
+    "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
+    "UNAUTHENTICATED": (401, "authentication_error"), "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
+    "UNAVAILABLE": (503, "service_unavailable_error"), "DEADLINE_EXCEEDED": (504, "timeout_error")}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One body. `logprobs`: how many alternatives to show, None: no logprobs."""
+
+    chat: bool
+    prompts: tuple[Prompt, ...]
+    options: Options
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+
+    @property
+    def answers(self) -> int:
+        """To each prompt."""
+        return self.options.get("n", 1)
+
+
+def completion(body: JSON) -> Asked:
+    """POST /v1/completions. Raises InvalidRequest."""
+    fields = _Fields(body)
+    prompts = _prompts(fields.take("prompt", (str, list)))
+    options = _options(fields)
+    options.setdefault("max_tokens", _COMPLETION_TOKENS)
+    logprobs = fields.take("logprobs", int)
+    if fields.take("echo", bool):
+        options["echo"] = True
+        if logprobs is not None:
+            options.setdefault("prompt_logprobs", logprobs)
+    best_of = fields.take("best_of", int)
+    if best_of not in (None, options.get("n", 1)):
+        raise InvalidRequest(f"best_of is not supported beyond n; got best_of={best_of} and n={options.get('n', 1)}")
+    return _asked(False, prompts, options, logprobs, fields)
+
+
+def chat(body: JSON) -> Asked:
+    """POST /v1/chat/completions. Raises InvalidRequest. Without a limit the answer may fill the context."""
+    fields = _Fields(body)
+    messages = _messages(fields.take("messages", list))
+    options = _options(fields)
+    newer = fields.take("max_completion_tokens", int)
+    if newer is not None:
+        options["max_tokens"] = newer
+    if "max_tokens" not in options:
+        options["fill_context"] = True
+    wanted, top = fields.take("logprobs", bool), fields.take("top_logprobs", int)
+    if top is not None and not wanted:
+        raise InvalidRequest("top_logprobs needs logprobs: true")
+    return _asked(True, (messages,), options, (top or 0) if wanted else None, fields)
+
+
+def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields) -> Asked:
+    stream = fields.take("stream", bool) or False
+    include_usage = (fields.take("stream_options", dict) or {}).get("include_usage", False) is True
+    fields.done()
+    if logprobs is not None:
+        options["logprobs"] = logprobs
+    return Asked(chat, prompts, options, stream, include_usage, logprobs)
+
+
+class _Fields:
+    """The fields of a body, each taken once; null is absent."""
+
+    def __init__(self, body: JSON):
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        self._left = {key: value for key, value in body.items() if value is not None}
+
+    def take(self, name: str, kinds: type | tuple[type, ...]) -> JSON:
+        """Raises InvalidRequest for a value of another type; bool is no number."""
+        value = self._left.pop(name, None)
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds):
+            raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+        return value
+
+    def done(self) -> None:
+        """Raises InvalidRequest for what nobody took."""
+        for name, value in self._left.items():
+            if name not in _IGNORED and value not in _HARMLESS.get(name, ()):
+                known = "is not supported" if name in _HARMLESS else "is no field of this request"
+                raise InvalidRequest(f"{name} {known}; leave it out")
+
+
+def _options(fields: _Fields) -> Options:
+    options: Options = {"temperature": _TEMPERATURE}
+    for name, kinds in _SAMPLING.items():
+        if (value := fields.take(name, kinds)) is not None:
+            options[name] = value
+    if options.get("top_k") == -1:  # vLLM's way to say off
+        options["top_k"] = 0
+    if (model := fields.take("model", str)) is not None:
+        options["model"] = model
+    if (most := fields.take("max_tokens", int)) is not None:
+        options["max_tokens"] = most
+    stop = fields.take("stop", (str, list))
+    if stop is not None:
+        options["stop"] = _strings("stop", [stop] if isinstance(stop, str) else stop)
+    if (bias := fields.take("logit_bias", dict)) is not None:
+        options["logit_bias"] = _bias(bias)
+    if not all(_is_id(t) for t in options.get("stop_token_ids", ())):
+        raise InvalidRequest("stop_token_ids must be a list of token ids")
+    return options
+
+
+def _bias(given: Mapping[str, JSON]) -> dict[int, float]:
+    try:
+        return {int(token): float(value) for token, value in given.items()}
+    except (TypeError, ValueError):
+        raise InvalidRequest("logit_bias must map token ids to numbers") from None
+
+
+def _strings(name: str, given: Sequence[JSON]) -> list[str]:
+    if not all(isinstance(text, str) for text in given):
+        raise InvalidRequest(f"{name} must be a string or a list of strings")
+    return list(given)
+
+
+def _is_id(value: JSON) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _prompts(given: JSON) -> tuple[Prompt, ...]:
+    """A text, several, token ids, or several lists of them."""
+    match given:
+        case str():
+            return (given,)
+        case [*ids] if ids and all(_is_id(t) for t in ids):
+            return (tuple(ids),)
+        case [*several] if several and all(isinstance(p, str) for p in several):
+            return tuple(several)
+        case [*several] if several and all(isinstance(p, list) and p and all(_is_id(t) for t in p) for p in several):
+            return tuple(tuple(p) for p in several)
+    raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+def _messages(given: JSON) -> list[dict[str, str]]:
+    out = []
+    for k, message in enumerate(given or ()):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"messages[{k}] must be an object with role and content")
+        role = "system" if message["role"] == "developer" else message["role"]
+        out.append({"role": role, "content": _content(k, message.get("content"))})
+    if not out:
+        raise InvalidRequest("messages must have at least 1 message")
+    return out
+
+
+def _content(k: int, given: JSON) -> str:
+    match given:
+        case str():
+            return given
+        case [*parts] if all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+                             for p in parts):
+            return "".join(p["text"] for p in parts)
+    raise InvalidRequest(f"messages[{k}].content must be a text or a list of parts of type text")
+
+
+# ---- answers
+
+
+@dataclass(slots=True)
+class Reply:
+    """What is sent back for one body: whole, or piece by piece."""
+
+    asked: Asked
+    model: str
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters sent
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+    def whole(self, results: Sequence[Sequence[Result]]) -> JSON:
+        """`results`: those of each prompt."""
+        choices = [self._choice(number, result) for number, of_prompt in enumerate(results) for result in of_prompt]
+        usages = [[result.usage for result in of_prompt] for of_prompt in results]
+        return self._envelope("chat.completion" if self.asked.chat else "text_completion", choices) | {
+            "usage": _usage(usages)}
+
+    def piece(self, number: int, chunk: Chunk) -> JSON:
+        """A chunk of an answer to prompt `number`."""
+        asked, index = self.asked, number * self.asked.answers + chunk.index
+        at = self._begun.get(index)
+        choice = {"index": index, "finish_reason": chunk.finish_reason or None,
+                  "logprobs": self._logprobs(number, chunk, at or 0)}
+        if asked.chat:
+            choice["delta"] = ({"role": "assistant"} if at is None else {}) | {"content": chunk.text}
+        else:
+            choice["text"] = chunk.text
+        self._begun[index] = (at or 0) + len(chunk.text)
+        return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice])
+
+    def total(self, usages: Iterable[Sequence[pb.Usage]]) -> JSON:
+        """The last piece, for a client that asked for it. `usages`: of the answers to each prompt."""
+        name = "chat.completion.chunk" if self.asked.chat else "text_completion"
+        return self._envelope(name, []) | {"usage": _usage(usages)}
+
+    def _envelope(self, kind: str, choices: list[JSON]) -> dict[str, JSON]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def _choice(self, number: int, result: Result) -> JSON:
+        choice = {"index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
+                  "logprobs": self._logprobs(number, result, 0)}
+        if self.asked.chat:
+            return choice | {"message": {"role": "assistant", "content": result.text}}
+        return choice | {"text": result.text}
+
+    def _logprobs(self, number: int, part: Chunk | Result, offset: int) -> JSON:
+        if self.asked.logprobs is None:
+            return None
+        if self.asked.chat:
+            return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]}
+                                for t in part.logprobs]}
+        tokens = list(part.logprobs)
+        if part.prompt_token_ids:  # echo
+            tokens = [*_echoed(self.asked.prompts[number], part.prompt_logprobs), *tokens]
+        offsets = [offset]
+        for token in tokens:
+            offsets.append(offsets[-1] + len(token.text))
+        known = [token.rank > 0 for token in tokens]
+        return {"tokens": [t.text for t in tokens], "text_offset": offsets[:-1],
+                "token_logprobs": [t.logprob if yes else None for t, yes in zip(tokens, known, strict=True)],
+                "top_logprobs": [{o.text: o.logprob for o in t.top} if yes else None
+                                 for t, yes in zip(tokens, known, strict=True)]}
+
+
+def _echoed(prompt: Prompt, scored: Sequence[pb.ScoredToken]) -> list[pb.ScoredToken]:
+    """With the prompt's first token, of which the model says nothing: rank 0. Its text is what the others leave."""
+    rest = sum(len(token.text) for token in scored)
+    first = prompt[: max(0, len(prompt) - rest)] if isinstance(prompt, str) else ""
+    return [pb.ScoredToken(text=first), *scored]
+
+
+def _scored(token: pb.ScoredToken) -> dict[str, JSON]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+
+
+def _usage(usages: Iterable[Sequence[pb.Usage]]) -> JSON:
+    """Prompts count once, whatever n is."""
+    usages = [of_prompt for of_prompt in usages if of_prompt]
+    prompt = sum(of_prompt[0].prompt_tokens for of_prompt in usages)
+    answered = sum(u.completion_tokens for of_prompt in usages for u in of_prompt)
+    return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered,
+            "prompt_tokens_details": {"cached_tokens": sum(of_prompt[0].cached_tokens for of_prompt in usages)}}
+
+
+def models(status: pb.ClusterStatus, created: int) -> JSON:
+    """GET /v1/models; `max_model_len` is vLLM's extension, which bench tools read."""
+    return {"object": "list", "data": [
+        {"id": m.name, "object": "model", "created": created, "owned_by": "blitzjax", "max_model_len": m.max_model_len}
+        for m in status.models]}
+
+
+def failure(error: BlitzError) -> tuple[int, JSON]:
+    """→ HTTP status and body."""
+    status, kind = _STATUS.get(error.code, (500, "internal_error"))
+    return status, {"error": {"message": str(error), "type": kind, "param": None, "code": status}}

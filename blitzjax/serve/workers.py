@@ -1,0 +1,132 @@
+"""The workers of this machine, and where those of others are.
+
+Invariant: every machine of a cluster computes the same addresses from the same arguments. `blitzjax serve` on the first
+machine runs controller and coordination service besides; on the others only workers, which join that service.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blitzjax.config import Config
+from blitzjax.errors import ConfigError
+from blitzjax.serve.processes import Process, worker_env
+
+POLL_S = 0.05
+_PORTS = (20000, 32000)  # below Linux's ephemeral ports: nobody's outgoing connection takes one between two lives
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Where and how processes start; the default is everything on loopback.
+
+    `hosts[k]` and `prefixes[k]` move worker k to another address, inside another network namespace say; the
+    coordination service must then listen on a `coordinator_host` that they reach. Of a cluster on several machines, `here`
+    are the workers that start on this one, and every machine is told the same `ports`.
+    """
+
+    run_dir: Path | None = None  # logs; None: a temporary directory, which goes with a cluster that nothing happened to
+    hosts: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, ...], ...] = ()
+    coordinator_host: str = "127.0.0.1"
+    ports: tuple[int, ...] = ()  # of the coordination service, then of each worker; (): free ones
+    here: range | None = None  # None: all
+    env: Mapping[str, str] = field(default_factory=dict)  # for workers, over everything else
+    worker: tuple[str, ...] = (sys.executable, "-m", "blitzjax.cli", "worker")
+    coordinator: tuple[str, ...] = (sys.executable, "-m", "blitzjax.transfer.coordinator")
+    console: bool = False  # the controller writes to our stderr instead of its log
+
+
+def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
+    """How machine `index` of `hosts`, names or addresses, starts its part: the pool is divided evenly, in order.
+
+    Raises ConfigError.
+    """
+    pool, base = config.cluster.pool, config.cluster.base_port
+    if not 0 <= index < len(hosts):
+        raise ConfigError(f"--host-index must be in [0, {len(hosts) - 1}] with {len(hosts)} --hosts, got {index}")
+    if pool % len(hosts):
+        raise ConfigError(f"a pool of {pool} workers cannot be divided over {len(hosts)} hosts; give --pool a multiple")
+    each = pool // len(hosts)
+    try:
+        addresses = [socket.gethostbyname(host) for host in hosts]
+    except OSError as e:
+        raise ConfigError(f"--hosts: cannot resolve one of {', '.join(hosts)}: {e}") from None
+    return Launch(hosts=tuple(addresses[k // each] for k in range(pool)), coordinator_host=addresses[0],
+                  ports=(base, *(base + 1 + k % each for k in range(pool))),
+                  here=range(index * each, (index + 1) * each))
+
+
+class Workers:
+    """Processes of the workers that run here. A supervisor owns them; others hold its lock."""
+
+    def __init__(self, config: Config, launch: Launch, ports: Sequence[int]):
+        """`ports` as in Launch. Nothing starts."""
+        pool = config.cluster.pool
+        self._config, self._launch = config, launch
+        self.run_dir = launch.run_dir or Path(tempfile.mkdtemp(prefix="blitzjax-"))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.coordinator = f"{launch.coordinator_host}:{ports[0]}"
+        self.addresses = tuple(f"{self._host(k)}:{ports[k + 1]}" for k in range(pool))
+        here = range(pool) if launch.here is None else launch.here
+        self.processes = {k: self._process(k, number, len(here)) for number, k in enumerate(here)}
+
+    def _host(self, k: int) -> str:
+        return self._launch.hosts[k] if self._launch.hosts else "127.0.0.1"
+
+    def _process(self, k: int, number: int, count: int) -> Process:
+        launch, cluster = self._launch, self._config.cluster
+        prefix = launch.prefixes[k] if launch.prefixes else ()
+        host = ("--host-ip", self._host(k)) if launch.hosts else ()
+        cores = sorted(os.sched_getaffinity(0))
+        core = ("--core", str(cores[number % len(cores)])) if cluster.pin_cores else ()
+        argv = (*prefix, *launch.worker, "--listen", self.addresses[k], "--rank", str(k), "--world",
+                str(cluster.pool), "--coordinator", self.coordinator, *host, *core)
+        env = worker_env(self._config, number, count) | dict(launch.env)
+        return Process(f"worker-{k}", argv, env, self.run_dir / f"worker-{k}.log")
+
+
+class WorkerHost:
+    """What runs on a machine that has neither controller nor coordination service."""
+
+    def __init__(self, config: Config, launch: Launch):
+        self.workers = Workers(config, launch, launch.ports)
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        """Starts the workers, and again what dies, until `stop`. A child's death signal follows the calling thread."""
+        processes = self.workers.processes.values()
+        while not self._stopping.wait(POLL_S):
+            for process in processes:
+                if process.poll():
+                    process.tell()
+                process.start_when_due()
+        for process in processes:
+            process.kill()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports that nothing listens on now."""
+    with contextlib.ExitStack() as held:
+        return [_bind(held) for _ in range(count)]
+
+
+def _bind(held: contextlib.ExitStack) -> int:
+    while True:
+        port = random.randrange(*_PORTS)
+        sock = held.enter_context(socket.socket())
+        with contextlib.suppress(OSError):
+            sock.bind(("0.0.0.0", port))
+            return port

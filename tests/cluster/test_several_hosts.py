@@ -1,0 +1,88 @@
+"""The command that is run on each of several machines: here two addresses of the loopback device, told as two hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from rig import SPEC, prompts
+
+from blitzjax.engine.convert import write_random
+from blitzjax.serve.client import Client, Result
+from blitzjax.serve.workers import free_ports
+
+HOSTS = ("127.0.0.1", "127.0.0.2")
+
+
+def two_ports() -> int:
+    """A free port whose next one is free too."""
+    while True:
+        [port] = free_ports(1)
+        with socket.socket() as following, contextlib.suppress(OSError):
+            following.bind(("0.0.0.0", port + 1))
+            return port
+
+
+@pytest.fixture
+def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+    """start(k) runs the command of host k. Its client port is `start.port`."""
+    write_random(tmp_path / "tiny", SPEC, seed=3)
+    [port], base = free_ports(1), two_ports()
+    started = []
+
+    def start(k: int) -> subprocess.Popen[str]:
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "blitzjax.cli", "serve", str(tmp_path / "tiny"), "--hosts", ",".join(HOSTS),
+             "--host-index", str(k), "--pool", "2", "--port", str(port), "--scaling-policy", "manual", "--dtype", "float32",
+             "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
+             "--set", f"cluster.base_port={base}", "--set", "cluster.threads=1", "--set", "transfer.collective_timeout_s=3",
+             "--set", f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started[-1]
+
+    start.address = f"127.0.0.1:{port}"
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def answers(client: Client) -> list[Future[Result]]:
+    """To prompts that all run at once, on all instances."""
+    with ThreadPoolExecutor(12) as senders:
+        return [senders.submit(client.generate, p, max_tokens=60, ignore_eos=True) for p in prompts(12, seed=8)]
+
+
+def tokens(answered: list[Future[Result]]) -> list[tuple[int, ...]]:
+    return [answer.result().token_ids for answer in answered]
+
+
+def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> None:
+    first, second = start(0), start(1)
+    with Client(start.address) as client:
+        client.wait_ready(90)
+        expected = tokens(answers(client))
+        client.scale(2, wait=True, timeout_s=60)
+        assert tokens(answers(client)) == expected
+        killing = threading.Timer(0.1, second.kill)  # and with it its worker
+        killing.start()
+        assert tokens(answers(client)) == expected
+        killing.join()
+        second.communicate()
+        second = start(1)
+        client.scale(2, wait=True, timeout_s=60)
+        assert tokens(answers(client)) == expected
+    for process in (second, first):
+        process.send_signal(signal.SIGTERM)
+    assert "starting workers i1 at 127.0.0.2:" in second.communicate(timeout=30)[0]
+    said = first.communicate(timeout=30)[0]
+    assert "1 of 2 instances" in said and (second.returncode, first.returncode) == (0, 0), said

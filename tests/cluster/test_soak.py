@@ -1,0 +1,128 @@
+"""Everything at once, for as long as you like: requests never stop while instances come and go and processes are killed,
+stopped and go on, in an order that the seed chooses. Every answer has the tokens of a single, undisturbed instance.
+
+`BLITZJAX_SOAK_S=600 BLITZJAX_SOAK_SEED=7 bash launch/test.sh -m slow tests/cluster/test_soak.py`
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from rig import POOL, SPEC, Rig, describe, prompts, written
+
+from blitzjax import config as configs
+from blitzjax.serve.local import LocalCluster
+
+DURATION_S = float(os.environ.get("BLITZJAX_SOAK_S", "120"))
+SEED = int(os.environ.get("BLITZJAX_SOAK_SEED", "0")) or random.randrange(1, 1 << 31)
+PROMPTS = prompts(24, seed=4, longest=120)
+LONGEST, SENDERS = 60, 6
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
+CONFIG = ("serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
+          "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64", "engine.kv_pages=60",
+          "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", "transfer.handoff_timeout_s=5.0",
+          "serve.max_attempts=1000")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("roles", ["mixed", "split"])
+def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    print(f"seed {SEED}")
+    [directory] = written(tmp_path_factory, [SPEC])
+    config = configs.load(None, (*CONFIG, f"scale.roles={roles}",
+                                 f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
+    with LocalCluster(config, directory) as cluster:
+        cluster.wait_ready(120)
+        rig = Rig(cluster)
+        asked = [(p, options) for p in PROMPTS for options in ({}, SAMPLED)]
+        known = [rig.send(p, max_tokens=LONGEST, **options).result().token_ids for p, options in asked]
+        wrong: list[str] = []
+        with sending(rig, asked, known, wrong) as answered:
+            happened = disturb(rig, random.Random(SEED))
+        assert not wrong, f"seed {SEED}: {wrong[:3]}, of {len(wrong)}; what happened: {happened[-12:]}"
+        print(f"{roles}: {len(answered)} answers, {len(happened)} disturbances")
+        assert len(answered) > 20 and len(happened) > 5
+        least = 1 + (roles == "split")
+        rig.scale(1)
+        rig.wait(lambda s: sum(i.phase == "serving" for i in s.instances) == least and not s.running_requests
+                 and not any(i.pages_used or i.partner for i in s.instances)
+                 and sum(i.in_world for i in s.instances) == POOL, "at rest", 90)
+        assert [rig.send(p, max_tokens=LONGEST, **options).result().token_ids for p, options in asked] == known
+        assert cluster.stop() == 0, cluster.tail("controller")  # the brain's own check
+
+
+@contextmanager
+def sending(rig: Rig, asked: list, known: list, wrong: list[str]) -> Iterator[list[int]]:
+    """While it lasts, threads ask, and compare."""
+    answered: list[int] = []
+    over = threading.Event()
+
+    def send(chooser: random.Random) -> None:
+        while not over.is_set():
+            k, tokens = chooser.randrange(len(asked)), chooser.randint(1, LONGEST)
+            prompt, options = asked[k]
+            try:
+                if chooser.random() < 0.1:
+                    stream = rig.client.stream(prompt, max_tokens=tokens, ignore_eos=True, timeout_s=120.0, **options)
+                    next(stream)
+                    stream.close()  # it was not waited for
+                    continue
+                got = rig.send(prompt, max_tokens=tokens, timeout_s=120.0, **options).result().token_ids
+                if got != known[k][:tokens]:
+                    wrong.append(f"prompt {k} of {len(prompt)} tokens: {got} for {known[k][:tokens]}")
+            except Exception as e:
+                wrong.append(f"prompt {k}: {e!r}; {describe(rig.client.status())}")
+            answered.append(k)
+
+    threads = [threading.Thread(target=send, args=(random.Random(SEED + k),)) for k in range(SENDERS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answered
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def disturb(rig: Rig, chooser: random.Random) -> list[str]:
+    """For DURATION_S. → what was done. Nothing is left stopped."""
+    happened, began = [], time.monotonic()
+    stopped: dict[int, float] = {}
+    while (now := time.monotonic() - began) < DURATION_S:
+        for worker in [k for k, until in stopped.items() if until <= now]:
+            rig.cluster.signal_worker(worker, signal.SIGCONT)
+            del stopped[worker]
+        what = chooser.choices(("scale", "kill", "stop", "controller", "coordinator"), (12, 3, 2, 1.5, 0.5))[0]
+        worker = chooser.randrange(POOL)
+        match what:
+            case "scale":
+                modes = {"live": chooser.choice(("zigzag", "best_effort", "off")),
+                         "source": chooser.choice(("multicast", "multicast", "disk"))}
+                worker = chooser.randint(1, 3)
+                try:
+                    rig.scale(worker, **modes)
+                except Exception as e:  # fewer workers are there than asked for
+                    modes = {"refused": str(e)}
+                what = f"{what} to {worker} {modes}"
+            case "kill":
+                rig.cluster.signal_worker(worker)
+            case "stop" if worker not in stopped:
+                rig.cluster.signal_worker(worker, signal.SIGSTOP)
+                stopped[worker] = now + chooser.choice((0.3, 2.0, 12.0))
+            case "controller":
+                rig.cluster.signal_controller()
+            case "coordinator":
+                rig.cluster.signal_coordinator()
+        happened.append(f"{now:.1f} {what} {worker}")
+        time.sleep(chooser.choice((0.1, 0.5, 1.5, 3.0)))
+    for worker in stopped:
+        rig.cluster.signal_worker(worker, signal.SIGCONT)
+    return happened

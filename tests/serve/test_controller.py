@@ -1,0 +1,98 @@
+"""A controller in this process, and what happens to it besides crashes: models that leave, disks that are full."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from test_resume import Toys, answered, ended, eventually, in_a_loop, order
+from toy import SPEC, toy_config, write_model
+
+from blitzjax.errors import UnknownModel
+from blitzjax.serve import deployments
+from blitzjax.serve.model import load_model
+from blitzjax.v1 import inference_pb2
+
+
+@pytest.fixture
+def toys(model_dir, tmp_path):
+    return lambda *overrides: Toys(toy_config("serve.resume_timeout_s=2.0", *overrides), load_model(model_dir), tmp_path)
+
+
+@in_a_loop
+async def test_an_order_for_a_model_that_left_while_its_prompt_was_tokenized(toys, tmp_path):
+    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
+    async with toys("cluster.pool=2") as world:
+        controller = world.start()
+        await world.serving(1)
+        controller.deploy(second, 0, None)
+        await deployments.undeploy(controller, "2nd")
+        with pytest.raises(UnknownModel, match="no model '2nd' here; served: toy"):
+            controller.submit(order("late", 1, model="2nd"))
+        assert list((await world.restart()).models) == ["toy"]
+
+
+@in_a_loop
+async def test_an_undeployed_model_goes_whether_or_not_its_caller_waits(toys, tmp_path):
+    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
+    async with toys("cluster.pool=2") as world:
+        controller = world.start()
+        await world.serving(1)
+        controller.deploy(second, 1, None)
+        await world.serving(2)
+        [answer] = controller.submit(order("r", 1, 20, model="2nd"))
+        await eventually(lambda: answer.generated)
+        caller = asyncio.create_task(deployments.undeploy(controller, "2nd"))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        await ended(answer)
+        assert answer.generated == answered(1, 20)
+        await eventually(lambda: "2nd" not in controller.models)
+        await eventually(lambda: all(set(worker.toy.specs) == {"toy"} for worker in world.workers))
+
+
+@in_a_loop
+async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(toys, tmp_path):
+    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
+    async with toys("cluster.pool=2") as world:
+        controller = world.start()
+        await eventually(lambda: all(link.joined for link in controller.links.values()))
+        request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
+        controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
+        assert (await deployments.deploy(controller, request)).model == "2nd"
+
+
+@in_a_loop
+@pytest.mark.parametrize("full", ["events", "journal"])
+async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, full: str):
+    async with toys(f"serve.event_log={tmp_path / 'events'}") as world:
+        controller = world.start()
+        await world.serving(1)
+        if full == "events":
+            controller.replica.event_log._file = open("/dev/full", "a")
+        else:
+            controller.journal._file = open("/dev/full", "ab")
+        answers = [controller.submit(order(f"r{k}", k, stop=("x" * 1000,) * 16, tokens=5))[0] for k in range(8)]
+        await ended(*answers)
+        assert all(answer.generated == answered(k, 5) for k, answer in enumerate(answers))
+        assert sum("cannot be written" in record.message for record in caplog.records) == 1
+        assert (controller.journal is None) == (full == "journal")
+        world.journal.touch()
+
+
+@in_a_loop
+async def test_a_model_keeps_the_name_that_it_is_served_by(model_dir, tmp_path):
+    model = load_model(model_dir, "mine")
+    async with Toys(toy_config("serve.resume_timeout_s=2.0"), model, tmp_path) as world:
+        controller = world.start()
+        await world.serving(1)
+        with pytest.raises(UnknownModel, match="no model 'toy' here; served: mine"):
+            controller.submit(order("r", 1))
+        [answer] = controller.submit(order("r", 1, 20, model="mine"))
+        await eventually(lambda: answer.generated)
+        world.compact()
+        await world.restart()
+        [answer] = world.controller.submit(order("r", 1, 20, model="mine"), resume=True)
+        await ended(answer)
+        assert answer.generated == answered(1, 20) and list(world.controller.models) == ["mine"]

@@ -1,0 +1,235 @@
+"""OpenAI's interface over real sockets, in front of the real controller and toy workers: the answers are known."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from test_frontend import SLOW, quiet, toy
+from toy import eventually, toy_config, toy_launch, wait_whole
+
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.workers import free_ports
+
+
+class Site:
+    """What a client sees at one port."""
+
+    def __init__(self, port: int):
+        self.port = port
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, object, dict[str, str]]:
+        """→ status, parsed body or None, headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+            response = connection.getresponse()
+            said = response.read()
+            return response.status, json.loads(said) if said else None, dict(response.headers)
+        except ConnectionRefusedError:
+            return 0, None, {}
+        finally:
+            connection.close()
+
+    def post(self, path: str, **body: object) -> dict:
+        status, said, _ = self.ask("POST", path, body)
+        assert status == 200, said
+        return said
+
+    def complete(self, prompt: object, **body: object) -> dict:
+        return self.post("/v1/completions", **{"prompt": prompt, "temperature": 0, **body})
+
+    def events(self, path: str, **body: object) -> list[dict]:
+        """Of a stream that ends as it should."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
+        lines = [line for line in response.read().decode().split("\n\n") if line]
+        connection.close()
+        assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+@pytest.fixture(scope="module")
+def site(model_dir, tmp_path_factory) -> Iterator[Site]:
+    """`blitzjax serve --http-port`."""
+    [port] = free_ports(1)
+    launch = toy_launch(tmp_path_factory.mktemp("run"))
+    with LocalCluster(toy_config(f"serve.http_port={port}"), model_dir, launch) as cluster:
+        wait_whole(cluster)
+        site = Site(port)
+        site.cluster = cluster
+        eventually(lambda: site.ask("GET", "/health")[0] == 200, 10)
+        yield site
+        assert cluster.stop() == 0, cluster.tail("controller")
+
+
+def test_completion(site):
+    said = site.complete("a", max_tokens=5)
+    assert said["choices"] == [{"index": 0, "finish_reason": "length", "logprobs": None, "text": "bcdef"}]
+    assert (said["object"], said["model"]) == ("text_completion", "toy") and said["id"].startswith("cmpl-")
+    assert said["usage"] == {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6,
+                             "prompt_tokens_details": {"cached_tokens": 0}}
+    assert site.complete("a")["usage"]["completion_tokens"] == 16  # OpenAI's default
+
+
+def test_prompts_are_texts_or_tokens_one_or_many(site):
+    assert site.complete([97], max_tokens=2)["choices"][0]["text"] == "bc"
+    for prompts in (["a", "m"], [[97], [109]]):
+        said = site.complete(prompts, max_tokens=2)
+        assert [(c["index"], c["text"]) for c in said["choices"]] == [(0, "bc"), (1, "no")]
+        assert said["usage"]["prompt_tokens"] == 2 and said["usage"]["completion_tokens"] == 4
+    said = site.complete(["a", "m"], max_tokens=1, n=2, temperature=0.001)
+    assert [c["index"] for c in said["choices"]] == [0, 1, 2, 3]
+
+
+def test_chat(site):
+    messages = [{"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
+                {"role": "user", "content": "z"}]
+    said = site.post("/v1/chat/completions", messages=messages, max_completion_tokens=2, temperature=0, user="me")
+    assert said["choices"][0]["message"] == {"role": "assistant", "content": "bc"}
+    assert said["usage"]["prompt_tokens"] == len("s:xy;u:z;a") and said["object"] == "chat.completion"
+
+
+def test_chat_without_a_limit_may_fill_the_context(site):
+    said = site.post("/v1/chat/completions", messages=[{"role": "user", "content": "z"}], temperature=0, ignore_eos=True)
+    assert said["choices"][0]["finish_reason"] == "length" and said["usage"]["total_tokens"] == 512
+
+
+def test_a_stream_has_what_the_whole_has(site):
+    for path, asked in (("/v1/completions", {"prompt": ["a", "m"]}),
+                        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})):
+        asked |= {"max_tokens": 6, "temperature": 0}
+        whole = site.post(path, **asked)
+        events = site.events(path, **asked, stream_options={"include_usage": True})
+        assert events[-1]["choices"] == [] and events[-1]["usage"] == whole["usage"]
+        texts, ends = {}, {}
+        for choice in (c for e in events for c in e["choices"]):
+            piece = choice["delta"]["content"] if "delta" in choice else choice["text"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + piece
+            ends[choice["index"]] = choice["finish_reason"]
+        assert texts == {c["index"]: c["message"]["content"] if "message" in c else c["text"] for c in whole["choices"]}
+        assert ends == {c["index"]: c["finish_reason"] for c in whole["choices"]}
+    assert [e["choices"][0]["delta"].get("role") for e in events[:-1]] == ["assistant"] + [None] * (len(events) - 2)
+
+
+def test_tokens_are_streamed_as_they_come(site):
+    events = site.events("/v1/completions", prompt="a", max_tokens=4, temperature=SLOW)
+    assert [e["choices"][0]["text"] for e in events] == ["b", "c", "d", "e"]
+
+
+def test_sampling_fields_reach_the_model(site):
+    assert site.complete("a", max_tokens=9, stop="e")["choices"][0] | {"text": "bcd"} == site.complete(
+        "a", max_tokens=9, stop=["e", "x"])["choices"][0]
+    assert site.complete("a", max_tokens=9, stop_token_ids=[100])["choices"][0]["finish_reason"] == "stop"
+    assert len(site.complete([254], max_tokens=6, ignore_eos=True)["choices"][0]["text"]) > 0
+    assert site.complete([254], max_tokens=6)["usage"]["completion_tokens"] == 2
+
+
+def test_logprobs(site):
+    scored = site.complete("ab", max_tokens=2, logprobs=2, echo=True)["choices"][0]
+    assert scored["text"] == "abcd"
+    logprobs = scored["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "c", "d"] and logprobs["text_offset"] == [0, 1, 2, 3]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    assert all(isinstance(value, float) for value in logprobs["token_logprobs"][1:])
+    assert all(len(top) <= 2 for top in logprobs["top_logprobs"][1:])
+    chat = site.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=2, temperature=0,
+                     logprobs=True, top_logprobs=1)["choices"][0]["logprobs"]["content"]
+    assert [(t["token"], t["bytes"], len(t["top_logprobs"])) for t in chat] == [("b", [98], 1), ("c", [99], 1)]
+
+
+def test_models(site):
+    status, said, _ = site.ask("GET", "/v1/models")
+    assert status == 200 and [(m["id"], m["max_model_len"]) for m in said["data"]] == [("toy", 512)]
+    assert site.ask("GET", "/v1/models/toy")[1]["id"] == "toy"
+    assert site.ask("GET", "/version")[1].keys() == {"version"}
+
+
+@pytest.mark.parametrize(("path", "body", "status", "says"), [
+    ("/v1/completions", b"{", 400, "not JSON"),
+    ("/v1/completions", [], 400, "must be a JSON object"),
+    ("/v1/completions", {}, 400, "prompt must be"),
+    ("/v1/completions", {"prompt": [1, "a"]}, 400, "prompt must be"),
+    ("/v1/completions", {"prompt": "a", "temprature": 1}, 400, "temprature is no field"),
+    ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature must be int or float, got 'hot'"),
+    ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be int, got True"),
+    ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be in"),
+    ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    ("/v1/completions", {"prompt": "a", "suffix": "z"}, 400, "suffix is not supported"),
+    ("/v1/completions", {"prompt": "a" * 600}, 400, "exceeds the context of 512"),
+    ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "other"),
+    ("/v1/completions", {"prompt": "a", "stream": True, "model": "other"}, 404, "other"),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias must map"),
+    ("/v1/chat/completions", {"messages": []}, 400, "at least 1 message"),
+    ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "unknown chat role 'tool'"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "type text"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "needs logprobs"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools is not supported"),
+    ("/v1/embeddings", {"input": "x"}, 404, "POST /v1/embeddings is not there"),
+])
+def test_mistakes_are_named_in_openais_form(site, path, body, status, says):
+    got, said, headers = site.ask("POST", path, body, **{"X-Request-Id": "mine"})
+    assert got == status and says in said["error"]["message"], said
+    assert said["error"]["code"] == status and headers["X-Request-Id"] == "mine"
+    assert site.ask("GET", path)[0] in (404, 405)
+
+
+def test_a_reader_that_leaves_ends_its_generation(site):
+    with site.cluster.client() as client:
+        for stream in (True, False):
+            body = json.dumps({"prompt": "a", "max_tokens": 400, "temperature": SLOW, "stream": stream}).encode()
+            with socket.create_connection(("127.0.0.1", site.port)) as reader:
+                reader.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                               b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+                eventually(lambda: client.status().running_requests == 1)
+            eventually(lambda: quiet(client))
+
+
+def test_an_answer_survives_the_controllers_crash(site):
+    async def answers() -> list[dict]:
+        asked = asyncio.to_thread(site.events, "/v1/completions", prompt="a", max_tokens=20, temperature=SLOW)
+        task = asyncio.create_task(asked)
+        await asyncio.sleep(6 * SLOW)
+        site.cluster.signal_controller()
+        return await task
+
+    events = asyncio.run(answers())
+    assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(97, 20))
+    eventually(lambda: site.ask("GET", "/health")[0] == 200, 10)
+
+
+def test_a_key_is_asked_for(site):
+    [port] = free_ports(1)
+    gateway = subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--address", site.cluster.address,
+                                "--port", str(port)], env=os.environ | {"BLITZJAX_API_KEY": "secret"})
+    keyed = Site(port)
+    eventually(lambda: keyed.ask("GET", "/health")[0] == 200, 20)
+    assert keyed.ask("GET", "/v1/models")[0] == 401
+    assert keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
+    assert keyed.ask("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
+    gateway.terminate()
+    assert gateway.wait(10) == 0
+
+
+def test_without_a_controller_it_says_so():
+    [port, nobody] = free_ports(2)
+    gateway = subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--address", f"127.0.0.1:{nobody}",
+                                "--port", str(port)])
+    try:
+        alone = Site(port)
+        eventually(lambda: alone.ask("GET", "/health")[0] == 503, 20)
+        status, said, headers = alone.ask("POST", "/v1/completions", {"prompt": "a", "model": "toy"})
+        assert status == 503 and said["error"]["code"] == 503 and headers["Retry-After"] == "1"
+    finally:
+        gateway.terminate()
+        assert gateway.wait(10) == 0

@@ -1,0 +1,108 @@
+"""vLLM's gRPC interface over real sockets: the same answers as through our own."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from test_frontend import SLOW, quiet, toy
+from toy import EOS, VOCAB, eventually
+
+from blitzjax.v1 import vllm_engine_pb2 as vllm
+from blitzjax.v1 import vllm_engine_pb2_grpc as rpc
+
+
+@pytest.fixture(scope="module")
+def stub(cluster):
+    with grpc.insecure_channel(cluster.address) as channel:
+        yield rpc.VllmEngineStub(channel)
+
+
+def ask(stub, prompt, stream=False, request_id="", **sampling) -> list[vllm.GenerateResponse]:
+    given = {"text": prompt} if isinstance(prompt, str) else {"tokenized": {"input_ids": prompt}}
+    sampling = {"temperature": 0.0, "max_tokens": 5} | sampling
+    return list(stub.Generate(vllm.GenerateRequest(
+        request_id=request_id, stream=stream, sampling_params=vllm.SamplingParams(**sampling), **given), timeout=20))
+
+
+def test_whole_answer(stub):
+    [response] = ask(stub, [97])
+    done = response.complete
+    assert tuple(done.output_ids) == toy(97, 5) and done.finish_reason == "length"
+    assert (done.prompt_tokens, done.completion_tokens, done.index) == (1, 5, 0)
+    assert ask(stub, "a") == [response]
+
+
+def test_stream_and_its_end(stub):
+    *chunks, last = ask(stub, [97], stream=True, temperature=SLOW)
+    assert [tuple(r.chunk.token_ids) for r in chunks] == [(t,) for t in toy(97, 5)]
+    assert [r.chunk.completion_tokens for r in chunks] == [1, 2, 3, 4, 5]
+    assert tuple(last.complete.output_ids) == toy(97, 5)
+
+
+def test_what_nobody_said_is_vllms_default(stub):
+    [response] = list(stub.Generate(vllm.GenerateRequest(
+        text="a", sampling_params=vllm.SamplingParams(temperature=0.0)), timeout=20))
+    assert response.complete.finish_reason == "stop"  # the whole context was there, and the toy came to its end
+    assert response.complete.matched_token_id == EOS
+    assert len(response.complete.output_ids) == EOS - 97
+
+
+def test_n_answers_and_stops(stub):
+    answers = ask(stub, [97], n=3, temperature=0.001)
+    assert sorted(r.complete.index for r in answers) == [0, 1, 2]
+    [stopped] = ask(stub, [97], max_tokens=20, stop_token_ids=[101])
+    assert (tuple(stopped.complete.output_ids), stopped.complete.matched_token_id) == (toy(97, 4), 101)
+    [by_text] = ask(stub, [97], max_tokens=20, stop=["e"])
+    assert by_text.complete.finish_reason == "stop" and not by_text.complete.WhichOneof("matched_stop")
+
+
+def test_logprobs_of_answer_and_prompt(stub):
+    [response] = ask(stub, [97, 98, 99], logprobs=2, prompt_logprobs=1, max_tokens=2)
+    out, given = response.complete.output_logprobs, response.complete.input_logprobs
+    assert tuple(out.token_ids) == toy(99, 2) and len(out.token_logprobs) == 2
+    assert all(len(top.token_ids) <= 2 for top in out.top_logprobs)
+    assert tuple(given.token_ids) == (97, 98, 99)
+    assert [known.HasField("value") for known in given.token_logprobs] == [False, True, True]
+
+
+def test_abort_and_a_caller_that_leaves(stub, client):
+    running = stub.Generate(vllm.GenerateRequest(
+        request_id="mine", stream=True, tokenized={"input_ids": [97]},
+        sampling_params=vllm.SamplingParams(temperature=SLOW, max_tokens=300)))
+    next(running)
+    stub.Abort(vllm.AbortRequest(request_ids=["mine", "unknown"]))
+    assert list(running)[-1].complete.finish_reason == "abort"
+    left = stub.Generate(vllm.GenerateRequest(
+        stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(temperature=SLOW, max_tokens=300)))
+    next(left)
+    left.cancel()
+    eventually(lambda: quiet(client))
+
+
+@pytest.mark.parametrize(("sampling", "says"), [
+    ({"json_schema": "{}"}, "json_schema is not supported"), ({"choice": {"choices": ["a"]}}, "choice is not supported"),
+    ({"temperature": -1.0}, "temperature must be"), ({"stop_token_ids": [VOCAB]}, "outside the vocabulary")])
+def test_what_is_not_done_is_refused(stub, sampling, says):
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(stub, [97], **sampling)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT and says in refused.value.details()
+
+
+def test_model_server_and_load(stub, cluster):
+    info = stub.GetModelInfo(vllm.GetModelInfoRequest())
+    assert (info.served_model_name, info.max_context_length, info.vocab_size) == ("toy", 512, VOCAB)
+    assert list(info.eos_token_ids) == [EOS] and info.is_generation and info.tokenizer_path == info.model_path
+    assert stub.GetServerInfo(vllm.GetServerInfoRequest()).max_num_seqs == 4
+    assert stub.HealthCheck(vllm.HealthCheckRequest()).healthy
+    with grpc.insecure_channel(cluster.address) as channel:
+        asked = health_pb2.HealthCheckRequest(service="vllm.grpc.engine.VllmEngine")
+        assert health_pb2_grpc.HealthStub(channel).Check(asked).status == health_pb2.HealthCheckResponse.SERVING
+    running = stub.Generate(vllm.GenerateRequest(
+        stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(temperature=SLOW, max_tokens=100)))
+    next(running)
+    eventually(lambda: stub.GetLoads(vllm.GetLoadsRequest()).loads[0].num_running_reqs == 1)
+    [load] = stub.GetLoads(vllm.GetLoadsRequest()).loads
+    assert (load.num_running_reqs, load.num_total_reqs, load.max_running_requests) == (1, 1, 4)
+    assert 0 < load.num_used_tokens <= load.max_total_num_tokens and 0 < load.token_usage < 1
+    running.cancel()
