@@ -85,7 +85,7 @@ def _steps(store: LayerStore, stages: Stages, config: EngineConfig) -> tuple[flo
 
 def _programs(store: LayerStore, stages: Stages) -> float:
     """CPU time of embed, the layer and the greedy head, less that of programs that take and give the same and do nothing."""
-    kind, = stages.kinds
+    group, = stages.groups
     weights, table, top = map(store.params, (0, _SPEC.embed_unit, _SPEC.head_unit))
     tokens, lengths = np.zeros(_ROWS, np.int32), np.full(_ROWS, _PROMPT, np.int32)
     x, aux = stages.embed(table, tokens[:, None], lengths[:, None])
@@ -95,7 +95,7 @@ def _programs(store: LayerStore, stages: Stages) -> float:
 
     def layer() -> Array:
         nonlocal kv
-        out, *kv = stages.decode(kind, weights, x, aux, kv, lengths)
+        out, (kv,) = stages.decode(group, [weights], x, aux, [kv], lengths)
         return out
 
     programs = _each(lambda: stages.embed(*embedding)[0]) + _each(layer) + _each(

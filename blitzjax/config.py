@@ -46,6 +46,7 @@ class EngineConfig:
     tensor_parallel: int = 1  # devices per instance
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
     cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
+    fused_layers: int = 0  # layers that a decode step runs as one program, best a multiple of the model's pattern; 0: one each
     executable_cache: str = "~/.cache/blitzjax/executables"
     share_executables: bool = True  # a worker takes what others have compiled for such a machine, over their gRPC port
 
@@ -202,6 +203,7 @@ def _check_ranges(c: Config) -> None:
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
+    want(c.engine.fused_layers >= 0, "engine.fused_layers must be at least 0 (0: every layer is a program of its own)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
     want(0 < c.cluster.base_port < 65536 - c.cluster.pool, "cluster.base_port and those above it must be TCP ports")

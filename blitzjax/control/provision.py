@@ -1,8 +1,9 @@
 """How do parameters get into the instances that lack them, and who executes with them meanwhile?
 
-From a serving instance, else from the host copy, by multicast if it is in the world, else from disk; who keeps the
-host copy becomes an instance at no cost. What a broken transfer left behind stays valid: the rest comes with another
-plan. Invariant: a LIVE instance is the NEW side of a pair, or alone: there was a time when no instance ran prompts.
+From a serving instance, else from the host copy, by multicast if it is in the world; where there is neither, as when
+a cluster starts, all read their own disks at once. Who keeps the host copy becomes an instance at no cost. What a broken
+transfer left behind stays valid: the rest comes with another plan. Invariant: a LIVE instance is the NEW side of a pair,
+or alone: there was a time when no instance ran prompts.
 """
 
 from __future__ import annotations
@@ -75,12 +76,14 @@ class Provisioner:
         sources = self._sources(means)
         if sources:
             return begun + self._multicast(at, needy, sources, means)
-        if any(self.transfers.busy(m.id) for m in self._fleet.loading()) or self._copies.coming(self._spec.name):
+        coming = [run for m in self._fleet.loading() if (run := self.transfers.run_of(m.id)) is not None]
+        if any(not run.disk for run in coming) or self._copies.coming(self._spec.name):
             return begun  # the others follow it by multicast
         keeper = self._copies.where(self._spec.name)
         if keeper is not None:
             return self._multicast(at, needy, [self._fleet.members[keeper]], means)
-        return self._load(max(needy, key=self._held), means)
+        own = [m for m in needy if not (coming and m.failures)]  # whoever failed follows those that read
+        return [c for m in own for c in self._load(m, means)]
 
     def _use_copy(self, needy: list[Member]) -> tuple[list[Command], list[Member]]:
         """The needy one that keeps the host copy becomes an instance of it. → (commands, the others)."""

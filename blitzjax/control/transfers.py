@@ -32,6 +32,7 @@ class Run:
     unready: set[InstanceId]  # have not answered PrepareTransfer
     active: set[InstanceId]  # have not left
     rings: tuple[Ring, ...]  # that this chain and its fellow lanes meet in
+    disk: bool = False  # its parameters come from there
     broken: bool = False  # cancelled: what its targets miss comes with another plan
 
     @property
@@ -101,6 +102,7 @@ class Transfers:
              live: LiveMode) -> tuple[Run, Command]:
         """Begins a load from the instance's own disk."""
         run = self._alone(instance, model, start_unit, stop_unit, False, live)
+        run.disk = True
         return run, LoadFromDisk(instance, run.ticket, start_unit, model)
 
     def use_copy(self, instance: InstanceId, model: str, stop_unit: int) -> Command:

@@ -113,10 +113,10 @@ class Runner:
     def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> Drawn:
         """One step for every row: tokens i32[B] enter at positions lengths i32[B]."""
         x, aux = self.stages.embed(self._embedding, tokens[:, None], lengths[:, None])
-        for layer in range(self.spec.layers):
-            kind = unit_kind(self.spec, layer)
-            x, *kv = self.stages.decode(kind, self.store.params(layer), x, aux, cache.layers[layer], lengths)
-            cache.layers[layer] = tuple(kv)
+        for group in self.stages.groups:
+            weights = [self.store.params(layer) for layer in range(group.start, group.stop)]
+            kv = cache.layers[group.start : group.stop]
+            x, cache.layers[group.start : group.stop] = self.stages.decode(group, weights, x, aux, kv, lengths)
         return self._head(x, draws)
 
     def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:

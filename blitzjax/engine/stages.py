@@ -1,7 +1,8 @@
 """The compiled pieces that every pass through the model is made of: embed, one layer, head, and KV placement.
 
 Invariant: one executable per (kind, shape) serves all layers of a kind, with parameters as arguments, so any range of
-layers is a slice and a pass cut anywhere computes bit for bit what the whole computes.
+layers is a slice and a pass cut anywhere computes bit for bit what the whole computes. Decode steps are never cut:
+theirs may run `engine.fused_layers` layers at a time, kept apart by a barrier that no operation is fused across.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from blitzjax.engine.attention import Attention, chosen
 from blitzjax.engine.executables import ExecutableCache, Fetch
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.models import blocks, family, own
-from blitzjax.types import MAX_LOGPROBS, ModelSpec
+from blitzjax.types import MAX_LOGPROBS, ModelSpec, Span
 
 Params = dict[str, Array]
 KV = tuple[Array, Array]
@@ -41,6 +42,7 @@ class Stages:
         self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
+        self.groups = _groups(spec, max(1, config.fused_layers))
         devices = mesh.devices.flatten().tolist()
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
@@ -70,9 +72,11 @@ class Stages:
         """A layer of `kind` over a later chunk at `start`; kv is donated and returned with the chunk's rows written."""
         return self._stage("next", kind, x.shape[1], self.layout.tokens(kv))(weights, x, aux, *kv, np.int32(start))
 
-    def decode(self, kind: str, weights: Params, x: Array, aux, kv: KV, lengths) -> tuple[Array, Array, Array]:
-        """A layer of `kind`, one token per row at position `lengths` i32[B]; kv is donated and returned."""
-        return self._stage("decode", kind, x.shape[0], self.layout.tokens(kv))(weights, x, aux, *kv, lengths)
+    def decode(self, group: Span, weights: list[Params], x: Array, aux, kv: list[KV], lengths) -> tuple[Array, list[KV]]:
+        """The layers of one of `groups`, one token per row at position `lengths` i32[B]; kv is donated and returned."""
+        first = self.groups[group]
+        sizes = first.start, first.stop, x.shape[0], self.layout.tokens(kv[0])
+        return self._stage("decode", *sizes)(weights, x, aux, kv, lengths)
 
     def last_row(self, x: Array, row: int) -> Array:
         """f32[1, T, D] → f32[2, 1, D]: row `row`, padded to the batch that the head is compiled for."""
@@ -130,7 +134,7 @@ class Stages:
         for rows in s.batches:
             yield from (("embed", rows, 1), ("head_greedy", rows), ("head_sample", rows), ("head_edit", rows))
             for context in s.contexts:
-                yield from (("decode", kind, rows, context) for kind in self.kinds)
+                yield from (("decode", g.start, g.stop, rows, context) for g in dict.fromkeys(self.groups.values()))
                 yield "blank", rows, context
                 yield from (("insert", rows, context, staged) for staged in s.contexts if staged <= context)
         for a, b in pairwise(s.batches):
@@ -180,9 +184,7 @@ class Stages:
 
     def _activations(self, rows: int, width: int):
         """Abstract x and aux of a stage over [rows, width] tokens."""
-        positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-        aux = jax.eval_shape(functools.partial(family(self.spec.family).aux, self.spec), positions)
-        aux = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), aux)
+        aux = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), _aux_shapes(self.spec, rows, width))
         return self._abstract((rows, width, self.spec.dim)), aux
 
     def _build_embed(self, rows: int, width: int):
@@ -232,22 +234,25 @@ class Stages:
                 self._abstract((), jnp.int32))
         return next_chunk, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
 
-    def _build_decode(self, kind: str, rows: int, context: int):
-        module = params.bind(self.spec, kind)
+    def _build_decode(self, start: int, stop: int, rows: int, context: int):
+        kinds = [params.unit_kind(self.spec, layer) for layer in range(start, stop)]
+        modules = [params.bind(self.spec, kind) for kind in kinds]
 
-        def decode(weights, x, aux, k, v, lengths):
-            cache = []
+        def decode(weights, x, aux, kv, lengths):
+            caches = []
 
             def attend(q, k_new, v_new, scoring=blocks.PLAIN):
-                cache.extend(self.layout.appended((k, v), (k_new, v_new), lengths))
-                return self.attention.step(q, *cache, lengths, scoring)
+                caches.append(self.layout.appended(kv[len(caches)], (k_new, v_new), lengths))
+                return self.attention.step(q, *caches[-1], lengths, scoring)
 
-            x = module(weights)(x, aux, attend)
-            return x, *cache
+            for layer, module in enumerate(modules):
+                x = module(weights[layer])(lax.optimization_barrier(x) if layer else x, aux, attend)
+            return x, caches
 
-        args = (self._weights(kind), *self._activations(rows, 1), *self.kv_specs(rows, context),
+        kv = [self.kv_specs(rows, context) for _ in kinds]
+        args = ([self._weights(kind) for kind in kinds], *self._activations(rows, 1), kv,
                 self._abstract((rows,), jnp.int32))
-        return decode, args, (3, 4), (self.replicated, self.kv_sharding, self.kv_sharding)
+        return decode, args, (3,), (self.replicated, self.kv_sharding)
 
     def _build_last_row(self, width: int):
         def last_row(x, row):
@@ -323,6 +328,21 @@ class Stages:
 
         args = (*self.kv_specs(rows, context), self._abstract((new_rows,), jnp.int32))
         return resize, args, (), (self.kv_sharding, self.kv_sharding)
+
+
+@functools.lru_cache(maxsize=256)  # traces; every layer's stages of a shape need them
+def _aux_shapes(spec: ModelSpec, rows: int, width: int):
+    positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+    return jax.eval_shape(functools.partial(family(spec.family).aux, spec), positions)
+
+
+def _groups(spec: ModelSpec, size: int) -> dict[Span, Span]:
+    """Spans of `size` layers, the last one of the rest, each with the first whose layers are of the same kinds: they
+    share a program.
+    """
+    spans = [Span(start, min(start + size, spec.layers)) for start in range(0, spec.layers, size)]
+    kinds = [tuple(params.unit_kind(spec, layer) for layer in range(span.start, span.stop)) for span in spans]
+    return {span: spans[kinds.index(alike)] for span, alike in zip(spans, kinds, strict=True)}
 
 
 def _fingerprint(spec: ModelSpec, attention: Attention) -> str:

@@ -1,6 +1,10 @@
-"""Tensor-parallel instances: all shards move in one multicast, and hand-offs keep their sharding."""
+"""Tensor-parallel instances: all shards move in one multicast, and hand-offs keep their sharding. Some decode several
+layers a program: live, theirs run one at a time.
+"""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 
@@ -10,17 +14,22 @@ from blitzjax.serve.local import LocalCluster
 from rig import SPEC, prompts
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_sharded_cluster_answers_like_itself_before_scaling(tmp_path_factory, tp: int) -> None:
+@pytest.mark.parametrize("tp,fused_layers", [(2, 3), (4, 0)])
+def test_sharded_cluster_answers_like_itself_before_scaling(tmp_path_factory, tp: int, fused_layers: int) -> None:
     directory = tmp_path_factory.mktemp("sharded") / "tiny"
     write_random(directory, SPEC, seed=3)
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", "cluster.pool=2", "engine.dtype=float32", "engine.max_model_len=128",
-        f"engine.tensor_parallel={tp}", "engine.max_num_seqs=4", "engine.max_num_batched_tokens=64",
-        "transfer.chunk_bytes=1024", f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
+        f"engine.tensor_parallel={tp}", f"engine.fused_layers={fused_layers}", "engine.max_num_seqs=4",
+        "engine.max_num_batched_tokens=64", "transfer.chunk_bytes=1024",
+        f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     asked = prompts(8, seed=2, longest=100)
     with LocalCluster(config, directory) as cluster, cluster.client() as client:
         cluster.wait_ready(120)
+        deadline = time.monotonic() + 120
+        while sum(i.in_world for i in client.status().instances) < 2:
+            assert time.monotonic() < deadline, "both workers join"
+            time.sleep(0.05)
         alone = [client.generate(p, max_tokens=8, ignore_eos=True).token_ids for p in asked]
         client.scale(2, live="zigzag")
         answers = [client.generate(p, max_tokens=8, ignore_eos=True) for p in asked]

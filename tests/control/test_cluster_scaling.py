@@ -26,15 +26,26 @@ def chains(world: World) -> list[tuple[str, ...]]:
 # ---- boot
 
 
-def test_the_first_instance_loads_from_disk_and_the_others_by_multicast() -> None:
+def test_where_nobody_serves_all_read_their_own_disks_at_once() -> None:
+    """Also one that joins while another reads; whoever comes once one serves gets it by multicast."""
     world = World(3, config(min_instances=2))
-    for name in world.workers:
-        world.join(name)
-    assert world.sent(LoadFromDisk) == [LoadFromDisk("i0", 1, 0, "toy")] and world.phases() == [LIVE, IDLE, IDLE]
+    assert world.join("i0") == [LoadFromDisk("i0", 1, 0, "toy")] and world.join("i1") == [LoadFromDisk("i1", 2, 0, "toy")]
+    world.join("i2")
+    assert world.phases() == [LIVE, LIVE, IDLE]
     world.settle()
-    assert len(world.sent(LoadFromDisk)) == 1 and chains(world) == []
-    assert [c.instance for c in world.sent(PrepareTransfer)] == ["i0", "i1"]
-    assert world.phases() == [SERVING, SERVING, IDLE]
+    assert world.sent(PrepareTransfer) == [] and world.phases() == [SERVING, SERVING, IDLE]
+    world.scale(3)
+    world.settle()
+    assert len(world.sent(LoadFromDisk)) == 2 and len(world.sent(PrepareTransfer)) >= 2
+    assert world.phases() == [SERVING] * 3
+
+
+def test_whoever_cannot_read_its_disk_at_a_cold_start_gets_it_from_the_first_that_serves() -> None:
+    world = World(2, config(min_instances=2))
+    world.disk_fails.add("i1")
+    world.join("i0"), world.join("i1")
+    world.settle()
+    assert [c.instance for c in world.sent(PrepareTransfer)] == ["i0", "i1"] and world.phases() == [SERVING, SERVING]
 
 
 def test_the_first_instance_is_live_alone_unless_live_is_off() -> None:

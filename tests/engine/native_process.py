@@ -14,7 +14,7 @@ import numpy as np
 from blitzjax.config import EngineConfig
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
 from blitzjax.engine.stages import Stages
-from blitzjax.types import ModelSpec
+from blitzjax.types import ModelSpec, Span
 
 SPEC = ModelSpec("tiny", "llama", 1, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "bfloat16")
 ROWS, CONTEXT = 4, 512
@@ -29,9 +29,7 @@ if __name__ == "__main__":
     stages = Stages(SPEC, config, store.mesh)
     tokens, lengths = np.arange(ROWS, dtype=np.int32)[:, None], np.arange(ROWS, dtype=np.int32)
     x, aux = stages.embed(store.params(SPEC.embed_unit), tokens, lengths[:, None])
-    k, v = stages.blank(ROWS, CONTEXT)
-    kind = stages.kinds[0]
-    x, k, v = stages.decode(kind, store.params(0), x, aux, (k, v), lengths)
+    x, ((k, v),) = stages.decode(Span(0, 1), [store.params(0)], x, aux, [stages.blank(ROWS, CONTEXT)], lengths)
     digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in (x, k, v))).hexdigest()
-    text = stages._stage("decode", kind, ROWS, CONTEXT).as_text()
+    text = stages._stage("decode", 0, 1, ROWS, CONTEXT).as_text()
     print("compiled" if stages.cache.compiled else "loaded", "native" if "blitzjax_matmul" in text else "plain", digest)

@@ -18,7 +18,7 @@ from blitzjax.types import ModelSpec, Sampling, Span
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32")
 
 
-def build(tmp_path_factory, tp: int, dtype: str = "float32") -> Runner:
+def build(tmp_path_factory, tp: int, dtype: str = "float32", fused_layers: int = 0) -> Runner:
     import jax
     from dataclasses import replace
 
@@ -30,6 +30,7 @@ def build(tmp_path_factory, tp: int, dtype: str = "float32") -> Runner:
                            for a in unit_arrays(spec, unit)})
         store.commit(unit)
     config = EngineConfig(dtype=dtype, max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64,
+                          fused_layers=fused_layers,
                           executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
     return Runner(Stages(spec, config, store.mesh), store)
 
@@ -96,6 +97,28 @@ def test_decode_continues_as_prefill_would(runner: Runner, tokens: int) -> None:
         again = runner.begin(prompt(tokens) + answer[:length])
         runner.run_span(again, Span(0, SPEC.layers))
         assert first_token(runner, again) == answer[length]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_layers_decode_bit_for_bit_as_single_ones(tmp_path_factory, dtype: str) -> None:
+    """Groups of two of five layers: two programs, one of them for the last layer."""
+    runners = [build(tmp_path_factory, 1, dtype, fused_layers) for fused_layers in (0, 2)]
+    assert [len(r.stages.groups) for r in runners] == [5, 3]
+    single, grouped = (sum(kind == "decode" for kind, *_ in r.stages._all()) for r in runners)
+    assert grouped == 2 * single
+    caches = []
+    for runner in runners:
+        prefill = runner.begin(prompt(70))
+        runner.run_span(prefill, Span(0, SPEC.layers))
+        caches.append(SlotCache(runner.stages))
+        caches[-1].place("a", prefill.kv)
+    tokens = np.array([7, 0], np.int32)
+    for step in range(4):
+        lengths = np.array([70 + step, 0], np.int32)
+        drawn = [r.decode(c, tokens, lengths, r.stages.draws(2, edited=True)) for r, c in zip(runners, caches, strict=True)]
+        assert same([drawn[0].details], [drawn[1].details])  # logprobs of the likeliest, to the last bit
+        assert all(same(a, b) for a, b in zip(caches[0].layers, caches[1].layers, strict=True))
+        tokens = drawn[0].tokens
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])

@@ -152,6 +152,28 @@ def test_decode_matches_reference(case: str, load) -> None:
     assert_close(np.stack(logits), expected["steps"])
 
 
+@pytest.mark.parametrize("case", ["gemma3", "gpt_oss"])
+def test_fused_layers_of_several_kinds_decode_as_single_ones(case: str, load, tmp_path_factory) -> None:
+    """Bit for bit, what they keep of every layer; two layers a program, of three."""
+    runner, tokens = load(case).runner, load(case).expected["tokens"].tolist()
+    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, fused_layers=2,
+                          executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
+    fused_runner = Runner(Stages(runner.spec, config, runner.store.mesh), runner.store)
+    assert len(runner.stages.kinds) == 2 and len(fused_runner.stages.groups) == 2
+    caches = []
+    for r in (runner, fused_runner):
+        prefill = r.begin(tokens)
+        r.run_span(prefill, Span(0, r.spec.layers))
+        caches.append(SlotCache(r.stages))
+        caches[-1].place("a", prefill.kv)
+        caches[-1].reserve(64)
+        lengths = np.array([len(tokens), 0], np.int32)
+        for step in range(3):
+            r.decode(caches[-1], np.array([5 + step, 0], np.int32), lengths + np.array([step, 0], np.int32), greedy_draws(2))
+    for a, b in zip(*(jax.tree.leaves(c.layers) for c in caches), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_prefix_hits_and_preemption_match_reference(case: str, load, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the same prompt where pages suffice for one answer: the second begins behind a hit, gives way, goes on."""
