@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blitzjax.control.batching import Batcher
+from blitzjax.control.batching import Batcher, State
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.prefixes import PrefixCache
 from blitzjax.engine.runner import Runner
@@ -23,7 +23,8 @@ from blitzjax.types import RequestId
 
 @dataclass(slots=True)
 class _Rows:
-    """What a step takes of every row of the cache; from one to the next little changes, unless somebody comes or goes."""
+    """What a step takes of every row of the cache. From one to the next little changes, unless somebody comes or goes.
+    """
 
     sequences: list[tuple[int, Sequence]]  # by row
     taken: np.ndarray  # i32[B]; 1: a sequence is in the row
@@ -45,6 +46,19 @@ class DecodeBatch:
     def __init__(self, runner: Runner, cache: SlotCache, batcher: Batcher, prefixes: PrefixCache):
         self._runner, self._cache, self._batcher, self._prefixes = runner, cache, batcher, prefixes
         self._rows: _Rows | None = None  # for the next step, unless the rows are others by then
+
+    def check(self, sequences: Mapping[RequestId, Sequence]) -> None:
+        """Asserts the invariant, and that what is carried on is what the sequences say. Between steps."""
+        placed = [i for i in self._cache.slots if i is not None]
+        assert all(self._batcher.state(i) is State.DECODING for i in placed)
+        assert all(self._batcher.held_tokens(i) >= len(sequences[i].tokens) - 1 for i in placed)
+        if self._rows is not None:
+            kept, new = self._rows, self._described(self._rows.sequences, self._rows.longest)
+            assert [s.id for _, s in kept.sequences] == placed and (kept.taken == new.taken).all()
+            for name in ("tokens", "lengths", "paged"):
+                assert (getattr(kept, name) == getattr(new, name))[new.taken == 1].all(), name
+            assert (kept.draws.step == new.draws.step)[new.draws.temperature > 0].all()
+            assert kept.longest == max((len(s.tokens) for _, s in kept.sequences), default=0)
 
     def join(self, sequence: Sequence, kv: list[KV]) -> None:
         """Its prompt is through: the KV of every layer moves into a row."""

@@ -75,8 +75,7 @@ class Instance:
         """Asserts the invariants of the parts; for tests and idle moments."""
         self._batcher.check()
         self._prefixes.check()
-        placed = {s for s in self._cache.slots if s is not None}
-        assert placed <= self._sequences.keys(), (placed, self._sequences.keys())
+        self._decoding.check(self._sequences)
 
     # ---- inbox ------------------------------------------------------------------------------------------------------
 

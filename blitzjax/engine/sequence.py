@@ -79,4 +79,5 @@ def sequence_of(work: Work, spec: ModelSpec) -> Sequence:
     tokens = [*work.prompt, *work.generated]
     array = np.zeros(work.request.total_tokens if penalised(work.sampling) else 0, np.int32)
     array[: len(tokens)] = tokens[: len(array)]
-    return Sequence(work, tokens, len(work.generated), array, edits_until(work.sampling), end_tokens(work.sampling, spec))
+    return Sequence(work, tokens, len(work.generated), array, edits_until(work.sampling),
+                    end_tokens(work.sampling, spec))

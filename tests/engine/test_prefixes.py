@@ -11,6 +11,7 @@ import pytest
 from blitzjax.config import Config, EngineConfig
 from blitzjax.control.batching import Batcher
 from blitzjax.engine import messages as m
+from blitzjax.engine.decoding import DecodeBatch
 from blitzjax.engine.prefixes import kept_pages
 from blitzjax.engine.stages import Stages
 from blitzjax.commands import Abort, EndLive, Release, StartLive
@@ -107,6 +108,8 @@ def test_memory_that_runs_out_changes_no_answer(rig_of, monkeypatch: pytest.Monk
     preempted: list[str] = []
     preempt = Batcher.preempt
     monkeypatch.setattr(Batcher, "preempt", lambda self, i, *args: (preempted.append(i), preempt(self, i, *args)))
+    make_room = DecodeBatch.make_room
+    monkeypatch.setattr(DecodeBatch, "make_room", lambda self, here: (self.check(here), make_room(self, here)))
     for caching in (True, False):
         tight = rig_of(f"tight {caching}", max_num_seqs=4, kv_pages=16, answer_share=0.0, prefix_caching=caching)
         tight.load(SPEC.units)
