@@ -72,7 +72,7 @@ def test_source_of_a_multicast(rig: Rig, expected, live: str) -> None:
     short = [p for p in prompts(48, seed=1) if len(p) == 3]
     rig.scale(3, live=live)
     answers = burst(rig)
-    long = [(p, rig.send(p, max_tokens=250)) for p in (24 * short)[:24]]  # more than the source ends before it dies
+    long = [(p, rig.send(p, max_tokens=250)) for p in (32 * short)[:32]]  # more than the source ends before it dies
     rig.wait(lambda s: any(i.phase in ("loading", "live") and i.layers_loaded >= 2 for i in s.instances), "loading")
     kill(rig, source)
     assert all_right(answers, expected)
