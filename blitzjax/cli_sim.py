@@ -47,7 +47,8 @@ def sim(args: argparse.Namespace) -> int:
         raise ConfigError(f"no requests in the {args.duration_s:g} s from second {args.start_s:g} of {args.trace}")
     factor = scale_factor(trace, model, instances, args.load)
     trace = arrivals.deal(trace, args.models, args.seed)
-    gc.disable()  # what a request leaves behind holds no cycles; looking for some takes a tenth of the time
+    if sys.implementation.name == "cpython":  # elsewhere memory comes back no other way
+        gc.disable()  # what a request leaves behind holds no cycles; looking for some takes a tenth of the time
     try:
         outcomes = [_run(setup, trace, factor, args.seed) for setup in setups]
     finally:
