@@ -97,7 +97,8 @@ class HostCache:
             return None, []
         place = self._place(at, fleet.model) if copy is None else self._roster.members[copy.instance]
         better = copy is not None or place is not None and self._rank(place)[:2] < self._rank(last)[:2]
-        if able and better and place.in_world and not last.yielded:  # else somebody waits for this worker
+        drains = place is not None and place.model == fleet.model and place.phase is not Phase.IDLE  # it goes as well
+        if able and better and not drains and place.in_world and not last.yielded:  # else somebody waits for this worker
             return None, self._make(fleet, place, last)
         commands = self.drop(fleet.model)
         self._copies[fleet.model] = _Copy(last.id, fleet.units)

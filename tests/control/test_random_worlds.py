@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from fake_world import SPECS, UNITS, World, config, copies, whole
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ACTIONS = ("work", "work", "work", "obey", "deliver", "load", "compute", "pull", "pull", "arrive", "arrive", "cancel",
@@ -94,6 +94,8 @@ def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: 
 
 @settings(max_examples=WORLDS, deadline=None)
 @given(steps=STEPS, start=st.integers(0, 4), least=st.integers(0, 1), models=st.integers(1, 3))
+@example(steps=[*[("work", 0)] * 15, ("join", 1), *[("work", 0)] * 8, ("join", 0), ("join", 2), ("scale", 3),
+                ("work", 0), ("work", 0), ("scale", 4)], start=0, least=0, models=1)  # who makes the copy drains too
 def test_models_share_the_workers_and_each_has_a_copy_in_the_end(steps: list[tuple[str, int]], start: int, least: int,
                                                                  models: int) -> None:
     world = World(len(NAMES), config(policy="auto", prefill_tokens_per_s=100.0, max_instances=4, min_instances=least,
