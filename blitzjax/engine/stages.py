@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import jax

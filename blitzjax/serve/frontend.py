@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import typing
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import grpc
 
@@ -42,21 +42,9 @@ class Frontend(rpc.InferenceServicer):
         self._controller = controller
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        answers: tuple[Answer, ...] = ()
-        try:
-            if self._controller.draining:
-                raise Unavailable("the server is shutting down; try another one")
-            model = self._controller.find(request.model)
-            order = await order_of(request, model, self._controller.context_tokens(model),
-                                   self._controller.page_size)
-            answers = self._controller.submit(order, request.resume)
+        async with answering(lambda: request, self._controller, context) as (answers, model):
             await self._promise(context)
             await _stream(answers, model, self._controller, context, request.progress)
-        except BlitzError as e:
-            await abort(context, e)
-        finally:
-            if answers:
-                self._controller.leave(answers)
 
     async def _promise(self, context: grpc.aio.ServicerContext) -> None:
         """The client may call again if this process crashes."""
@@ -78,21 +66,21 @@ class Frontend(rpc.InferenceServicer):
         try:
             return await self._scale(request)
         except BlitzError as e:
-            await abort(context, e)
+            await _abort(context, e)
 
     async def Deploy(self, request: pb.DeployRequest, context: grpc.aio.ServicerContext) -> pb.DeployResponse:
         await self._promise(context)
         try:
             return await deployments.deploy(self._controller, request)
         except BlitzError as e:
-            await abort(context, e)
+            await _abort(context, e)
 
     async def Undeploy(self, request: pb.UndeployRequest, context: grpc.aio.ServicerContext) -> pb.UndeployResponse:
         await self._promise(context)
         try:
             return await deployments.undeploy(self._controller, request.model, request.resume)
         except BlitzError as e:
-            await abort(context, e)
+            await _abort(context, e)
 
     async def WatchScale(self, request: pb.WatchScaleRequest, context: grpc.aio.ServicerContext) -> None:
         await self._promise(context)
@@ -104,7 +92,7 @@ class Frontend(rpc.InferenceServicer):
                 sent, sent_at = now, now.at
                 await context.write(now)
             await asyncio.sleep(_WATCH_GAP_S)
-        await abort(context, Unavailable("the server shut down"))
+        await _abort(context, Unavailable("the server shut down"))
 
     async def _scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
         controller, started = self._controller, self._controller.now()
@@ -144,6 +132,28 @@ class Superseded(BlitzError):
     """Somebody else changed the target, or took the model away."""
 
     code = "ABORTED"
+
+
+@contextlib.asynccontextmanager
+async def answering(asked: Callable[[], pb.GenerateRequest], controller: Controller,
+                    context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[tuple[Answer, ...], ServedModel]]:
+    """Starts what is `asked` for, which may raise. → its answers, their model. They end with the block, and what fails in
+    it ends the call.
+    """
+    answers: tuple[Answer, ...] = ()
+    try:
+        if controller.draining:
+            raise Unavailable("the server is shutting down; try another one")
+        request = asked()
+        model = controller.find(request.model)
+        order = await order_of(request, model, controller.context_tokens(model), controller.page_size)
+        answers = controller.submit(order, request.resume)
+        yield answers, model
+    except BlitzError as e:
+        await _abort(context, e)
+    finally:
+        if answers:
+            controller.leave(answers)
 
 
 async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: Controller,
@@ -266,5 +276,5 @@ def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, in
     return {"prefix_cache_queries": counts.queries[key], "prefix_cache_hits": counts.hits[key]}
 
 
-async def abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
+async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
     await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import grpc
 
 import blitzjax
-from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.errors import InvalidRequest
 from blitzjax.serve.answers import Answer, Piece
-from blitzjax.serve.frontend import abort, pieces
-from blitzjax.serve.orders import order_of
+from blitzjax.serve.frontend import answering, pieces
 from blitzjax.types import Phase, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import vllm_engine_pb2 as vllm
@@ -39,19 +38,8 @@ class VllmEngine(rpc.VllmEngineServicer):
         self._controller = controller
 
     async def Generate(self, request: vllm.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        controller, answers = self._controller, ()
-        try:
-            if controller.draining:
-                raise Unavailable("the server is shutting down; try another one")
-            model = controller.find("")
-            order = await order_of(_ours(request), model, controller.context_tokens(model), controller.page_size)
-            answers = controller.submit(order)
+        async with answering(lambda: _ours(request), self._controller, context) as (answers, _):
             await self._stream(answers, request.stream, context)
-        except BlitzError as e:
-            await abort(context, e)
-        finally:
-            if answers:
-                controller.leave(answers)
 
     async def _stream(self, answers: tuple[Answer, ...], stream: bool, context: grpc.aio.ServicerContext) -> None:
         whole = {answer.index: Piece() for answer in answers}
