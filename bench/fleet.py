@@ -21,7 +21,7 @@ from blitzjax import config as configs
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import AsyncClient, Result
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 from blitzjax.v1 import inference_pb2 as pb
 
 _SUBNET = "10.77.0.0/24"  # of the hosts

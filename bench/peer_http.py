@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from bench.peer import CONTEXT, SLOTS, Answer, Peer, Tokens, call, environment
 from bench.peer_files import as_gguf
-from blitzjax.serve.workers import free_ports
+from blitzjax.serve.hosts import free_ports
 
 _START_S = 300.0  # vLLM imports and warms up for half a minute of CPU time
 _STOP_S = 20.0

@@ -13,7 +13,7 @@ from blitzjax.cli_serve import checkpoint, configure
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 from blitzjax.serve.model import load_model
 from blitzjax.sim import costs
 from blitzjax.sim.costs import MachineCosts, ModelCosts

@@ -17,7 +17,7 @@ from blitzjax import config as configs
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import cache
 from blitzjax.errors import BlitzError, CheckpointError
-from blitzjax.serve.workers import Launch, WorkerHost, across
+from blitzjax.serve.hosts import Launch, WorkerHost, across
 
 _POOL = 3  # small enough for a laptop, large enough to scale
 

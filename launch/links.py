@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import netns
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 
 _OUR_IP = "10.77.0.254"  # controller and coordination service, on the bridge between the namespaces
 

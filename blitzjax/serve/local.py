@@ -26,7 +26,7 @@ from blitzjax.errors import BlitzError
 from blitzjax.serve.client import Client
 from blitzjax.serve.processes import TAIL_LINES, TELL_AFTER, Process, tail
 from blitzjax.serve.pulse import Pulse
-from blitzjax.serve.workers import POLL_S, Launch, Workers, free_ports
+from blitzjax.serve.hosts import POLL_S, Launch, Workers, free_ports
 
 _GATEWAY_GRACE_S = 2.0
 

@@ -12,7 +12,7 @@ from rig import written
 
 from blitzjax import config as configs
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 from test_models_from_zero import SPECS, Pool, all_right, ask
 
 HOSTS = {"127.0.0.1": (0, 1), "127.0.0.2": (2, 3)}

@@ -17,7 +17,7 @@ from rig import SPEC, prompts
 
 from blitzjax.engine.convert import write_random
 from blitzjax.serve.client import Client, Result
-from blitzjax.serve.workers import free_ports
+from blitzjax.serve.hosts import free_ports
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 

@@ -14,7 +14,7 @@ import pytest
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 
 READY = re.compile(r"is ready for \S+ in [\d.]+ s: (\d+) stages compiled, (\d+) loaded, (\d+) fetched")
 

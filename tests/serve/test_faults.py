@@ -23,7 +23,7 @@ from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, 
 from blitzjax.serve import eventlog
 from blitzjax.serve.client import AsyncClient, Client
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 from blitzjax.commands import Assign
 from blitzjax.events import InstanceLost, RequestArrived
 

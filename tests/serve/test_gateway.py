@@ -16,7 +16,7 @@ from test_frontend import SLOW, quiet, toy
 from toy import eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import free_ports
+from blitzjax.serve.hosts import free_ports
 
 
 class Site:

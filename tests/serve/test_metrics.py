@@ -18,7 +18,7 @@ from blitzjax.serve.latencies import Latencies
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.metrics import render
 from blitzjax.serve.model import load_model
-from blitzjax.serve.workers import free_ports
+from blitzjax.serve.hosts import free_ports
 from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 

@@ -11,7 +11,7 @@ from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch,
 
 from blitzjax.errors import UnknownModel
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 
 _LAUNCH = Launch(worker=TOY_WORKER, coordinator=TOY_COORDINATOR)  # in a temporary directory
 

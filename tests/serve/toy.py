@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from blitzjax import config as configs
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.workers import Launch
+from blitzjax.serve.hosts import Launch
 from blitzjax.types import ModelSpec
 
 EOS, BOS, VOCAB = 256, 257, 258
