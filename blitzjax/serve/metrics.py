@@ -7,7 +7,6 @@ inference extension among them. Invariant: a scrape changes nothing, and no read
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections import Counter
@@ -18,8 +17,6 @@ from blitzjax.serve.latencies import Histogram, Latencies
 from blitzjax.v1 import inference_pb2 as pb
 
 _log = logging.getLogger("blitzjax.controller")
-_TIMEOUT_S = 5.0  # of one scrape
-_REQUEST_BYTES = 8192
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _Sample = tuple[dict[str, str], float]
@@ -114,34 +111,24 @@ async def endpoint(metrics: Callable[[], str], ready: Callable[[], bool], host: 
     if not port:
         yield
         return
+    from aiohttp import web  # costs a start 0.1 s
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            async with asyncio.timeout(_TIMEOUT_S):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(_response(head, metrics, ready))
-                await writer.drain()
-        writer.close()
+    async def scrape(request: web.Request) -> web.Response:
+        return web.Response(text=metrics(), headers={"Content-Type": _TYPE})
 
+    async def health(request: web.Request) -> web.Response:
+        return web.Response(status=200 if ready() else 503, headers={"Content-Type": _TYPE})
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", scrape), web.get("/health", health)])
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)  # without waiting for connections that say nothing
+    await runner.setup()
     try:
-        server = await asyncio.start_server(answer, host, port, limit=_REQUEST_BYTES)
-    except OSError as e:
-        raise BlitzError(f"cannot listen on {host}:{port} for metrics: {e.strerror}") from e
-    _log.info("metrics are at http://%s:%d/metrics", host, port)
-    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as e:
+            raise BlitzError(f"cannot listen on {host}:{port} for metrics: {e.strerror}") from e
+        _log.info("metrics are at http://%s:%d/metrics", host, port)
         yield
     finally:
-        server.close()  # without waiting for connections that say nothing
-
-
-def _response(head: bytes, metrics: Callable[[], str], ready: Callable[[], bool]) -> bytes:
-    match head.replace(b"?", b" ", 1).split(b" ")[:2]:  # what a scraper asks besides changes nothing
-        case [b"GET", b"/metrics"]:
-            status, text = "200 OK", metrics()
-        case [b"GET", b"/health"]:
-            status, text = ("200 OK" if ready() else "503 Service Unavailable"), ""
-        case _:
-            status, text = "404 Not Found", "only GET /metrics and GET /health are here\n"
-    body = text.encode()
-    return (f"HTTP/1.1 {status}\r\nContent-Type: {_TYPE}\r\nContent-Length: {len(body)}\r\n"
-            "Connection: close\r\n\r\n").encode() + body
+        await runner.cleanup()
