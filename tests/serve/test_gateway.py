@@ -193,6 +193,7 @@ def test_a_reader_that_leaves_ends_its_generation(site):
                                b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
                 eventually(lambda: client.status().running_requests == 1)
             eventually(lambda: quiet(client))
+            assert not client.status().running_requests
 
 
 def test_an_answer_survives_the_controllers_crash(site):
