@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from blitzjax.engine.cache import packaged_gguf
+from blitzjax.engine.locations import packaged_gguf
 
 
 def as_gguf(target: Path, dtype: str) -> None:

@@ -29,7 +29,7 @@ from bench.peer import Answer, Peer
 from bench.peer_servers import PEERS
 from bench.result import say
 from blitzjax.cli_serve import checkpoint
-from blitzjax.engine.cache import default_cache
+from blitzjax.engine.locations import default_cache
 from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"

@@ -15,7 +15,7 @@ from pathlib import Path
 import blitzjax
 from blitzjax import config as configs
 from blitzjax.config import Config, ScaleConfig
-from blitzjax.engine import cache
+from blitzjax.engine import locations
 from blitzjax.errors import BlitzError, CheckpointError
 from blitzjax.serve.hosts import Launch, WorkerHost, across
 
@@ -131,9 +131,9 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 
     `source` is where the parameters of MODEL are if it is code. Raises CheckpointError.
     """
-    if source is None and (path := cache.cached(model, dtype)) is not None:
+    if source is None and (path := locations.cached(model, dtype)) is not None:
         return path
-    print(f"preparing {model}: what is converted once is kept in {cache.default_cache()}", file=sys.stderr, flush=True)
+    print(f"preparing {model}: what is converted once is kept in {locations.default_cache()}", file=sys.stderr, flush=True)
     where = () if source is None else ("--checkpoint", str(source))
     done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype, *where],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from blitzjax.engine.cache import FORMAT_VERSION, MANIFEST
+from blitzjax.engine.locations import FORMAT_VERSION, MANIFEST
 from blitzjax.engine.params import LayerStore, align, fill, unit_arrays, unit_name
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blitzjax.engine import cache, checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, orbax_reader
+from blitzjax.engine import checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, locations, orbax_reader
 from blitzjax.engine.gguf_reader import GGUF
 from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import unit_arrays
@@ -40,14 +40,14 @@ def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path 
     saying what MODEL may be, or what is wrong with it.
     """
     path = Path(model).expanduser()
-    if (path / cache.MANIFEST).is_file():
+    if (path / locations.MANIFEST).is_file():
         return path
-    models = cache.models_in(cache_dir or cache.default_cache())
+    models = locations.models_in(cache_dir or locations.default_cache())
     if own.is_reference(model):
         return _resolve_own(model, dtype, models, source)
     if source is not None:
         raise CheckpointError(f"{model!r} is not package.module:function, so its parameters cannot be at {source}")
-    source, name, target = cache.place(model, dtype, models)
+    source, name, target = locations.place(model, dtype, models)
     return _convert_once(source, name, dtype, target)
 
 
@@ -56,7 +56,7 @@ def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> P
         raise CheckpointError(f"{model} is code; its parameters are an Orbax checkpoint: --checkpoint DIR")
     spec = checkpoint.with_dtype(own.load(model)[0], dtype)
     layouts = [unit_arrays(spec, unit) for unit in range(spec.units)]
-    stamp = zlib.crc32(f"{cache.stamp(source.resolve())} {spec} {layouts}".encode())
+    stamp = zlib.crc32(f"{locations.stamp(source.resolve())} {spec} {layouts}".encode())
     return _convert_once(source, model, dtype, models / f"{spec.name}-{stamp:08x}-{dtype}")
 
 
@@ -83,7 +83,7 @@ def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> Huggi
         return HuggingFace.open(source, name, dtype)
     if orbax_reader.find(source) is not None:
         return Orbax.open(source, hf_config.read_spec(source, name, dtype), scratch)
-    raise CheckpointError(f"{source} has neither {cache.MANIFEST} (ours) nor .safetensors files (Hugging Face) "
+    raise CheckpointError(f"{source} has neither {locations.MANIFEST} (ours) nor .safetensors files (Hugging Face) "
                           "nor an Orbax checkpoint; a PyTorch .bin must be saved as safetensors first")
 
 

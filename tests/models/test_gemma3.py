@@ -17,7 +17,7 @@ from answering import answer, token_ids, work
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine.checkpoint import Checkpoint
-from blitzjax.engine.cache import default_cache
+from blitzjax.engine.locations import default_cache
 from blitzjax.engine.convert import resolve
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
