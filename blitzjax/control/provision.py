@@ -225,10 +225,14 @@ class Provisioner:
         return self._end_if_drained(old)
 
     def _end_if_drained(self, instance: InstanceId) -> list[Command]:
+        """OLD has taken what it said it took: what only NEW says that it handed over got lost between them."""
         pair = self.pairs.of(instance)
-        if pair is None or not self.pairs.drained(pair):
+        if pair is None or not self.pairs.drained(pair) or self._fleet.members[pair.new].phase is not Phase.SERVING:
             return []
-        return self.pairs.end(pair) if self._fleet.members[pair.new].phase is Phase.SERVING else []
+        commands = self.pairs.end(pair)
+        for entry in self._book.given(pair.new):
+            commands += self._book.lose(entry, f"{pair.old} and {pair.new} lost each other")
+        return commands
 
     def unpair(self, instance: InstanceId, lost: bool) -> list[Command]:
         """Ends the instance's pair, if any; a NEW side, or one that executes alone, only loads from now on."""

@@ -42,7 +42,7 @@ class NewSide:
         self._queue: LiveQueue[RequestId] = LiveQueue(runner.spec.layers, pair.mode)
         self._sequences: dict[RequestId, Sequence] = {}
         self._offers: dict[int, tuple[int, ...]] = {}  # pull seq → uuids not yet confirmed
-        self._old: Old | None = None  # its connection
+        self.old: Old | None = None  # its session, once it is here
         self._asked: Pulled | None = None  # OLD waits for an answer
         self._loans: set[RequestId] = set()  # asked for
 
@@ -78,9 +78,6 @@ class NewSide:
             for request_id in self._queue.items:
                 self._queue.ready(request_id)
 
-    def partnered(self, old: Old) -> None:
-        self._old = old
-
     def lent(self, loan: Loan) -> None:
         """Embedded rows are here; those of a prompt that left meanwhile are dropped."""
         sequence = self._sequences.get(loan.request_id)
@@ -114,11 +111,11 @@ class NewSide:
         if isinstance(given, Handed):
             sequence = self._sequences.pop(given.item)
             self._asked = None
-            self._old.hand_over(self._offer(pull.seq, sequence, given.next_layer))
+            self.old.hand_over(self._offer(pull.seq, sequence, given.next_layer))
             return sequence
         if not self.open or self._queue.drained:
             self._asked = None
-            self._old.hand_over(HandOver(pull.seq, None, drained=True))
+            self.old.hand_over(HandOver(pull.seq, None, drained=True))
         return None
 
     def taken(self, seq: int) -> None:
@@ -143,13 +140,13 @@ class NewSide:
 
     def _borrow(self) -> None:
         """Keeps a few prompts ahead of what NEW runs on loan; more would only delay the layers on the same link."""
-        if self._has_embedding or not self.open or self._old is None:
+        if self._has_embedding or not self.open or self.old is None:
             return
         fresh = [s for s in self._sequences.values() if s.prefill.next_layer == 0]
         ahead = sum(s.id in self._loans for s in fresh)
         for sequence in [s for s in fresh if s.id not in self._loans][: max(0, _LOANS_AHEAD - ahead)]:
             self._loans.add(sequence.id)
-            self._old.borrow(Borrow(sequence.id, sequence.work.attempt, tuple(sequence.tokens)))
+            self.old.borrow(Borrow(sequence.id, sequence.work.attempt, tuple(sequence.tokens)))
 
     def _offer(self, seq: int, sequence: Sequence, next_layer: int) -> HandOver:
         if next_layer == 0:

@@ -145,9 +145,8 @@ class Loan:
 
 @dataclass(frozen=True, slots=True)
 class Partnered:
-    """OLD opened its connection to NEW. What NEW says to `old` leaves through it."""
+    """OLD opened a session with NEW. What NEW says to `old` leaves through it."""
 
-    partner: InstanceId
     old: Old
 
 
@@ -155,15 +154,15 @@ class Partnered:
 class Pulled:
     """OLD asks NEW for its next item, which goes out as a HandOver of the same `seq`."""
 
+    old: Old
     seq: int
-    puller: InstanceId
 
 
 @dataclass(frozen=True, slots=True)
 class Borrowed:
     """NEW asks OLD, in OLD's inbox."""
 
-    partner: InstanceId
+    partner: Partner
     borrow: Borrow
 
 
@@ -171,7 +170,7 @@ class Borrowed:
 class Lent:
     """OLD's loan, in NEW's inbox."""
 
-    partner: InstanceId
+    old: Old
     loan: Loan
 
 
@@ -179,6 +178,7 @@ class Lent:
 class Taken:
     """OLD has the arrays of hand-over `seq`."""
 
+    old: Old
     seq: int
 
 
@@ -186,7 +186,7 @@ class Taken:
 class HandedOver:
     """NEW answered OLD's pull."""
 
-    partner: InstanceId
+    partner: Partner
     answer: HandOver
 
 
@@ -229,9 +229,9 @@ class KVRest:
 
 @dataclass(frozen=True, slots=True)
 class PartnerLost:
-    """The connection to a live partner broke."""
+    """A session with a live partner is over. One with the same partner, for another pair, may have begun."""
 
-    partner: InstanceId
+    session: Old | Partner
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,9 @@ class KVSession(Protocol):
 
 
 class Old(Protocol):
-    """NEW's side of the connection that OLD opened. Nothing it is told may block the engine thread."""
+    """NEW's side of the session that OLD opened for one pair. Nothing it is told may block the engine thread."""
+
+    name: InstanceId  # OLD's
 
     def hand_over(self, answer: HandOver) -> None: ...
 
@@ -265,7 +267,7 @@ class Old(Protocol):
 
 
 class Partner(Protocol):
-    """OLD's connection to NEW. Answers arrive in the inbox as HandedOver and Borrowed; a break as PartnerLost."""
+    """OLD's session with NEW. Answers arrive in the inbox as HandedOver and Borrowed, its end as PartnerLost."""
 
     def pull(self, seq: int) -> None: ...
 

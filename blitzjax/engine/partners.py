@@ -63,7 +63,7 @@ class Partners:
         self.old: live.OldSide | None = None
         self.ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
         self.awaited_until = 0.0  # residuals should be here by then; 0: none are on their way
-        self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # came before their StartLive
+        self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # of sessions that came before their StartLive
 
     @property
     def prompt_is_near(self) -> bool:
@@ -77,27 +77,27 @@ class Partners:
             case EndLive():
                 self._end(message.pair)
             case m.PartnerLost():
-                self._lost(message.partner)
+                self._lost(message.session)
             case m.HandedOver():
-                if self.old is not None and self.old.pair.new == message.partner:
+                if self.old is not None and self.old.partner is message.partner:
                     self._handed_over(message)  # else the pair ended meanwhile: the brain runs the request again
             case m.ActivationsTaken():
                 self._activations_taken(message)
             case m.KVTaken():
                 self._kv_taken(message)
             case m.Borrowed():
-                if self.old is not None and self.old.pair.new == message.partner:
+                if self.old is not None and self.old.partner is message.partner:
                     self.old.lend(message.borrow)
             case m.Partnered() | m.Pulled():
                 self._met(message)
             case m.Lent():
-                if self.new is not None and self.new.pair.old == message.partner:
+                if self.new is not None and self.new.old is message.old:
                     self.new.lent(message.loan)
             case m.UnitsArrived():
                 if self.new is not None:
                     self.new.arrived(self._host.runner.store.usable)
             case m.Taken():
-                if self.new is not None:
+                if self.new is not None and self.new.old is message.old:
                     self.new.taken(message.seq)
 
     def begin_early(self, sequence: Sequence) -> None:
@@ -157,26 +157,36 @@ class Partners:
             self.new.answer()
             live.go_on_alone(self.new, self._host.runner, self._checkpoint)
 
-    def _lost(self, partner: InstanceId) -> None:
-        """The brain hears of it too and ends the pair; until then nothing more is pulled or handed over."""
-        if self.old is not None and self.old.pair.new == partner:
-            self.old.waiting, self.old.drained = False, True
-        self._early.pop(partner, None)
-        if self.new is not None and self.new.pair.old == partner:
+    def _lost(self, session: m.Old | m.Partner) -> None:
+        """Nothing more is pulled or handed over. Both sides may live on, so the brain must hear that the pair may end."""
+        if self.old is not None and self.old.partner is session:
+            self.old.waiting = False
+            self._drained()
+        self._early = {name: early for name, early in self._early.items() if early[0].old is not session}
+        if self.new is not None and self.new.old is session:
             self.new.partner_left()
+
+    def _drained(self) -> None:
+        """OLD asks no more."""
+        if not self.old.drained:
+            self.old.drained = True
+            self._emit(LiveDrained(self._now(), self._host.name))
 
     # ---- NEW
 
     def _met(self, message: m.Partnered | m.Pulled) -> None:
-        """OLD's connection is here, or OLD asks for a prompt; either may come before StartLive."""
-        partner = message.partner if isinstance(message, m.Partnered) else message.puller
-        if self.new is None or self.new.pair.old != partner:
-            self._early.setdefault(partner, []).append(message)
-        elif isinstance(message, m.Partnered):
-            self.new.partnered(message.old)
-        else:
+        """OLD's session is here, or OLD asks for a prompt; either may come before StartLive, and late for another pair."""
+        old, early = message.old, self._early.get(message.old.name, ())
+        if isinstance(message, m.Partnered):
+            if self.new is not None and self.new.pair.old == old.name and self.new.old is None:
+                self.new.old = old
+            else:
+                self._early[old.name] = [message]
+        elif self.new is not None and self.new.old is old:
             self.new.asked(message)
             self.answer_pull()
+        elif early and early[0].old is old:
+            early.append(message)
 
     # ---- OLD
 
@@ -184,14 +194,13 @@ class Partners:
         host, answer, work = self._host, message.answer, message.answer.work
         self.old.waiting = False
         if work is None:
-            if answer.drained and not self.old.drained:
-                self.old.drained = True
-                self._emit(LiveDrained(self._now(), host.name))
+            if answer.drained:
+                self._drained()
             return
         self._handed(work, host.name)
         sequence = sequence_of(work, host.runner.spec)
         if not host.admit(sequence):
-            self._fail(work, f"{host.name} has no room for a request handed over by {message.partner}")
+            self._fail(work, f"{host.name} has no room for a request handed over by {self.old.pair.new}")
             return
         sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
         sequence.prefill = self.old.take(answer)

@@ -218,20 +218,22 @@ class Node:
             case _ if self._current in self._models:
                 self._models[self._current].instance.post(command)
 
-    def partnered(self, old: types.InstanceId, model: str, outbox) -> None:
-        self._tell(model, m.Partnered(old, OldLink(outbox)))
+    def partnered(self, partner: pb.Partner, outbox: Outbox) -> OldLink:
+        old = OldLink(partner.instance, partner.model, outbox)
+        self._tell(old.model, m.Partnered(old))
+        return old
 
-    def obey_partner(self, old: types.InstanceId, model: str, command: pb.WorkerCommand) -> None:
+    def obey_partner(self, old: OldLink, command: pb.WorkerCommand) -> None:
         match command.WhichOneof("command"):
             case "pull":
-                self._tell(model, m.Pulled(command.pull.seq, old))
+                self._tell(old.model, m.Pulled(old, command.pull.seq))
             case "taken":
-                self._tell(model, m.Taken(command.taken.seq))
+                self._tell(old.model, m.Taken(old, command.taken.seq))
             case "loan":
-                self._tell(model, m.Lent(old, codec.decode(m.Loan, command.loan)))
+                self._tell(old.model, m.Lent(old, codec.decode(m.Loan, command.loan)))
 
-    def partner_left(self, partner: types.InstanceId, model: str) -> None:
-        self._tell(model, m.PartnerLost(partner))
+    def partner_left(self, old: OldLink) -> None:
+        self._tell(old.model, m.PartnerLost(old))
 
     def kv_offered(self, message: pb.KVOffer, outbox) -> m.KVOffer:
         offer = codec.decode(m.KVOffer, message)
@@ -292,8 +294,8 @@ def encoded(output: Output) -> pb.WorkerEvent:
 class OldLink:
     """NEW's answers and requests to OLD. See messages.Old."""
 
-    def __init__(self, outbox) -> None:
-        self._outbox = outbox
+    def __init__(self, name: types.InstanceId, model: str, outbox: Outbox) -> None:
+        self.name, self.model, self._outbox = name, model, outbox
 
     def hand_over(self, answer: m.HandOver) -> None:
         self._outbox.put(_encode_hand_off(answer))
@@ -348,12 +350,12 @@ class PartnerLink:
         try:
             for event in rpc.WorkerStub(self._channel).Run(self._outgoing()):
                 if event.WhichOneof("event") == "borrow":
-                    self._post(m.Borrowed(self._partner, codec.decode(m.Borrow, event.borrow)))
+                    self._post(m.Borrowed(self, codec.decode(m.Borrow, event.borrow)))
                 else:
-                    self._post(m.HandedOver(self._partner, _decode_hand_off(event.hand_off)))
+                    self._post(m.HandedOver(self, _decode_hand_off(event.hand_off)))
         except grpc.RpcError as e:
             log.warning("%s: session with live partner %s broke: %s", self._me, self._partner, e.details())
-        self._post(m.PartnerLost(self._partner))
+        self._post(m.PartnerLost(self))
         self._channel.close()
 
 

@@ -94,17 +94,17 @@ class Worker(rpc.WorkerServicer):
 
     def _partner(self, first: pb.WorkerCommand, requests, context) -> Iterator[pb.WorkerEvent]:
         node = self._configured(context)
-        outbox, old, model = Outbox(), first.partner.instance, first.partner.model
+        outbox = Outbox()
         context.add_callback(outbox.close)
 
         def feed() -> None:
-            node.partnered(old, model, outbox)
+            old = node.partnered(first.partner, outbox)
             try:
                 for command in requests:
-                    node.obey_partner(old, model, command)
+                    node.obey_partner(old, command)
             except grpc.RpcError:
                 pass
-            node.partner_left(old, model)
+            node.partner_left(old)
             outbox.close()
 
         threading.Thread(target=feed, name="partner", daemon=True).start()

@@ -182,6 +182,19 @@ def test_a_hand_over_that_only_a_dead_partner_announced_is_run_again() -> None:
     assert Assign("i0", "a", 2) in commands and Assign("i0", "b", 2) in commands
 
 
+def test_a_hand_over_that_got_lost_between_two_living_partners_is_run_again() -> None:
+    """Their session broke: OLD asks no more, and only NEW says that it gave something away."""
+    world = pair()
+    world.send(events.RequestHanded(0.0, "i1", "a", 1, "i0"))
+    while world.load("i1"):
+        pass
+    while world.workers["i1"].outbox:
+        world.deliver("i1")
+    assert world.phases() == [t.Phase.SERVING, t.Phase.SERVING] and world.of("i1").partner == "i0"
+    assert Assign("i0", "a", 2) in world.send(events.LiveDrained(world.at, "i0"))
+    assert world.of("i1").partner is None
+
+
 def test_a_hand_over_to_a_dead_partner_is_run_again() -> None:
     world = pair()
     assert Assign("i1", "own", 2) in world.kill("i0")  # i1 goes on alone

@@ -85,29 +85,30 @@ class DirectPartner:
     """Partner link between two rigs of this process, both ends of it."""
 
     def __init__(self, old: Rig, new: Rig):
-        self._old, self._new = old, new
+        self._old, self._new, self.name = old, new, old.instance.name
         self.loans: list[m.Loan] = []
         old.partner = self
-        new.instance.post(m.Partnered(old.instance.name, self))
+        new.instance.post(m.Partnered(self))
 
     def hand_over(self, answer: m.HandOver) -> None:
-        self._old.instance.post(m.HandedOver(self._new.instance.name, answer))
+        self._old.instance.post(m.HandedOver(self, answer))
 
     def borrow(self, borrow: m.Borrow) -> None:
-        self._old.instance.post(m.Borrowed(self._new.instance.name, borrow))
+        self._old.instance.post(m.Borrowed(self, borrow))
 
     def pull(self, seq: int) -> None:
-        self._new.instance.post(m.Pulled(seq, self._old.instance.name))
+        self._new.instance.post(m.Pulled(self, seq))
 
     def lend(self, loan: m.Loan) -> None:
         self.loans.append(loan)
-        self._new.instance.post(m.Lent(self._old.instance.name, loan))
+        self._new.instance.post(m.Lent(self, loan))
 
     def taken(self, seq: int) -> None:
-        self._new.instance.post(m.Taken(seq))
+        self._new.instance.post(m.Taken(self, seq))
 
     def close(self) -> None:
-        self._new.instance.post(m.PartnerLost(self._old.instance.name))
+        for rig in (self._new, self._old):
+            rig.instance.post(m.PartnerLost(self))
 
 
 class DirectSession:
@@ -365,11 +366,12 @@ def test_new_goes_on_alone_behind_the_loader_when_old_is_gone(rigs, tmp_path) ->
     checkpoint.write(tmp_path / "tiny", SPEC, map(weights, range(SPEC.units)), None)
     rigs["alone"] = new = Rig("alone", rigs["old"].instance.config, rigs, tmp_path / "tiny")
     pair = LivePair("old", "alone", "zigzag")
+    session = DirectPartner(rigs["old"], new)
     new.instance.post(StartLive("alone", pair))
     for item in WORKS[:2]:
         new.instance.post(item)
     new.load(1)
-    new.instance.post(m.PartnerLost("old"))
+    session.close()
     new.instance.post(EndLive("alone", pair))
     for item in WORKS[2:]:
         new.instance.post(item)
@@ -379,6 +381,53 @@ def test_new_goes_on_alone_behind_the_loader_when_old_is_gone(rigs, tmp_path) ->
     new.load(SPEC.units)
     new.wait(lambda events: finished(events) >= set(expected), "answers")
     assert answers(new) == expected and new.instance.idle
+
+
+def test_two_partners_whose_session_breaks_finish_what_they_have_and_say_that_the_pair_may_end(rigs) -> None:
+    """Both live on, so nobody but OLD can say it."""
+    old, new = rigs["old"], rigs["new"]
+    expected = reference(old, WORKS)
+    for rig in (new, old):
+        rig.instance.post(StartLive(rig.instance.name, LivePair("old", "new", "zigzag")))
+    for item in WORKS:
+        new.instance.post(item)
+    new.load(1)
+    new.wait(lambda events: any(isinstance(e, RequestHanded) for e in events), "a hand-over")
+    old.partner.close()
+    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
+    new.load(SPEC.units)
+    handed = {e.request_id for e in old.events if isinstance(e, RequestHanded)}
+    new.wait(lambda events: finished(events) | handed >= set(expected), "answers")
+    assert all(tokens == expected[i] for i, tokens in answers(new).items())
+
+
+def test_a_session_that_ends_late_does_not_disturb_the_next_pair_of_the_same_two(rigs) -> None:
+    """Its end comes when the next session is there and its first pull waits for StartLive."""
+    old, new = rigs["old"], rigs["new"]
+    expected = reference(old, WORKS)
+    pair = LivePair("old", "new", "zigzag")
+    old.instance.post(StartLive("old", pair))
+    old.wait(lambda events: old.partner is not None, "a session")
+    earlier = old.partner
+    new.instance.post(StartLive("new", pair))
+    for rig in (new, old):
+        rig.instance.post(EndLive(rig.instance.name, pair))
+    new.instance.post(Release("new"))
+    new.wait(lambda events: any(isinstance(e, Drained) for e in events), "release")
+    with old.changed:
+        old.partner = None
+    old.instance.post(StartLive("old", pair))
+    old.wait(lambda events: old.partner is not None, "another session")
+    new.instance.post(m.PartnerLost(earlier)), old.instance.post(m.PartnerLost(earlier))
+    new.instance.post(StartLive("new", pair))
+    for item in WORKS:
+        new.instance.post(item)
+    old.wait(lambda events: any(isinstance(e, RequestHanded) for e in events), "a prompt of the pair's")
+    new.load(SPEC.units)
+    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
+    for rig in (old, new):
+        rig.wait(lambda events: finished(old.events) | finished(new.events) == set(expected), "answers")
+    assert answers(old) | answers(new) == expected
 
 
 @pytest.mark.parametrize("damage", [None, "corrupt", "absent"])
