@@ -146,7 +146,8 @@ class Cluster:
                 member.in_world = True
                 return []
             case events.ModelReady(model=model):
-                member.ready.add(model)
+                if model in self._services:  # else it was undeployed meanwhile
+                    member.ready.add(model)
                 return []
             case events.InstanceLost(reason=reason):
                 return self._lost(member, reason)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +51,6 @@ class Loader:
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._prepared: dict[int, tuple[broadcast.Session, Chain, Holder]] = {}
         self._cancelled: set[int] = set()
-        threading.Thread(target=self._run, name="dispatcher", daemon=True).start()
 
     def post(self, command: Job) -> None:
         """Thread-safe. A cancellation takes effect inside the job that is under way."""
@@ -60,7 +58,8 @@ class Loader:
             self._cancelled.add(command.ticket)
         self._jobs.put(command)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """The dispatcher thread, for ever."""
         while True:
             job = self._jobs.get()
             match job:

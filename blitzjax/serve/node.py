@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ class Node:
                            self.config.cluster.heartbeat_s)
         self.loader = Loader(self.name, self.config, self._holders, self.world,
                              {p.instance: p.rank for p in configure.peers}, self._emit)
+        threading.Thread(target=self._run, args=(self.loader.run,), name="dispatcher", daemon=True).start()
         threading.Thread(target=self._join, name="join", daemon=True).start()
 
     # ---- models -----------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ class Node:
             checkpoint = Path(model.checkpoint) if model.checkpoint else None
             instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
                                 lambda partner: self._connect(spec.name, partner), self._send_kv, checkpoint=checkpoint)
-            threading.Thread(target=self._run_engine, args=(instance,), name="engine", daemon=True).start()
+            threading.Thread(target=self._run, args=(instance.run,), name="engine", daemon=True).start()
         self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
         self._models[spec.name] = Served(model.model_json, store, instance)
         log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded, %d fetched", self.name, spec.name,
@@ -130,8 +131,16 @@ class Node:
     def _undeploy(self, name: str) -> None:
         """Forgets what was compiled for a model of which nothing is left here."""
         with self._deploying:
-            self._holders.pop(name, None)
-            gone = self._models.pop(name, None)
+            self._drop(name)
+
+    def _drop_all_but(self, configured: Collection[str]) -> None:
+        """Others were undeployed while no controller was connected."""
+        for name in [name for name, served in self._models.items() if served.configured not in configured]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._holders.pop(name, None)
+        gone = self._models.pop(name, None)
         if gone is not None:
             gone.instance.post(m.Stop())
 
@@ -149,6 +158,8 @@ class Node:
         if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
         with self._deploying:
+            if not configure.resume:
+                self._drop_all_but({model.model_json for model in configure.models})
             for model in configure.models:
                 self._add(model)
         if self._session.connect(configure, outbox, self._renewed) and self.world.joined:
@@ -203,6 +214,10 @@ class Node:
 
     def obey(self, command: commands.Command | types.Work) -> None:
         match command:
+            case (commands.PrepareTransfer(plan=types.MulticastPlan(ticket=ticket, model=model))
+                  | commands.LoadFromDisk(ticket=ticket, model=model) | commands.UseCopy(ticket=ticket, model=model)
+                  | commands.KeepCopy(ticket=ticket, model=model)) if model not in self._models:
+                self._emit(events.TransferEnded(time.time(), self.name, ticket, 0, f"{model} is not here"))
             case commands.PrepareTransfer(plan=plan):
                 chain = next(c for c in plan.chains if self.name in c.instances)
                 if chain.instances[0] != self.name and not plan.copy:
@@ -251,12 +266,13 @@ class Node:
 
     # ---- threads ----------------------------------------------------------------------------------------------------
 
-    def _run_engine(self, instance: Instance) -> None:
-        """A bug in the step loop must not leave a worker that looks alive: the process ends and is restarted."""
+    def _run(self, loop: Callable[[], None]) -> None:
+        """A bug in a loop that others wait for must not leave a worker that looks alive: the process ends and is restarted.
+        """
         try:
-            instance.run()
+            loop()
         except BaseException:
-            log.exception("%s: the engine thread died", self.name)
+            log.exception("%s: its %s thread died", self.name, threading.current_thread().name)
             logging.shutdown()
             os._exit(1)
 

@@ -282,6 +282,16 @@ def test_a_model_that_comes_back_is_compiled_again() -> None:
     assert world.brain.uncompiled("big") == ["i0"]
 
 
+def test_a_worker_that_compiled_too_late_has_to_do_it_again() -> None:
+    """It is told to forget the model as soon as it knows it; when the model comes back it is compiled anew."""
+    world = pool(2, specs=SPECS[:1])
+    world.send(events.ModelDeployed(0.0, BIG, 1)), world.send(events.ModelUndeployed(0.0, "big")), world.tick()
+    assert [m.name for m in world.brain.status().models] == ["toy"]
+    world.send(events.ModelReady(0.0, "i1", "big"))
+    world.send(events.ModelDeployed(0.0, BIG, 1))
+    assert world.brain.uncompiled("big") == ["i0", "i1"] and world.sent(LoadFromDisk) == []
+
+
 def test_a_model_at_zero_is_undeployed() -> None:
     world = pool(2)
     world.send(events.ModelUndeployed(0.0, "toy")), world.settle()

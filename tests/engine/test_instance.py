@@ -383,53 +383,6 @@ def test_new_goes_on_alone_behind_the_loader_when_old_is_gone(rigs, tmp_path) ->
     assert answers(new) == expected and new.instance.idle
 
 
-def test_two_partners_whose_session_breaks_finish_what_they_have_and_say_that_the_pair_may_end(rigs) -> None:
-    """Both live on, so nobody but OLD can say it."""
-    old, new = rigs["old"], rigs["new"]
-    expected = reference(old, WORKS)
-    for rig in (new, old):
-        rig.instance.post(StartLive(rig.instance.name, LivePair("old", "new", "zigzag")))
-    for item in WORKS:
-        new.instance.post(item)
-    new.load(1)
-    new.wait(lambda events: any(isinstance(e, RequestHanded) for e in events), "a hand-over")
-    old.partner.close()
-    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
-    new.load(SPEC.units)
-    handed = {e.request_id for e in old.events if isinstance(e, RequestHanded)}
-    new.wait(lambda events: finished(events) | handed >= set(expected), "answers")
-    assert all(tokens == expected[i] for i, tokens in answers(new).items())
-
-
-def test_a_session_that_ends_late_does_not_disturb_the_next_pair_of_the_same_two(rigs) -> None:
-    """Its end comes when the next session is there and its first pull waits for StartLive."""
-    old, new = rigs["old"], rigs["new"]
-    expected = reference(old, WORKS)
-    pair = LivePair("old", "new", "zigzag")
-    old.instance.post(StartLive("old", pair))
-    old.wait(lambda events: old.partner is not None, "a session")
-    earlier = old.partner
-    new.instance.post(StartLive("new", pair))
-    for rig in (new, old):
-        rig.instance.post(EndLive(rig.instance.name, pair))
-    new.instance.post(Release("new"))
-    new.wait(lambda events: any(isinstance(e, Drained) for e in events), "release")
-    with old.changed:
-        old.partner = None
-    old.instance.post(StartLive("old", pair))
-    old.wait(lambda events: old.partner is not None, "another session")
-    new.instance.post(m.PartnerLost(earlier)), old.instance.post(m.PartnerLost(earlier))
-    new.instance.post(StartLive("new", pair))
-    for item in WORKS:
-        new.instance.post(item)
-    old.wait(lambda events: any(isinstance(e, RequestHanded) for e in events), "a prompt of the pair's")
-    new.load(SPEC.units)
-    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
-    for rig in (old, new):
-        rig.wait(lambda events: finished(old.events) | finished(new.events) == set(expected), "answers")
-    assert answers(old) | answers(new) == expected
-
-
 @pytest.mark.parametrize("damage", [None, "corrupt", "absent"])
 def test_an_instance_that_loads_alone_runs_its_prompts_behind_the_loader(rigs, tmp_path, damage: str | None) -> None:
     """The embedding comes after the layers; until then prompts begin with the checkpoint's, if that is sound."""

@@ -1,0 +1,77 @@
+"""What a worker makes of a controller that comes back, or speaks of a model which is not there. Real stages."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from blitzjax import commands, config as configs, events
+from blitzjax.engine.convert import TINY, write_random
+from blitzjax.serve import codec
+from blitzjax.serve.model import load_model
+from blitzjax.serve.node import Node
+from blitzjax.serve.replica import message_of
+from blitzjax.serve.sessions import Outbox
+from blitzjax.transfer import compat
+from blitzjax.v1 import worker_pb2 as pb
+
+CONFIG = ("engine.dtype=float32", "engine.max_model_len=16", "engine.max_num_seqs=1", "engine.share_executables=false",
+          "engine.max_num_batched_tokens=16", "engine.prefix_caching=false")
+
+
+def configured(tmp_path: Path) -> pb.Configure:
+    """For two models."""
+    models = []
+    for name in ("m0", "m1"):
+        write_random(tmp_path / name, replace(TINY, layers=2), seed=1)
+        models.append(message_of(load_model(tmp_path / name, name)))
+    config = configs.load(None, (*CONFIG, f"engine.executable_cache={tmp_path / 'executables'}"))
+    return pb.Configure(instance="i0", models=models, config_json=json.dumps(configs.to_tables(config)))
+
+
+@contextmanager
+def worker(configure: pb.Configure) -> Iterator[Node]:
+    """The only one of its world."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:{}".format(probe.getsockname()[1])
+    service = compat.start_coordination_service(address, 1, 10.0)
+    node = Node(configure, Namespace(host_ip="127.0.0.1", core=None, coordinator=address, rank=0, world=1))
+    try:
+        yield node
+    finally:
+        while not node.world.joined:
+            time.sleep(0.05)
+        node.world.leave()
+        service.shutdown()
+
+
+def said(outbox: Outbox) -> events.Event:
+    return codec.decode_event(next(iter(outbox)))
+
+
+def test_a_worker_forgets_what_was_undeployed_while_it_had_no_controller(tmp_path: Path) -> None:
+    """A load of what is not there ends, and the next one is not held up."""
+    configure = configured(tmp_path)
+    with worker(configure) as node:
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        assert said(outbox).models == ("m0", "m1")
+        node.detach(outbox)
+        del configure.models[0]
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        assert said(outbox).models == ("m1",)
+        node.obey(commands.LoadFromDisk("i0", 1, 0, "m0"))
+        node.obey(commands.LoadFromDisk("i0", 2, 0, "m1"))
+        ended: dict[int, tuple[int, str]] = {}
+        while len(ended) < 2:
+            if isinstance(event := said(outbox), events.TransferEnded):
+                ended[event.ticket] = event.units, event.error
+    assert ended == {1: (0, "m0 is not here"), 2: (2 + 2, "")}
