@@ -53,9 +53,15 @@ class Loader:
         self._cancelled: set[int] = set()
 
     def post(self, command: Job) -> None:
-        """Thread-safe. A cancellation takes effect inside the job that is under way."""
-        if isinstance(command, CancelTransfer):
-            self._cancelled.add(command.ticket)
+        """Thread-safe. A cancellation takes effect inside the job that is under way; a new controller begins with the
+        tickets that the last one had.
+        """
+        match command:
+            case CancelTransfer(ticket=ticket):
+                self._cancelled.add(ticket)
+            case (PrepareTransfer(plan=MulticastPlan(ticket=ticket)) | LoadFromDisk(ticket=ticket)
+                  | KeepCopy(ticket=ticket)):
+                self._cancelled.discard(ticket)
         self._jobs.put(command)
 
     def run(self) -> None:

@@ -1,7 +1,8 @@
 """Everything at once, for as long as you like: requests never stop while instances come and go and processes are killed,
 stopped and go on, in an order that the seed chooses. Every answer has the tokens of a single, undisturbed instance.
 
-`BLITZJAX_SOAK_S=600 BLITZJAX_SOAK_SEED=7 bash launch/test.sh -m slow tests/cluster/test_soak.py`
+`BLITZJAX_SOAK_S=600 BLITZJAX_SOAK_SEED=7 bash launch/test.sh -m slow tests/cluster/test_soak.py`, with, say,
+`BLITZJAX_SOAK_SET="engine.kv_pages=24 engine.max_num_seqs=3"` for answers that lose their pages and prompts that wait.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import pytest
 from rig import POOL, SPEC, Rig, describe, prompts, written
 
 from blitzjax import config as configs
+from blitzjax.errors import BlitzError
 from blitzjax.serve.local import LocalCluster
 
 DURATION_S = float(os.environ.get("BLITZJAX_SOAK_S", "120"))
 SEED = int(os.environ.get("BLITZJAX_SOAK_SEED", "0")) or random.randrange(1, 1 << 31)
 PROMPTS = prompts(24, seed=4, longest=120)
 LONGEST, SENDERS = 60, 6
+SETTINGS = os.environ.get("BLITZJAX_SOAK_SET", "").split()
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
 CONFIG = ("serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
           "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64", "engine.kv_pages=60",
@@ -36,7 +39,7 @@ CONFIG = ("serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluste
 def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     print(f"seed {SEED}")
     [directory] = written(tmp_path_factory, [SPEC])
-    config = configs.load(None, (*CONFIG, f"scale.roles={roles}",
+    config = configs.load(None, (*CONFIG, *SETTINGS, f"scale.roles={roles}",
                                  f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, directory) as cluster:
         cluster.wait_ready(120)
@@ -74,7 +77,10 @@ def sending(rig: Rig, asked: list, known: list, wrong: list[str]) -> Iterator[li
                     next(stream)
                     stream.close()  # it was not waited for
                     continue
-                got = rig.send(prompt, max_tokens=tokens, timeout_s=120.0, **options).result().token_ids
+                if chooser.random() < 0.1:
+                    hurried(rig, prompt, max_tokens=tokens, ignore_eos=True, timeout_s=chooser.choice((0.02, 0.3)), **options)
+                    continue
+                got = asked_in_one_way(rig, chooser, prompt, max_tokens=tokens, ignore_eos=True, timeout_s=120.0, **options)
                 if got != known[k][:tokens]:
                     wrong.append(f"prompt {k} of {len(prompt)} tokens: {got} for {known[k][:tokens]}")
             except Exception as e:
@@ -92,6 +98,27 @@ def sending(rig: Rig, asked: list, known: list, wrong: list[str]) -> Iterator[li
             thread.join()
 
 
+def hurried(rig: Rig, prompt: list[int], **options) -> None:
+    """Its deadline is the end of it, wherever it is by then, unless it was faster."""
+    try:
+        rig.client.generate(prompt, **options)
+    except BlitzError as e:
+        if e.code != "DEADLINE_EXCEEDED":
+            raise
+
+
+def asked_in_one_way(rig: Rig, chooser: random.Random, prompt: list[int], **options) -> tuple[int, ...]:
+    """What else is asked for changes no token."""
+    ways = [{}, {}, {"priority": chooser.randint(-5, 5)}, {"prompt_logprobs": 2, "logprobs": 1}]
+    if "seed" in options:
+        ways.append({"n": 3})
+    answers = rig.client.generate_all(prompt, **options, **(way := chooser.choice(ways)))
+    assert len(answers) == way.get("n", 1) and all(len(a.token_ids) == options["max_tokens"] for a in answers)
+    if "logprobs" in way:
+        assert len(answers[0].prompt_logprobs) == len(prompt) - 1 and len(answers[0].logprobs) == options["max_tokens"]
+    return answers[0].token_ids
+
+
 def disturb(rig: Rig, chooser: random.Random) -> list[str]:
     """For DURATION_S. → what was done. Nothing is left stopped."""
     happened, began = [], time.monotonic()
@@ -100,7 +127,7 @@ def disturb(rig: Rig, chooser: random.Random) -> list[str]:
         for worker in [k for k, until in stopped.items() if until <= now]:
             rig.cluster.signal_worker(worker, signal.SIGCONT)
             del stopped[worker]
-        what = chooser.choices(("scale", "kill", "stop", "controller", "coordinator"), (12, 3, 2, 1.5, 0.5))[0]
+        what = chooser.choices(("scale", "kill", "stop", "controller", "coordinator"), (12, 3, 3, 1.5, 0.5))[0]
         worker = chooser.randrange(POOL)
         match what:
             case "scale":
@@ -108,6 +135,8 @@ def disturb(rig: Rig, chooser: random.Random) -> list[str]:
                          "source": chooser.choice(("multicast", "multicast", "disk"))}
                 worker = chooser.randint(1, 3)
                 try:
+                    for hasty in range(chooser.choice((0, 0, 0, 3))):  # commands that contradict each other
+                        rig.scale(1 + hasty % 3, **modes)
                     rig.scale(worker, **modes)
                 except Exception as e:  # fewer workers are there than asked for
                     modes = {"refused": str(e)}
@@ -116,7 +145,7 @@ def disturb(rig: Rig, chooser: random.Random) -> list[str]:
                 rig.cluster.signal_worker(worker)
             case "stop" if worker not in stopped:
                 rig.cluster.signal_worker(worker, signal.SIGSTOP)
-                stopped[worker] = now + chooser.choice((0.3, 2.0, 12.0))
+                stopped[worker] = now + chooser.choice((0.3, 2.0, 6.0, 12.0))
             case "controller":
                 rig.cluster.signal_controller()
             case "coordinator":

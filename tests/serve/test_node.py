@@ -68,6 +68,7 @@ def test_a_worker_forgets_what_was_undeployed_while_it_had_no_controller(tmp_pat
         outbox = Outbox()
         node.attach(configure, outbox)
         assert said(outbox).models == ("m1",)
+        node.obey(commands.CancelTransfer("i0", 2))  # meant for what another controller had begun under this number
         node.obey(commands.LoadFromDisk("i0", 1, 0, "m0"))
         node.obey(commands.LoadFromDisk("i0", 2, 0, "m1"))
         ended: dict[int, tuple[int, str]] = {}
