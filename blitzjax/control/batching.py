@@ -104,6 +104,10 @@ class Batcher:
         """A slot and at least one page are free."""
         return self._free_slots > 0 and self._ledger.free > 0
 
+    def could_fit(self, request: Request) -> bool:
+        """Whether it can ever be admitted."""
+        return self._ledger.could_fit(request.total_tokens)
+
     def state(self, request_id: RequestId) -> State | None:
         seat = self._seats.get(request_id)
         return None if seat is None else seat.state
@@ -120,7 +124,7 @@ class Batcher:
 
         The request must fit into the empty ledger, else it would block everything behind it for ever.
         """
-        assert self._ledger.could_fit(request.total_tokens), f"{request.id} can never fit"
+        assert self.could_fit(request), f"{request.id} can never fit"
         self._wait(self._arrived(request, prompt_tokens, State.WAITING, keys))
 
     def hold(self, request: Request, prompt_tokens: int | None = None) -> bool:

@@ -118,9 +118,10 @@ class Instance:
         loading = self.store.usable < self.spec.units
         if loading and self._batcher.hold(work.request, len(sequence.tokens)):
             self._partners.begin_early(sequence)
+            self._sequences[sequence.id] = sequence
         else:
-            self._batcher.add(work.request, len(sequence.tokens), self._prefixes.keys(sequence))
-        self._sequences[sequence.id] = sequence
+            fits = self.enqueue(sequence)
+            assert fits, f"{sequence.id} can never fit"
 
     def _abort(self, request_id: RequestId) -> None:
         sequence = self._sequences.get(request_id)
@@ -162,6 +163,13 @@ class Instance:
         complete = self.store.usable == self.spec.units
         if not complete or not self._batcher.hold(sequence.work.request, len(sequence.tokens)):
             return False
+        self._sequences[sequence.id] = sequence
+        return True
+
+    def enqueue(self, sequence: Sequence) -> bool:
+        if not self._batcher.could_fit(sequence.work.request):
+            return False
+        self._batcher.add(sequence.work.request, len(sequence.tokens), self._prefixes.keys(sequence))
         self._sequences[sequence.id] = sequence
         return True
 

@@ -40,6 +40,9 @@ class Host(Protocol):
     def admit(self, sequence: Sequence) -> bool:
         """Gives a sequence from elsewhere a seat. False: there is none, or the parameters are not here."""
 
+    def enqueue(self, sequence: Sequence) -> bool:
+        """It waits for a seat, and then is run from the start. False: there will never be one."""
+
     def answer_whole(self, sequence: Sequence) -> None:
         """Its first token is out and the KV of its prompt is complete: it decodes from now on."""
 
@@ -199,8 +202,9 @@ class Partners:
             return
         self._handed(work, host.name)
         sequence = sequence_of(work, host.runner.spec)
-        if not host.admit(sequence):
-            self._fail(work, f"{host.name} has no room for a request handed over by {self.old.pair.new}")
+        if not host.admit(sequence):  # once there is room it runs whole; what NEW ran of it stays there
+            if not host.enqueue(sequence):
+                self._fail(work, f"{host.name} can never hold a request handed over by {self.old.pair.new}")
             return
         sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
         sequence.prefill = self.old.take(answer)

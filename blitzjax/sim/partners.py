@@ -161,10 +161,9 @@ class Partners:
             return
         request = sequence.request
         self._emit(RequestHanded(self._clock.now, self.name, request.id, sequence.attempt, self.name))
-        if not self._host.batcher.hold(request):
-            why = f"{self.name} has no room for a request handed over by {partner}"
-            self._emit(RequestFailed(self._clock.now, self.name, request.id, sequence.attempt, why))
-            return
         self._host.sequences[request.id] = sequence
-        self.ready.append(sequence)
+        if self._host.batcher.hold(request):
+            self.ready.append(sequence)
+        else:
+            self._host.batcher.add(request)  # once there is room it runs whole
         self._host.wake()

@@ -1,10 +1,12 @@
-"""What a live pair makes of a session that breaks, and of one that ends late."""
+"""What a live pair makes of a session that breaks, of one that ends late, and of a prompt that OLD has no room for."""
 
-from test_instance import SPEC, WORKS, answers, finished, reference, rigs  # noqa: F401
+from dataclasses import replace
+
+from test_instance import SPEC, WORKS, Rig, answers, finished, reference, rigs, work  # noqa: F401
 
 from blitzjax.commands import EndLive, Release, StartLive
 from blitzjax.engine import messages as m
-from blitzjax.events import Drained, LiveDrained, RequestHanded
+from blitzjax.events import Drained, LiveDrained, RequestFailed, RequestFinished, RequestHanded
 from blitzjax.types import LivePair
 
 
@@ -53,3 +55,22 @@ def test_a_session_that_ends_late_does_not_disturb_the_next_pair_of_the_same_two
     for rig in (old, new):
         rig.wait(lambda events: finished(old.events) | finished(new.events) == set(expected), "answers")
     assert answers(old) | answers(new) == expected
+
+
+def test_a_prompt_that_old_has_no_room_for_waits_there(rigs) -> None:  # noqa: F811
+    """What it pulls is its own: to give it back would cost an attempt, and NEW would hand over the same one again."""
+    config = rigs["old"].instance.config
+    config = replace(config, engine=replace(config.engine, kv_pages=20))
+    old = rigs["small"] = Rig("small", config, rigs)
+    new = rigs["new"]
+    works = [work(1, 100, max_tokens=100, ignore_eos=True), work(2, 200, max_tokens=20, ignore_eos=True)]
+    expected = reference(old, works)
+    old.instance.post(works[0])
+    old.wait(lambda events: answers(old), "a first token")
+    pair = LivePair("small", "new", "zigzag")
+    new.instance.post(StartLive("new", pair))
+    new.instance.post(works[1])
+    old.instance.post(StartLive("small", pair))
+    over = (RequestFinished, RequestFailed)
+    old.wait(lambda events: sum(isinstance(e, over) for e in events) == 2, "answers")
+    assert answers(old) == expected and old.instance.idle
