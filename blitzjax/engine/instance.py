@@ -156,7 +156,7 @@ class Instance:
     def lift(self, sequence: Sequence) -> list[KV] | None:
         kv = self._decoding.lift(sequence)
         if kv is None and self._partners.old is not None:
-            self._partners.old.leave_rest(sequence.id)
+            self._partners.old.leave_rest(sequence.work)
         return kv
 
     def admit(self, sequence: Sequence) -> bool:

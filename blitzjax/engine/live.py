@@ -178,7 +178,7 @@ class OldSide:
         self._link_free.set()
         self._lock = threading.Lock()
         self._closed = False
-        self._leaving: set[RequestId] = set()  # their KV that is not here yet stays with NEW
+        self._leaving: set[tuple[RequestId, int]] = set()  # attempts whose KV that is not here yet stays with NEW
         self._elsewhere: set[int] = set()  # hand-overs whose KV others take from NEW
 
     def pull(self) -> None:
@@ -205,10 +205,10 @@ class OldSide:
             rows = narrow
         self.partner.lend(Loan(borrow.request_id, borrow.attempt, rows.dtype.name, rows.tobytes()))
 
-    def leave_rest(self, request_id: RequestId) -> None:
-        """The request leaves this instance: what is not here of its KV need not come, while the pair goes on."""
+    def leave_rest(self, work: Work) -> None:
+        """The attempt leaves this instance: what is not here of its KV need not come, while the pair goes on."""
         with self._lock:
-            self._leaving.add(request_id)
+            self._leaving.add((work.request.id, work.attempt))
 
     def close(self) -> None:
         """Nothing is pulled any more; arrays on their way still arrive, then the connection closes."""
@@ -236,7 +236,7 @@ class OldSide:
     def _stays(self, answer: HandOver) -> bool:
         """The rest of the KV is left to whoever gets the request; the connection stays open for it."""
         with self._lock:
-            stays = answer.work.request.id in self._leaving and not self._closed
+            stays = (answer.work.request.id, answer.work.attempt) in self._leaving and not self._closed
             if stays:
                 self._elsewhere.add(answer.seq)
         return stays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from blitzjax.engine import messages as m
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
 from blitzjax.types import LivePair, TokenLogprob, Work
-from test_instance import PENALISED, SPEC, Rig, answers, apart, finished, reference, work
+from test_instance import PENALISED, SPEC, DirectPartner, Rig, answers, apart, finished, reference, work
 
 WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tokens, sampling) in enumerate([
     (5, {}), (40, PENALISED), (64, {"temperature": 0.8, "seed": 5, "top_k": 40}),
@@ -196,6 +197,40 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
         old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
         old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
     wait(lambda: new.instance.idle and new.instance._partners.new is None, "the pair is over")
+
+
+def test_the_next_attempt_of_a_request_that_did_not_get_away_has_all_of_its_kv(make, monkeypatch) -> None:
+    """In the same pair: that the one before should leave a part with NEW says nothing about this one."""
+    rigs = make("old", "d")
+    old, new = rigs["old"], make("new", units=0)["new"]
+    wanted = expected(old, WORKS[4:5])
+    slowed(old, lambda: tokens_said(old, "r4"))
+    pull, later, pair = DirectPartner.pull, threading.Event(), LivePair("old", "new", "zigzag")
+    held: list[Callable[[], None]] = []
+    monkeypatch.setattr(DirectPartner, "pull", lambda link, seq: pull(link, seq) if seq == 1 or later.is_set()
+                        else held.append(lambda: pull(link, seq)))
+
+    def layers() -> bool:
+        sequence = new.instance.find("r4")
+        return sequence is not None and sequence.prefill is not None and sequence.prefill.next_layer == SPEC.layers - 1
+
+    new.instance.post(StartLive("new", pair))
+    new.instance.post(WORKS[4])
+    new.load(SPEC.units - 1)
+    wait(layers, "layers")
+    old.moves["r4"] = (1, rigs["d"])
+    old.instance.post(StartLive("old", pair))
+    wait(lambda: old.session is not None, "the offer")
+    old.session.close()
+    wait(lambda: of(old, RequestFailed) and held, "the end of the first attempt, and another pull")
+    new.instance.post(replace(WORKS[4], attempt=2))
+    wait(layers, "layers once more")
+    later.set(), held.pop()()
+    wait(lambda: "r4" in ended(old), "the answer")
+    assert client(old)["r4"] == wanted["r4"]
+    new.load(SPEC.units)
+    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
+    old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
 
 
 def slowed(rig: Rig, begin: Callable[[], object]) -> list[str]:
