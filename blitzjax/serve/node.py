@@ -85,7 +85,7 @@ class Node:
         self.loader = Loader(self.name, self.config, self._holders, self.world,
                              {p.instance: p.rank for p in configure.peers}, self._emit)
         threading.Thread(target=self._run, args=(self.loader.run,), name="dispatcher", daemon=True).start()
-        threading.Thread(target=self._join, name="join", daemon=True).start()
+        threading.Thread(target=self._run, args=(self._join,), name="join", daemon=True).start()
 
     # ---- models -----------------------------------------------------------------------------------------------------
 
