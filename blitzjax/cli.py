@@ -105,7 +105,10 @@ def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT", help=f"the controller (default {_ADDRESS})")
+    parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT",
+                        help=f"the controller (default {_ADDRESS}); grpcs://HOST:PORT over TLS")
+    parser.add_argument("--cacert", type=Path, metavar="FILE",
+                        help="who may have signed its certificate, PEM (default: whom gRPC trusts)")
 
 
 def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
@@ -121,6 +124,9 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
     parser.add_argument("--http-port", type=int, metavar="PORT",
                         help="OpenAI's interface over HTTP (serve.http_port; default: none)")
+    parser.add_argument("--ssl-certfile", metavar="FILE",
+                        help="certificate, PEM: gRPC and HTTP over TLS (serve.ssl_certfile; default: in the clear)")
+    parser.add_argument("--ssl-keyfile", metavar="FILE", help="its key, PEM (serve.ssl_keyfile)")
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (engine.max_model_len)")
     parser.add_argument("--max-num-seqs", type=int, help="sequences decoding together (engine.max_num_seqs)")
     parser.add_argument("--max-num-batched-tokens", type=int, help="of a step (engine.max_num_batched_tokens)")

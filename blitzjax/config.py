@@ -25,6 +25,8 @@ class ServeConfig:
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
     http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
+    ssl_certfile: str = ""  # PEM, with the chain: gRPC and HTTP are encrypted; metrics are not. Empty: neither is
+    ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; empty: none
     hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never

@@ -9,31 +9,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hmac
 import json
-import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 
 from aiohttp import web
 
 import blitzjax
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
-from blitzjax.serve import openai
+from blitzjax.serve import access, openai
 from blitzjax.serve.client import AsyncClient, Chunk, Prompt, Result, collect_all
 from blitzjax.v1 import inference_pb2 as pb
 
-KEY_VARIABLE = "BLITZJAX_API_KEY"
 _BODY_BYTES = 64 << 20
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
+_OPEN = ("/health",)  # without the key
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Unauthenticated(BlitzError):
-    code = "UNAUTHENTICATED"
 
 
 class Gateway:
@@ -147,10 +143,8 @@ class Gateway:
     async def _answer_errors(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Checks the key and gives every failure OpenAI's form."""
         try:
-            if self._key and request.path != "/health":
-                given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(given.encode(), self._key.encode()):
-                    raise Unauthenticated("the API key is wrong or missing: send it as Authorization: Bearer KEY")
+            if request.path not in _OPEN:
+                access.check(request.headers.get("Authorization", ""), self._key)
             response = await handler(request)
         except BlitzError as e:
             response = _failed(e)
@@ -181,18 +175,19 @@ async def _event(response: web.StreamResponse, body: openai.JSON) -> None:
     await response.write(b"data: " + json.dumps(body).encode() + b"\n\n")
 
 
-async def run(address: str, host: str, port: int, api_key: str) -> None:
+async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises OSError if the port is taken."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    async with AsyncClient(address) as client:
+    async with AsyncClient(args.address, api_key=api_key, cacert=args.cacert) as client:
         runner = web.AppRunner(Gateway(client, api_key).application(), handler_cancellation=True, access_log=None,
                                shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
-            print(f"OpenAI's interface to {address}: http://{host}:{port}/v1", flush=True)
+            await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
+            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{args.host}:{args.port}/v1",
+                  flush=True)
             await stopping.wait()
         finally:
             await runner.cleanup()
@@ -200,12 +195,19 @@ async def run(address: str, host: str, port: int, api_key: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="blitzjax gateway", description=__doc__)
-    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="the controller")
+    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT",
+                        help="the controller; grpcs://HOST:PORT over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="listen here")
     parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000)")
+    parser.add_argument("--cacert", type=Path, metavar="FILE", help="who signed the controller's certificate, PEM")
+    parser.add_argument("--ssl-certfile", default="", metavar="FILE", help="certificate, PEM: HTTPS instead of HTTP")
+    parser.add_argument("--ssl-keyfile", default="", metavar="FILE", help="its key, PEM")
     args = parser.parse_args(argv)
     try:
-        asyncio.run(run(args.address, args.host, args.port, os.environ.get(KEY_VARIABLE, "")))
+        asyncio.run(run(args, access.api_key(), access.server_context(args.ssl_certfile, args.ssl_keyfile)))
+    except BlitzError as e:
+        print(f"blitzjax gateway: {e}", file=sys.stderr)
+        return 2
     except OSError as e:
         print(f"blitzjax gateway: cannot listen on {args.host}:{args.port}: {e}", file=sys.stderr)
         return 2
