@@ -233,7 +233,7 @@ def test_nothing_stops_an_answer_before_its_min_tokens(rigs) -> None:
                                   work(3, 20, min_tokens=5, ignore_eos=True, **wants_end)])
     assert got["r1"] == [7]
     assert len(got["r2"]) == 6 and got["r2"][5] == 7 and not {7, 9} & set(got["r2"][:5])
-    assert got["r3"] == [7] * 12, "an ignored end-of-sequence token is a token like others"
+    assert not {7, 9} & set(got["r3"][:5]) and got["r3"][5:] == [7] * 7, "an ignored end-of-sequence token comes later, too"
 
 
 def test_logprobs_of_an_answer_are_those_of_the_same_tokens_as_a_prompt(rigs) -> None:
