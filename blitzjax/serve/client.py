@@ -152,7 +152,9 @@ class Client:
 
     def scale(self, target: int, *, model: str = "", live: LiveMode | None = None, source: Source | None = None,
               wait: bool = False, timeout_s: float | None = None) -> pb.ScaleResponse:
-        """Asks for `target` instances; with `wait`, returns when exactly that many serve. One model needs no name."""
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve and none loads. One model
+        needs no name.
+        """
         return self._unary(
             self._stub.Scale,
             pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
@@ -269,7 +271,9 @@ class AsyncClient:
     async def scale(self, target: int, *, model: str = "", live: LiveMode | None = None,
                     source: Source | None = None, wait: bool = False,
                     timeout_s: float | None = None) -> pb.ScaleResponse:
-        """Asks for `target` instances; with `wait`, returns when exactly that many serve. One model needs no name."""
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve and none loads. One model
+        needs no name.
+        """
         return await self._unary(
             self._stub.Scale,
             pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)

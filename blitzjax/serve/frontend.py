@@ -19,7 +19,7 @@ from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of
 from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
-from blitzjax.types import LiveMode, Source, TokenLogprob
+from blitzjax.types import LiveMode, Phase, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
@@ -119,13 +119,18 @@ class Frontend(rpc.InferenceServicer):
         source = _choice("source", request.source, Source) if request.HasField("source") else None
         with controller.subscribe() as changed:
             controller.scale(name, target, live, source)
-            while request.wait and now().serving != target:
+            while request.wait and (now().serving != target or _coming(controller, name)):
                 await changed.wait()
                 changed.clear()
                 controller.check_open()
                 if now().target != target:
                     raise Superseded(f"the target became {now().target} while waiting for {target}")
         return pb.ScaleResponse(serving=now().serving, target=now().target, seconds=controller.now() - started)
+
+
+def _coming(controller: Controller, model: str) -> bool:
+    """An instance loads: it will serve before it can leave."""
+    return any(i.model == model and i.phase in (Phase.LOADING, Phase.LIVE) for i in controller.status().instances)
 
 
 class Superseded(BlitzError):
