@@ -14,6 +14,7 @@ from pathlib import Path
 
 import blitzjax
 from blitzjax import config as configs
+from blitzjax.addresses import joined
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import locations
 from blitzjax.errors import BlitzError, CheckpointError
@@ -152,8 +153,8 @@ def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     each = " each" if len(models) > 1 else ""
-    scheme = "https" if config.serve.ssl_certfile else "http"
-    http = f"  http    {scheme}://{config.serve.host}:{config.serve.http_port}/v1, as OpenAI's\n" if config.serve.http_port else ""
+    web = f"{'https' if config.serve.ssl_certfile else 'http'}://{joined(config.serve.host, config.serve.http_port)}"
+    http = f"  http    {web}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "

@@ -192,6 +192,7 @@ def _check_ranges(c: Config) -> None:
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
+    want("[" not in c.serve.host, f"serve.host must be without brackets, as in ::1, got {c.serve.host!r}")
     want(0 <= c.serve.port < 65536, f"serve.port must be in [0, 65535] (0: any free port), got {c.serve.port}")
     for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
         want(_at(c, key) >= 1, f"{key} must be at least 1")

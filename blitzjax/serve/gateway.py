@@ -20,6 +20,7 @@ from pathlib import Path
 from aiohttp import web
 
 import blitzjax
+from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
 from blitzjax.serve import access, openai
 from blitzjax.serve.client import AsyncClient, Chunk, Prompt, Result, collect_all
@@ -186,7 +187,7 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
         await runner.setup()
         try:
             await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
-            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{args.host}:{args.port}/v1",
+            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{joined(args.host, args.port)}/v1",
                   flush=True)
             await stopping.wait()
         finally:
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"blitzjax gateway: {e}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(f"blitzjax gateway: cannot listen on {args.host}:{args.port}: {e}", file=sys.stderr)
+        print(f"blitzjax gateway: cannot listen on {joined(args.host, args.port)}: {e}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blitzjax.addresses import joined, resolved
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError
 from blitzjax.serve.processes import Process, worker_env
@@ -59,7 +60,7 @@ def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
         raise ConfigError(f"a pool of {pool} workers cannot be divided over {len(hosts)} hosts; give --pool a multiple")
     each = pool // len(hosts)
     try:
-        addresses = [socket.gethostbyname(host) for host in hosts]
+        addresses = [resolved(host) for host in hosts]
     except OSError as e:
         raise ConfigError(f"--hosts: cannot resolve one of {', '.join(hosts)}: {e}") from None
     return Launch(hosts=tuple(addresses[k // each] for k in range(pool)), coordinator_host=addresses[0],
@@ -77,8 +78,8 @@ class Workers:
         self._temporary = launch.run_dir is None
         self.run_dir = launch.run_dir or Path(tempfile.mkdtemp(prefix="blitzjax-"))
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.coordinator = f"{launch.coordinator_host}:{ports[0]}"
-        self.addresses = tuple(f"{self._host(k)}:{ports[k + 1]}" for k in range(pool))
+        self.coordinator = joined(launch.coordinator_host, ports[0])
+        self.addresses = tuple(joined(self._host(k), ports[k + 1]) for k in range(pool))
         here = range(pool) if launch.here is None else launch.here
         self.processes = {k: self._process(k, number, len(here)) for number, k in enumerate(here)}
 

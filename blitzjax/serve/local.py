@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blitzjax import config as configs
+from blitzjax.addresses import joined
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError
 from blitzjax.serve.access import TLS
@@ -48,7 +49,7 @@ class LocalCluster:
         pool, host = config.cluster.pool, config.serve.host
         ports = free_ports(pool + 2)
         self.config = replace(config, serve=replace(config.serve, port=config.serve.port or ports[0]))
-        address = f"{host}:{self.config.serve.port}"
+        address = joined(host, self.config.serve.port)
         tls = bool(config.serve.ssl_certfile)
         self.address = f"{TLS}{address}" if tls else address
         self._workers = Workers(config, launch, launch.ports or ports[1:])

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError
 from blitzjax.serve.access import KeyCheck
 from blitzjax.serve.frontend import SERVICE, Frontend, picture
@@ -64,7 +65,7 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
     reflection.enable_server_reflection((SERVICE, VLLM_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     stop = Stop()
     await _set_health(checker, False)
-    address = _listen(server, f"{host}:{controller.config.serve.port}", credentials, path)
+    address = _listen(server, joined(host, controller.config.serve.port), credentials, path)
     await server.start()
     print(f"controller of {', '.join(controller.models)} listens on {address}", flush=True)
     try:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
+from blitzjax.addresses import joined
 from blitzjax.errors import TransferError
 from blitzjax.transfer import compat
 
@@ -43,7 +44,7 @@ class HandOff:
     @property
     def address(self) -> str:
         """ "ip:port" that other processes pass to `take`."""
-        return f"{self._host_ip}:{self._server.address().rsplit(':', 1)[1]}"
+        return joined(self._host_ip, int(self._server.address().rpartition(":")[2]))
 
     def offer(self, arrays: Sequence[jax.Array]) -> int:
         """Makes `arrays` available to one `take` with the returned uuid; may be taken before they are computed."""

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch, wait_whole
 
-from blitzjax.errors import UnknownModel
+from blitzjax import config as configs
+from blitzjax.errors import ConfigError, UnknownModel
+from blitzjax.serve.client import Client
+from blitzjax.serve.hosts import Launch, Workers, across, free_ports
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.hosts import Launch
 
 _LAUNCH = Launch(worker=TOY_WORKER, coordinator=TOY_COORDINATOR)  # in a temporary directory
 
@@ -66,6 +71,36 @@ def test_told_to_go_while_it_begins_it_goes(model_dir: Path, temporary: Path) ->
         cluster.terminate()
         assert cluster.wait(20) == 0
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+def test_an_ipv6_address_is_a_host_like_any_other(model_dir: Path) -> None:
+    ports = free_ports(2)
+    config = toy_config('serve.host="::1"', f"serve.http_port={ports[0]}", f"serve.metrics_port={ports[1]}")
+
+    def get(port: int, path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://[::1]:{port}{path}", timeout=10) as answer:
+                return answer.status
+        except urllib.error.URLError:
+            return 0
+
+    with LocalCluster(config, model_dir, _LAUNCH) as cluster:
+        assert cluster.address.startswith("[::1]:")
+        wait_whole(cluster)
+        with Client(cluster.address) as client:
+            assert client.generate("a", max_tokens=2).text == "bc"
+        eventually(lambda: get(ports[0], "/v1/models") == 200)
+        assert get(ports[1], "/metrics") == 200
+
+
+def test_workers_of_an_ipv6_host_are_written_with_brackets(tmp_path: Path) -> None:
+    config = configs.load(None, ("cluster.pool=2", "cluster.base_port=6400"))
+    launch = across(config, ("::1", "127.0.0.1"), 0)
+    workers = Workers(config, replace(launch, run_dir=tmp_path), launch.ports)
+    assert (workers.coordinator, workers.addresses) == ("[::1]:6400", ("[::1]:6401", "127.0.0.1:6401"))
+    with pytest.raises(ConfigError, match="without brackets, as in ::1"):
+        configs.load(None, ('serve.host="[::1]"',))
 
 
 def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
