@@ -142,7 +142,8 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
                         help="Prometheus' text at /metrics, and /health (serve.metrics_port; default: none)")
     parser.add_argument("--shutdown-timeout", type=float, metavar="SECONDS",
                         help="answers in flight may finish after SIGTERM (serve.shutdown_timeout_s; default 30)")
-    parser.add_argument("--event-log", help="JSON lines of every event and command (serve.event_log)")
+    parser.add_argument("--event-log", help="JSON lines of every event and command; a file that is there becomes FILE.1 "
+                             "(serve.event_log)")
     parser.add_argument("--pin-cores", action="store_true", default=None, help="a core per worker (cluster.pin_cores)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; the flags above win over it")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",
