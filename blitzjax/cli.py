@@ -81,6 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(calibrate, several=False)
     calibrate.add_argument("--out", type=Path, default=Path(), metavar="DIR",
                            help="costs.json and costs.toml go there (default: here)")
+    cache = _command(commands, "cache", "converted models and compiled files that are kept for the next start",
+                     ("blitzjax.cli_cache", "cache"))
+    cache.add_argument("--prune", type=float, metavar="DAYS",
+                       help="remove what no start has used for so long; not below the age of a cluster that still runs")
     replay = _command(commands, "replay", "feed an event log to a fresh brain and compare its commands",
                       ("blitzjax.cli_replay", "main"))
     replay.add_argument("log", type=Path, metavar="LOG", help="what `blitzjax serve --event-log LOG` wrote")

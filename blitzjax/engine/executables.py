@@ -22,6 +22,8 @@ from pathlib import Path
 import jax
 from jax.experimental import serialize_executable
 
+from blitzjax.engine.locations import mark_used
+
 log = logging.getLogger(__name__)
 Fetch = Callable[[str], bytes | None]  # a file of that name from elsewhere, or None; may take a while, never raises
 
@@ -66,12 +68,14 @@ class ExecutableCache:
     def _load(self, path: Path):
         try:
             payload = pickle.loads(checked(path.read_bytes()))
-            return serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
+            loaded = serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
         except FileNotFoundError:
             return None
         except Exception as e:  # any damage or incompatibility means: compile
             log.warning("executable %s does not load (%s); compiling it again", path.name, e)
             return None
+        mark_used(path)
+        return loaded
 
     def _received(self, path: Path):
         """It, from another worker."""
