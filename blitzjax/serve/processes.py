@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from blitzjax.config import Config
+from blitzjax.serve.rundir import PRIVATE, private_file
 
 TELL_AFTER = 3  # short lives in a row before the end of its log is shown
 _BACKOFF_S = (0.2, 5.0)  # first and longest pause before a process starts again
@@ -56,8 +57,8 @@ class Process:
     def _start(self) -> None:
         argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._argv)
         if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)  # temporary files are cleaned away after some days
-        out = sys.stderr.buffer if self.log is None else self.log.open("ab")
+            self.log.parent.mkdir(PRIVATE, parents=True, exist_ok=True)  # temporary files are cleaned away after days
+        out = sys.stderr.buffer if self.log is None else open(self.log, "ab", opener=private_file)
         try:
             self._popen = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                            start_new_session=True)

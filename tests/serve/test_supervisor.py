@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from blitzjax.errors import ConfigError, UnknownModel
 from blitzjax.serve.client import Client
 from blitzjax.serve.hosts import Launch, Workers, across, free_ports
 from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.rundir import RunDir
 
 _LAUNCH = Launch(worker=TOY_WORKER, coordinator=TOY_COORDINATOR)  # in a temporary directory
 
@@ -43,6 +45,31 @@ def test_logs_stay_for_whoever_asks_what_happened(model_dir: Path) -> None:
     with pytest.raises(ZeroDivisionError), LocalCluster(toy_config(), model_dir, _LAUNCH) as failed:
         1 / 0
     assert restarted.run_dir.exists() and failed.run_dir.exists()
+
+
+def test_only_their_owner_reads_prompts_and_logs(model_dir: Path, temporary: Path) -> None:
+    with LocalCluster(toy_config(), model_dir, toy_launch(temporary / "run")) as cluster:
+        wait_whole(cluster)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (cluster.run_dir, *cluster.run_dir.iterdir())}
+    assert modes.pop("run") == 0o700 and {"journal", "controller.log", "worker-0.log"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+
+def test_prompts_of_a_killed_supervisor_go_with_the_next_start(temporary: Path) -> None:
+    live, dead = RunDir(None), temporary / "blitzjax-dead"
+    dead.mkdir()
+    (elsewhere := temporary / "elsewhere").mkdir()
+    (temporary / "blitzjax-link").symlink_to(elsewhere)
+    for directory in (live.path, dead, elsewhere):
+        for name in ("journal", "journal.unusable", "worker-0.log"):
+            (directory / name).touch()
+    RunDir(None)
+    assert [path.name for path in dead.iterdir()] == ["worker-0.log"], "logs stay for whoever asks"
+    assert len(list(live.path.iterdir())) == len(list(elsewhere.iterdir())) == 3
+    path = live.path
+    del live
+    RunDir(None)
+    assert [p.name for p in path.iterdir()] == ["worker-0.log"]
 
 
 def test_a_cluster_outlives_its_directory(model_dir: Path, temporary: Path) -> None:
