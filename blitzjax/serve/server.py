@@ -83,18 +83,18 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
 def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None,
             path: Path | None) -> str:
     """→ `address` with the port that it has now."""
-    where = address
+    where = f"{address}: is the port in use?"
     try:
         if credentials is None:
             port = server.add_insecure_port(address)
         else:
             port = server.add_secure_port(address, credentials)
         if path is not None:
-            where = f"the Unix socket {path}"
+            where = f"the Unix socket {path}"  # its path may be too long
             path.parent.mkdir(parents=True, exist_ok=True)
             server.add_insecure_port(f"unix:{path}")
     except (RuntimeError, OSError) as e:
-        raise BlitzError(f"cannot listen on {where}: is it in use?") from e
+        raise BlitzError(f"cannot listen on {where}") from e
     return f"{address.rpartition(':')[0]}:{port}"
 
 
