@@ -144,6 +144,10 @@ class Client:
             time.sleep(pause_s)
             rejoin.restart()
 
+    def tokenize(self, prompt: Prompt, *, model: str = "", timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
+        """The prompt as `generate` would have it: token ids and text, whichever was given."""
+        return self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model)), timeout_s)
+
     def abort(self, *request_ids: str) -> None:
         self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
 
@@ -261,6 +265,10 @@ class AsyncClient:
                 call.cancel()
             await asyncio.sleep(pause_s)
             rejoin.restart()
+
+    async def tokenize(self, prompt: Prompt, *, model: str = "", timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
+        """The prompt as `generate` would have it: token ids and text, whichever was given."""
+        return await self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model)), timeout_s)
 
     async def abort(self, *request_ids: str) -> None:
         await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)

@@ -17,7 +17,7 @@ import grpc
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
-from blitzjax.serve.orders import order_of
+from blitzjax.serve.orders import order_of, prompt_of
 from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
 from blitzjax.types import LiveMode, Phase, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
@@ -50,6 +50,17 @@ class Frontend(rpc.InferenceServicer):
         """The client may call again if this process crashes."""
         if self._controller.resume_s:
             await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
+
+    async def Tokenize(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        await self._promise(context)
+        try:
+            model = self._controller.find(request.model)
+            ids, text = await prompt_of(request, model)
+        except BlitzError as e:
+            await _abort(context, e)
+        if request.HasField("tokens") and model.tokenizer is not None:
+            text = model.tokenizer.decode(ids)
+        return pb.TokenizeResponse(token_ids=ids, text=text, max_model_len=self._controller.context_tokens(model))
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         await self._promise(context)

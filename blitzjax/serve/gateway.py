@@ -10,10 +10,12 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import signal
 import ssl
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -29,7 +31,9 @@ from blitzjax.v1 import inference_pb2 as pb
 _BODY_BYTES = 64 << 20
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
-_OPEN = ("/health",)  # without the key
+_OPEN = ("/health", "/ping")  # without the key
+_ID = "X-Request-Id"
+_log = logging.getLogger("blitzjax.gateway")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -42,14 +46,19 @@ class Gateway:
     def application(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._answer_errors])
         app.add_routes([
-            web.get("/health", self.health), web.get("/version", self.version), web.get("/v1/models", self.models),
-            web.get("/v1/models/{name}", self.model), web.post("/v1/completions", self.completions),
-            web.post("/v1/chat/completions", self.chat)])
+            web.get("/health", self.health), web.get("/ping", self.ping), web.get("/version", self.version),
+            web.get("/v1/models", self.models), web.get("/v1/models/{name}", self.model),
+            web.post("/v1/completions", self.completions), web.post("/v1/chat/completions", self.chat),
+            web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize)])
         return app
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when an instance serves, or a model at zero can have one; 503 otherwise."""
         return web.Response(status=200 if await self._client.ready() else 503)
+
+    async def ping(self, request: web.Request) -> web.Response:
+        """200 as long as this process answers."""
+        return web.Response()
 
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": blitzjax.__version__})
@@ -70,8 +79,18 @@ class Gateway:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._reply(request, openai.chat(await _body(request)))
 
+    async def tokenize(self, request: web.Request) -> web.Response:
+        prompt, model = openai.tokenize(await _body(request))
+        known = await self._client.tokenize(prompt, model=model)
+        return web.json_response({"tokens": list(known.token_ids), "count": len(known.token_ids),
+                                  "max_model_len": known.max_model_len})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        tokens, model = openai.detokenize(await _body(request))
+        return web.json_response({"prompt": (await self._client.tokenize(tokens, model=model)).text})
+
     async def _reply(self, request: web.Request, asked: openai.Asked) -> web.StreamResponse:
-        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model())
+        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model(), request.match_info[_ID])
         if asked.stream:
             return await self._stream(request, asked, reply)
         return web.json_response(reply.whole(await self._whole(asked)))
@@ -92,7 +111,8 @@ class Gateway:
 
     async def _stream(self, request: web.Request, asked: openai.Asked, reply: openai.Reply) -> web.StreamResponse:
         """Server-sent events. What fails before the first is an HTTP status; afterwards, an event."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
+                                               _ID: request.match_info[_ID]})
         usages: list[list[pb.Usage]] = [[] for _ in asked.prompts]
         async with contextlib.aclosing(self._chunks(asked)) as arriving:
             try:
@@ -102,10 +122,12 @@ class Gateway:
                     await _event(response, reply.piece(number, chunk))
                     if chunk.usage is not None:
                         usages[number].append(chunk.usage)
-            except BlitzError as e:
+            except ConnectionError:  # the reader left
+                raise
+            except Exception as e:
                 if not response.prepared:
                     raise
-                await _event(response, openai.failure(e)[1])
+                await _event(response, openai.failure(_told(e, request))[1])
             else:
                 if asked.include_usage:
                     await _event(response, reply.total(usages))
@@ -142,21 +164,33 @@ class Gateway:
 
     @web.middleware
     async def _answer_errors(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Checks the key and gives every failure OpenAI's form."""
+        """Checks the key, names the request and gives every failure OpenAI's form."""
+        request.match_info[_ID] = request.headers.get(_ID) or uuid.uuid4().hex
         try:
             if request.path not in _OPEN:
                 access.check(request.headers.get("Authorization", ""), self._key)
             response = await handler(request)
-        except BlitzError as e:
-            response = _failed(e)
         except web.HTTPNotFound:
             response = _failed(UnknownModel(f"{request.method} {request.path} is not there"))
         except web.HTTPException as e:
             response = web.json_response({"error": {"message": e.reason, "type": "invalid_request_error", "param": None,
                                                     "code": e.status}}, status=e.status)
-        if not response.prepared and (name := request.headers.get("X-Request-Id")):
-            response.headers["X-Request-Id"] = name
+        except ConnectionError:  # the reader left
+            raise
+        except Exception as e:
+            response = _failed(_told(e, request))
+        if not response.prepared:
+            response.headers[_ID] = request.match_info[_ID]
         return response
+
+
+def _told(error: Exception, request: web.Request) -> BlitzError:
+    """What the caller hears of it: of a bug in here only where to look."""
+    if isinstance(error, BlitzError):
+        return error
+    name = request.match_info[_ID]
+    _log.error("request %s failed", name, exc_info=error)
+    return BlitzError(f"the server failed; its log says more about request {name}")
 
 
 def _failed(error: BlitzError) -> web.Response:
@@ -204,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ssl-certfile", default="", metavar="FILE", help="certificate, PEM: HTTPS instead of HTTP")
     parser.add_argument("--ssl-keyfile", default="", metavar="FILE", help="its key, PEM")
     args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         asyncio.run(run(args, access.api_key(), access.server_context(args.ssl_certfile, args.ssl_keyfile)))
     except BlitzError as e:

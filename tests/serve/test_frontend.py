@@ -314,6 +314,15 @@ def test_scale_back_waits_for_an_instance_that_still_loads(cluster, client):
     eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
 
 
+def test_the_prompt_is_tokenized_as_generate_does(client):
+    for prompt, text in (("ab", "ab"), ([97, 98], "ab"), ([{"role": "user", "content": "z"}], "u:z;a")):
+        known = client.tokenize(prompt)
+        assert (bytes(known.token_ids).decode(), known.text, known.max_model_len) == (text, text, 512)
+        assert list(client.generate(prompt, max_tokens=1, echo=True).prompt_token_ids) == list(known.token_ids)
+    with pytest.raises(InvalidRequest, match="at least 1 token"):
+        client.tokenize("")
+
+
 @pytest.mark.parametrize("target", [0, -1, 3])
 def test_scale_target_is_bounded_by_the_pool(client, target):
     with pytest.raises(InvalidRequest, match=r"\[1, 2\]: the pool has 2 workers"):
