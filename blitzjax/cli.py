@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
                      ("blitzjax.cli_serve", "serve"))
     _add_serve(serve)
     _add_hosts(serve)
+    serve.epilog = "With BLITZJAX_API_KEY in the environment, callers must send that key, over gRPC and HTTP."
     _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
     _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
     _add_deploy(_command(commands, "deploy", "serve one more model over the same workers",
@@ -110,7 +111,8 @@ def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT",
-                        help=f"the controller (default {_ADDRESS}); grpcs://HOST:PORT over TLS")
+                        help=f"the controller (default {_ADDRESS}); grpcs://HOST:PORT over TLS. What BLITZJAX_API_KEY says in "
+                             "the environment is sent as the key")
     parser.add_argument("--cacert", type=Path, metavar="FILE",
                         help="who may have signed its certificate, PEM (default: whom gRPC trusts)")
 

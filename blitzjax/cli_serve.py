@@ -43,12 +43,13 @@ def serve(args: argparse.Namespace) -> int:
     config = configure(args, len(args.model), max(1, len(hosts)))
     if args.host_index and not hosts:
         raise BlitzError("--host-index says which of --hosts this machine is; give --hosts, the same on all machines")
+    if not args.host_index:  # raise now what the controller would
+        access.api_key(), access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
     names = args.served_model_name or []
     if names and len(names) != len(args.model):
         raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
-    access.api_key(), access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)  # raise now
     launch = across(config, hosts, args.host_index) if hosts else Launch()
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
     if args.host_index:

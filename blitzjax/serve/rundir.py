@@ -58,6 +58,8 @@ def _forget(path: Path) -> None:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in os.listdir(directory):
             if name.startswith("journal"):
-                os.unlink(name, dir_fd=directory)
+                with open(name, opener=lambda name, flags: os.open(name, flags, dir_fd=directory)) as journal:
+                    fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a controller has it open as long as it lives
+                    os.unlink(name, dir_fd=directory)
     finally:
         os.close(directory)

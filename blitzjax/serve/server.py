@@ -22,6 +22,7 @@ from blitzjax.errors import BlitzError
 from blitzjax.serve.access import KeyCheck
 from blitzjax.serve.frontend import SERVICE, Frontend, picture
 from blitzjax.serve.metrics import endpoint, render
+from blitzjax.serve.rundir import PRIVATE
 from blitzjax.serve.vllm_engine import SERVICE as VLLM_SERVICE, VllmEngine
 from blitzjax.v1 import inference_pb2_grpc as rpc
 from blitzjax.v1 import vllm_engine_pb2_grpc as vllm_rpc
@@ -91,7 +92,7 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
             port = server.add_secure_port(address, credentials)
         if path is not None:
             where = f"the Unix socket {path}"  # its path may be too long
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
             server.add_insecure_port(f"unix:{path}")
     except (RuntimeError, OSError) as e:
         raise BlitzError(f"cannot listen on {where}") from e

@@ -17,6 +17,7 @@ from blitzjax import config as configs
 from blitzjax.errors import ConfigError, UnknownModel
 from blitzjax.serve.client import Client
 from blitzjax.serve.hosts import Launch, Workers, across, free_ports
+from blitzjax.serve.journal import Journal
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.rundir import RunDir
 
@@ -56,14 +57,18 @@ def test_only_their_owner_reads_prompts_and_logs(model_dir: Path, temporary: Pat
 
 
 def test_prompts_of_a_killed_supervisor_go_with_the_next_start(temporary: Path) -> None:
-    live, dead = RunDir(None), temporary / "blitzjax-dead"
+    live, dead, open_still = RunDir(None), temporary / "blitzjax-dead", temporary / "blitzjax-0"
     dead.mkdir()
+    open_still.mkdir()
     (elsewhere := temporary / "elsewhere").mkdir()
     (temporary / "blitzjax-link").symlink_to(elsewhere)
     for directory in (live.path, dead, elsewhere):
         for name in ("journal", "journal.unusable", "worker-0.log"):
             (directory / name).touch()
+    controller = Journal(open_still / "journal", {"id": "x"})
     RunDir(None)
+    assert (open_still / "journal").exists()
+    controller.discard()
     assert [path.name for path in dead.iterdir()] == ["worker-0.log"], "logs stay for whoever asks"
     assert len(list(live.path.iterdir())) == len(list(elsewhere.iterdir())) == 3
     path = live.path
