@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.serve.access import TLS
 from blitzjax.serve.client import Client, Options, Prompt
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -233,4 +234,5 @@ def _client(args: argparse.Namespace) -> Iterator[Client]:
                                   f"itself: {e}") from None
             if "connect" not in str(e):
                 raise
-            raise Unavailable(f"nothing listens on {args.address}; start one with: blitzjax serve MODEL") from None
+            hint = "" if args.address.startswith(TLS) else f", or only over TLS, as {TLS}{args.address}"
+            raise Unavailable(f"nothing listens on {args.address}{hint}; start one with: blitzjax serve MODEL") from None
