@@ -86,7 +86,7 @@ class ExecutableCache:
         self.compiled += 1
         try:
             keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
-        except OSError as e:
+        except Exception as e:  # no room, or a platform that cannot
             log.warning("%s cannot be kept, so the next start compiles it again: %s", path, e)
         return compiled
 

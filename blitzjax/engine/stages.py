@@ -112,6 +112,10 @@ class Stages:
         """Row i of the result is row order[i] of the cache; the length is cut or padded to `context`."""
         return self._stage("resize", k.shape[0], self.layout.tokens((k, v)), len(order), context)(k, v, order)
 
+    def fitted(self, kv: KV, length: int) -> KV:
+        """Keys and values of one layer of one sequence, cut or padded to `length` tokens."""
+        return kv if self.layout.tokens(kv) == length else self.resize(*kv, np.zeros(1, np.int32), length)
+
     # ---- compilation ------------------------------------------------------------------------------------------------
 
     def compile_all(self, begin: float = 0.0) -> None:
@@ -143,7 +147,7 @@ class Stages:
             yield from (("resize", rows, a, rows, b) for rows in s.batches)
 
     def compile_moves(self) -> None:
-        """What sequences that move between instances need besides: out of a cache, cut to travel, padded again."""
+        """What is needed besides to take sequences out of a cache: alone, cut to travel, padded again."""
         s = self.shapes
         for context in s.contexts:
             for rows in s.batches:

@@ -101,7 +101,7 @@ class Node:
             store = LayerStore(spec, self._devices)
             stages = Stages(spec, self.config.engine, store.mesh, fetch=self._compilers.fetch)
             stages.compile_all(self._compilers.begin)
-            if self.config.scale.roles == "split":
+            if self.config.scale.roles == "split" or store.own_memory and self.config.engine.prefix_caching:
                 stages.compile_moves()
             self._compilers.close()
             checkpoint = Path(model.checkpoint) if model.checkpoint else None

@@ -126,6 +126,8 @@ def worker_env(config: Config, number: int, count: int, devices: Path = Path("/d
     gpus = _gpus(env, devices)
     if not gpus and not list(devices.glob("accel[0-9]*")):
         env.setdefault("JAX_PLATFORMS", "cpu")
+    elif env.get("JAX_PLATFORMS") and "cpu" not in env["JAX_PLATFORMS"]:  # through which arrays travel
+        env["JAX_PLATFORMS"] += ",cpu"
     env.setdefault("GLIBC_TUNABLES", _MALLOC)
     env["PYTHONUNBUFFERED"] = "1"
     if config.cluster.threads > 0:

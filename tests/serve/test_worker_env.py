@@ -72,6 +72,11 @@ def test_too_few_gpus_are_left_for_the_worker_to_refuse(tmp_path: Path) -> None:
     assert "CUDA_VISIBLE_DEVICES" not in worker_env(sharded(4), 0, 1, machine(tmp_path, 2))
 
 
+def test_arrays_can_travel_whatever_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert worker_env(CONFIG, 0, 1, machine(tmp_path, 1))["JAX_PLATFORMS"] == "cuda,cpu"
+
+
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_multicasts_time_out_on_every_platform(tmp_path: Path, gpus: int) -> None:
     """They are CPU collectives beside GPUs, too."""
