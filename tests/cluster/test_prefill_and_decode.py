@@ -1,7 +1,6 @@
 """Prompts on some workers, decoding on others: the tokens of a mixed instance, whatever is scaled and whoever dies.
 
-The reference is the package's mixed cluster; a second one with split roles, whose workers take the branches of GPUs,
-serves the same model.
+The reference is the package's mixed cluster; a second one with split roles serves the same model.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_worker
 import pytest
 
 from blitzjax.serve.client import Result
@@ -31,7 +29,7 @@ def split(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
     mixed, log = rig.cluster.config, tmp_path_factory.mktemp("split") / "events.jsonl"
     config = replace(mixed, scale=replace(mixed.scale, roles="split"),
                      serve=replace(mixed.serve, port=0, event_log=str(log)))
-    with LocalCluster(config, model_dir, gpu_worker.LAUNCH) as cluster:
+    with LocalCluster(config, model_dir) as cluster:
         cluster.wait_ready(120)
         split = Rig(cluster)
         split.settle(2)
