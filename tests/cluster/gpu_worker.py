@@ -1,5 +1,5 @@
-"""A worker that takes every branch of a GPU's, on CPUs: memory of its own, that says how much there is; keys and values in
-the layout of cuDNN's attention, whose calls XLA computes. For `Launch.worker`.
+"""A worker that takes every branch of a GPU's, on CPUs: a default client that is not the CPU's; devices with memory of
+their own, that say how much there is; keys and values in the layout of cuDNN's attention, whose calls XLA computes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import jaxlib._jax
+from jax._src import xla_bridge
+from jaxlib import xla_client
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine import attention, stages
@@ -16,7 +18,8 @@ from blitzjax.serve.hosts import Launch
 from blitzjax.transfer import staging
 from blitzjax.types import ModelSpec
 
-LAUNCH = Launch(worker=(sys.executable, str(Path(__file__))))
+PLATFORM = "not_the_cpu"
+LAUNCH = Launch(worker=(sys.executable, str(Path(__file__))), env={"JAX_PLATFORMS": f"{PLATFORM},cpu"})
 BUDGET_BYTES = 4 << 30
 
 
@@ -25,6 +28,7 @@ def chosen(spec: ModelSpec, config: EngineConfig, *_: object) -> attention.Atten
 
 
 def main() -> int:
+    xla_bridge.register_backend_factory(PLATFORM, xla_client.make_cpu_client)
     staging.has_own_memory = lambda device: True
     stages.chosen = chosen
     jaxlib._jax.Device.memory_stats = lambda device: {"bytes_limit": BUDGET_BYTES}
