@@ -25,6 +25,7 @@ from blitzjax.engine import params, sampling
 from blitzjax.engine.attention import Attention, chosen
 from blitzjax.engine.executables import ExecutableCache, Fetch
 from blitzjax.engine.shapes import Shapes, shapes_for
+from blitzjax.errors import ConfigError
 from blitzjax.models import blocks, family, own
 from blitzjax.types import MAX_LOGPROBS, ModelSpec, Span
 
@@ -170,8 +171,14 @@ class Stages:
         if found is None:
             fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
             name = "-".join([kind, *map(str, sizes)])
-            with blocks.few_rows(self.attention.product):
-                found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
+            try:
+                with blocks.few_rows(self.attention.product):
+                    found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
+            except RuntimeError as e:
+                if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode"):
+                    raise
+                raise ConfigError(f"{name} of {self.spec.name} does not compile with cuDNN's attention; without it: "
+                                  f"engine.cudnn_attention=false. {e}") from e
         return found
 
     def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:
