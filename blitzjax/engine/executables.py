@@ -2,8 +2,8 @@
 none asks others for theirs.
 
 Invariant: a file's name is a digest of everything that shapes its content (source, shapes, shardings, jax, platform,
-CPU model and features, NVIDIA's libraries, XLA flags), and it ends with a checksum of the rest; a file that is damaged or does not
-load is compiled again and replaced. What loads, runs: files must come from where commands come from.
+CPU model and features, NVIDIA's libraries, XLA flags), and it ends with a checksum of the rest; a file that is damaged
+or does not load is compiled again and replaced. What loads, runs: files must come from where commands come from.
 """
 
 from __future__ import annotations
