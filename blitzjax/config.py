@@ -41,7 +41,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
     page_size: int = 16  # tokens per KV page
     kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens, or what a GPU has memory for
-    memory_fraction: float = 0.9  # of each GPU, for one worker; it reserves that at its start. Workers that share one: less
+    memory_fraction: float = 0.9  # of each GPU, reserved at the start; workers that share one get equal parts
     answer_share: float = 0.5  # of max_tokens, that a request gets pages for at once; 1: no request is ever preempted
     prefix_caching: bool = True  # prompts that begin alike share the KV of what they have in common
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too

@@ -37,11 +37,12 @@ def weights(unit: int) -> dict[str, np.ndarray]:
 class Rig:
     """An Instance with its thread; collects what it emits."""
 
-    def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"], checkpoint: Path | None = None):
+    def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"], checkpoint: Path | None = None,
+                 own_memory: bool = False):
         devices = jax.local_devices()[: config.engine.tensor_parallel]
-        self.store = LayerStore(SPEC, devices)
+        self.store = LayerStore(SPEC, devices, own_memory)
         stages = Stages(SPEC, config.engine, self.store.mesh)
-        self.handoff = HandOff("127.0.0.1", devices)
+        self.handoff = HandOff("127.0.0.1", devices, own_memory)
         self.events: list[object] = []
         self.changed = threading.Condition()
         self.partner: DirectPartner | None = None  # of an OLD side
@@ -131,8 +132,8 @@ def rigs(tmp_path_factory):
     engine = EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=8, max_num_batched_tokens=64,
                           executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
     made: dict[str, Rig] = {}
-    for name in ("old", "new"):
-        made[name] = Rig(name, replace(Config(), engine=engine), made)
+    for name in ("old", "new"):  # what they say to each other is the same whatever memory they have
+        made[name] = Rig(name, replace(Config(), engine=engine), made, own_memory=name == "new")
     yield made
     for rig in made.values():
         rig.stop()
