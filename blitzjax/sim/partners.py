@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from blitzjax.control.batching import State
 from blitzjax.control.zigzag import Handed
-from blitzjax.events import Event, LiveDrained, RequestFailed, RequestHanded, RequestReturned
+from blitzjax.events import Event, LiveDrained, RequestHanded, RequestReturned
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.parts import NewSide, OldSide, Sequence
 from blitzjax.types import InstanceId, LivePair, ModelSpec, RequestId
