@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import typing
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,9 +27,9 @@ _KEPT = 64  # compiled grammars
 class Grammars:
     """Of one model. Made by its instance; nothing is read or imported before the first grammar comes."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Path | None):
-        """`checkpoint` has the tokenizer."""
-        self._spec, self._checkpoint = spec, checkpoint
+    def __init__(self, spec: ModelSpec, tokenizer: Callable[[], str]):
+        """`tokenizer()` is what tokenizer.json says; it may raise CheckpointError."""
+        self._spec, self._tokenizer = spec, tokenizer
         self._vocabulary = functools.cache(self._read)
         self._compiled = functools.lru_cache(_KEPT)(self._compile)
         self._preparing = threading.Lock()
@@ -63,20 +62,21 @@ class Grammars:
 
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
         if matcher.is_error():
-            raise BlitzError(f"the grammar does not fit this model's tokens: {matcher.get_error()}")
+            raise BlitzError(f"llguidance does not take the grammar: {_first_line(matcher.get_error())}")
         return matcher
 
     def _read(self) -> LLTokenizer:
         """Takes 10 us a token, in which no other thread of Python runs."""
         from llguidance import LLTokenizer
 
-        if self._checkpoint is None:
-            raise CheckpointError("no checkpoint of this model is here, so its tokens are not known")
         try:
-            text = (self._checkpoint / "tokenizer.json").read_text()
-            return LLTokenizer(text, eos_token=list(self._spec.eos_token_ids) or None)
-        except (OSError, ValueError) as e:
-            raise CheckpointError(f"the model's tokens are not known: {e}") from e
+            return LLTokenizer(self._tokenizer(), eos_token=list(self._spec.eos_token_ids) or None)
+        except ValueError as e:
+            raise CheckpointError(f"llguidance cannot read the model's tokenizer: {e}") from e
+
+
+def no_tokenizer() -> str:
+    raise CheckpointError("nobody here knows the model's tokenizer")
 
 
 class Matcher:
@@ -92,13 +92,13 @@ class Matcher:
     @property
     def over(self) -> bool:
         """The answer is whole, and nothing can follow."""
-        return self._place is not None and self._place.is_stopped()
+        return not self.error and self._place.is_stopped()
 
     def push(self, token: int) -> None:
         """Sets `error` if the answer must not have it."""
         if not self.error:
             self._place.consume_token(token)
-            self.error = self._place.get_error()
+            self.error = _first_line(self._place.get_error())
 
     def allowed(self, step: int) -> np.ndarray:
         """u32[words] for token `step` of the answer, see sampling.Edits. What would end the answer too early, or should
@@ -108,12 +108,17 @@ class Matcher:
         if not self.error:
             found = np.frombuffer(self._place.compute_bitmask(), np.uint32)[: self._words]
             mask[: len(found)] = found
-            self.error = self._place.get_error()
+            self.error = _first_line(self._place.get_error())
         if self.error:
             return ~np.zeros_like(mask)
         early = step < self._sampling.min_tokens
         rest = mask & ~(self._ends if early else self._eos) if early or self._sampling.ignore_eos else mask
         return rest if rest.any() else mask
+
+
+def _first_line(said: str) -> str:
+    """What llguidance says of an error; the rest is its state."""
+    return said.partition("\n")[0]
 
 
 def _bits(tokens: Sequence[int], words: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from blitzjax.control.batching import Batcher, Chunk
 from blitzjax.control.blocks import PageLedger, answer_share
 from blitzjax.engine import messages as m, migration
 from blitzjax.engine.decoding import DecodeBatch
-from blitzjax.engine.grammars import Grammars
+from blitzjax.engine.grammars import Grammars, no_tokenizer
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.memory import room_on
 from blitzjax.engine.params import LayerStore
@@ -40,16 +40,16 @@ class Instance:
     def __init__(self, name: InstanceId, config: Config, store: LayerStore, stages: Stages, handoff: HandOff,
                  emit: Callable[[Output], None], connect: Callable[[InstanceId], m.Partner],
                  send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time,
-                 checkpoint: Path | None = None):
+                 checkpoint: Path | None = None, tokenizer: Callable[[], str] = no_tokenizer):
         """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request.
 
-        `checkpoint` has the embedding of prompts that begin before it arrives, where no partner lends their rows, and the
-        tokenizer, which grammars need.
+        `checkpoint` has the embedding of prompts that begin before it arrives, where no partner lends their rows;
+        `tokenizer` is what grammars ask for, see Grammars.
         """
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
-        self._grammars = Grammars(self.spec, checkpoint)
+        self._grammars = Grammars(self.spec, tokenizer)
         self.room = room_on(stages, store, config.engine)
         self._stages, self._emit, self._now = stages, emit, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()

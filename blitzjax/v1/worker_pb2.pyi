@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerCommand(_message.Message):
-    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate", "kv_offer", "keep_copy", "use_copy", "drop_copy", "deploy", "undeploy", "inspect", "fetch_executable", "received")
+    __slots__ = ("configure", "assign", "abort", "load_from_disk", "prepare_transfer", "start_transfer", "cancel_transfer", "start_live", "end_live", "release", "pull", "taken", "partner", "loan", "migrate", "kv_offer", "keep_copy", "use_copy", "drop_copy", "deploy", "undeploy", "inspect", "fetch_executable", "fetch_tokenizer", "received")
     CONFIGURE_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class WorkerCommand(_message.Message):
     UNDEPLOY_FIELD_NUMBER: _ClassVar[int]
     INSPECT_FIELD_NUMBER: _ClassVar[int]
     FETCH_EXECUTABLE_FIELD_NUMBER: _ClassVar[int]
+    FETCH_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     configure: Configure
     assign: Assign
@@ -55,8 +56,9 @@ class WorkerCommand(_message.Message):
     undeploy: Undeploy
     inspect: Inspect
     fetch_executable: FetchExecutable
+    fetch_tokenizer: FetchTokenizer
     received: int
-    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., kv_offer: _Optional[_Union[KVOffer, _Mapping]] = ..., keep_copy: _Optional[_Union[KeepCopy, _Mapping]] = ..., use_copy: _Optional[_Union[UseCopy, _Mapping]] = ..., drop_copy: _Optional[_Union[DropCopy, _Mapping]] = ..., deploy: _Optional[_Union[Model, _Mapping]] = ..., undeploy: _Optional[_Union[Undeploy, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., fetch_executable: _Optional[_Union[FetchExecutable, _Mapping]] = ..., received: _Optional[int] = ...) -> None: ...
+    def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., kv_offer: _Optional[_Union[KVOffer, _Mapping]] = ..., keep_copy: _Optional[_Union[KeepCopy, _Mapping]] = ..., use_copy: _Optional[_Union[UseCopy, _Mapping]] = ..., drop_copy: _Optional[_Union[DropCopy, _Mapping]] = ..., deploy: _Optional[_Union[Model, _Mapping]] = ..., undeploy: _Optional[_Union[Undeploy, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., fetch_executable: _Optional[_Union[FetchExecutable, _Mapping]] = ..., fetch_tokenizer: _Optional[_Union[FetchTokenizer, _Mapping]] = ..., received: _Optional[int] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
     __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated", "kv_answer", "model_ready", "holdings", "executable", "decoded", "resumed", "taken")
@@ -183,6 +185,12 @@ class Executable(_message.Message):
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     content: bytes
     def __init__(self, content: _Optional[bytes] = ...) -> None: ...
+
+class FetchTokenizer(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("instance", "address", "rank")
