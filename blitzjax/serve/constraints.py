@@ -52,7 +52,7 @@ def _checked(kind: str, text: str) -> str:
     except ValueError as e:
         said = str(e)
     if said:
-        raise InvalidRequest(f"{kind} is not one that answers can follow: {said.strip()}")
+        raise InvalidRequest(f"llguidance refuses the {kind}: {said.strip()}")
     return grammar
 
 
