@@ -71,7 +71,7 @@ class Grammars:
 
         try:
             return LLTokenizer(self._tokenizer(), eos_token=list(self._spec.eos_token_ids) or None)
-        except ValueError as e:
+        except (OSError, ValueError) as e:
             raise CheckpointError(f"llguidance cannot read the model's tokenizer: {e}") from e
 
 
@@ -124,5 +124,5 @@ def _first_line(said: str) -> str:
 def _bits(tokens: Sequence[int], words: int) -> np.ndarray:
     """u32[words] with the bits of these tokens."""
     out = np.zeros(words * 32, np.uint8)
-    out[list(tokens)] = 1
+    out[[token for token in tokens if token < len(out)]] = 1
     return np.packbits(out, bitorder="little").view(np.uint32)

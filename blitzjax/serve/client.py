@@ -353,7 +353,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     outside = ("model", "request_id", "priority", "progress", "timeout_s")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
-    options = options | _constraint(options)
+    options = {name: value for name, value in options.items() if name not in CONSTRAINTS} | _constraint(options)
     try:
         return _request(prompt, options, outside)
     except ValueError as e:  # a number out of range, or half a character

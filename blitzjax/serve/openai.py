@@ -147,6 +147,8 @@ def _constraint(fields: _Fields) -> Options:
     """What the answer must be: `response_format` is OpenAI's, `structured_outputs` vLLM's."""
     form, given = fields.take("response_format", dict), fields.take("structured_outputs", dict)
     asked = {name: value for name, value in (given or {}).items() if value is not None}
+    if asked and form not in (None, {"type": "text"}):
+        raise InvalidRequest("response_format and structured_outputs are two ways to say what an answer must be; use one")
     match form:
         case None | {"type": "text"}:
             pass

@@ -179,6 +179,8 @@ def test_models(site):
     ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
      400, "llguidance refuses the json_schema"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "[a-"}}, 400, "unclosed character class"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, 400,
+     "use one"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": 1}}, 400, "regex must be str"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"structural_tag": "x"}}, 400, "structural_tag is not supp"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": [1]}}, 400, "choice must be a string or a list"),
