@@ -34,10 +34,11 @@ class Edits(NamedTuple):
     logprobs: np.ndarray  # bool[rows]
     allowed: np.ndarray  # u32[rows, (vocab + 31) // 32]; bit t % 32 of word t // 32 is token t's
 
-    def set(self, row: int, sampling: Sampling, step: int, history: np.ndarray, ends: tuple[int, ...],
+    def set(self, row: int, sampling: Sampling, step: int, history: np.ndarray, eos: tuple[int, ...],
             allowed: np.ndarray | None = None) -> None:
-        """Row `row` draws token `step` of an answer that any of `ends` would end. `history` i32[prompt + step] is read
-        for penalised rows only. `allowed` u32[words] is what a grammar leaves; it knows of the minimum length.
+        """Row `row` draws token `step` of an answer; before `min_tokens` no stop token and, as in vLLM, none of `eos`
+        either, ignored or not. `history` i32[prompt + step] is read for penalised rows only. `allowed` u32[words] is what
+        a grammar leaves; it knows of the minimum length.
         """
         self.logprobs[row] = sampling.logprobs >= 0
         if penalised(sampling):
@@ -48,7 +49,7 @@ class Edits(NamedTuple):
         if allowed is not None:
             self.allowed[row] = allowed
         elif step < sampling.min_tokens:
-            biases += [(token, -np.inf) for token in ends]
+            biases += [(token, -np.inf) for token in (*sampling.stop_token_ids, *eos)]
         for i, pair in enumerate(biases):
             self.bias_ids[row, i], self.bias[row, i] = pair
 
