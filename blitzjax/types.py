@@ -130,6 +130,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int = -1  # -1: none; N <= MAX_LOGPROBS: of each token of the answer, and of the N likeliest
     prompt_logprobs: int = -1  # the same for the tokens of the prompt
+    grammar: str = ""  # llguidance's; what the answer must follow
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,5 +125,6 @@ class DecodeBatch:
             rows.paged[row] = self._batcher.held_tokens(sequence.id)
             draws.set(row, sampling, answered)
             if draws.edits is not None:
-                draws.edits.set(row, sampling, answered, sequence.history, self._runner.spec.eos_token_ids)
+                draws.edits.set(row, sampling, answered, sequence.history, self._runner.spec.eos_token_ids,
+                                sequence.allowed)
         return rows

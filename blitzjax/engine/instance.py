@@ -19,6 +19,7 @@ from blitzjax.control.batching import Batcher, Chunk
 from blitzjax.control.blocks import PageLedger, answer_share
 from blitzjax.engine import messages as m, migration
 from blitzjax.engine.decoding import DecodeBatch
+from blitzjax.engine.grammars import Grammars, no_tokenizer
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.memory import room_on
 from blitzjax.engine.params import LayerStore
@@ -29,7 +30,7 @@ from blitzjax.engine.sequence import Sequence, sequence_of
 from blitzjax.engine.stages import KV, Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
-from blitzjax.events import Drained, Event, PrefillDone, RequestFinished
+from blitzjax.events import Drained, Event, PrefillDone, RequestFailed, RequestFinished
 from blitzjax.types import InstanceId, RequestId, Span, TokenLogprob, Work
 
 Output: TypeAlias = Event | m.Tokens | m.Decoded
@@ -39,14 +40,16 @@ class Instance:
     def __init__(self, name: InstanceId, config: Config, store: LayerStore, stages: Stages, handoff: HandOff,
                  emit: Callable[[Output], None], connect: Callable[[InstanceId], m.Partner],
                  send_kv: Callable[[InstanceId, m.KVOffer], m.KVSession], now: Callable[[], float] = time.time,
-                 checkpoint: Path | None = None):
+                 checkpoint: Path | None = None, tokenizer: Callable[[], str] = no_tokenizer):
         """`emit` must not block; `connect` opens OLD's connection to a live partner, `send_kv` one about a request.
 
-        `checkpoint` has the embedding of prompts that begin before it arrives, where no partner lends their rows.
+        `checkpoint` has the embedding of prompts that begin before it arrives, where no partner lends their rows;
+        `tokenizer` is what grammars ask for, see Grammars.
         """
         self.name, self.config, self.store = name, config, store
         self.spec = store.spec
         self.runner = Runner(stages, store)
+        self._grammars = Grammars(self.spec, tokenizer)
         self.room = room_on(stages, store, config.engine)
         self._stages, self._emit, self._now = stages, emit, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -59,6 +62,10 @@ class Instance:
 
     def post(self, message: object) -> None:
         """Thread-safe: a Work, a Command or one of engine/messages.py."""
+        match message:
+            case (Work(sampling=sampling) | m.KVOffered(offer=m.KVOffer(work=Work(sampling=sampling)))
+                  | m.HandedOver(answer=m.HandOver(work=Work(sampling=sampling)))):
+                self._grammars.prepare(sampling.grammar)
         self._inbox.put(message)
 
     def run(self) -> None:
@@ -114,7 +121,7 @@ class Instance:
     def _accept(self, work: Work) -> None:
         if work.request.id in self._sequences:  # an earlier attempt that is still here is void
             self.leave(self._sequences[work.request.id])
-        sequence = sequence_of(work, self.spec)
+        sequence = self.sequence(work)
         loading = self.store.usable < self.spec.units
         if loading and self._batcher.hold(work.request, len(sequence.tokens)):
             self._partners.begin_early(sequence)
@@ -146,6 +153,9 @@ class Instance:
 
     def find(self, request_id: RequestId) -> Sequence | None:
         return self._sequences.get(request_id)
+
+    def sequence(self, work: Work) -> Sequence:
+        return sequence_of(work, self.spec, self._grammars)
 
     def untouched(self) -> Iterable[Sequence]:
         for sequence in self._sequences.values():
@@ -302,7 +312,7 @@ class Instance:
     def _first_token(self, sequence: Sequence) -> None:
         """The prompt is through; of one that was preempted, a later token."""
         sampling, prefill = sequence.work.sampling, sequence.prefill
-        drawn = self.runner.first_token(prefill, sampling, sequence.answered)
+        drawn = self.runner.first_token(prefill, sampling, sequence.answered, sequence.allowed)
         prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if sequence.scored else ()
         sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
         if sequence.answered == len(sequence.work.generated):
@@ -341,11 +351,14 @@ class Instance:
 
     def _say(self, sequence: Sequence, reason: str, logprobs: tuple[TokenLogprob, ...],
              prompt: tuple[TokenLogprob, ...] = ()) -> None:
-        """Emits the last token; `reason`: why the answer ends with it, if so."""
+        """Emits the last token, unless it is an error; `reason`: why the answer ends with it, if so."""
+        if reason == "error":
+            return
         sequence.logprobs += logprobs
         self._emit(m.Tokens(sequence.id, sequence.work.attempt, sequence.answered - 1, (sequence.tokens[-1],), reason,
                             sequence.layers_helped, logprobs, prompt, sequence.cached_tokens or 0))
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         self.leave(sequence)
-        self._emit(RequestFinished(self._now(), self.name, sequence.id, sequence.work.attempt, reason))
+        end = (self._now(), self.name, sequence.id, sequence.work.attempt)
+        self._emit(RequestFailed(*end, sequence.matcher.error) if reason == "error" else RequestFinished(*end, reason))

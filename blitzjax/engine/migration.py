@@ -17,13 +17,13 @@ from typing import Protocol
 
 from blitzjax.engine import messages as m
 from blitzjax.engine.runner import Runner
-from blitzjax.engine.sequence import Sequence, sequence_of
+from blitzjax.engine.sequence import Sequence
 from blitzjax.engine.stages import KV
 from blitzjax.errors import TransferError
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.commands import Migrate
 from blitzjax.events import Event, KVMigrated, RequestFailed
-from blitzjax.types import InstanceId, RequestId
+from blitzjax.types import InstanceId, RequestId, Work
 
 _PIECE_BYTES = 1 << 20  # so many layers travel together that a round trip is worth it
 
@@ -39,6 +39,9 @@ class Host(Protocol):
     def post(self, message: object) -> None: ...
 
     def find(self, request_id: RequestId) -> Sequence | None: ...
+
+    def sequence(self, work: Work) -> Sequence:
+        """A new one, that the host does not have yet."""
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
         """Stops decoding it: its seat stays, its keys and values are copied out. None: its KV is not whole yet, and
@@ -237,7 +240,7 @@ class Moves:
             return f"{self._host.name} runs attempt {here.work.attempt} of it"
         if here is not None:
             self._host.leave(here)
-        sequence = sequence_of(work, self._stages.spec)
+        sequence = self._host.sequence(work)
         sequence.repeat(offer.said)
         if not self._host.admit(sequence):
             return f"{self._host.name} has no room for a request that was sent to it"

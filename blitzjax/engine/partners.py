@@ -12,7 +12,7 @@ from typing import Protocol
 
 from blitzjax.engine import live, messages as m
 from blitzjax.engine.runner import Runner
-from blitzjax.engine.sequence import Sequence, sequence_of
+from blitzjax.engine.sequence import Sequence
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.commands import EndLive, StartLive
 from blitzjax.events import Event, LiveDrained, RequestFailed, RequestHanded, RequestReturned
@@ -33,6 +33,9 @@ class Host(Protocol):
     def post(self, message: object) -> None: ...
 
     def find(self, request_id: RequestId) -> Sequence | None: ...
+
+    def sequence(self, work: Work) -> Sequence:
+        """A new one, that the host does not have yet."""
 
     def untouched(self) -> Iterable[Sequence]:
         """What waits here and was not begun."""
@@ -201,7 +204,7 @@ class Partners:
                 self._drained()
             return
         self._handed(work, host.name)
-        sequence = sequence_of(work, host.runner.spec)
+        sequence = host.sequence(work)
         if not host.admit(sequence):  # once there is room it runs whole; what NEW ran of it stays there
             if not host.enqueue(sequence):
                 self._fail(work, f"{host.name} can never hold a request handed over by {self.old.pair.new}")

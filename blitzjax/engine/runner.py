@@ -83,15 +83,17 @@ class Runner:
             x[0, : chunk.stop - chunk.start] = rows[chunk.start : chunk.stop]
             prefill.x[index] = jax.device_put(x, self.stages.replicated)
 
-    def first_token(self, prefill: Prefill, sampling: Sampling, step: int) -> Drawn:
-        """Head over the prompt's last row; the token is in row 0. `step` tokens of the answer are in the prompt."""
+    def first_token(self, prefill: Prefill, sampling: Sampling, step: int, allowed: np.ndarray | None = None) -> Drawn:
+        """Head over the prompt's last row; the token is in row 0. `step` tokens of the answer are in the prompt, `allowed`
+        is what a grammar leaves for the next one.
+        """
         assert prefill.next_layer == self.spec.layers
         last = prefill.chunks[-1]
         row = self.stages.last_row(prefill.x[-1], last.stop - last.start - 1)
         draws = self.stages.draws(row.shape[0], step < edits_until(sampling))
         draws.set(0, sampling, step)
         if draws.edits is not None:
-            draws.edits.set(0, sampling, step, prefill.tokens, self.spec.eos_token_ids)
+            draws.edits.set(0, sampling, step, prefill.tokens, self.spec.eos_token_ids, allowed)
         return self._head(row, draws)
 
     def score_chunk(self, prefill: Prefill) -> None:

@@ -1,6 +1,6 @@
 """How the next token is drawn from logits, on the device, inside the head stage.
 
-Order, as in vLLM: minimum length and logit bias, penalties, temperature, min-p, top-k, top-p, one draw.
+Order, as in vLLM: minimum length and logit bias, penalties, grammar, temperature, min-p, top-k, top-p, one draw.
 Invariant: a row's token depends only on its own logits, parameters, seed and history; never on its neighbours, nor on
 where or in which attempt the tokens before it were drawn.
 """
@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, ModelSpec, Sampling, TokenLogprob
 
+_ALL = np.uint32(0xFFFFFFFF)  # 32 tokens that are allowed
 _NEAR = 256  # most draws end among these; finding them in 49152 takes 0.2 ms a row, bisection 1.8 (one CPU core)
 
 
@@ -31,10 +32,13 @@ class Edits(NamedTuple):
     bias_ids: np.ndarray  # i32[rows, biases], padded with `vocab`
     bias: np.ndarray  # f32[rows, biases]
     logprobs: np.ndarray  # bool[rows]
+    allowed: np.ndarray  # u32[rows, (vocab + 31) // 32]; bit t % 32 of word t // 32 is token t's
 
-    def set(self, row: int, sampling: Sampling, step: int, history: np.ndarray, eos: tuple[int, ...]) -> None:
+    def set(self, row: int, sampling: Sampling, step: int, history: np.ndarray, eos: tuple[int, ...],
+            allowed: np.ndarray | None = None) -> None:
         """Row `row` draws token `step` of an answer; before `min_tokens` no stop token and, as in vLLM, none of `eos`
-        either, ignored or not. `history` i32[prompt + step] is read for penalised rows only.
+        either, ignored or not. `history` i32[prompt + step] is read for penalised rows only. `allowed` u32[words] is what
+        a grammar leaves; it knows of the minimum length.
         """
         self.logprobs[row] = sampling.logprobs >= 0
         if penalised(sampling):
@@ -42,7 +46,9 @@ class Edits(NamedTuple):
             self.presence[row], self.frequency[row] = sampling.presence_penalty, sampling.frequency_penalty
             self.history[row, : len(history)], self.prompt[row] = history, len(history) - step
         biases = [(b.token_id, b.bias) for b in sampling.logit_bias]
-        if step < sampling.min_tokens:
+        if allowed is not None:
+            self.allowed[row] = allowed
+        elif step < sampling.min_tokens:
             biases += [(token, -np.inf) for token in (*sampling.stop_token_ids, *eos)]
         for i, pair in enumerate(biases):
             self.bias_ids[row, i], self.bias[row, i] = pair
@@ -98,12 +104,18 @@ def no_edits(rows: int, spec: ModelSpec, context: int) -> Edits:
     zero, biases = np.zeros(rows, np.float32), MAX_LOGIT_BIAS + MAX_STOP_TOKENS + len(spec.eos_token_ids)
     return Edits(np.ones(rows, np.float32), zero, zero.copy(), np.full((rows, context), spec.vocab, np.int32),
                  np.zeros(rows, np.int32), np.full((rows, biases), spec.vocab, np.int32),
-                 np.zeros((rows, biases), np.float32), np.zeros(rows, np.bool_))
+                 np.zeros((rows, biases), np.float32), np.zeros(rows, np.bool_),
+                 np.full((rows, mask_words(spec.vocab)), _ALL, np.uint32))
+
+
+def mask_words(vocab: int) -> int:
+    """uint32 words that have a bit for each token."""
+    return (vocab + 31) // 32
 
 
 def edits_until(sampling: Sampling) -> float:
     """The first token of an answer that can be drawn without Edits."""
-    always = sampling.logprobs >= 0 or bool(sampling.logit_bias) or penalised(sampling)
+    always = sampling.logprobs >= 0 or bool(sampling.logit_bias or sampling.grammar) or penalised(sampling)
     return math.inf if always else sampling.min_tokens
 
 
@@ -180,11 +192,17 @@ def sample_edited(logits: Array, draws: Draws) -> Array:
 
 
 def edit(logits: Array, edits: Edits) -> Array:
-    """Bias, then penalties. f32[rows, vocab]"""
+    """Bias, then penalties, then what a grammar allows. f32[rows, vocab]"""
     row = jnp.arange(logits.shape[0])[:, None]
     logits = logits.at[row, edits.bias_ids].add(edits.bias, mode="drop")
     wanted = jnp.any((edits.repetition != 1) | (edits.presence != 0) | (edits.frequency != 0))
-    return lax.cond(wanted, _penalise, lambda x, _: x, logits, edits)
+    logits = lax.cond(wanted, _penalise, lambda x, _: x, logits, edits)
+    return lax.cond(jnp.any(edits.allowed != _ALL), _mask, lambda x, _: x, logits, edits.allowed)
+
+
+def _mask(logits: Array, allowed: Array) -> Array:
+    bits = allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1  # [rows, words, 32]
+    return jnp.where(bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
 def _penalise(logits: Array, edits: Edits) -> Array:
@@ -219,7 +237,8 @@ def likeliest(x: Array, draws: Draws) -> tuple[Array, Array, Array]:
     enough = jnp.cumsum(p, axis=1) - p < draws.top_p[:, None]  # the token is needed to reach top_p
     last = jnp.where(enough, best, jnp.inf).min(-1)
     least = jnp.maximum(least, jnp.where(draws.top_p < 1, last, -jnp.inf))
-    whole = (least > best[:, -1]) | (count == x.shape[1])  # a tie with the last may have others outside
+    ruled_out = best[:, -1] == -jnp.inf  # and so are all outside
+    whole = (least > best[:, -1]) | ruled_out | (count == x.shape[1])  # a tie with the last may have others outside
     return ids, jnp.where(best >= least[:, None], best, -jnp.inf), whole
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from blitzjax.control.prefixes import PageKey
+from blitzjax.engine.grammars import Grammars, Matcher
 from blitzjax.engine.messages import KVRest, Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
@@ -24,6 +25,7 @@ class Sequence:
     _array: np.ndarray  # i32[prompt + max_tokens], `tokens` again, when penalties read them at every step; else empty
     edits_until: float  # see sampling.edits_until
     ends: tuple[int, ...]  # tokens that end the answer
+    matcher: Matcher | None  # where the answer is in its grammar, if it has one
     prefill: Prefill | None = None  # until the sequence joined the decode batch
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
     awaited: bool = False  # its residuals are on their way from a partner
@@ -50,15 +52,24 @@ class Sequence:
         return self._array[: len(self.tokens)]
 
     def append(self, token: int) -> str:
-        """ → why the answer ends with the token: "stop", "length", or "" to go on."""
+        """ → why the answer ends with the token: "stop", "length", or "" to go on; "error": it was not to be drawn."""
         if len(self._array):
             self._array[len(self.tokens)] = token
         self.tokens.append(token)
         self.answered += 1
         sampling = self.work.sampling
+        if self.matcher is not None:
+            self.matcher.push(token)
+            if self.matcher.error or self.matcher.over:
+                return "error" if self.matcher.error else "stop"
         if token in self.ends and self.answered > sampling.min_tokens:
             return "stop"
         return "length" if self.answered >= sampling.max_tokens else ""
+
+    @property
+    def allowed(self) -> np.ndarray | None:
+        """u32[words], what its grammar leaves of the vocabulary for the next token; None: it has none."""
+        return None if self.matcher is None else self.matcher.allowed(self.answered)
 
     @property
     def said(self) -> Tokens:
@@ -75,9 +86,9 @@ class Sequence:
         self.logprobs, self.prompt_logprobs = list(said.logprobs), said.prompt_logprobs
 
 
-def sequence_of(work: Work, spec: ModelSpec) -> Sequence:
+def sequence_of(work: Work, spec: ModelSpec, grammars: Grammars) -> Sequence:
     tokens = [*work.prompt, *work.generated]
     array = np.zeros(work.request.total_tokens if penalised(work.sampling) else 0, np.int32)
     array[: len(tokens)] = tokens[: len(array)]
     return Sequence(work, tokens, len(work.generated), array, edits_until(work.sampling),
-                    end_tokens(work.sampling, spec))
+                    end_tokens(work.sampling, spec), grammars.matcher(work.sampling, work.generated))

@@ -8,6 +8,7 @@ BlitzError with that `code`. A server that crashes and resumes (rejoin.py) is no
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
+CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids (an array, too), or a chat
 
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
@@ -54,6 +56,11 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int
     echo: bool
     fill_context: bool
+    json_schema: str | Mapping[str, object]  # at most one of these five: what the answer must be
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
     model: str
     request_id: str
     priority: int  # lower goes first
@@ -362,6 +369,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     outside = ("model", "request_id", "priority", "progress", "timeout_s")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
+    options = {name: value for name, value in options.items() if name not in CONSTRAINTS} | _constraint(options)
     try:
         return _request(prompt, options, outside)
     except ValueError as e:  # a number out of range, or half a character
@@ -380,6 +388,18 @@ def _request(prompt: Prompt, options: Options, outside: Sequence[str]) -> pb.Gen
         out.tokens.SetInParent()
         out.tokens.ids.extend(prompt)
     return out
+
+
+def _constraint(options: Options) -> dict[str, object]:
+    """As its message has it. Raises InvalidRequest for two of them."""
+    given = {name: options[name] for name in CONSTRAINTS if options.get(name, False) is not False}
+    if len(given) > 1:
+        raise InvalidRequest(f"an answer follows one of {', '.join(CONSTRAINTS)}; got {' and '.join(given)}")
+    if isinstance(schema := given.get("json_schema"), Mapping):
+        given["json_schema"] = json.dumps(schema)
+    if (choice := given.get("choice")) is not None:
+        given["choice"] = pb.Choices(choices=(choice,) if isinstance(choice, str) else choice)
+    return given
 
 
 def _message(said: Mapping[str, str]) -> pb.ChatMessage:

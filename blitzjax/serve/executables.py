@@ -1,4 +1,5 @@
-"""Where does a worker get what others have compiled? It asks them, one after the other, before it compiles.
+"""Where does a worker get what others have compiled? It asks them, one after the other, before it compiles. And so it gets
+the tokenizer of a model whose checkpoint is not on its host.
 
 Each asks its successor in the order of ranks first, so that nobody is asked by all, and the controller by nobody. What
 comes is code that will run: it is taken from the peers that the controller named, over the channels that carry its and
@@ -61,18 +62,17 @@ class Peer:
         self._channel: grpc.Channel | None = None
         self._rests_until = 0.0
 
-    def ask(self, name: str) -> bytes | None:
+    def ask(self, question: pb.WorkerCommand) -> bytes | None:
         """None too if it does not answer, and then for a while without asking."""
         began = time.monotonic()
         if began < self._rests_until:
             return None
         if self._channel is None:
             self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
-        question = pb.WorkerCommand(fetch_executable=pb.FetchExecutable(name=name))
         try:
             answer = next(rpc.WorkerStub(self._channel).Run(iter((question,)), timeout=_TIMEOUT_S), None)
         except grpc.RpcError as e:
-            log.info("no executables from %s: %s", self._address, e.details())
+            log.info("nothing from %s: %s", self._address, e.details())
             self.close()
             now = time.monotonic()
             self._rests_until = now + max(_LEAST_REST_S, _REST * (now - began))
@@ -98,8 +98,15 @@ class Peers:
 
     def fetch(self, name: str) -> bytes | None:
         """See engine.executables.Fetch."""
+        return self._first(pb.WorkerCommand(fetch_executable=pb.FetchExecutable(name=name)))
+
+    def tokenizer(self, model: str) -> bytes | None:
+        """The model's tokenizer.json; None if nobody has it."""
+        return self._first(pb.WorkerCommand(fetch_tokenizer=pb.FetchTokenizer(model=model)))
+
+    def _first(self, question: pb.WorkerCommand) -> bytes | None:
         with self._lock:
-            return next((content for peer in self._peers if (content := peer.ask(name)) is not None), None)
+            return next((content for peer in self._peers if (content := peer.ask(question)) is not None), None)
 
     def close(self) -> None:
         """Ends the connections; the next question opens them again."""

@@ -33,7 +33,7 @@ from blitzjax.engine.loading import Holder, Loader
 from blitzjax.engine.memory import common
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
-from blitzjax.errors import BlitzError, ConfigError, TransferError
+from blitzjax.errors import BlitzError, CheckpointError, ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.couriers import KVCourier, KVReply
 from blitzjax.serve.executables import Peers
@@ -69,7 +69,7 @@ class Node:
         self._deploying = threading.Lock()
         self._deployments = ThreadPoolExecutor(1, thread_name_prefix="deploy")
         self._addresses = {p.instance: p.address for p in configure.peers}
-        self._compilers = Peers(self.name, configure.peers if self.config.engine.share_executables else ())
+        self._peers = Peers(self.name, configure.peers)
         self._host, self._core = args.host_ip, args.core
         self._models: dict[str, Served] = {}
         self._holders: dict[str, Holder] = {}
@@ -100,14 +100,16 @@ class Node:
             return
         with computing_on(self._core):
             store = LayerStore(spec, self._devices)
-            stages = Stages(spec, self.config.engine, store.mesh, fetch=self._compilers.fetch)
-            stages.compile_all(self._compilers.begin)
+            fetch = self._peers.fetch if self.config.engine.share_executables else lambda name: None
+            stages = Stages(spec, self.config.engine, store.mesh, fetch=fetch)
+            stages.compile_all(self._peers.begin)
             if self.config.scale.roles == "split" or store.own_memory and self.config.engine.prefix_caching:
                 stages.compile_moves()
-            self._compilers.close()
+            self._peers.close()
             checkpoint = Path(model.checkpoint) if model.checkpoint else None
             instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
-                                lambda partner: self._connect(spec.name, partner), self._send_kv, checkpoint=checkpoint)
+                                lambda partner: self._connect(spec.name, partner), self._send_kv, checkpoint=checkpoint,
+                                tokenizer=lambda: self._tokenizer(spec.name))
             threading.Thread(target=self._run, args=(instance.run,), name="engine", daemon=True).start()
         self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
         self._models[spec.name] = Served(model.model_json, store, instance)
@@ -144,6 +146,21 @@ class Node:
         gone = self._models.pop(name, None)
         if gone is not None:
             gone.instance.post(m.Stop())
+
+    def own_tokenizer(self, model: str) -> bytes | None:
+        """Of the checkpoint on this host, if there is one."""
+        holder = self._holders.get(model)
+        if holder is None or holder.checkpoint is None:
+            return None
+        path = holder.checkpoint / "tokenizer.json"
+        return path.read_bytes() if path.is_file() else None
+
+    def _tokenizer(self, model: str) -> str:
+        content = self.own_tokenizer(model) or self._peers.tokenizer(model)
+        self._peers.close()
+        if content is None:
+            raise CheckpointError(f"neither {self.name}'s host nor another worker's has the tokenizer of {model}")
+        return content.decode()
 
     def holdings(self) -> pb.Holdings:
         """What is in memory now."""

@@ -6,6 +6,7 @@ refused by the name of the field; nothing that would change an answer is ignored
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ _SAMPLING: Mapping[str, type | tuple[type, ...]] = {
     "temperature": _NUMBER, "top_p": _NUMBER, "top_k": int, "min_p": _NUMBER, "repetition_penalty": _NUMBER,
     "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER, "seed": int, "n": int, "min_tokens": int,
     "stop_token_ids": list, "ignore_eos": bool, "prompt_logprobs": int, "priority": int}
+_CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
+    "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "parallel_tool_calls": (True, False),
     "add_special_tokens": (True,), "add_generation_prompt": (True,), "return_token_strs": (False,),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "skip_special_tokens": (True,)}
+    "modalities": (["text"],), "skip_special_tokens": (True,)}
 _STATUS: Mapping[str, tuple[int, str]] = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
     "UNAUTHENTICATED": (401, "authentication_error"), "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
@@ -149,6 +152,7 @@ def _options(fields: _Fields) -> Options:
         options["model"] = model
     if (most := fields.take("max_tokens", int)) is not None:
         options["max_tokens"] = most
+    options |= _constraint(fields)
     stop = fields.take("stop", (str, list))
     if stop is not None:
         options["stop"] = _strings("stop", [stop] if isinstance(stop, str) else stop)
@@ -156,6 +160,34 @@ def _options(fields: _Fields) -> Options:
         options["logit_bias"] = _bias(bias)
     if not all(_is_id(t) for t in options.get("stop_token_ids", ())):
         raise InvalidRequest("stop_token_ids must be a list of token ids")
+    return options
+
+
+def _constraint(fields: _Fields) -> Options:
+    """What the answer must be: `response_format` is OpenAI's, `structured_outputs` vLLM's."""
+    form, given = fields.take("response_format", dict), fields.take("structured_outputs", dict)
+    asked = {name: value for name, value in (given or {}).items() if value is not None}
+    if asked and form not in (None, {"type": "text"}):
+        raise InvalidRequest("response_format and structured_outputs are two ways to say what an answer must be; use one")
+    match form:
+        case None | {"type": "text"}:
+            pass
+        case {"type": "json_object"}:
+            asked["json_object"] = True
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            asked["json"] = schema
+        case _:
+            raise InvalidRequest("response_format must have type text, json_object, or json_schema with "
+                                 f"json_schema.schema, an object; got {json.dumps(form)}")
+    options = {}
+    for name, value in asked.items():
+        kinds = _CONSTRAINTS.get(name, ())
+        if not isinstance(value, kinds):
+            what = f"must be {' or '.join(kind.__name__ for kind in kinds)}" if kinds else "is not supported"
+            raise InvalidRequest(f"structured_outputs: {name} {what}; leave it out")
+        options["json_schema" if name == "json" else name] = value
+    if "choice" in options:
+        _strings("choice", options["choice"])
     return options
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from blitzjax.control.prefixes import beginnings
 from blitzjax.errors import InvalidRequest
 from blitzjax.serve.answers import Order
+from blitzjax.serve.constraints import grammar_of
 from blitzjax.serve.model import ServedModel
 from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling
 from blitzjax.v1 import inference_pb2 as pb
@@ -47,11 +48,14 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
     _check_sampling(sampling, model.spec.vocab)
     if sampling.stop and model.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+    if sampling.WhichOneof("constraint") and model.tokenizer is None:
+        raise InvalidRequest("this model has no tokenizer, so its answers cannot follow a schema, a grammar or choices")
+    grammar = await grammar_of(sampling)
     prompt, text = await prompt_of(request, model)
     cacheable = page_size > 0 and not sampling.HasField("prompt_logprobs")
     return Order(
         request_id=request.request_id or uuid.uuid4().hex, model=model.name, prompt=prompt,
-        sampling=_sampling(sampling, len(prompt), context_tokens), stop=tuple(sampling.stop),
+        sampling=_sampling(sampling, len(prompt), context_tokens, grammar), stop=tuple(sampling.stop),
         priority=request.priority, n=sampling.n if sampling.HasField("n") else 1, echo=text if sampling.echo else None,
         beginnings=beginnings(prompt, page_size) if cacheable else ())
 
@@ -146,7 +150,7 @@ def _want(ok: bool, message: str) -> None:
         raise InvalidRequest(message)
 
 
-def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int) -> Sampling:
+def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int, grammar: str) -> Sampling:
     """Fills defaults; draws a seed when there is none. Raises InvalidRequest when the answer does not fit."""
     room = context_tokens - prompt_tokens
     unsaid = max(1, room if s.fill_context else min(DEFAULT_MAX_TOKENS, room))
@@ -158,4 +162,4 @@ def _sampling(s: pb.SamplingParams, prompt_tokens: int, context_tokens: int) -> 
     given = {name: value for name, value in given.items() if name not in _OFF or value != -1}
     bias = tuple(LogitBias(token, value) for token, value in sorted(s.logit_bias.items()))
     return Sampling(**{"seed": secrets.randbits(31), **given, "max_tokens": wanted, "logit_bias": bias,
-                       "stop_token_ids": tuple(s.stop_token_ids)})
+                       "stop_token_ids": tuple(s.stop_token_ids), "grammar": grammar})

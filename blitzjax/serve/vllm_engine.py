@@ -109,12 +109,12 @@ def translated(request: vllm.GenerateRequest) -> pb.GenerateRequest:
     """As one of ours. Raises InvalidRequest for what is not done here."""
     given = request.sampling_params
     constraint = given.WhichOneof("constraint")
-    if constraint is not None:
-        raise InvalidRequest(f"{constraint} is not supported: answers cannot be constrained here")
+    if constraint == "structural_tag":
+        raise InvalidRequest("structural_tag is not supported; use json_schema, regex, grammar, json_object or choice")
     sampling = pb.SamplingParams(
         temperature=given.temperature if given.HasField("temperature") else 1.0, fill_context=True, stop=given.stop,
         stop_token_ids=given.stop_token_ids, logit_bias=given.logit_bias,
-        **{name: getattr(given, name) for name in _SAME},
+        **{name: getattr(given, name) for name in _SAME}, **_constraint(given, constraint),
         **{name: value for name in _OFF_AT_ZERO if (value := getattr(given, name))},
         **{name: getattr(given, name) for name in _OPTIONAL if given.HasField(name)})
     out = pb.GenerateRequest(request_id=request.request_id, sampling=sampling)
@@ -123,6 +123,15 @@ def translated(request: vllm.GenerateRequest) -> pb.GenerateRequest:
     else:
         out.tokens.ids.extend(request.tokenized.input_ids)
     return out
+
+
+def _constraint(given: vllm.SamplingParams, kind: str | None) -> dict[str, object]:
+    match kind:
+        case None:
+            return {}
+        case "choice":
+            return {kind: pb.Choices(choices=given.choice.choices)}
+    return {kind: getattr(given, kind)}
 
 
 def _counts(answer: Answer) -> dict[str, int]:

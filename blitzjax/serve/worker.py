@@ -1,7 +1,8 @@
 """The worker process: one gRPC service, `Run(stream WorkerCommand) → stream WorkerEvent`, around one Node.
 
 The controller's session configures it and feeds it, a live partner's session pulls from it, a third kind brings the KV
-of one request; one that begins with Inspect is told what the worker holds, and one with FetchExecutable gets a file.
+of one request; one that begins with Inspect is told what the worker holds, and one with FetchExecutable or FetchTokenizer
+gets a file.
 Invariant: parameters and compiled stages outlive sessions, requests do not; a session outlives its controller if
 another one resumes it in time.
 """
@@ -54,8 +55,11 @@ class Worker(rpc.WorkerServicer):
             case "fetch_executable":
                 content = self._lender.lend(first.fetch_executable.name)
                 return iter([pb.WorkerEvent(executable=pb.Executable(content=content))])
+            case "fetch_tokenizer":
+                content = None if self._node is None else self._node.own_tokenizer(first.fetch_tokenizer.model)
+                return iter([pb.WorkerEvent(executable=pb.Executable(content=content))])
         context.abort(grpc.StatusCode.INVALID_ARGUMENT,
-                      "a session begins with Configure, Partner, KVOffer, Inspect or FetchExecutable")
+                      "a session begins with Configure, Partner, KVOffer, Inspect, FetchExecutable or FetchTokenizer")
 
     def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
         outbox = Outbox()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from byte_tokenizer import byte_tokenizer
 
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
@@ -97,6 +98,7 @@ def written(factory: pytest.TempPathFactory, specs: Sequence[ModelSpec]) -> list
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("models") / "tiny"
     write_random(directory, SPEC, seed=3)
+    byte_tokenizer({"<|pad|>": 256, "<|eos|>": SPEC.eos_token_ids[0]}).save(str(directory / "tokenizer.json"))
     return directory
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import pytest
@@ -12,14 +14,22 @@ from blitzjax.v1 import inference_pb2 as pb
 from rig import Rig, phases, prompts
 
 LONG = 90  # tokens: nobody is ready before the next controller is there
+LETTERS = {"regex": "([a-z][0-9]){99}"}  # what every other answer must be
+
+
+def send(rig: Rig, prompt: Sequence[int]) -> Future[Result]:
+    return rig.send(list(prompt), max_tokens=LONG, **(LETTERS if len(prompt) % 2 else {}))
 
 
 @pytest.fixture(scope="module")
 def long(rig: Rig) -> dict[tuple[int, ...], tuple[int, ...]]:
     """What a single instance answers, undisturbed."""
     rig.only(1)
-    sent = [(p, rig.send(p, max_tokens=LONG)) for p in prompts(48, seed=1)[:16]]
-    return {tuple(p): answer.result().token_ids for p, answer in sent}
+    sent = [(p, send(rig, p)) for p in prompts(48, seed=1)[:16]]
+    alone = {tuple(p): answer.result().token_ids for p, answer in sent}
+    constrained = [bytes(tokens).decode() for p, tokens in alone.items() if len(p) % 2]
+    assert constrained and all(re.fullmatch("([a-z][0-9]){45}", text) for text in constrained)
+    return alone
 
 
 def kill(rig: Rig) -> None:
@@ -33,7 +43,7 @@ def kill(rig: Rig) -> None:
 def test_while_requests_decode(rig: Rig, long) -> None:
     rig.only(2)
     workers = rig.pids()
-    answers = {p: rig.send(list(p), max_tokens=LONG) for p in long}
+    answers = {p: send(rig, p) for p in long}
     short = rig.send([1, 2, 3], max_tokens=12)  # ends while no controller is there
     rig.wait(lambda s: s.running_requests >= 6, "busy")
     kill(rig)
@@ -55,7 +65,7 @@ def scaling_up(rig: Rig, long, live: str) -> dict[tuple[int, ...], Future[Result
     for _ in range(10):
         rig.only(1)
         rig.scale(3, live=live)
-        answers = {p: rig.send(list(p), max_tokens=LONG) for p in long}
+        answers = {p: send(rig, p) for p in long}
         if loading(rig.wait(lambda s: loading(s) or phases(s).count("serving") == 3, "loading")):
             return answers
         assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long

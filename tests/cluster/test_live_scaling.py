@@ -39,10 +39,12 @@ def test_loading_instance_helps_before_it_is_whole(rig: Rig, expected) -> None:
 
 def test_sampled_answers_are_the_same_wherever_they_run(rig: Rig) -> None:
     rig.only(1)
-    options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234, "max_tokens": 12}
-    alone = [rig.send(p, **options).result().token_ids for p in prompts(12, seed=7)]
+    sampled = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234, "max_tokens": 12}
+    asked = [(p, sampled | ({"regex": "[a-f]{9}"} if n % 2 else {})) for n, p in enumerate(prompts(12, seed=7))]
+    alone = [rig.send(p, **options).result().token_ids for p, options in asked]
+    assert all(len(tokens) == 9 and set(tokens) <= set(b"abcdef") for tokens in alone[1::2])
     rig.scale(3, live="zigzag")
-    assert [f.result(90).token_ids for f in [rig.send(p, **options) for p in prompts(12, seed=7)]] == alone
+    assert [f.result(90).token_ids for f in [rig.send(p, **options) for p, options in asked]] == alone
     rig.settle(3)
 
 

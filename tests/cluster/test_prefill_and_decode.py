@@ -21,6 +21,7 @@ from blitzjax.v1 import inference_pb2 as pb
 from rig import SPEC, Rig, prompts
 
 LONG = 100  # tokens: answers are still being decoded when their instance dies
+LETTERS = {"regex": "([a-z][0-9]){99}", "temperature": 0.9, "seed": 5}
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "repetition_penalty": 1.3, "presence_penalty": 0.4}
 
 
@@ -40,8 +41,8 @@ def split(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 def answers(rig: Rig) -> dict[int, tuple[list[int], dict[str, object], tuple[int, ...]]]:
     """Prompt, options and what a mixed instance answers."""
     rig.only(1)
-    options = [{"max_tokens": LONG}, {"max_tokens": LONG, **SAMPLED}]
-    asked = [(prompt, options[n % 3 == 1]) for n, prompt in enumerate(prompts(20, seed=11))]
+    options = [{"max_tokens": LONG}, {"max_tokens": LONG, **SAMPLED}, {"max_tokens": LONG, **LETTERS}]
+    asked = [(prompt, options[n % 3]) for n, prompt in enumerate(prompts(20, seed=11))]
     sent = [rig.send(prompt, **options) for prompt, options in asked]
     return {n: (*pair, f.result(90).token_ids) for n, (pair, f) in enumerate(zip(asked, sent, strict=True))}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from blitzjax.serve.client import Result
+from blitzjax.serve.executables import Peers
+from blitzjax.v1 import worker_pb2
 from rig import Rig, prompts
 
 ASKED = {"temperature": 0.9, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.1,
@@ -50,3 +53,11 @@ def test_logprobs_of_prompt_and_answer_reach_the_client(rig: Rig) -> None:
     assert not scored.logprobs and not answer.prompt_logprobs and not answer.prompt_token_ids
     again = [t.logprob for t in scored.prompt_logprobs[-6:]]
     assert again == pytest.approx([t.logprob for t in answer.logprobs], abs=2e-4)
+
+
+def test_a_worker_without_the_checkpoint_may_ask_any_other_for_the_tokenizer(rig: Rig, model_dir: Path) -> None:
+    peers = Peers("i0", [worker_pb2.Peer(instance=f"i{rank}", address=address, rank=rank)
+                         for rank, address in enumerate(rig.cluster.worker_addresses)])
+    assert peers.tokenizer("tiny") == (model_dir / "tokenizer.json").read_bytes()
+    assert peers.tokenizer("another") is None
+    peers.close()

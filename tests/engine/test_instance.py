@@ -21,6 +21,7 @@ from blitzjax.engine.params import LayerStore, fill, unit_arrays
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.stages import Stages
 from blitzjax.transfer.handoff import HandOff
+from byte_tokenizer import byte_tokenizer
 from blitzjax.commands import Abort, EndLive, Release, StartLive
 from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestFinished, RequestHanded, RequestReturned
 from blitzjax.types import LivePair, LogitBias, ModelSpec, Request, Sampling, Span, Work
@@ -49,7 +50,8 @@ class Rig:
         self.session: DirectSession | None = None  # the last one in which it sent KV
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
                                  lambda partner: DirectPartner(self, rigs[partner]),
-                                 lambda target, offer: DirectSession(self, rigs[target], offer), checkpoint=checkpoint)
+                                 lambda target, offer: DirectSession(self, rigs[target], offer), checkpoint=checkpoint,
+                                 tokenizer=lambda: byte_tokenizer({"<|eos|>": SPEC.eos_token_ids[0]}).to_str())
         self.thread = threading.Thread(target=self.instance.run, daemon=True)
         self.thread.start()
 
@@ -148,7 +150,9 @@ def work(number: int, tokens: int, **sampling) -> Work:
 
 PENALISED = {"temperature": 0.9, "seed": 11, "repetition_penalty": 1.4, "presence_penalty": 0.5,
              "frequency_penalty": 0.7}
-WORKS = [work(n, tokens, **(PENALISED if n % 3 == 1 else {})) for n, tokens in enumerate([5, 40, 64, 100, 150, 9, 33])]
+LETTERS = {"grammar": "start: /([a-z][0-9]){99}/", "temperature": 1.2, "seed": 4}
+KINDS = ({}, PENALISED, LETTERS)
+WORKS = [work(n, tokens, **KINDS[n % 3]) for n, tokens in enumerate([5, 40, 64, 100, 150, 9, 33])]
 
 
 def answers(rig: Rig) -> dict[str, list[int]]:

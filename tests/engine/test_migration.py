@@ -14,12 +14,12 @@ from blitzjax.engine import messages as m
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
 from blitzjax.types import LivePair, TokenLogprob, Work
-from test_instance import PENALISED, SPEC, DirectPartner, Rig, answers, apart, finished, reference, work
+from test_instance import LETTERS, PENALISED, SPEC, DirectPartner, Rig, answers, apart, finished, reference, work
 
 WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tokens, sampling) in enumerate([
     (5, {}), (40, PENALISED), (64, {"temperature": 0.8, "seed": 5, "top_k": 40}),
     (100, {"logprobs": 3, "min_tokens": 9}), (150, {"prompt_logprobs": 2, "logprobs": 0, **PENALISED}), (9, {}),
-    (33, {"temperature": 1.1, "seed": 1 << 40})])]
+    (33, {"temperature": 1.1, "seed": 1 << 40}), (20, {"logprobs": 1, **LETTERS})])]
 
 
 class Mover(Rig):

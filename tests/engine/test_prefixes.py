@@ -17,7 +17,7 @@ from blitzjax.engine.stages import Stages
 from blitzjax.commands import Abort, EndLive, Release, StartLive
 from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestHanded
 from blitzjax.types import LivePair, Work
-from test_instance import PENALISED, SPEC, Rig, answers, finished, messages, reference, work
+from test_instance import LETTERS, PENALISED, SPEC, Rig, answers, finished, messages, reference, work
 
 ENGINE = EngineConfig(dtype="float32", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64)
 NUMBERS = itertools.count(100)
@@ -102,7 +102,7 @@ def test_a_sharded_instance_hits_too(rig_of) -> None:
 def test_memory_that_runs_out_changes_no_answer(rig_of, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight requests of which two or three fit: those that give way go on later, with the same draws and nothing said twice."""
     samplings = [{}, PENALISED, {"temperature": 0.9, "seed": 5, "top_k": 30}, {"logprobs": 3},
-                 {"prompt_logprobs": 1}, {"min_tokens": 30}, {}, {"temperature": 0.7, "seed": 1, "min_p": 0.1}]
+                 {"prompt_logprobs": 1}, {"min_tokens": 30}, LETTERS, {"temperature": 0.7, "seed": 1, "min_p": 0.1}]
     items = [asking(tokens_of(30 + n, 20 + 15 * n), max_tokens=60, **s) for n, s in enumerate(samplings)]
     plain, expected = rig_of("plain", prefix_caching=False), {}
     for item in items:

@@ -14,6 +14,7 @@ from blitzjax.types import MAX_LOGPROBS, LogitBias, ModelSpec, Sampling
 
 VOCAB = 1000
 SPEC = ModelSpec("m", "llama", 1, 8, 1, 1, 8, 8, VOCAB, 64, 1e4, 1e-5, True, "float32", eos_token_ids=(7, 9))
+DRAW_EDITED = jax.jit(sample_edited)
 HISTORY = np.array([5, 5, 6, 990, 6, 5, 3, 3, 3, 11], np.int32)
 
 
@@ -182,7 +183,24 @@ def test_edits_of_one_row_change_no_other_and_reach_greedy_rows() -> None:
     for i, sampling in enumerate(rows):
         draws.set(i, sampling, 2)
         draws.edits.set(i, sampling, 2, HISTORY, ())
-    packed = np.asarray(jax.jit(sample_edited)(logits, draws))
+    packed = np.asarray(DRAW_EDITED(logits, draws))
     alone = [draw(logits[i:i + 1], [(rows[i], 2)])[0] for i in range(4)]
     assert packed[0, 0] == np.argsort(-logits[0])[1] and packed[1:, 0].tolist() == alone[1:]
     assert token_logprob(packed[3], 2).top_ids[0] == best[3]
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(temperature=1.5), Sampling(temperature=1.5, top_k=40), Sampling(temperature=1.5, top_p=0.8, min_p=1e-3),
+    Sampling(), Sampling(repetition_penalty=1.3, logit_bias=(LogitBias(5, 50.0),))])
+def test_a_grammar_leaves_the_allowed_tokens_as_they_are_and_no_others(sampling: Sampling) -> None:
+    allowed, logits, bits = [3, 31, 32, 500, 999], logits_of(4), np.zeros(1024, np.uint8)
+    bits[allowed] = 1
+    masked, free = (greedy_draws(4)._replace(edits=no_edits(4, SPEC, 16)) for _ in range(2))
+    for row in range(4):
+        for drawn, mask in ((masked, np.packbits(bits, bitorder="little").view(np.uint32)), (free, None)):
+            drawn.set(row, replace(sampling, seed=row), 2)
+            drawn.edits.set(row, sampling, 2, HISTORY, (), mask if row else None)
+    only = np.full_like(logits, -np.inf)
+    only[:, allowed] = logits[:, allowed]
+    got, left, unmasked = (np.asarray(DRAW_EDITED(*args))[:, 0] for args in ((logits, masked), (only, free), (logits, free)))
+    assert got.tolist() == [unmasked[0], *left[1:]] and set(got[1:].tolist()) <= set(allowed)

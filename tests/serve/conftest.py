@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy import toy_config, toy_launch, wait_whole, write_model
 
-from blitzjax.serve.local import LocalCluster
+sys.path.append(str(Path(__file__).parents[1] / "reference"))
+
+from toy import toy_config, toy_launch, wait_whole, write_model  # noqa: E402
+
+from blitzjax.serve.local import LocalCluster  # noqa: E402
 
 
 @pytest.fixture(scope="session")

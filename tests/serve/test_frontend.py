@@ -190,6 +190,14 @@ def test_default_max_tokens_shrinks_to_what_fits(client):
     ("a", {"stop": [""]}, "stop string is empty"),
     ("a", {"stop": ["x" * 1025]}, "1024 characters"),
     ("a", {"stop_token_ids": [VOCAB]}, "stop token id"),
+    ("a", {"regex": "[a-"}, r"(?s)refuses the regex: .*unclosed character class"),
+    ("a", {"json_schema": {"type": "strang"}}, "llguidance refuses the json_schema: Invalid type: strang"),
+    ("a", {"json_schema": '"x"'}, "llguidance refuses the json_schema: Expecting object schema"),
+    ("a", {"grammar": "start: foo"}, 'refuses the grammar: .*unknown name: "foo"'),
+    ("a", {"grammar": "root ::= foo"}, "refuses the grammar: .*Rule 'foo' not found"),
+    ("a", {"grammar": "x" * 200000}, "grammar may have 131072 bytes, got 200000"),
+    ("a", {"choice": ["x", ""]}, "choice needs at least 1 text, and none may be empty"),
+    ("a", {"choice": ["x"], "json_object": True}, "one of .*; got json_object and choice"),
     ([{"role": "wizard", "content": "x"}], {}, "unknown chat role 'wizard'; roles are system, user, assistant"),
 ])
 def test_what_cannot_be_served_is_refused_with_the_limit(client, prompt, options, says):

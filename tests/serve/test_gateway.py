@@ -183,6 +183,16 @@ def test_models(site):
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "type text"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, 400, "needs logprobs"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools is not supported"),
+    ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema"}}, 400, "response_format must have type"),
+    ("/v1/completions", {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}},
+     400, "llguidance refuses the json_schema"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "[a-"}}, 400, "unclosed character class"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, 400,
+     "use one"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": 1}}, 400, "regex must be str"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"structural_tag": "x"}}, 400, "structural_tag is not supp"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": [1]}}, 400, "choice must be a string or a list"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, 400, "json_schema and regex"),
     ("/v1/embeddings", {"input": "x"}, 404, "POST /v1/embeddings is not there"),
 ])
 def test_mistakes_are_named_in_openais_form(site, path, body, status, says):

@@ -83,7 +83,8 @@ def test_abort_and_a_caller_that_leaves(stub, client):
 
 
 @pytest.mark.parametrize(("sampling", "says"), [
-    ({"json_schema": "{}"}, "json_schema is not supported"), ({"choice": {"choices": ["a"]}}, "choice is not supported"),
+    ({"structural_tag": "{}"}, "structural_tag is not supported"), ({"choice": {"choices": []}}, "at least 1 text"),
+    ({"json_schema": "{"}, "refuses the json_schema: EOF"), ({"regex": "[a-"}, "unclosed character"),
     ({"temperature": -1.0}, "temperature must be"), ({"stop_token_ids": [VOCAB]}, "outside the vocabulary")])
 def test_what_is_not_done_is_refused(stub, sampling, says):
     with pytest.raises(grpc.RpcError) as refused:

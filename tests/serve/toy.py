@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from byte_tokenizer import byte_tokenizer
 
 from blitzjax import config as configs
 from blitzjax.serve.local import LocalCluster
@@ -27,24 +26,13 @@ TOY_WORKER = (sys.executable, str(Path(__file__).with_name("toy_worker.py")))
 TOY_COORDINATOR = (sys.executable, "-c", "import signal; signal.pause()")
 
 
-def byte_names() -> list[str]:
-    """The character by which byte-level tokenizers write each byte (GPT-2's table)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    other = iter(range(256, 512))
-    return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
-
-
 def write_model(directory: Path, tokenizer: bool = True, template: str | None = TEMPLATE,
                 spec: ModelSpec = SPEC) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     units = [{"bytes": 10} for _ in range(spec.units)]
     (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(spec), "units": units}))
     if tokenizer:
-        toy = tokenizers.Tokenizer(models.BPE({name: b for b, name in enumerate(byte_names())}, []))
-        toy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        toy.decoder = decoders.ByteLevel()
-        toy.add_special_tokens(["<|eos|>", "<|bos|>"])
-        toy.save(str(directory / "tokenizer.json"))
+        byte_tokenizer({"<|eos|>": EOS, "<|bos|>": BOS}).save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(json.dumps(
             {"eos_token": {"content": "<|eos|>"}, "bos_token": "<|bos|>", "chat_template": template}))
     return directory
