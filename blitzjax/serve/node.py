@@ -100,6 +100,8 @@ class Node:
         with computing_on(self._core):
             store = LayerStore(spec, self._devices)
             stages = Stages(spec, self.config.engine, store.mesh, fetch=self._compilers.fetch)
+        stages.load()
+        with computing_on(self._core):
             stages.compile_all(self._compilers.begin)
             if self.config.scale.roles == "split":
                 stages.compile_moves()

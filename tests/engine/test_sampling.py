@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blitzjax.engine.sampling import (
-    describe, edit, edits_until, end_tokens, greedy_draws, keep, likeliest, no_edits, sample, sample_edited,
+    describe, described, edit, edits_until, end_tokens, greedy_draws, keep, likeliest, no_edits, sample,
     token_logprob,
 )
 from blitzjax.types import MAX_LOGPROBS, LogitBias, ModelSpec, Sampling
@@ -182,7 +182,8 @@ def test_edits_of_one_row_change_no_other_and_reach_greedy_rows() -> None:
     for i, sampling in enumerate(rows):
         draws.set(i, sampling, 2)
         draws.edits.set(i, sampling, 2, HISTORY, ())
-    packed = np.asarray(jax.jit(sample_edited)(logits, draws))
+    tokens = jax.jit(lambda x, draws: sample(edit(x, draws.edits), draws))(logits, draws)
+    packed = np.asarray(jax.jit(described)(logits, tokens, draws.edits.logprobs))
     alone = [draw(logits[i:i + 1], [(rows[i], 2)])[0] for i in range(4)]
     assert packed[0, 0] == np.argsort(-logits[0])[1] and packed[1:, 0].tolist() == alone[1:]
     assert token_logprob(packed[3], 2).top_ids[0] == best[3]
