@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jax.stages import Compiled
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine import params, sampling
+from blitzjax.engine import modules, params, sampling
 from blitzjax.engine.attention import Attention, chosen
 from blitzjax.engine.executables import ExecutableCache, Fetch, Program
 from blitzjax.engine.shapes import Shapes, shapes_for
@@ -186,7 +186,7 @@ class Stages:
 
     def _weights(self, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
         return {a.name: self._abstract(a.shape, a.dtype, NamedSharding(self.mesh, self.rules.partition(a)))
-                for a in params.kind_arrays(self.spec, kind)}
+                for a in modules.kind_arrays(self.spec, kind)}
 
     def kv_specs(self, rows: int, context: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         k, v = self.layout.shapes(self.spec, rows, context)
@@ -198,7 +198,7 @@ class Stages:
         return self._abstract((rows, width, self.spec.dim)), self._abstract_tree(_aux_shapes(self.spec, rows, width))
 
     def _build_embed(self, rows: int, width: int):
-        module, spec = params.bind(self.spec, "embed"), self.spec
+        module, spec = modules.bind(self.spec, "embed"), self.spec
         aux = family(spec.family).aux
 
         def embed(weights, tokens, positions):
@@ -212,7 +212,7 @@ class Stages:
         return aux, (self._abstract((rows, width), jnp.int32),), (), self.replicated
 
     def _build_first(self, kind: str, width: int, context: int):
-        module = params.bind(self.spec, kind)
+        module = modules.bind(self.spec, kind)
 
         def first(weights, x, aux):
             kept = []
@@ -228,7 +228,7 @@ class Stages:
         return first, (self._weights(kind), *self._activations(1, width)), (), out
 
     def _build_next(self, kind: str, width: int, context: int):
-        module = params.bind(self.spec, kind)
+        module = modules.bind(self.spec, kind)
 
         def next_chunk(weights, x, aux, k, v, start):
             cache = []
@@ -246,7 +246,7 @@ class Stages:
 
     def _build_decode(self, start: int, stop: int, rows: int, context: int):
         kinds = [params.unit_kind(self.spec, layer) for layer in range(start, stop)]
-        bound = [params.bind(self.spec, kind) for kind in kinds]
+        bound = [modules.bind(self.spec, kind) for kind in kinds]
 
         def decode(weights, x, aux, kv, lengths):
             caches = []
@@ -271,7 +271,7 @@ class Stages:
         return last_row, (self._abstract((1, width, self.spec.dim)), self._abstract((), jnp.int32)), (), self.replicated
 
     def _build_head_greedy(self, rows: int):
-        module = params.bind(self.spec, "head")
+        module = modules.bind(self.spec, "head")
 
         def head_greedy(weights, table, x):
             return sampling.greedy(module(weights)(x[:, 0], table))
@@ -312,7 +312,7 @@ class Stages:
 
     def _logits(self, weights: Params, table: Array | None, x: Array) -> Array:
         """f32[rows, D] → f32[rows, vocab]"""
-        return lax.with_sharding_constraint(params.bind(self.spec, "head")(weights)(x, table), self.replicated)
+        return lax.with_sharding_constraint(modules.bind(self.spec, "head")(weights)(x, table), self.replicated)
 
     def _head_args(self, rows: int):
         table = self._weights("embed")["table"] if self.spec.tied_embeddings else None
@@ -367,10 +367,11 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
     this process has imported.
     """
-    family(spec.family)  # imports it
-    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__]
+    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
+             modules.__file__]
     if own.is_reference(spec.family):
         package = own.package(spec.family)
+        family(spec.family)  # imports it
         files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
                   if name == package or name.startswith(f"{package}.")]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
