@@ -1,10 +1,9 @@
 """Compiled stages on disk: a worker that starts again loads them in milliseconds instead of compiling, and one that has
 none asks others for theirs.
 
-Invariant: a file's name is a digest of everything that shapes its content (source, sizes, devices, jax, platform,
-CPU model and features, XLA flags), so that nothing is traced to find it, and it ends with a checksum of the rest; a file
-that is damaged or does not load is compiled again and replaced. What loads, runs: files must come from where commands
-come from.
+Invariant: a file's name is a digest of everything that shapes its content (source, sizes, devices, jax, platform, CPU
+model and features, XLA flags), so that nothing is traced to find it, and it ends with a checksum of the rest; a file that
+is damaged or does not load is compiled again and replaced. What loads, runs: files must come from where commands come from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What does a model's code say to the engine: which modules it is made of, and which arrays each of them holds.
 
-Flax, which takes half a second to import, is needed to trace a module and to list its arrays for the first time; the list
-is kept on disk. Invariant: a kept list's name is a digest of all that it follows from.
+Flax, which takes half a second to import, is needed to trace a module, and to list its arrays for the first time: the
+list is kept on disk. Invariant: a kept list's name is a digest of all that it follows from.
 """
 
 from __future__ import annotations

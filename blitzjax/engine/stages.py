@@ -173,7 +173,7 @@ class Stages:
         return max((s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats if s), default=0)
 
     def _stage(self, kind: str, *sizes: int | str) -> Compiled:
-        """With the fingerprint of the cache, kind and sizes say all that a `_build_...` makes a program from."""
+        """With the cache's fingerprint, kind and sizes say all that a `_build_...` makes a program from."""
         found = self._found.get((kind, *sizes))
         if found is None:
             name, build = "-".join([kind, *map(str, sizes)]), getattr(self, f"_build_{kind}")
