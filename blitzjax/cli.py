@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
                      ("blitzjax.cli_serve", "serve"))
     _add_serve(serve)
     _add_hosts(serve)
+    serve.epilog = "With BLITZJAX_API_KEY in the environment, callers must send that key, over gRPC and HTTP."
     _add_chat(_command(commands, "chat", "talk to the model", ("blitzjax.cli_client", "chat")))
     _add_scale(_command(commands, "scale", "change the number of instances", ("blitzjax.cli_client", "scale")))
     _add_deploy(_command(commands, "deploy", "serve one more model over the same workers",
@@ -81,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(calibrate, several=False)
     calibrate.add_argument("--out", type=Path, default=Path(), metavar="DIR",
                            help="costs.json and costs.toml go there (default: here)")
+    cache = _command(commands, "cache", "converted models and compiled files that are kept for the next start",
+                     ("blitzjax.cli_cache", "cache"))
+    cache.add_argument("--prune", type=float, metavar="DAYS",
+                       help="remove what no start has used for so long; not below the age of a cluster that still runs")
     replay = _command(commands, "replay", "feed an event log to a fresh brain and compare its commands",
                       ("blitzjax.cli_replay", "main"))
     replay.add_argument("log", type=Path, metavar="LOG", help="what `blitzjax serve --event-log LOG` wrote")
@@ -105,7 +110,11 @@ def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT", help=f"the controller (default {_ADDRESS})")
+    parser.add_argument("--address", default=_ADDRESS, metavar="HOST:PORT",
+                        help=f"the controller (default {_ADDRESS}); grpcs://HOST:PORT over TLS. What BLITZJAX_API_KEY says in "
+                             "the environment is sent as the key")
+    parser.add_argument("--cacert", type=Path, metavar="FILE",
+                        help="who may have signed its certificate, PEM (default: whom gRPC trusts)")
 
 
 def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
@@ -121,6 +130,9 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
     parser.add_argument("--http-port", type=int, metavar="PORT",
                         help="OpenAI's interface over HTTP (serve.http_port; default: none)")
+    parser.add_argument("--ssl-certfile", metavar="FILE",
+                        help="certificate, PEM: gRPC and HTTP over TLS (serve.ssl_certfile; default: in the clear)")
+    parser.add_argument("--ssl-keyfile", metavar="FILE", help="its key, PEM (serve.ssl_keyfile)")
     parser.add_argument("--max-model-len", type=int, help="tokens of prompt and answer (engine.max_model_len)")
     parser.add_argument("--max-num-seqs", type=int, help="sequences decoding together (engine.max_num_seqs)")
     parser.add_argument("--max-num-batched-tokens", type=int, help="of a step (engine.max_num_batched_tokens)")
@@ -136,7 +148,8 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
                         help="Prometheus' text at /metrics, and /health (serve.metrics_port; default: none)")
     parser.add_argument("--shutdown-timeout", type=float, metavar="SECONDS",
                         help="answers in flight may finish after SIGTERM (serve.shutdown_timeout_s; default 30)")
-    parser.add_argument("--event-log", help="JSON lines of every event and command (serve.event_log)")
+    parser.add_argument("--event-log", help="JSON lines of every event and command; a file that is there becomes FILE.1 "
+                             "(serve.event_log)")
     parser.add_argument("--pin-cores", action="store_true", default=None, help="a core per worker (cluster.pin_cores)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML; the flags above win over it")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE",

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.serve.access import TLS
 from blitzjax.serve.client import Client, Options, Prompt
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -24,7 +25,7 @@ _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining":
 
 def chat(args: argparse.Namespace) -> int:
     """One question, or a conversation until end of input. Ctrl-C ends an answer, twice the conversation."""
-    with _client(args.address) as client:
+    with _client(args) as client:
         history = [] if args.system is None else [{"role": "system", "content": args.system}]
         if args.message is not None:
             _answer(client, args, args.message if args.raw else [*history, _said("user", args.message)])
@@ -85,7 +86,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def scale(args: argparse.Namespace) -> int:
-    with _client(args.address) as client:
+    with _client(args) as client:
         if not args.watch:
             reply = client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=not args.no_wait,
                                  timeout_s=args.timeout_s)
@@ -200,14 +201,14 @@ def _layers(picture: pb.ClusterStatus, i: pb.InstanceStatus) -> int:
 
 
 def undeploy(args: argparse.Namespace) -> int:
-    with _client(args.address) as client:
+    with _client(args) as client:
         reply = client.undeploy(args.name)
     print(f"{args.name} is gone after {reply.seconds:.2f} s")
     return 0
 
 
 def status(args: argparse.Namespace) -> int:
-    with _client(args.address) as client:
+    with _client(args) as client:
         picture = client.status()
     if args.json:
         from google.protobuf.json_format import MessageToJson
@@ -222,12 +223,16 @@ def status(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _client(address: str) -> Iterator[Client]:
+def _client(args: argparse.Namespace) -> Iterator[Client]:
     """A Client whose connection failures say what to do."""
-    with Client(address) as client:
+    with Client(args.address, cacert=args.cacert) as client:
         try:
             yield client
         except Unavailable as e:
+            if "andshake" in str(e):
+                raise Unavailable(f"the certificate of {args.address} is not trusted; give --cacert who signed it, or "
+                                  f"itself: {e}") from None
             if "connect" not in str(e):
                 raise
-            raise Unavailable(f"nothing listens on {address}; start one with: blitzjax serve MODEL") from None
+            hint = "" if args.address.startswith(TLS) else f", or only over TLS, as {TLS}{args.address}"
+            raise Unavailable(f"nothing listens on {args.address}{hint}; start one with: blitzjax serve MODEL") from None

@@ -14,16 +14,19 @@ from pathlib import Path
 
 import blitzjax
 from blitzjax import config as configs
+from blitzjax.addresses import joined
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import locations
 from blitzjax.errors import BlitzError, CheckpointError
+from blitzjax.serve import access
 from blitzjax.serve.hosts import Launch, WorkerHost, across
 
 _POOL = 3  # small enough for a laptop, large enough to scale
 
 _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
-    "http_port": "serve.http_port", "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
+    "http_port": "serve.http_port", "ssl_certfile": "serve.ssl_certfile", "ssl_keyfile": "serve.ssl_keyfile",
+    "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
     "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
     "roles": "scale.roles", "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",
@@ -40,6 +43,8 @@ def serve(args: argparse.Namespace) -> int:
     config = configure(args, len(args.model), max(1, len(hosts)))
     if args.host_index and not hosts:
         raise BlitzError("--host-index says which of --hosts this machine is; give --hosts, the same on all machines")
+    if not args.host_index:  # raise now what the controller would
+        access.api_key(), access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
     names = args.served_model_name or []
@@ -77,7 +82,7 @@ def deploy(args: argparse.Namespace) -> int:
     from blitzjax.serve.client import Client
 
     directory = checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint)
-    with Client(args.address) as client:
+    with Client(args.address, cacert=args.cacert) as client:
         reply = client.deploy(directory, min_instances=args.instances, max_instances=args.max_instances)
     print(f"{reply.model} is deployed after {reply.seconds:.2f} s")
     return 0
@@ -149,7 +154,8 @@ def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     each = " each" if len(models) > 1 else ""
-    http = f"  http    http://{config.serve.host}:{config.serve.http_port}/v1, as OpenAI's\n" if config.serve.http_port else ""
+    web = f"{'https' if config.serve.ssl_certfile else 'http'}://{joined(config.serve.host, config.serve.http_port)}"
+    http = f"  http    {web}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "

@@ -25,8 +25,10 @@ class ServeConfig:
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
     http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
+    ssl_certfile: str = ""  # PEM, with the chain: gRPC and HTTP are encrypted; metrics are not. Empty: neither is
+    ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
-    event_log: str = ""  # JSON lines of every event and command; empty: none
+    event_log: str = ""  # JSON lines of every event and command; a file that is there becomes FILE.1; empty: none
     hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
@@ -39,7 +41,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
     page_size: int = 16  # tokens per KV page
     kv_pages: int = 0  # KV pages of an instance; 0: max_num_seqs x max_model_len tokens, or what a GPU has memory for
-    memory_fraction: float = 0.9  # of each GPU, for one worker; it reserves that at its start. Workers that share one: less
+    memory_fraction: float = 0.9  # of each GPU, reserved at the start; workers that share one get equal parts
     answer_share: float = 0.5  # of max_tokens, that a request gets pages for at once; 1: no request is ever preempted
     prefix_caching: bool = True  # prompts that begin alike share the KV of what they have in common
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
@@ -190,6 +192,7 @@ def _check_ranges(c: Config) -> None:
          "scale.min_decode must be in [1, scale.max_instances - scale.min_instances]")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "tensor_parallel"):
         want(getattr(c.engine, name) >= 1, f"engine.{name} must be at least 1")
+    want("[" not in c.serve.host, f"serve.host must be without brackets, as in ::1, got {c.serve.host!r}")
     want(0 <= c.serve.port < 65536, f"serve.port must be in [0, 65535] (0: any free port), got {c.serve.port}")
     for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
         want(_at(c, key) >= 1, f"{key} must be at least 1")

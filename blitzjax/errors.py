@@ -3,6 +3,7 @@
 BlitzError
 ├── InvalidRequest     the caller's fault: message names the limit           → INVALID_ARGUMENT
 ├── UnknownModel       no such model is served                              → NOT_FOUND
+├── Unauthenticated    the API key is wrong or missing                       → UNAUTHENTICATED
 ├── QueueFull          accepted work is bounded                              → RESOURCE_EXHAUSTED
 ├── Unavailable        nothing can serve this now (draining, no instance)    → UNAVAILABLE
 ├── CheckpointError    a checkpoint is missing, truncated or corrupt; names the tensor
@@ -26,6 +27,10 @@ class InvalidRequest(BlitzError):
 
 class UnknownModel(BlitzError):
     code = "NOT_FOUND"
+
+
+class Unauthenticated(BlitzError):
+    code = "UNAUTHENTICATED"
 
 
 class QueueFull(BlitzError):

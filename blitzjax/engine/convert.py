@@ -35,7 +35,7 @@ TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_head
 def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path | None = None) -> Path:
     """MODEL is a checkpoint directory (ours, Hugging Face, Orbax), a .gguf file, a built-in name, or code of yours.
 
-    Returns a directory of ours. Others are converted to `dtype` under CACHE/models/vFORMAT; `cache_dir` None means
+    Returns a directory of ours. Others are converted to `dtype` under CACHE/models/vFORMAT.CONVERTER; `cache_dir` None means
     $BLITZJAX_CACHE or ~/.cache/blitzjax. `source` is where the parameters of your code are. Raises CheckpointError
     saying what MODEL may be, or what is wrong with it.
     """
@@ -116,6 +116,7 @@ def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
             shutil.rmtree(left, ignore_errors=True)
         if not target.exists():
             convert(source, name, dtype, target)
+    locations.mark_used(target)
     return target
 
 

@@ -125,5 +125,5 @@ class DecodeBatch:
             rows.paged[row] = self._batcher.held_tokens(sequence.id)
             draws.set(row, sampling, answered)
             if draws.edits is not None:
-                draws.edits.set(row, sampling, answered, sequence.history, sequence.ends)
+                draws.edits.set(row, sampling, answered, sequence.history, self._runner.spec.eos_token_ids)
         return rows

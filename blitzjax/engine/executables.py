@@ -2,8 +2,9 @@
 none asks others for theirs.
 
 Invariant: a file's name is a digest of everything that shapes its content (source, sizes, devices, jax, platform, CPU
-model and features, XLA flags), so that nothing is traced to find it, and it ends with a checksum of the rest; a file that
-is damaged or does not load is compiled again and replaced. What loads, runs: files must come from where commands come from.
+model and features, NVIDIA's libraries, XLA flags), so that nothing is traced to find it, and it ends with a checksum of
+the rest; a file that is damaged or does not load is compiled again and replaced. What loads, runs: files must come from
+where commands come from.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import NamedTuple
 import jax
 from jax.experimental import serialize_executable
 from jax.stages import Compiled
+
+from blitzjax.engine.locations import mark_used
 
 log = logging.getLogger(__name__)
 Fetch = Callable[[str], bytes | None]  # a file of that name from elsewhere, or None; may take a while, never raises
@@ -90,12 +93,14 @@ class ExecutableCache:
     def _load(self, path: Path) -> Compiled | None:
         try:
             payload = pickle.loads(checked(path.read_bytes()))
-            return serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
+            loaded = serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
         except FileNotFoundError:
             return None
         except Exception as e:  # any damage or incompatibility means: compile
             log.warning("executable %s does not load (%s); compiling it again", path.name, e)
             return None
+        mark_used(path)
+        return loaded
 
     def _received(self, path: Path) -> Compiled | None:
         """It, from another worker."""
@@ -110,7 +115,7 @@ class ExecutableCache:
         self.compiled += 1
         try:
             keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
-        except OSError as e:
+        except Exception as e:  # no room, or a platform that cannot
             log.warning("%s cannot be kept, so the next start compiles it again: %s", path, e)
         return compiled
 
@@ -161,7 +166,12 @@ def _machine() -> str:
     return "\n".join(map(str, [
         jax.__version__, metadata.version("jaxlib"), sys.version_info[:2], device.platform,
         device.client.platform_version, device.device_kind, jax.local_device_count(), *_cpu(_CPU),
-        os.environ.get("XLA_FLAGS", ""), "checksum last"]))
+        *(_libraries() if device.platform == "gpu" else ()), os.environ.get("XLA_FLAGS", ""), "checksum last"]))
+
+
+def _libraries() -> list[str]:
+    """An executable may hold what one of them made, a plan of cuDNN's for one, that another version does not take."""
+    return sorted(f"{found.name} {found.version}" for found in metadata.distributions() if found.name.startswith("nvidia-"))
 
 
 def cpu_features() -> str:

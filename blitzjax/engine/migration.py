@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from blitzjax.engine import messages as m
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.sequence import Sequence, sequence_of
-from blitzjax.engine.stages import KV, Stages
+from blitzjax.engine.stages import KV
 from blitzjax.errors import TransferError
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.commands import Migrate
@@ -144,7 +142,7 @@ class Moves:
 
     def _send(self, sequence: Sequence, kv: list[KV | None], target: InstanceId) -> None:
         width = self._stages.shapes.moved(len(sequence.tokens) - 1)  # the last token has no KV yet
-        kv = [None if pair is None else fitted(self._stages, pair, width) for pair in kv]
+        kv = [None if pair is None else self._stages.fitted(pair, width) for pair in kv]
         offer = m.KVOffer(sequence.work, sequence.said, tuple(self._pieces(kv, sequence.partner_rest)))
         self._leaving[sequence.id] = _Leaving(sequence, kv, offer, self._open_session(target, offer))
 
@@ -252,12 +250,7 @@ class Moves:
     def _placeable(self, kv: list[KV]) -> list[KV]:
         """As long as a decode cache can take."""
         length = self._stages.shapes.context(max(map(self._stages.layout.tokens, kv)))
-        return [fitted(self._stages, pair, length) for pair in kv]
-
-
-def fitted(stages: Stages, kv: KV, length: int) -> KV:
-    """Keys and values of one layer of one sequence, cut or padded to `length` tokens."""
-    return kv if stages.layout.tokens(kv) == length else stages.resize(*kv, np.zeros(1, np.int32), length)
+        return [self._stages.fitted(pair, length) for pair in kv]
 
 
 def _settle(sequence: Sequence, taken: bool) -> None:

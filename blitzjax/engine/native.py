@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from blitzjax.engine.executables import Fetch, checked, keep, receive
+from blitzjax.engine.locations import mark_used
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def _opened(path: Path) -> ctypes.CDLL | None:
     """None if it is not there, is damaged, or was built on a machine that is too unlike this one."""
     try:
         checked(path.read_bytes())
+        mark_used(path)
         return ctypes.CDLL(str(path))
     except FileNotFoundError:
         return None

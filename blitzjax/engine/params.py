@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from blitzjax.engine.modules import ArrayInfo, kind_arrays
+from blitzjax.transfer import staging
 from blitzjax.transfer.pieces import digest
 from blitzjax.types import ModelSpec
 
@@ -142,7 +143,7 @@ class LayerStore:
     """
 
     def __init__(self, spec: ModelSpec, devices: Sequence[jax.Device], own_memory: bool | None = None) -> None:
-        """`own_memory`: devices do not compute on the host's; None: as their platform does."""
+        """`own_memory`: see `staging.has_own_memory`; None: as that says."""
         assert devices
         self.spec = spec
         self.mesh = Mesh(np.array(devices), (TP_AXIS,), axis_types=(AxisType.Auto,))
@@ -150,7 +151,7 @@ class LayerStore:
         self.units = 0  # units [0, units) are committed
         self.is_copy = False  # kept in host memory only
         self._devices = tuple(devices)
-        self._own_memory = devices[0].platform != "cpu" if own_memory is None else own_memory
+        self.own_memory = staging.has_own_memory(devices[0]) if own_memory is None else own_memory
         self._read_back: dict[tuple[int, int], np.ndarray] = {}  # slabs of committed units, the latest last
         self._reading = threading.RLock()
         self._slabs: dict[tuple[int, int], np.ndarray] = {}
@@ -221,7 +222,7 @@ class LayerStore:
         return self._placed(unit, [self.layout(unit).views(self.slab(unit, lane)) for lane in range(self.lanes)])
 
     def _placed(self, unit: int, lanes: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-        alias = False if self._own_memory else None  # None: where that is possible
+        alias = False if self.own_memory else None  # None: where that is possible
         return {
             info.name: jax.make_array_from_single_device_arrays(
                 info.shape, NamedSharding(self.mesh, self.rules.partition(info)),
@@ -250,7 +251,7 @@ class LayerStore:
 
     def _drop(self, unit: int) -> None:
         """The arrays of `unit` are on their way to devices with memory of their own; they hold on to what they read."""
-        if self._own_memory:
+        if self.own_memory:
             for lane in range(self.lanes):
                 self.checksum(unit, lane)
                 del self._slabs[unit, lane]

@@ -24,8 +24,9 @@ from blitzjax.engine.stages import KV, Stages
 class PrefixCache:
     """Owned by the engine thread. Copies pages from the arrays of prompts and of the decode batch, and back."""
 
-    def __init__(self, stages: Stages, batcher: Batcher, config: EngineConfig):
-        self._stages, self._batcher = stages, batcher
+    def __init__(self, stages: Stages, batcher: Batcher, config: EngineConfig, own_memory: bool):
+        """`own_memory`: what is kept is copied from the devices, see `staging.has_own_memory`."""
+        self._stages, self._batcher, self._own_memory = stages, batcher, own_memory
         self._page_size, self._on = config.page_size, config.prefix_caching
         self._pages: dict[PageKey, tuple[np.ndarray, np.ndarray]] = {}  # [L, ...]: a page as the layout has it
 
@@ -49,11 +50,26 @@ class PrefixCache:
         news = self._batcher.remember(sequence.id, keys)
         while self._batcher.forgotten:
             del self._pages[self._batcher.forgotten.pop()]
-        heads = self._stages.layout.heads
-        rows = [(_row(k, row, heads), _row(v, row, heads)) for k, v in layers] if news else []
+        rows = self._rows(layers, row, tokens) if news else []
         for index in news:
             keys_at, values_at = self._page(index, dims=3)
             self._pages[keys[index]] = np.stack([k[keys_at] for k, _ in rows]), np.stack([v[values_at] for _, v in rows])
+
+    def _rows(self, layers: Sequence[KV], row: int, tokens: int) -> list[tuple[np.ndarray, ...]]:
+        """The first `tokens` tokens in row `row`, and whatever follows them, on the host. Views where the device's memory
+        is the host's, so they must not outlive the next step.
+        """
+        stages = self._stages
+        if self._own_memory:  # of all rows, that one alone is copied
+            index, length = np.array([row], np.int32), stages.shapes.moved(tokens)
+            layers = [(k, v) if len(k) == 1 else stages.resize(k, v, index, stages.layout.tokens((k, v))) for k, v in layers]
+            layers, row = [stages.fitted(kv, length) for kv in layers], 0
+        parts = [[_shards(a, stages.layout.heads) for a in kv] for kv in layers]
+        if self._own_memory:
+            for part in [part for kv in parts for shards in kv for part in shards]:
+                part.copy_to_host_async()
+        return [tuple(_joined([np.asarray(part)[row] for part in shards], stages.layout.heads - 1) for shards in kv)
+                for kv in parts]
 
     def staged(self, sequence: Running, hit: int) -> list[KV]:
         """Every layer's staging arrays for its prompt, with the first `hit` tokens in them, which its seat owns."""
@@ -80,13 +96,14 @@ def kept_pages(stages: Stages, config: EngineConfig, pages: int) -> int:
     return min(pages, config.prefix_cache_bytes // (stages.spec.layers * sum(a.size * a.dtype.itemsize for a in arrays)))
 
 
-def _row(array: Array, row: int, heads: int) -> np.ndarray:
-    """Row `row` on the host, whole though axis `heads` may be sharded. A view where the device's memory is the host's, so
-    it must not outlive the next step.
-    """
+def _shards(array: Array, heads: int) -> list[Array]:
+    """One of each part of an array whose axis `heads` may be sharded."""
     shards = {shard.index[heads].start or 0: shard.data for shard in array.addressable_shards}
-    parts = [np.asarray(shards[start])[row] for start in sorted(shards)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=heads - 1)
+    return [shards[start] for start in sorted(shards)]
+
+
+def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -15,7 +15,7 @@ from jax import Array
 
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, unit_kind
-from blitzjax.engine.sampling import Drawn, Draws, edits_until, end_tokens, token_logprob
+from blitzjax.engine.sampling import Drawn, Draws, edits_until, token_logprob
 from blitzjax.engine.shapes import Chunk
 from blitzjax.engine.stages import KV, Params, Stages
 from blitzjax.types import Sampling, Span, TokenLogprob
@@ -91,7 +91,7 @@ class Runner:
         draws = self.stages.draws(row.shape[0], step < edits_until(sampling))
         draws.set(0, sampling, step)
         if draws.edits is not None:
-            draws.edits.set(0, sampling, step, prefill.tokens, end_tokens(sampling, self.spec))
+            draws.edits.set(0, sampling, step, prefill.tokens, self.spec.eos_token_ids)
         return self._head(row, draws)
 
     def score_chunk(self, prefill: Prefill) -> None:

@@ -32,9 +32,9 @@ class Edits(NamedTuple):
     bias: np.ndarray  # f32[rows, biases]
     logprobs: np.ndarray  # bool[rows]
 
-    def set(self, row: int, sampling: Sampling, step: int, history: np.ndarray, ends: tuple[int, ...]) -> None:
-        """Row `row` draws token `step` of an answer that any of `ends` would end. `history` i32[prompt + step] is read
-        for penalised rows only.
+    def set(self, row: int, sampling: Sampling, step: int, history: np.ndarray, eos: tuple[int, ...]) -> None:
+        """Row `row` draws token `step` of an answer; before `min_tokens` no stop token and, as in vLLM, none of `eos`
+        either, ignored or not. `history` i32[prompt + step] is read for penalised rows only.
         """
         self.logprobs[row] = sampling.logprobs >= 0
         if penalised(sampling):
@@ -43,7 +43,7 @@ class Edits(NamedTuple):
             self.history[row, : len(history)], self.prompt[row] = history, len(history) - step
         biases = [(b.token_id, b.bias) for b in sampling.logit_bias]
         if step < sampling.min_tokens:
-            biases += [(token, -np.inf) for token in ends]
+            biases += [(token, -np.inf) for token in (*sampling.stop_token_ids, *eos)]
         for i, pair in enumerate(biases):
             self.bias_ids[row, i], self.bias[row, i] = pair
 

@@ -26,6 +26,7 @@ from blitzjax.engine import modules, params, sampling
 from blitzjax.engine.attention import Attention, chosen
 from blitzjax.engine.executables import ExecutableCache, Fetch, Program
 from blitzjax.engine.shapes import Shapes, shapes_for
+from blitzjax.errors import ConfigError
 from blitzjax.models import blocks, family, own
 from blitzjax.types import MAX_LOGPROBS, ModelSpec, Span
 
@@ -117,6 +118,10 @@ class Stages:
         """Row i of the result is row order[i] of the cache; the length is cut or padded to `context`."""
         return self._stage("resize", k.shape[0], self.layout.tokens((k, v)), len(order), context)(k, v, order)
 
+    def fitted(self, kv: KV, length: int) -> KV:
+        """Keys and values of one layer of one sequence, cut or padded to `length` tokens."""
+        return kv if self.layout.tokens(kv) == length else self.resize(*kv, np.zeros(1, np.int32), length)
+
     # ---- compilation ------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
@@ -154,7 +159,7 @@ class Stages:
             yield from (("resize", rows, a, rows, b) for rows in s.batches)
 
     def compile_moves(self) -> None:
-        """What sequences that move between instances need besides: out of a cache, cut to travel, padded again."""
+        """What is needed besides to take sequences out of a cache: alone, cut to travel, padded again."""
         s = self.shapes
         for context in s.contexts:
             for rows in s.batches:
@@ -177,8 +182,14 @@ class Stages:
         found = self._found.get((kind, *sizes))
         if found is None:
             name, build = "-".join([kind, *map(str, sizes)]), getattr(self, f"_build_{kind}")
-            with blocks.few_rows(self.attention.product):
-                found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: Program(*build(*sizes)))
+            try:
+                with blocks.few_rows(self.attention.product):
+                    found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: Program(*build(*sizes)))
+            except RuntimeError as e:
+                if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode"):
+                    raise
+                raise ConfigError(f"{name} of {self.spec.name} does not compile with cuDNN's attention; without it: "
+                                  f"engine.cudnn_attention=false. {e}") from e
         return found
 
     def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:

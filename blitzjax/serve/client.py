@@ -1,7 +1,8 @@
 """A small Python client: `Client` for scripts, `AsyncClient` for programs. Needs grpc only.
 
-Failures are the exceptions of blitzjax/errors.py; other gRPC statuses (DEADLINE_EXCEEDED, say) are a BlitzError with
-that `code`. A server that crashes and resumes (rejoin.py) is not one: calls go on with its successor.
+`grpcs://HOST:PORT` is TLS; `cacert`, a PEM file, is of who may have signed the server's certificate. `api_key` None means
+$BLITZJAX_API_KEY. Failures are the exceptions of blitzjax/errors.py; other gRPC statuses (DEADLINE_EXCEEDED, say) are a
+BlitzError with that `code`. A server that crashes and resumes (rejoin.py) is not one: calls go on with its successor.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blitzjax.errors import InvalidRequest
+from blitzjax.serve import access
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
@@ -97,8 +99,9 @@ class Result:
 class Client:
     """Blocking. Thread-safe; close it, or use it as a context manager."""
 
-    def __init__(self, address: str = "127.0.0.1:50051"):
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None, cacert: Path | None = None):
+        self._metadata = access.metadata(api_key)
+        self._channel = access.channel(grpc, address, _OPTIONS, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._server = Server()
@@ -128,7 +131,7 @@ class Client:
         patience = Patience(self._server, options.get("timeout_s"))
         rejoin = Rejoin(generate_request(prompt, options), patience)
         while True:
-            call = self._stub.Generate(rejoin.request, timeout=patience.left_s)
+            call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
             try:
                 for message in call:
                     if (new := rejoin.unseen(message)) is not None:
@@ -141,6 +144,10 @@ class Client:
             time.sleep(pause_s)
             rejoin.restart()
 
+    def tokenize(self, prompt: Prompt, *, model: str = "", timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
+        """The prompt as `generate` would have it: token ids and text, whichever was given."""
+        return self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model)), timeout_s)
+
     def abort(self, *request_ids: str) -> None:
         self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
 
@@ -149,7 +156,9 @@ class Client:
 
     def scale(self, target: int, *, model: str = "", live: LiveMode | None = None, source: Source | None = None,
               wait: bool = False, timeout_s: float | None = None) -> pb.ScaleResponse:
-        """Asks for `target` instances; with `wait`, returns when exactly that many serve. One model needs no name."""
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve and none loads. One model
+        needs no name.
+        """
         return self._unary(
             self._stub.Scale,
             pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
@@ -167,7 +176,7 @@ class Client:
         """The cluster now and after every change; closing the iterator ends the call."""
         patience = Patience(self._server, timeout_s)
         while True:
-            call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=patience.left_s)
+            call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=patience.left_s, metadata=self._metadata)
             try:
                 for picture in call:
                     patience.heard()
@@ -199,7 +208,7 @@ class Client:
         patience = Patience(self._server, timeout_s)
         while True:
             try:
-                reply, call = method.with_call(request, timeout=patience.left_s)
+                reply, call = method.with_call(request, timeout=patience.left_s, metadata=self._metadata)
                 self._server.said(call.initial_metadata())
                 return reply
             except grpc.RpcError as e:
@@ -211,8 +220,9 @@ class Client:
 class AsyncClient:
     """The same on asyncio; make it inside the event loop."""
 
-    def __init__(self, address: str = "127.0.0.1:50051"):
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None, cacert: Path | None = None):
+        self._metadata = access.metadata(api_key)
+        self._channel = access.channel(grpc.aio, address, _OPTIONS, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._server = Server()
@@ -242,7 +252,7 @@ class AsyncClient:
         patience = Patience(self._server, options.get("timeout_s"))
         rejoin = Rejoin(generate_request(prompt, options), patience)
         while True:
-            call = self._stub.Generate(rejoin.request, timeout=patience.left_s)
+            call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
             try:
                 async for message in call:
                     if (new := rejoin.unseen(message)) is not None:
@@ -256,6 +266,10 @@ class AsyncClient:
             await asyncio.sleep(pause_s)
             rejoin.restart()
 
+    async def tokenize(self, prompt: Prompt, *, model: str = "", timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
+        """The prompt as `generate` would have it: token ids and text, whichever was given."""
+        return await self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model)), timeout_s)
+
     async def abort(self, *request_ids: str) -> None:
         await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
 
@@ -265,7 +279,9 @@ class AsyncClient:
     async def scale(self, target: int, *, model: str = "", live: LiveMode | None = None,
                     source: Source | None = None, wait: bool = False,
                     timeout_s: float | None = None) -> pb.ScaleResponse:
-        """Asks for `target` instances; with `wait`, returns when exactly that many serve. One model needs no name."""
+        """Asks for `target` instances; with `wait`, returns when exactly that many serve and none loads. One model
+        needs no name.
+        """
         return await self._unary(
             self._stub.Scale,
             pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
@@ -283,7 +299,7 @@ class AsyncClient:
         """The cluster now and after every change; closing the iterator ends the call."""
         patience = Patience(self._server, timeout_s)
         while True:
-            call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=patience.left_s)
+            call = self._stub.WatchScale(pb.WatchScaleRequest(), timeout=patience.left_s, metadata=self._metadata)
             try:
                 async for picture in call:
                     patience.heard()
@@ -314,7 +330,7 @@ class AsyncClient:
     async def _unary(self, method: grpc.aio.UnaryUnaryMultiCallable, request, timeout_s: float | None):
         patience = Patience(self._server, timeout_s)
         while True:
-            call = method(request, timeout=patience.left_s)
+            call = method(request, timeout=patience.left_s, metadata=self._metadata)
             try:
                 reply = await call
                 self._server.said(await call.initial_metadata())

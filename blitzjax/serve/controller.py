@@ -22,6 +22,7 @@ from blitzjax import config as configs
 from blitzjax import events, types
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable, UnknownModel
+from blitzjax.serve import access
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.eventlog import EventLog
 from blitzjax.serve.journal import Journal
@@ -343,6 +344,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("--config-json", help="the whole configuration as JSON tables; instead of --config")
     parser.add_argument("--journal", type=Path, help="what a crashed controller leaves behind, to be resumed from there")
+    parser.add_argument("--socket", type=Path, metavar="PATH",
+                        help="also listen on this Unix socket, without TLS, for processes of this machine")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="overrides one knob")
 
 
@@ -357,6 +360,8 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         config = _config(args)
+        key = access.api_key()
+        credentials = access.server_credentials(config.serve.ssl_certfile, config.serve.ssl_keyfile)
         workers = _workers(args.workers)
         models = [load_model(directory, name) for directory, name in _named(args.model_dir, args.served_model_name)]
         controller = with_journal(lambda: Controller(config, models, workers), args.journal)
@@ -364,7 +369,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"blitzjax controller: {e}", file=sys.stderr)
         return 2
     try:
-        asyncio.run(serve(controller, config.serve.host, config.serve.port))
+        asyncio.run(serve(controller, key, credentials, args.socket))
     except BlitzError as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
         return 1

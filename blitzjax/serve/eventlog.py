@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import typing
@@ -28,7 +29,13 @@ class EventLog:
     """Appends records to a file. Owned by the controller; lines reach the disk on `flush`."""
 
     def __init__(self, path: Path, header: Mapping[str, object], resume: bool = False):
-        """`resume`: the run that the file describes goes on behind its last whole line."""
+        """`resume`: the run that the file describes goes on behind its last whole line. Else a file that is there keeps
+        what it has, under the next free number.
+        """
+        path = path.resolve()
+        if not resume and path.is_file() and path.stat().st_size:
+            free = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+            _log.warning("the event log of an earlier run is now %s", path.rename(next(p for p in free if not p.exists())))
         self._file = path.open("a", encoding="utf-8")
         whole = path.read_bytes().rpartition(b"\n") if resume else (b"", b"", b"")
         self._file.truncate(len(whole[0] + whole[1]))

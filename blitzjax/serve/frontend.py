@@ -17,9 +17,9 @@ import grpc
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
-from blitzjax.serve.orders import order_of
+from blitzjax.serve.orders import order_of, prompt_of
 from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
-from blitzjax.types import LiveMode, Source, TokenLogprob
+from blitzjax.types import LiveMode, Phase, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
@@ -50,6 +50,17 @@ class Frontend(rpc.InferenceServicer):
         """The client may call again if this process crashes."""
         if self._controller.resume_s:
             await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
+
+    async def Tokenize(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        await self._promise(context)
+        try:
+            model = self._controller.find(request.model)
+            ids, text = await prompt_of(request, model)
+        except BlitzError as e:
+            await _abort(context, e)
+        if request.HasField("tokens") and model.tokenizer is not None:
+            text = model.tokenizer.decode(ids)
+        return pb.TokenizeResponse(token_ids=ids, text=text, max_model_len=self._controller.context_tokens(model))
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:
         await self._promise(context)
@@ -119,13 +130,18 @@ class Frontend(rpc.InferenceServicer):
         source = _choice("source", request.source, Source) if request.HasField("source") else None
         with controller.subscribe() as changed:
             controller.scale(name, target, live, source)
-            while request.wait and now().serving != target:
+            while request.wait and (now().serving != target or _coming(controller, name)):
                 await changed.wait()
                 changed.clear()
                 controller.check_open()
                 if now().target != target:
                     raise Superseded(f"the target became {now().target} while waiting for {target}")
         return pb.ScaleResponse(serving=now().serving, target=now().target, seconds=controller.now() - started)
+
+
+def _coming(controller: Controller, model: str) -> bool:
+    """An instance loads: it will serve before it can leave."""
+    return any(i.model == model and i.phase in (Phase.LOADING, Phase.LIVE) for i in controller.status().instances)
 
 
 class Superseded(BlitzError):

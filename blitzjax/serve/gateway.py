@@ -9,31 +9,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hmac
 import json
-import os
+import logging
 import signal
+import ssl
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 
 from aiohttp import web
 
 import blitzjax
+from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
-from blitzjax.serve import openai
+from blitzjax.serve import access, openai
 from blitzjax.serve.client import AsyncClient, Chunk, Prompt, Result, collect_all
 from blitzjax.v1 import inference_pb2 as pb
 
-KEY_VARIABLE = "BLITZJAX_API_KEY"
 _BODY_BYTES = 64 << 20
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
+_OPEN = ("/health", "/ping")  # without the key
+_ID = "X-Request-Id"
+_log = logging.getLogger("blitzjax.gateway")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Unauthenticated(BlitzError):
-    code = "UNAUTHENTICATED"
 
 
 class Gateway:
@@ -45,14 +46,19 @@ class Gateway:
     def application(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._answer_errors])
         app.add_routes([
-            web.get("/health", self.health), web.get("/version", self.version), web.get("/v1/models", self.models),
-            web.get("/v1/models/{name}", self.model), web.post("/v1/completions", self.completions),
-            web.post("/v1/chat/completions", self.chat)])
+            web.get("/health", self.health), web.get("/ping", self.ping), web.get("/version", self.version),
+            web.get("/v1/models", self.models), web.get("/v1/models/{name}", self.model),
+            web.post("/v1/completions", self.completions), web.post("/v1/chat/completions", self.chat),
+            web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize)])
         return app
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when an instance serves, or a model at zero can have one; 503 otherwise."""
         return web.Response(status=200 if await self._client.ready() else 503)
+
+    async def ping(self, request: web.Request) -> web.Response:
+        """200 as long as this process answers."""
+        return web.Response()
 
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": blitzjax.__version__})
@@ -73,8 +79,18 @@ class Gateway:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._reply(request, openai.chat(await _body(request)))
 
+    async def tokenize(self, request: web.Request) -> web.Response:
+        prompt, model = openai.tokenize(await _body(request))
+        known = await self._client.tokenize(prompt, model=model)
+        return web.json_response({"tokens": list(known.token_ids), "count": len(known.token_ids),
+                                  "max_model_len": known.max_model_len})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        tokens, model = openai.detokenize(await _body(request))
+        return web.json_response({"prompt": (await self._client.tokenize(tokens, model=model)).text})
+
     async def _reply(self, request: web.Request, asked: openai.Asked) -> web.StreamResponse:
-        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model())
+        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model(), request.match_info[_ID])
         if asked.stream:
             return await self._stream(request, asked, reply)
         return web.json_response(reply.whole(await self._whole(asked)))
@@ -95,7 +111,8 @@ class Gateway:
 
     async def _stream(self, request: web.Request, asked: openai.Asked, reply: openai.Reply) -> web.StreamResponse:
         """Server-sent events. What fails before the first is an HTTP status; afterwards, an event."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
+                                               _ID: request.match_info[_ID]})
         usages: list[list[pb.Usage]] = [[] for _ in asked.prompts]
         async with contextlib.aclosing(self._chunks(asked)) as arriving:
             try:
@@ -105,10 +122,12 @@ class Gateway:
                     await _event(response, reply.piece(number, chunk))
                     if chunk.usage is not None:
                         usages[number].append(chunk.usage)
-            except BlitzError as e:
+            except ConnectionError:  # the reader left
+                raise
+            except Exception as e:
                 if not response.prepared:
                     raise
-                await _event(response, openai.failure(e)[1])
+                await _event(response, openai.failure(_told(e, request))[1])
             else:
                 if asked.include_usage:
                     await _event(response, reply.total(usages))
@@ -145,23 +164,33 @@ class Gateway:
 
     @web.middleware
     async def _answer_errors(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
-        """Checks the key and gives every failure OpenAI's form."""
+        """Checks the key, names the request and gives every failure OpenAI's form."""
+        request.match_info[_ID] = request.headers.get(_ID) or uuid.uuid4().hex
         try:
-            if self._key and request.path != "/health":
-                given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(given.encode(), self._key.encode()):
-                    raise Unauthenticated("the API key is wrong or missing: send it as Authorization: Bearer KEY")
+            if request.path not in _OPEN:
+                access.check(request.headers.get("Authorization", ""), self._key)
             response = await handler(request)
-        except BlitzError as e:
-            response = _failed(e)
         except web.HTTPNotFound:
             response = _failed(UnknownModel(f"{request.method} {request.path} is not there"))
         except web.HTTPException as e:
             response = web.json_response({"error": {"message": e.reason, "type": "invalid_request_error", "param": None,
                                                     "code": e.status}}, status=e.status)
-        if not response.prepared and (name := request.headers.get("X-Request-Id")):
-            response.headers["X-Request-Id"] = name
+        except ConnectionError:  # the reader left
+            raise
+        except Exception as e:
+            response = _failed(_told(e, request))
+        if not response.prepared:
+            response.headers[_ID] = request.match_info[_ID]
         return response
+
+
+def _told(error: Exception, request: web.Request) -> BlitzError:
+    """What the caller hears of it: of a bug in here only where to look."""
+    if isinstance(error, BlitzError):
+        return error
+    name = request.match_info[_ID]
+    _log.error("request %s failed", name, exc_info=error)
+    return BlitzError(f"the server failed; its log says more about request {name}")
 
 
 def _failed(error: BlitzError) -> web.Response:
@@ -181,18 +210,19 @@ async def _event(response: web.StreamResponse, body: openai.JSON) -> None:
     await response.write(b"data: " + json.dumps(body).encode() + b"\n\n")
 
 
-async def run(address: str, host: str, port: int, api_key: str) -> None:
+async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight. Raises OSError if the port is taken."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    async with AsyncClient(address) as client:
+    async with AsyncClient(args.address, api_key=api_key, cacert=args.cacert) as client:
         runner = web.AppRunner(Gateway(client, api_key).application(), handler_cancellation=True, access_log=None,
                                shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
-            print(f"OpenAI's interface to {address}: http://{host}:{port}/v1", flush=True)
+            await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
+            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{joined(args.host, args.port)}/v1",
+                  flush=True)
             await stopping.wait()
         finally:
             await runner.cleanup()
@@ -200,14 +230,22 @@ async def run(address: str, host: str, port: int, api_key: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="blitzjax gateway", description=__doc__)
-    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="the controller")
+    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT",
+                        help="the controller; grpcs://HOST:PORT over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="listen here")
     parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000)")
+    parser.add_argument("--cacert", type=Path, metavar="FILE", help="who signed the controller's certificate, PEM")
+    parser.add_argument("--ssl-certfile", default="", metavar="FILE", help="certificate, PEM: HTTPS instead of HTTP")
+    parser.add_argument("--ssl-keyfile", default="", metavar="FILE", help="its key, PEM")
     args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
-        asyncio.run(run(args.address, args.host, args.port, os.environ.get(KEY_VARIABLE, "")))
+        asyncio.run(run(args, access.api_key(), access.server_context(args.ssl_certfile, args.ssl_keyfile)))
+    except BlitzError as e:
+        print(f"blitzjax gateway: {e}", file=sys.stderr)
+        return 2
     except OSError as e:
-        print(f"blitzjax gateway: cannot listen on {args.host}:{args.port}: {e}", file=sys.stderr)
+        print(f"blitzjax gateway: cannot listen on {joined(args.host, args.port)}: {e}", file=sys.stderr)
         return 2
     return 0
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blitzjax.addresses import joined, resolved
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError
 from blitzjax.serve.processes import Process, worker_env
+from blitzjax.serve.rundir import RunDir
 
 POLL_S = 0.05
 _PORTS = (20000, 32000)  # below Linux's ephemeral ports: nobody's outgoing connection takes one between two lives
@@ -59,7 +59,7 @@ def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
         raise ConfigError(f"a pool of {pool} workers cannot be divided over {len(hosts)} hosts; give --pool a multiple")
     each = pool // len(hosts)
     try:
-        addresses = [socket.gethostbyname(host) for host in hosts]
+        addresses = [resolved(host) for host in hosts]
     except OSError as e:
         raise ConfigError(f"--hosts: cannot resolve one of {', '.join(hosts)}: {e}") from None
     return Launch(hosts=tuple(addresses[k // each] for k in range(pool)), coordinator_host=addresses[0],
@@ -73,19 +73,17 @@ class Workers:
     def __init__(self, config: Config, launch: Launch, ports: Sequence[int]):
         """`ports` as in Launch. Nothing starts."""
         pool = config.cluster.pool
-        self._config, self._launch = config, launch
-        self._temporary = launch.run_dir is None
-        self.run_dir = launch.run_dir or Path(tempfile.mkdtemp(prefix="blitzjax-"))
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.coordinator = f"{launch.coordinator_host}:{ports[0]}"
-        self.addresses = tuple(f"{self._host(k)}:{ports[k + 1]}" for k in range(pool))
+        self._config, self._launch, self._writes = config, launch, RunDir(launch.run_dir)
+        self.run_dir = self._writes.path
+        self.coordinator = joined(launch.coordinator_host, ports[0])
+        self.addresses = tuple(joined(self._host(k), ports[k + 1]) for k in range(pool))
         here = range(pool) if launch.here is None else launch.here
         self.processes = {k: self._process(k, number, len(here)) for number, k in enumerate(here)}
 
     def tidy(self) -> None:
         """A temporary directory goes, unless a worker started again: then somebody may ask why."""
-        if self._temporary and not any(process.lives > 1 for process in self.processes.values()):
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+        if not any(process.lives > 1 for process in self.processes.values()):
+            self._writes.remove()
 
     def _host(self, k: int) -> str:
         return self._launch.hosts[k] if self._launch.hosts else "127.0.0.1"

@@ -24,6 +24,7 @@ from blitzjax import events, types
 from blitzjax.errors import ConfigError
 from blitzjax.serve import eventlog
 from blitzjax.serve.answers import Order
+from blitzjax.serve.rundir import private_file
 from blitzjax.v1 import worker_pb2 as pb
 
 _BUFFER_BYTES = 1 << 20  # reaches the file on `flush`, never in the middle of what belongs together
@@ -196,13 +197,9 @@ def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def _private(path: str, flags: int) -> int:
-    """Prompts and answers are in the file, and who writes it can make the controller do anything."""
-    return os.open(path, flags, 0o600)
-
-
 def _locked(path: Path) -> BinaryIO:
-    file = open(path, "ab", _BUFFER_BYTES, opener=_private)
+    """Prompts and answers are in the file, and who writes it can make the controller do anything."""
+    file = open(path, "ab", _BUFFER_BYTES, opener=private_file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

@@ -21,8 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from blitzjax import config as configs
+from blitzjax.addresses import joined
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError
+from blitzjax.serve.access import TLS
 from blitzjax.serve.client import Client
 from blitzjax.serve.processes import TAIL_LINES, TELL_AFTER, Process, tail
 from blitzjax.serve.pulse import Pulse
@@ -47,9 +49,13 @@ class LocalCluster:
         pool, host = config.cluster.pool, config.serve.host
         ports = free_ports(pool + 2)
         self.config = replace(config, serve=replace(config.serve, port=config.serve.port or ports[0]))
-        self.address = f"{host}:{self.config.serve.port}"
+        address = joined(host, self.config.serve.port)
+        tls = bool(config.serve.ssl_certfile)
+        self.address = f"{TLS}{address}" if tls else address
         self._workers = Workers(config, launch, launch.ports or ports[1:])
         self.run_dir, self.worker_addresses = self._workers.run_dir, self._workers.addresses
+        socket = self.run_dir / "controller.sock"  # the certificate may be of other names than we call it by
+        self._inside = f"unix:{socket}" if tls else address
         self._stopping = threading.Event()
         self._terminating = False
         self._thread: threading.Thread | None = None
@@ -59,16 +65,18 @@ class LocalCluster:
             str(config.cluster.heartbeat_s)), dict(os.environ), self.run_dir / "coordinator.log")
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
+        listen = ("--socket", str(socket)) if tls else ()
         self._controller = Process("controller", (
             sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs, names), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
-            json.dumps(configs.to_tables(self.config)), *journal), dict(os.environ),
+            json.dumps(configs.to_tables(self.config)), *journal, *listen), dict(os.environ),
             None if launch.console else self.run_dir / "controller.log")
         self._gateway = [Process("gateway", (
-            sys.executable, "-m", "blitzjax.serve.gateway", "--address", self.address, "--host", host, "--port",
-            str(config.serve.http_port)), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
+            sys.executable, "-m", "blitzjax.serve.gateway", "--address", self._inside, "--host", host, "--port",
+            str(config.serve.http_port), "--ssl-certfile", config.serve.ssl_certfile, "--ssl-keyfile",
+            config.serve.ssl_keyfile), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
         resumes = config.serve.resume_timeout_s > 0  # else killing it would be the end
-        self._pulse = Pulse(self.address, config.serve.hang_timeout_s if resumes else 0.0)
+        self._pulse = Pulse(self._inside, config.serve.hang_timeout_s if resumes else 0.0)
 
     # ---- life
 
@@ -114,7 +122,7 @@ class LocalCluster:
         return self._controller.code
 
     def client(self) -> Client:
-        return Client(self.address)
+        return Client(self._inside)
 
     def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Returns when an instance serves, or a model at zero can have one at once.

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
+from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError
 from blitzjax.serve.latencies import Histogram, Latencies
 from blitzjax.v1 import inference_pb2 as pb
@@ -127,8 +128,8 @@ async def endpoint(metrics: Callable[[], str], ready: Callable[[], bool], host: 
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as e:
-            raise BlitzError(f"cannot listen on {host}:{port} for metrics: {e.strerror}") from e
-        _log.info("metrics are at http://%s:%d/metrics", host, port)
+            raise BlitzError(f"cannot listen on {joined(host, port)} for metrics: {e.strerror}") from e
+        _log.info("metrics are at http://%s/metrics", joined(host, port))
         yield
     finally:
         await runner.cleanup()

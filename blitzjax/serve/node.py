@@ -103,7 +103,7 @@ class Node:
         stages.load()
         with computing_on(self._core):
             stages.compile_all(self._compilers.begin)
-            if self.config.scale.roles == "split":
+            if self.config.scale.roles == "split" or store.own_memory and self.config.engine.prefix_caching:
                 stages.compile_moves()
             self._compilers.close()
             checkpoint = Path(model.checkpoint) if model.checkpoint else None
@@ -112,8 +112,9 @@ class Node:
             threading.Thread(target=self._run_engine, args=(instance,), name="engine", daemon=True).start()
         self._holders[spec.name] = Holder(store, checkpoint, lambda: instance.post(m.UnitsArrived()))
         self._models[spec.name] = Served(model.model_json, store, instance)
-        log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded, %d fetched", self.name, spec.name,
-                 time.monotonic() - started, stages.cache.compiled, stages.cache.loaded, stages.cache.fetched)
+        log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded, %d fetched, for %d x %s", self.name, spec.name,
+                 time.monotonic() - started, stages.cache.compiled, stages.cache.loaded, stages.cache.fetched,
+                 len(self._devices), self._devices[0].device_kind)
 
     def _deploy(self, model: pb.Model) -> None:
         """One more model, in a thread of its own: what serves goes on."""

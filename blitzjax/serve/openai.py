@@ -7,7 +7,6 @@ refused by the name of the field; nothing that would change an answer is ignored
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -28,6 +27,7 @@ _SAMPLING: Mapping[str, type | tuple[type, ...]] = {
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "parallel_tool_calls": (True, False),
+    "add_special_tokens": (True,), "add_generation_prompt": (True,), "return_token_strs": (False,),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "skip_special_tokens": (True,)}
 _STATUS: Mapping[str, tuple[int, str]] = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
@@ -83,6 +83,26 @@ def chat(body: JSON) -> Asked:
     if top is not None and not wanted:
         raise InvalidRequest("top_logprobs needs logprobs: true")
     return _asked(True, (messages,), options, (top or 0) if wanted else None, fields)
+
+
+def tokenize(body: JSON) -> tuple[Prompt, str]:
+    """POST /tokenize, as vLLM has it. → prompt, model. Raises InvalidRequest."""
+    fields = _Fields(body)
+    model, prompt, messages = fields.take("model", str), fields.take("prompt", str), fields.take("messages", list)
+    fields.done()
+    if (prompt is None) == (messages is None):
+        raise InvalidRequest("give either prompt, a text, or messages")
+    return _messages(messages) if prompt is None else prompt, model or ""
+
+
+def detokenize(body: JSON) -> tuple[Prompt, str]:
+    """POST /detokenize. → token ids, model. Raises InvalidRequest."""
+    fields = _Fields(body)
+    model, tokens = fields.take("model", str), fields.take("tokens", list)
+    fields.done()
+    if not tokens or not all(map(_is_id, tokens)):
+        raise InvalidRequest("tokens must be a list of token ids, at least 1")
+    return tokens, model or ""
 
 
 def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields) -> Asked:
@@ -201,12 +221,12 @@ class Reply:
 
     asked: Asked
     model: str
-    id: str = ""
+    id: str  # of the HTTP request; answers carry it behind what they are
     created: int = field(default_factory=lambda: int(time.time()))
     _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters sent
 
     def __post_init__(self) -> None:
-        self.id = f"{'chatcmpl' if self.asked.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.id = f"{'chatcmpl' if self.asked.chat else 'cmpl'}-{self.id}"
 
     def whole(self, results: Sequence[Sequence[Result]]) -> JSON:
         """`results`: those of each prompt."""

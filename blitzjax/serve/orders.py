@@ -47,7 +47,7 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
     _check_sampling(sampling, model.spec.vocab)
     if sampling.stop and model.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
-    prompt, text = await _prompt(request, model)
+    prompt, text = await prompt_of(request, model)
     cacheable = page_size > 0 and not sampling.HasField("prompt_logprobs")
     return Order(
         request_id=request.request_id or uuid.uuid4().hex, model=model.name, prompt=prompt,
@@ -56,8 +56,8 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
         beginnings=beginnings(prompt, page_size) if cacheable else ())
 
 
-async def _prompt(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:
-    """Token ids, and what to echo: the text as it was sent or rendered, else decoded."""
+async def prompt_of(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:
+    """Token ids, and what to echo: the text as it was sent or rendered, else decoded. Raises InvalidRequest."""
     match request.WhichOneof("input"):
         case "tokens":
             ids = tuple(request.tokens.ids)

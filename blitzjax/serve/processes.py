@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from blitzjax.config import Config
+from blitzjax.serve.rundir import PRIVATE, private_file
 
 TELL_AFTER = 3  # short lives in a row before the end of its log is shown
 _BACKOFF_S = (0.2, 5.0)  # first and longest pause before a process starts again
@@ -56,8 +57,8 @@ class Process:
     def _start(self) -> None:
         argv = (sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._argv)
         if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)  # temporary files are cleaned away after some days
-        out = sys.stderr.buffer if self.log is None else self.log.open("ab")
+            self.log.parent.mkdir(PRIVATE, parents=True, exist_ok=True)  # temporary files are cleaned away after days
+        out = sys.stderr.buffer if self.log is None else open(self.log, "ab", opener=private_file)
         try:
             self._popen = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                                            start_new_session=True)
@@ -117,27 +118,39 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
         return ""
 
 
-def worker_env(config: Config, number: int, count: int) -> dict[str, str]:
+def worker_env(config: Config, number: int, count: int, devices: Path = Path("/dev")) -> dict[str, str]:
     """Environment of worker `number` of `count` on this machine: ours, then what XLA and glibc need for it; what the user
-    set is kept.
+    set is kept, but GPUs are divided among the workers, those of CUDA_VISIBLE_DEVICES if it is set.
     """
     env = dict(os.environ)
-    accelerators = sorted(Path("/dev").glob("nvidia[0-9]*"))
     tensor_parallel = config.engine.tensor_parallel
-    if not accelerators and not list(Path("/dev").glob("accel[0-9]*")):
+    gpus = _gpus(env, devices)
+    if not gpus and not list(devices.glob("accel[0-9]*")):
         env.setdefault("JAX_PLATFORMS", "cpu")
+    elif env.get("JAX_PLATFORMS") and "cpu" not in env["JAX_PLATFORMS"]:  # through which arrays travel
+        env["JAX_PLATFORMS"] += ",cpu"
     env.setdefault("GLIBC_TUNABLES", _MALLOC)
     env["PYTHONUNBUFFERED"] = "1"
     if config.cluster.threads > 0:
         env["NPROC"] = str(config.cluster.threads)
-    if env.get("JAX_PLATFORMS") == "cpu":
-        flags = [f"--xla_cpu_collective_timeout_seconds={max(1, round(config.transfer.collective_timeout_s))}"]
-        if tensor_parallel > 1:
-            flags.append(f"--xla_force_host_platform_device_count={tensor_parallel}")
-        env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), *flags]).strip()
-    elif len(accelerators) >= count * tensor_parallel:
-        mine = range(number * tensor_parallel, (number + 1) * tensor_parallel)
-        env.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, mine)))
-    elif accelerators:  # workers share devices
-        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.3f}")
+    flags = [f"--xla_cpu_collective_timeout_seconds={max(1, round(config.transfer.collective_timeout_s))}"]
+    if tensor_parallel > 1:  # of the CPU, should that be what computes
+        flags.append(f"--xla_force_host_platform_device_count={tensor_parallel}")
+    env["XLA_FLAGS"] = " ".join([env.get("XLA_FLAGS", ""), *flags]).strip()
+    places = len(gpus) // tensor_parallel
+    if places:
+        place = number % places
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place * tensor_parallel:(place + 1) * tensor_parallel])
+        sharing = len(range(place, count, places))
+        if sharing > 1 and not env.keys() & {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}:
+            env["XLA_CLIENT_MEM_FRACTION"] = f"{config.engine.memory_fraction / sharing:.3f}"
     return env
+
+
+def _gpus(env: dict[str, str], devices: Path) -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them; it may name none."""
+    present = sorted(devices.glob("nvidia[0-9]*"))
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if not present or visible is None:
+        return [str(index) for index in range(len(present))]
+    return [name for name in map(str.strip, visible.split(",")) if name not in ("", "-1")]

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
+from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unauthenticated, Unavailable, UnknownModel
 from blitzjax.v1 import inference_pb2 as pb
 
 RESUME_KEY = "blitzjax-resume-s"  # initial metadata: for so many seconds a broken stream can be asked for again
 FINAL_KEY = "blitzjax-final"  # trailing metadata: the server's own word, not a broken connection
 _PAUSE_S = 0.1
-_ERRORS = {kind.code: kind for kind in (InvalidRequest, UnknownModel, QueueFull, Unavailable)}
+_ERRORS = {kind.code: kind for kind in (InvalidRequest, UnknownModel, Unauthenticated, QueueFull, Unavailable)}
 
 Metadata = Sequence[tuple[str, str | bytes]]
 

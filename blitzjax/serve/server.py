@@ -11,14 +11,18 @@ import logging
 import signal
 import typing
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError
+from blitzjax.serve.access import KeyCheck
 from blitzjax.serve.frontend import SERVICE, Frontend, picture
 from blitzjax.serve.metrics import endpoint, render
+from blitzjax.serve.rundir import PRIVATE
 from blitzjax.serve.vllm_engine import SERVICE as VLLM_SERVICE, VllmEngine
 from blitzjax.v1 import inference_pb2_grpc as rpc
 from blitzjax.v1 import vllm_engine_pb2_grpc as vllm_rpc
@@ -49,9 +53,12 @@ class Stop:
         (self.now if self.drain.is_set() else self.drain).set()
 
 
-async def serve(controller: Controller, host: str, port: int) -> None:
-    """Serves until signalled or broken. Raises BlitzError when it cannot listen or no worker can serve."""
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+async def serve(controller: Controller, key: str, credentials: grpc.ServerCredentials | None, path: Path | None) -> None:
+    """Serves until signalled or broken, callers who send `key`; with `credentials` over TLS, but on the Unix socket
+    `path`. Raises BlitzError when it cannot listen or no worker can serve.
+    """
+    host = controller.config.serve.host
+    server = grpc.aio.server(interceptors=[KeyCheck(key)] if key else [], options=_SERVER_OPTIONS)
     checker = health.aio.HealthServicer()
     rpc.add_InferenceServicer_to_server(Frontend(controller), server)
     vllm_rpc.add_VllmEngineServicer_to_server(VllmEngine(controller), server)
@@ -59,12 +66,9 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     reflection.enable_server_reflection((SERVICE, VLLM_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     stop = Stop()
     await _set_health(checker, False)
-    try:
-        port = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as e:
-        raise BlitzError(f"cannot listen on {host}:{port}: is the port in use?") from e
+    address = _listen(server, joined(host, controller.config.serve.port), credentials, path)
     await server.start()
-    print(f"controller of {', '.join(controller.models)} listens on {host}:{port}", flush=True)
+    print(f"controller of {', '.join(controller.models)} listens on {address}", flush=True)
     try:
         async with (_metrics(controller, host), background(controller.run(), _keep_health(controller, checker),
                                                            stop.drain.wait()) as ended):
@@ -75,6 +79,24 @@ async def serve(controller: Controller, host: str, port: int) -> None:
     finally:
         await server.stop(0)
     controller.close()
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None,
+            path: Path | None) -> str:
+    """→ `address` with the port that it has now."""
+    where = f"{address}: is the port in use?"
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+        if path is not None:
+            where = f"the Unix socket {path}"  # its path may be too long
+            path.parent.mkdir(PRIVATE, parents=True, exist_ok=True)
+            server.add_insecure_port(f"unix:{path}")
+    except (RuntimeError, OSError) as e:
+        raise BlitzError(f"cannot listen on {where}") from e
+    return f"{address.rpartition(':')[0]}:{port}"
 
 
 def _metrics(controller: Controller, host: str) -> contextlib.AbstractAsyncContextManager[None]:

@@ -13,7 +13,6 @@ import gc
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from blitzjax.addresses import host_of, resolved
 from blitzjax.errors import BlitzError
 from blitzjax.serve.executables import Lender
 from blitzjax.serve.sessions import Outbox
@@ -175,7 +175,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
     if not args.host_ip:
-        args.host_ip = socket.gethostbyname(args.listen.rsplit(":", 1)[0] or "127.0.0.1")
+        args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")
     return args
 
 

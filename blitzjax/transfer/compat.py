@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from jaxlib import _jax
 
+from blitzjax.addresses import joined
+
 _GLOBAL_TOPOLOGY_KEY = "cpu:global_topology/cpu"  # written once by rank 0 of a CPU client
 _TOPOLOGY_TIMEOUT_MINUTES = 1  # a member that dies between connecting and making its client costs the others this long
 
@@ -86,7 +88,7 @@ def start_transfer_server(client: Client, host_ip: str, streams: int, transfer_b
     import jax.experimental.transfer  # adds the Python methods to the extension classes
 
     return jax.experimental.transfer.start_transfer_server(
-        client, f"{host_ip}:0", [f"{host_ip}:0"] * streams, transfer_size=transfer_bytes)
+        client, joined(host_ip, 0), [joined(host_ip, 0)] * streams, transfer_size=transfer_bytes)
 
 
 def poison(connection: TransferConnection) -> None:

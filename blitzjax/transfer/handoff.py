@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 import secrets
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 
+from blitzjax.addresses import joined
 from blitzjax.errors import TransferError
-from blitzjax.transfer import compat
+from blitzjax.transfer import compat, staging
 
+log = logging.getLogger(__name__)
 _TRANSFER_BYTES = 4 << 20  # staging block; the library's default of 256 MiB reserves 6 GiB
 _STREAMS = 2  # TCP connections per peer
 _REMEMBERED_OFFERS = 1024  # sizes only, so that an offer can be withdrawn
@@ -25,14 +29,21 @@ _WITHDRAW_TIMEOUT_S = 1.0
 
 
 class HandOff:
-    """A server for this process's arrays and connections to others, on the default client of `devices`.
+    """A server for this process's arrays and connections to others, on the default client of `devices`; on the CPU's if
+    they have memory of their own, and arrays are copied there and from there.
 
     Thread-safe. An offer is for one taker, and pins its arrays until taken, withdrawn or reset: nobody tells the
     offering side whether an offer was taken, so the control plane must, and withdraw what nobody will claim.
     """
 
-    def __init__(self, host_ip: str, devices: Sequence[jax.Device]) -> None:
-        self._server = compat.start_transfer_server(devices[0].client, host_ip, _STREAMS, _TRANSFER_BYTES)
+    def __init__(self, host_ip: str, devices: Sequence[jax.Device], own_memory: bool | None = None) -> None:
+        """`own_memory`: see `staging.has_own_memory`; None: as that says."""
+        staged = staging.has_own_memory(devices[0]) if own_memory is None else own_memory
+        self._host = jax.local_devices(backend="cpu")[0] if staged else None
+        client = devices[0].client if self._host is None else self._host.client
+        self._server = compat.start_transfer_server(client, host_ip, _STREAMS, _TRANSFER_BYTES)
+        self._stager = ThreadPoolExecutor(1, thread_name_prefix="handoff-staging")
+        self._staging: dict[int, Future[None]] = {}  # offers whose arrays are not on the host yet
         self._host_ip = host_ip
         self._uuids = itertools.count(secrets.randbits(62))  # a stale uuid of a dead process never names a new offer
         self._offers: collections.OrderedDict[int, list[jax.ShapeDtypeStruct]] = collections.OrderedDict()
@@ -43,7 +54,7 @@ class HandOff:
     @property
     def address(self) -> str:
         """ "ip:port" that other processes pass to `take`."""
-        return f"{self._host_ip}:{self._server.address().rsplit(':', 1)[1]}"
+        return joined(self._host_ip, int(self._server.address().rpartition(":")[2]))
 
     def offer(self, arrays: Sequence[jax.Array]) -> int:
         """Makes `arrays` available to one `take` with the returned uuid; may be taken before they are computed."""
@@ -52,8 +63,22 @@ class HandOff:
             self._offers[uuid] = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in arrays]
             if len(self._offers) > _REMEMBERED_OFFERS:
                 self._offers.popitem(last=False)
-        self._server.await_pull(uuid, list(arrays))
+            if self._host is not None:
+                self._staging[uuid] = self._stager.submit(self._stage, uuid, list(arrays), self._host)
+        if self._host is None:
+            self._server.await_pull(uuid, list(arrays))
         return uuid
+
+    def _stage(self, uuid: int, arrays: list[jax.Array], host: jax.Device) -> None:
+        """In a thread of its own: takers may be early, and the offering side must not wait for copies."""
+        lowered = []
+        try:
+            lowered = [part for array in arrays for part in staging.lowered(array, host)]
+        except RuntimeError as e:
+            log.warning("hand-off %d cannot be copied to the host, its taker will time out: %s", uuid, e)
+        with self._lock:
+            if self._staging.pop(uuid, None) is not None and lowered:  # else it was reset meanwhile
+                self._server.await_pull(uuid, lowered)
 
     def take(self, address: str, uuid: int, specs: Sequence[jax.ShapeDtypeStruct],
              timeout_s: float) -> list[jax.Array]:
@@ -67,21 +92,29 @@ class HandOff:
         connection = self._connection(address)
         with self._watchdog.guard(connection, timeout_s) as guard:
             try:
-                arrays = connection.pull(uuid, list(specs))
-                for array in arrays:
-                    array.block_until_ready()
-                return arrays
+                return self._pulled(connection, uuid, specs)
             except compat.ERRORS as e:
                 self._drop(address, connection)
                 why = f"nothing came within {timeout_s:g} s" if guard.fired else str(e)
                 raise TransferError(f"hand-off {uuid} from {address} failed: {why}") from e
 
+    def _pulled(self, connection: compat.TransferConnection, uuid: int, specs: Sequence[jax.ShapeDtypeStruct]
+                ) -> list[jax.Array]:
+        host = self._host
+        if host is None:
+            return jax.block_until_ready(connection.pull(uuid, list(specs)))
+        parts = connection.pull(uuid, [part for spec in specs for part in staging.specs(spec, host)])
+        arriving = iter(jax.block_until_ready(parts))
+        return jax.block_until_ready([staging.lifted(spec, arriving) for spec in specs])
+
     def withdraw(self, uuid: int) -> bool:
         """Frees an offer that nobody will take, by taking it ourselves. False if it was taken, or is being taken."""
         with self._lock:
-            specs = self._offers.pop(uuid, None)
+            specs, copying = self._offers.pop(uuid, None), self._staging.get(uuid)
         if specs is None:
             return False
+        if copying is not None:
+            wait([copying])
         try:
             self.take(self.address, uuid, specs, _WITHDRAW_TIMEOUT_S)
         except TransferError:
@@ -92,7 +125,8 @@ class HandOff:
         """Frees every offer that nobody has taken; takers that come later time out."""
         with self._lock:
             self._offers.clear()
-        compat.drop_offers(self._server)
+            self._staging.clear()
+            compat.drop_offers(self._server)
 
     def _connection(self, address: str) -> compat.TransferConnection:
         with self._lock:

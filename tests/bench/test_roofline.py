@@ -26,7 +26,7 @@ def test_operations_of_a_prompt() -> None:
 
 
 def test_limits_and_speeds_are_those_of_what_ran(tmp_path: object) -> None:
-    found = roofline.limits(mib=4, side=128)
+    found = roofline.limits(mib=4, side=128, calls=2)
     assert found.bytes_per_s > 0 and found.flops_per_s > 0
     config = EngineConfig(dtype="float32", max_model_len=256, max_num_seqs=2, executable_cache=str(tmp_path))
     ours = roofline.measure(roofline.build(TINY, config), [1, 2], context=256, prompt=64, steps=4, found=found)

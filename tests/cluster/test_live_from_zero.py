@@ -1,5 +1,6 @@
 """The first instance of a model at zero, on a worker that does not keep its copy: live, it runs prompts behind the
-parameters that arrive; with live=off it takes none before they are there. The tokens are the same.
+parameters that arrive; with live=off it takes none before they are there. The tokens are the same. Workers take the
+branches of GPUs: parameters are copied to devices, and copies read back from them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import gpu_worker
 import pytest
 from rig import written
 
@@ -51,7 +53,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         "engine.dtype=float32", "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
         "transfer.chunk_bytes=1024", f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
-    with LocalCluster(config, directories) as cluster:
+    with LocalCluster(config, directories, gpu_worker.LAUNCH) as cluster:
         cluster.wait_ready(120)
         yield Pair(cluster)
         assert cluster.stop() == 0, cluster.tail("controller")

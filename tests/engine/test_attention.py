@@ -12,6 +12,8 @@ import pytest
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine.attention import Attention, chosen, cudnn_fits, fused
+from blitzjax.engine.stages import Stages
+from blitzjax.errors import ConfigError
 from blitzjax.models.blocks import Scoring
 from blitzjax.types import ModelSpec
 
@@ -57,6 +59,34 @@ def test_dot_product_attention_is_two_products(call, scoring: str, shape: str) -
                  for way in (PLAIN, fused("xla", "float32")))
     assert got.shape == want.shape and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+@pytest.mark.skipif(not has_gpu(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("shape", [(8, 2, 64), (32, 8, 128)])
+@pytest.mark.parametrize("scoring", ["plain", "window"])
+@pytest.mark.parametrize("call", [first, later, step])
+def test_cudnn_computes_what_two_products_do(call, scoring: str, shape: tuple[int, int, int]) -> None:
+    (heads, kv, hd), rows, tokens = shape, 1 if call is later else 4, 16
+    q = drawn(rows, tokens, heads, hd, seed=1)
+    k, v = (drawn(rows, tokens if call is first else START + tokens, kv, hd, seed=seed) for seed in (2, 3))
+    want, got = (jax.jit(call, static_argnums=(0, 4))(way, q, k, v, SCORINGS[scoring])
+                 for way in (PLAIN, fused("cudnn", "bfloat16")))
+    np.testing.assert_allclose(got, want, atol=3e-2, rtol=3e-2)
+
+
+def test_what_cudnn_does_not_take_is_an_error_that_names_the_knob(tmp_path: Path) -> None:
+    """Here there is none at all."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("tp",))
+    stages = Stages(SPEC, EngineConfig(executable_cache=str(tmp_path)), mesh, fused("cudnn", "bfloat16"))
+    with pytest.raises(ConfigError, match=r"first-layer-32-256 of tiny.*engine\.cudnn_attention=false"):
+        stages.compile_all()
 
 
 def test_sinks_go_through_the_products() -> None:

@@ -28,8 +28,9 @@ def rig_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., R
     cache = str(tmp_path_factory.getbasetemp() / "executables")
     made: dict[str, Rig] = {}
 
-    def make(name: str = "one", **knobs: object) -> Rig:
-        made[name] = Rig(name, replace(Config(), engine=replace(ENGINE, executable_cache=cache, **knobs)), made)
+    def make(name: str = "one", own_memory: bool = False, **knobs: object) -> Rig:
+        config = replace(Config(), engine=replace(ENGINE, executable_cache=cache, **knobs))
+        made[name] = Rig(name, config, made, own_memory=own_memory)
         return made[name]
 
     yield make
@@ -69,8 +70,9 @@ def test_a_hit_gives_the_tokens_of_the_whole_prompt(rig_of, sampling: dict[str, 
     assert hits == [0, 128, 64, 32, 128, 96, 0], "full pages, in multiples of the narrowest chunk, but the last token's"
 
 
-def test_the_next_turn_of_a_conversation_hits_what_was_answered(rig_of) -> None:
-    plain, cached = rig_of("plain", prefix_caching=False), rig_of("cached")
+@pytest.mark.parametrize("own_memory", [False, True])
+def test_the_next_turn_of_a_conversation_hits_what_was_answered(rig_of, own_memory: bool) -> None:
+    plain, cached = rig_of("plain", prefix_caching=False), rig_of("cached", own_memory)
     for rig in (plain, cached):
         rig.load(SPEC.units)
     talk, hits = tokens_of(2, 50), []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blitzjax.engine.sampling import (
-    describe, described, edit, edits_until, end_tokens, greedy_draws, keep, likeliest, no_edits, sample,
+    describe, described, edit, edits_until, greedy_draws, keep, likeliest, no_edits, sample,
     token_logprob,
 )
 from blitzjax.types import MAX_LOGPROBS, LogitBias, ModelSpec, Sampling
@@ -81,14 +81,14 @@ def edited_logits(logits: np.ndarray, rows: list[Sampling], step: int) -> np.nda
     """Every row has HISTORY, its last `step` tokens being the answer."""
     edits = no_edits(len(rows), SPEC, 16)
     for i, sampling in enumerate(rows):
-        edits.set(i, sampling, step, HISTORY, end_tokens(sampling, SPEC))
+        edits.set(i, sampling, step, HISTORY, SPEC.eos_token_ids)
     return np.asarray(jax.jit(edit)(logits, edits))
 
 
 def reference_edit(logits: np.ndarray, s: Sampling, step: int) -> np.ndarray:
     out = logits.astype(np.float64)
     if step < s.min_tokens:
-        out[[*s.stop_token_ids, *([] if s.ignore_eos else SPEC.eos_token_ids)]] = -np.inf
+        out[[*s.stop_token_ids, *SPEC.eos_token_ids]] = -np.inf
     for b in s.logit_bias:
         out[b.token_id] += b.bias
     for token in set(HISTORY.tolist()):

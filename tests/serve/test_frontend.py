@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -295,6 +297,30 @@ def test_scale_up_and_down_waits_until_it_is_done(client):
     assert (reply.serving, reply.target) == (2, 2) and reply.seconds > 0
     assert client.scale(1, wait=True, timeout_s=10).serving == 1
     eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
+
+
+def test_scale_back_waits_for_an_instance_that_still_loads(cluster, client):
+    [idle] = [i.id for i in client.status().instances if i.phase == "idle"]
+    number = int(idle.removeprefix("i"))
+    cluster.signal_worker(number, signal.SIGSTOP)  # it would be done in no time
+    client.scale(2, source="disk")
+    with ThreadPoolExecutor(1) as callers:
+        waiting = callers.submit(client.scale, 1, wait=True, timeout_s=10)
+        time.sleep(0.2)
+        assert not waiting.done() and "loading" in {i.phase for i in client.status().instances}
+        cluster.signal_worker(number, signal.SIGCONT)
+        assert waiting.result().serving == 1
+    assert "loading" not in {i.phase for i in client.status().instances}
+    eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
+
+
+def test_the_prompt_is_tokenized_as_generate_does(client):
+    for prompt, text in (("ab", "ab"), ([97, 98], "ab"), ([{"role": "user", "content": "z"}], "u:z;a")):
+        known = client.tokenize(prompt)
+        assert (bytes(known.token_ids).decode(), known.text, known.max_model_len) == (text, text, 512)
+        assert list(client.generate(prompt, max_tokens=1, echo=True).prompt_token_ids) == list(known.token_ids)
+    with pytest.raises(InvalidRequest, match="at least 1 token"):
+        client.tokenize("")
 
 
 @pytest.mark.parametrize("target", [0, -1, 3])

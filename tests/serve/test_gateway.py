@@ -11,12 +11,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
+from aiohttp.test_utils import TestServer
 from test_frontend import SLOW, quiet, toy
 from toy import eventually, toy_config, toy_launch, wait_whole
 
-from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.client import AsyncClient
+from blitzjax.serve.gateway import Gateway
 from blitzjax.serve.hosts import free_ports
+from blitzjax.serve.local import LocalCluster
+from blitzjax.v1 import inference_pb2 as pb
 
 
 class Site:
@@ -48,15 +53,18 @@ class Site:
         return self.post("/v1/completions", **{"prompt": prompt, "temperature": 0, **body})
 
     def events(self, path: str, **body: object) -> list[dict]:
-        """Of a stream that ends as it should."""
+        """Of a stream that ends as it should, and whose chunks have its request's id."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         connection.request("POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
+        name = response.headers["X-Request-Id"]
         lines = [line for line in response.read().decode().split("\n\n") if line]
         connection.close()
         assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        assert all(event["id"].endswith(f"cmpl-{name}") for event in events)
+        return events
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +192,47 @@ def test_mistakes_are_named_in_openais_form(site, path, body, status, says):
     assert site.ask("GET", path)[0] in (404, 405)
 
 
+def test_a_request_has_the_id_that_it_came_with_or_gets_one(site):
+    for given in ("mine", "mine", ""):  # of the second the first may still be known
+        _, said, headers = site.ask("POST", "/v1/completions", {"prompt": "a"}, **({"X-Request-Id": given} if given else {}))
+        name = headers["X-Request-Id"]
+        assert said["id"] == f"cmpl-{name}" and (name == given or len(name) == 32 and not given)
+
+
+def test_tokens_of_a_prompt_and_back(site):
+    assert site.post("/tokenize", prompt="ab", add_special_tokens=True) == {
+        "tokens": [97, 98], "count": 2, "max_model_len": 512}
+    said = site.post("/tokenize", model="toy", messages=[{"role": "user", "content": "z"}])
+    assert bytes(said["tokens"]) == b"u:z;a"
+    assert site.post("/detokenize", tokens=said["tokens"]) == {"prompt": "u:z;a"}
+    for path, body, status, says in (
+            ("/tokenize", {}, 400, "either prompt, a text, or messages"),
+            ("/tokenize", {"prompt": "a", "messages": []}, 400, "either prompt, a text, or messages"),
+            ("/tokenize", {"prompt": "a", "add_special_tokens": False}, 400, "add_special_tokens is not supported"),
+            ("/tokenize", {"prompt": "a", "model": "other"}, 404, "no model 'other'"),
+            ("/detokenize", {"tokens": [999]}, 400, "outside the vocabulary"),
+            ("/detokenize", {"tokens": "ab"}, 400, "tokens must be list"),
+            ("/detokenize", {}, 400, "at least 1")):
+        got, said, _ = site.ask("POST", path, body)
+        assert got == status and says in said["error"]["message"], said
+
+
+def test_a_bug_is_answered_in_openais_form_and_logged_by_request(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(AsyncClient):
+        async def status(self, timeout_s: float | None = None) -> pb.ClusterStatus:
+            raise ZeroDivisionError("nobody expects it")
+
+    async def ask() -> tuple[int, dict]:
+        async with Broken("127.0.0.1:1") as client, TestServer(Gateway(client, "").application()) as server:
+            async with aiohttp.ClientSession(server.make_url("/")) as session:
+                async with session.get("/v1/models", headers={"X-Request-Id": "mine"}) as answer:
+                    return answer.status, await answer.json()
+
+    status, said = asyncio.run(ask())
+    assert status == said["error"]["code"] == 500 and "request mine" in said["error"]["message"]
+    assert "nobody expects it" not in said["error"]["message"] and "ZeroDivisionError: nobody expects it" in caplog.text
+
+
 def test_a_reader_that_leaves_ends_its_generation(site):
     with site.cluster.client() as client:
         for stream in (True, False):
@@ -215,7 +264,7 @@ def test_a_key_is_asked_for(site):
                                 "--port", str(port)], env=os.environ | {"BLITZJAX_API_KEY": "secret"})
     keyed = Site(port)
     eventually(lambda: keyed.ask("GET", "/health")[0] == 200, 20)
-    assert keyed.ask("GET", "/v1/models")[0] == 401
+    assert keyed.ask("GET", "/ping")[0] == 200 and keyed.ask("GET", "/v1/models")[0] == 401
     assert keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
     assert keyed.ask("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
     gateway.terminate()

@@ -44,6 +44,14 @@ def test_the_commands_come_again(log: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"{len(EVENTS)} events give the {found.commands} recorded commands again" in capsys.readouterr().out
 
 
+def test_a_log_that_is_there_is_kept_under_a_number(log: Path) -> None:
+    for first in (1, 3):
+        writer = EventLog(log, {"specs": [asdict(TINY)], "config": configs.to_tables(CONFIG)})
+        writer.event(events.Ticked(float(first)))
+        writer.close()
+    assert [replay(log.with_name(f"{log.name}{end}")).events for end in (".1", ".2", "")] == [len(EVENTS), 1, 1]
+
+
 def test_a_changed_command_is_named_with_its_line(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = log.read_text().splitlines(keepends=True)
     at = next(k for k, line in enumerate(lines) if '"Assign"' in line)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch, wait_whole
 
-from blitzjax.errors import UnknownModel
+from blitzjax import config as configs
+from blitzjax.errors import ConfigError, UnknownModel
+from blitzjax.serve.client import Client
+from blitzjax.serve.hosts import Launch, Workers, across, free_ports
+from blitzjax.serve.journal import Journal
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.hosts import Launch
+from blitzjax.serve.rundir import RunDir
 
 _LAUNCH = Launch(worker=TOY_WORKER, coordinator=TOY_COORDINATOR)  # in a temporary directory
 
@@ -40,6 +48,35 @@ def test_logs_stay_for_whoever_asks_what_happened(model_dir: Path) -> None:
     assert restarted.run_dir.exists() and failed.run_dir.exists()
 
 
+def test_only_their_owner_reads_prompts_and_logs(model_dir: Path, temporary: Path) -> None:
+    with LocalCluster(toy_config(), model_dir, toy_launch(temporary / "run")) as cluster:
+        wait_whole(cluster)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (cluster.run_dir, *cluster.run_dir.iterdir())}
+    assert modes.pop("run") == 0o700 and {"journal", "controller.log", "worker-0.log"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+
+def test_prompts_of_a_killed_supervisor_go_with_the_next_start(temporary: Path) -> None:
+    live, dead, open_still = RunDir(None), temporary / "blitzjax-dead", temporary / "blitzjax-0"
+    dead.mkdir()
+    open_still.mkdir()
+    (elsewhere := temporary / "elsewhere").mkdir()
+    (temporary / "blitzjax-link").symlink_to(elsewhere)
+    for directory in (live.path, dead, elsewhere):
+        for name in ("journal", "journal.unusable", "worker-0.log"):
+            (directory / name).touch()
+    controller = Journal(open_still / "journal", {"id": "x"})
+    RunDir(None)
+    assert (open_still / "journal").exists()
+    controller.discard()
+    assert [path.name for path in dead.iterdir()] == ["worker-0.log"], "logs stay for whoever asks"
+    assert len(list(live.path.iterdir())) == len(list(elsewhere.iterdir())) == 3
+    path = live.path
+    del live
+    RunDir(None)
+    assert [p.name for p in path.iterdir()] == ["worker-0.log"]
+
+
 def test_a_cluster_outlives_its_directory(model_dir: Path, temporary: Path) -> None:
     """What cleans temporary files away after some days must not end it."""
     with LocalCluster(toy_config(), model_dir, toy_launch(temporary / "run")) as cluster, cluster.client() as client:
@@ -66,6 +103,36 @@ def test_told_to_go_while_it_begins_it_goes(model_dir: Path, temporary: Path) ->
         cluster.terminate()
         assert cluster.wait(20) == 0
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+def test_an_ipv6_address_is_a_host_like_any_other(model_dir: Path) -> None:
+    ports = free_ports(2)
+    config = toy_config('serve.host="::1"', f"serve.http_port={ports[0]}", f"serve.metrics_port={ports[1]}")
+
+    def get(port: int, path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://[::1]:{port}{path}", timeout=10) as answer:
+                return answer.status
+        except urllib.error.URLError:
+            return 0
+
+    with LocalCluster(config, model_dir, _LAUNCH) as cluster:
+        assert cluster.address.startswith("[::1]:")
+        wait_whole(cluster)
+        with Client(cluster.address) as client:
+            assert client.generate("a", max_tokens=2).text == "bc"
+        eventually(lambda: get(ports[0], "/v1/models") == 200)
+        assert get(ports[1], "/metrics") == 200
+
+
+def test_workers_of_an_ipv6_host_are_written_with_brackets(tmp_path: Path) -> None:
+    config = configs.load(None, ("cluster.pool=2", "cluster.base_port=6400"))
+    launch = across(config, ("::1", "127.0.0.1"), 0)
+    workers = Workers(config, replace(launch, run_dir=tmp_path), launch.ports)
+    assert (workers.coordinator, workers.addresses) == ("[::1]:6400", ("[::1]:6401", "127.0.0.1:6401"))
+    with pytest.raises(ConfigError, match="without brackets, as in ::1"):
+        configs.load(None, ('serve.host="[::1]"',))
 
 
 def test_one_checkpoint_under_two_names(model_dir: Path) -> None:

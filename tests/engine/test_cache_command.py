@@ -1,0 +1,64 @@
+"""What is kept of earlier starts: shown, and removed by its last use."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from test_executables import cache, twice
+
+from blitzjax import cli
+from blitzjax.config import Config
+from blitzjax.engine import convert, locations
+
+DAY_S = 86400
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a model of this version, one of an earlier version, and a compiled stage."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("BLITZJAX_CACHE", raising=False)
+    directory = locations.default_cache()
+    for models in (locations.models_in(directory), directory / "models" / "v1"):
+        models.mkdir(parents=True)
+        convert.write_random(models / "smollm2-135m-float32", convert.TINY, seed=1)
+    executables = Path(Config().engine.executable_cache).expanduser()
+    executables.mkdir()
+    cache(executables).get("twice", twice)
+    return directory
+
+
+def age(path: Path, days: float) -> None:
+    os.utime(path, (time.time() - days * DAY_S,) * 2)
+
+
+def test_it_lists_models_and_compiled_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cache"]) == 0
+    head, first, second, compiled, total = capsys.readouterr().out.splitlines()
+    stale = [line for line in (first, second) if "of another version" in line]
+    assert str(home) in head and "smollm2-135m-float32" in first and "smollm2-135m-float32" in second and len(stale) == 1
+    assert "1 compiled files" in compiled and total.endswith("in all") and " MB" in total
+
+
+def test_what_a_start_used_stays_and_the_rest_goes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models, [stage] = list((home / "models").glob("v*/*")), (home / "executables").glob("*.xla")
+    for path in (*models, stage):
+        age(path, 40)
+    ours = locations.models_in(home) / "smollm2-135m-float32"
+    assert locations.cached("smollm2-135m", "float32") == ours  # as `blitzjax serve` does
+    cache(stage.parent).get("twice", twice)
+    assert cli.main(["cache", "--prune", "30"]) == 0
+    assert "removed 1 models and 0 compiled files" in capsys.readouterr().out
+    assert [path for path in (*models, stage) if path.exists()] == [ours, stage]
+    assert cli.main(["cache", "--prune", "0"]) == 0
+    assert "0.0 MB are left" in capsys.readouterr().out
+    assert not ours.exists() and not list(stage.parent.iterdir())
+
+
+@pytest.mark.parametrize("days", ["-1", "nan"])
+def test_days_are_a_number_of_days(days: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["cache", f"--prune={days}"]) == 2
+    assert "--prune wants days" in capsys.readouterr().err
