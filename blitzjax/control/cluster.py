@@ -57,7 +57,8 @@ class Cluster:
         if unsettled or self._parts:
             commands += self._reconcile(event.at, unsettled)
         for service in self._services.values():
-            commands += service.dispatch(event.at)
+            if service.book.queued:
+                commands += service.dispatch(event.at)
             commands += service.migrations.start()
         return commands
 

@@ -167,6 +167,7 @@ class Fleet:
         self.index = Index()
         self._counts: tuple[int, Counter[Role]] = (-1, Counter())  # as of this version
         self._loading: tuple[int, list[Member]] = (-1, [])  # as of this version
+        self._serving: tuple[int, dict[Role, list[Member]]] = (-1, {})  # as of this version
 
     @property
     def members(self) -> Mapping[InstanceId, Member]:
@@ -226,10 +227,18 @@ class Fleet:
         return self._counts[1][role]
 
     def serving(self, role: Role) -> list[Member]:
-        return [m for m in self.index.members(Phase.SERVING) if m.role is role]
+        """SERVING instances of this role, to be read."""
+        if self._serving[0] != self.index.version:
+            found: dict[Role, list[Member]] = {role: [] for role in Role}
+            for m in self.index.members(Phase.SERVING):
+                found[m.role].append(m)
+            self._serving = (self.index.version, found)
+        return self._serving[1][role]
 
     def check(self) -> None:
-        """Asserts that watermarks agree with the phases."""
+        """Asserts that watermarks agree with the phases, and that who serves is known by role."""
+        serving = self.index.members(Phase.SERVING)
+        assert all(self.serving(role) == [m for m in serving if m.role is role] for role in Role), "an old picture"
         for m in (m for phase in Phase for m in self.index.members(phase)):
             assert m.model == self.model and 0 <= m.units <= self.units, m
             assert m.phase not in lifecycle.LOADED or m.units == self.units, f"{m.id} serves without all units"

@@ -41,6 +41,7 @@ class Migrations:
         self._last_turn = self._first_turn = 0  # given out so far
         self._version = -1  # of the fleet, as of the last look
         self._stuck = False  # the first that waits found no target
+        self._targets: list[tuple[int, InstanceId]] = []  # heap: who may receive, by at most the pages in use there
         self.received_bytes: Counter[InstanceId] = Counter()  # KV, by target
 
     def wait(self, entry: Entry) -> None:
@@ -84,10 +85,15 @@ class Migrations:
             for source in left & self._sending.keys():
                 if not self._holds(self._inbound[self._sending[source]]):
                     self._arrived(self._sending[source])
+            for target in left:
+                self._welcome(target)
             left.clear()
             self._stuck = False
-        if self._version != self._fleet.version:
+        if self._version != self._fleet.version or len(self._targets) > 4 * self._fleet.size + 64:
             self._version, self._stuck = self._fleet.version, False
+            self._targets.clear()
+            for m in self._fleet.serving(Role.DECODE):
+                self._welcome(m.id)
             for source in [i for i in self._waiting if not self._must_leave(i)]:
                 del self._waiting[source]
             self._again([self._arrived(i) for i in list(self._inbound) if not self._may_decode(self._fleet.members[i])])
@@ -97,6 +103,7 @@ class Migrations:
         move = self._inbound.pop(target)
         del self._sending[move.source]
         self._offer(move.source)
+        self._welcome(target)
         return move
 
     def _again(self, moves: list[_Move]) -> None:
@@ -146,12 +153,30 @@ class Migrations:
         return (m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
                 and self._fleet.alive(m.id) is not None)
 
+    def _welcome(self, target: InstanceId) -> None:
+        """Fewer pages of a decode instance are in use than before, or nothing is on its way to it any more."""
+        m = self._fleet.members[target]
+        if m.role is Role.DECODE and m.phase is Phase.SERVING and target not in self._inbound:
+            heapq.heappush(self._targets, (self._book.pages(target), target))
+
     def _choose(self, entry: Entry) -> Member | None:
         """The decode instance with the fewest pages in use, among those that have room and receive nothing else."""
-        free = [m for m in self._fleet.serving(Role.DECODE) if m.id not in self._inbound
-                and self._book.owns(m.id) < m.slots
-                and self._book.pages(m.id) + self._book.need(entry.request, m.page_size) <= m.pages]
-        return min(free, key=lambda m: (self._book.pages(m.id), m.id), default=None)
+        chosen: Member | None = None
+        full: list[tuple[int, InstanceId]] = []
+        while self._targets and chosen is None:
+            pages, target = heapq.heappop(self._targets)
+            m, used = self._fleet.members[target], self._book.pages(target)
+            if used > pages:
+                self._welcome(target)
+            elif used < pages or target in self._inbound:
+                continue  # there is another entry, or will be
+            elif self._book.owns(target) < m.slots and used + self._book.need(entry.request, m.page_size) <= m.pages:
+                chosen = m
+            else:
+                full.append((pages, target))
+        for place in full:
+            heapq.heappush(self._targets, place)
+        return chosen
 
     def check(self) -> None:
         """Asserts the invariant."""
@@ -161,6 +186,10 @@ class Migrations:
         assert all(a.turn < b.turn for queue in self._waiting.values() for a, b in pairwise(queue))
         firsts = {(queue[0].turn, i) for i, queue in self._waiting.items() if i not in self._sending}
         assert firsts <= set(self._ready), "one that could go is forgotten"
+        if self._version == self._fleet.version and not self._book.left:
+            least = {target: pages for pages, target in sorted(self._targets, reverse=True)}
+            free = [m.id for m in self._fleet.serving(Role.DECODE) if m.id not in self._inbound]
+            assert all(least[i] <= self._book.pages(i) for i in free), "one that could receive is forgotten"
         for target, move in self._inbound.items():
             m = self._fleet.members[target]
             if self._holds(move) and self._may_decode(m):

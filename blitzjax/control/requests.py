@@ -27,6 +27,7 @@ class Entry:
     handed: bool = False  # came to `owner` from its live partner, not from the queue
     answered: bool = False  # this attempt emitted its first token
     cancelled: bool = False
+    pages: int = 0  # that the owner's account counts for it
 
 
 @dataclass(slots=True)
@@ -219,7 +220,7 @@ class RequestBook:
 
     def _own(self, entry: Entry, instance: InstanceId) -> None:
         account = self._accounts[instance]
-        entry.owner = instance
+        entry.owner, entry.pages = instance, self.need(entry.request, account.page_size)
         account.entries[entry.request.id] = entry
         self._charge(entry, account, 1)
 
@@ -236,9 +237,8 @@ class RequestBook:
 
     def _charge(self, entry: Entry, account: Account, sign: int) -> None:
         """An entry comes to its owner's account (1) or leaves it (-1)."""
-        pages = sign * self.need(entry.request, account.page_size)
-        account.pages += pages
-        self._pages += pages
+        account.pages += sign * entry.pages
+        self._pages += sign * entry.pages
         if not entry.answered:
             account.backlog_tokens += sign * entry.request.prompt_tokens
         self.changed.add(entry.owner)

@@ -11,16 +11,15 @@ half the free slots.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from blitzjax.control.affinity import Affinity
 from blitzjax.control.blocks import admitted_tokens, pages_for
 from blitzjax.types import InstanceId, Phase, Request
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """An instance as the router sees it."""
+class Seat(NamedTuple):
+    """An instance as the router sees it: made anew for every change, which a tuple is fastest at."""
 
     instance: InstanceId
     phase: Phase

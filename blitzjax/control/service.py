@@ -34,7 +34,8 @@ class Service:
         config = replace(config, scale=replace(config.scale, **{k: v for k, v in bounds.items() if v is not None}))
         spec = deployed.spec
         self.name = spec.name
-        self._config, self._spec, self._roster = config, spec, roster
+        self._config, self._roster = config, roster
+        self._limit = min(spec.max_len, config.engine.max_model_len)  # tokens of a request
         self.fleet = Fleet(spec.name, spec.units, roster)
         share = answer_share(config)
         self.book = RequestBook(config.serve.max_attempts, share)
@@ -72,11 +73,10 @@ class Service:
 
     def _refusal(self, request: Request) -> Reject | None:
         """Why the request cannot be accepted, naming the limit."""
-        limit = min(self._spec.max_len, self._config.engine.max_model_len)
         bound = self._config.serve.max_queued_requests
-        if request.total_tokens > limit:
+        if request.total_tokens > self._limit:
             return Reject(request.id, "INVALID_ARGUMENT", f"prompt and max_tokens make {request.total_tokens} tokens; "
-                                                          f"the limit is {limit}")
+                                                          f"the limit is {self._limit}")
         if self._too_large(request):
             return self._reject_too_large(request)
         if self.book.queued >= bound:

@@ -35,7 +35,7 @@ class SimInstance:
                  embed_s: float = 0.0) -> None:
         self.name, self.units, self._version = name, 0, 0  # the version of what is running
         self.model = ""  # that the units are of
-        self._config, self._costs, self._clock = config, costs, clock
+        self._config, self._costs, self._clock, self._all_units = config, costs, clock, costs.spec.units
         self._emit, self._find, self._send_kv = emit, find, send_kv
         self.partners = Partners(self, costs.spec, clock, emit, lambda name: find(name).partners, hand_over, rpc_s,
                                  embed_s)
@@ -58,7 +58,7 @@ class SimInstance:
 
     @property
     def complete(self) -> bool:
-        return self.units == self._costs.spec.units
+        return self.units == self._all_units
 
     def check(self) -> None:
         """Asserts the invariants of the parts."""
@@ -102,7 +102,7 @@ class SimInstance:
     def join(self, pipeline: Pipeline) -> None:
         """With the other members it has every unit."""
         self.pipeline = pipeline
-        self.arrived(self._costs.spec.units)
+        self.arrived(self._all_units)
 
     def leave(self, pipeline: Pipeline) -> None:
         """It has every unit itself: fetches the KV that the others have, then goes on alone."""

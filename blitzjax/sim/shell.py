@@ -246,7 +246,7 @@ class _Run:
             self._watch(event, commands)
         if commands:
             for command in commands:
-                if isinstance(command, PrepareTransfer | LoadFromDisk | UseCopy):
+                if isinstance(command, (PrepareTransfer, LoadFromDisk, UseCopy)):  # X | Y would be made each time
                     self.outcome.scaling(command, self._clock.now)
             self._clock.after(self.setup.machine.rpc_s, self._deliver, commands)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from blitzjax.types import Phase, Request
 
 PAGE = 16
 A = Seat("a", Phase.SERVING, free_slots=8, free_pages=100, page_size=PAGE, backlog_tokens=0)
-B = replace(A, instance="b")
+B = A._replace(instance="b")
 
 
 def request(number: int, shared: int, tokens: int = 128, tail: int = 8) -> Request:
@@ -45,9 +44,9 @@ def test_each_of_two_prefixes_goes_to_where_it_was_first() -> None:
     made = router(A, B)
     first, second = request(0, shared=1), request(1, shared=2)
     made.assigned(first, made.choose(first))
-    made.update(replace(A, backlog_tokens=first.prompt_tokens))
+    made.update(A._replace(backlog_tokens=first.prompt_tokens))
     made.assigned(second, made.choose(second))
-    made.update(replace(B, backlog_tokens=second.prompt_tokens))
+    made.update(B._replace(backlog_tokens=second.prompt_tokens))
     assert [made.choose(request(n, shared=1 + n % 2)) for n in range(2, 6)] == ["a", "b", "a", "b"]
 
 
@@ -61,13 +60,13 @@ def test_the_longest_common_beginning_wins() -> None:
 def test_a_holder_may_be_busier_by_what_the_hit_saves_and_not_by_more() -> None:
     made = router(A, B)
     made.assigned(request(0, shared=1), "b")  # 8 pages in common
-    made.update(replace(B, backlog_tokens=8 * PAGE))
+    made.update(B._replace(backlog_tokens=8 * PAGE))
     assert made.choose(request(1, shared=1)) == "b"
-    made.update(replace(B, backlog_tokens=8 * PAGE + 1))
+    made.update(B._replace(backlog_tokens=8 * PAGE + 1))
     assert made.choose(request(1, shared=1)) == "a"
-    made.update(replace(B, free_slots=3))
+    made.update(B._replace(free_slots=3))
     assert made.choose(request(1, shared=1)) == "a"  # it decodes for many more
-    made.update(replace(B, free_pages=1))
+    made.update(B._replace(free_pages=1))
     assert made.choose(request(1, shared=1)) == "a"
 
 
@@ -75,21 +74,21 @@ def test_one_that_dropped_its_parameters_has_nothing() -> None:
     made = router(A, B)
     made.assigned(request(0, shared=1), "b")
     for phase in (Phase.DRAINING, Phase.IDLE, Phase.LOADING, Phase.SERVING):
-        made.update(replace(B, phase=phase))
+        made.update(B._replace(phase=phase))
     assert made.choose(request(1, shared=1)) == "a"
 
 
 def test_requests_with_one_prefix_do_not_leave_the_others_idle() -> None:
     """A burst of one shared prefix, nobody has answered yet: backlogs stay within a prompt of each other."""
-    seats = {name: replace(A, instance=name, free_slots=32) for name in "abcd"}
+    seats = {name: A._replace(instance=name, free_slots=32) for name in "abcd"}
     made, got = router(*seats.values()), Counter()
     for number in range(64):
         asked = request(number, shared=1)
         instance = made.choose(asked)
         made.assigned(asked, instance)
         got[instance] += 1
-        seats[instance] = replace(seats[instance], free_slots=seats[instance].free_slots - 1,
-                                  backlog_tokens=seats[instance].backlog_tokens + asked.prompt_tokens)
+        seats[instance] = seats[instance]._replace(free_slots=seats[instance].free_slots - 1,
+                                                   backlog_tokens=seats[instance].backlog_tokens + asked.prompt_tokens)
         made.update(seats[instance])
         backlogs = [seat.backlog_tokens for seat in seats.values()]
         assert max(backlogs) - min(backlogs) <= 2 * asked.prompt_tokens

@@ -9,7 +9,7 @@ from blitzjax.control.routing import Router, Seat
 from blitzjax.types import InstanceId, Phase, Request
 
 A = Seat("a", Phase.SERVING, free_slots=2, free_pages=10, page_size=16, backlog_tokens=0)
-B = replace(A, instance="b")
+B = A._replace(instance="b")
 REQUEST = Request("r", "toy", prompt_tokens=40, max_tokens=24, arrival_s=0.0)  # 4 pages
 
 
@@ -22,38 +22,38 @@ def to(*seats: Seat, request: Request = REQUEST) -> InstanceId | None:
 
 def test_the_least_backlog_wins_then_the_fewest_running_then_the_id() -> None:
     assert to(B, A) == "a"
-    assert to(replace(A, backlog_tokens=10), B) == "b"
-    assert to(A, replace(B, free_slots=3)) == "b"
-    assert to(replace(A, backlog_tokens=10), replace(B, free_slots=1)) == "b"
+    assert to(A._replace(backlog_tokens=10), B) == "b"
+    assert to(A, B._replace(free_slots=3)) == "b"
+    assert to(A._replace(backlog_tokens=10), B._replace(free_slots=1)) == "b"
 
 
 def test_no_room_no_request() -> None:
     assert to() is None
-    assert to(replace(A, free_slots=0), replace(B, free_pages=3)) is None
-    assert to(replace(A, free_pages=4)) == "a"
+    assert to(A._replace(free_slots=0), B._replace(free_pages=3)) is None
+    assert to(A._replace(free_pages=4)) == "a"
 
 
 def test_a_backlog_of_two_steps_is_enough() -> None:
-    assert to(replace(A, backlog_tokens=99)) == "a"
-    assert to(replace(A, backlog_tokens=100)) is None
+    assert to(A._replace(backlog_tokens=99)) == "a"
+    assert to(A._replace(backlog_tokens=100)) is None
 
 
 def test_only_serving_and_live_instances_take_requests() -> None:
-    taking = [p for p in Phase if to(replace(A, phase=p)) == "a"]
+    taking = [p for p in Phase if to(A._replace(phase=p)) == "a"]
     assert taking == [Phase.LIVE, Phase.SERVING]
 
 
 def test_new_takes_what_its_redirected_partner_does_not() -> None:
-    old, new = replace(A, redirected=True), replace(B, phase=Phase.LIVE)
+    old, new = A._replace(redirected=True), B._replace(phase=Phase.LIVE)
     assert to(old) is None
-    assert to(old, replace(new, backlog_tokens=160)) == "b"
-    assert to(old, replace(new, backlog_tokens=161)) is None
+    assert to(old, new._replace(backlog_tokens=160)) == "b"
+    assert to(old, new._replace(backlog_tokens=161)) is None
     huge = replace(REQUEST, prompt_tokens=1000, max_tokens=1)
-    assert to(replace(new, free_pages=100), request=huge) == "b"  # any request when it has nothing else
+    assert to(new._replace(free_pages=100), request=huge) == "b"  # any request when it has nothing else
 
 
 def test_complete_instances_go_first_when_equally_busy() -> None:
-    assert to(replace(A, phase=Phase.LIVE), B) == "b"
+    assert to(A._replace(phase=Phase.LIVE), B) == "b"
 
 
 SEATS = st.builds(Seat, st.sampled_from("abcd"), st.sampled_from([Phase.SERVING, Phase.LIVE, Phase.DRAINING]),
