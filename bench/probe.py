@@ -92,7 +92,8 @@ def _margins(checkpoint: str) -> list[float]:
     import numpy as np
 
     from blitzjax.engine.checkpoint import Checkpoint
-    from blitzjax.engine.params import LayerStore, bind, unit_kind
+    from blitzjax.engine.modules import bind
+    from blitzjax.engine.params import LayerStore, unit_kind
     from blitzjax.models import family
 
     contexts = json.loads(sys.stdin.read())

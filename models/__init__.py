@@ -1,37 +1,22 @@
-"""Flax NNX decoders. Knows nothing of serving; `FAMILIES` maps a ModelSpec's family to the functions that build it.
+"""Flax NNX decoders. Knows nothing of serving; a ModelSpec's family names the file whose `FAMILY` builds it.
 
-A new architecture is one file here plus one line below; the engine only ever calls the functions of `Family`. A family
-named `package.module:function` is somebody's own (own.py).
+A new architecture is one file here plus its name below; the engine only ever calls the functions of `Family`. A family
+named `package.module:function` is somebody's own (own.py). Invariant: a family's file, and flax with it, is imported
+when that family is asked for; a start that compiles nothing never does.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 
 from blitzjax.errors import CheckpointError
-from blitzjax.models import (
-    gemma, gemma2, gemma3, gpt2, gpt_oss, granite, llama, mistral, mixtral, olmo2, own, phi3, qwen2, qwen2_moe,
-    qwen3, qwen3_moe)
+from blitzjax.models import own
 from blitzjax.models.family import Family
 from blitzjax.types import ModelSpec
 
-FAMILIES: dict[str, Family] = {
-    "gemma": gemma.FAMILY,
-    "gemma2": gemma2.FAMILY,
-    "gemma3": gemma3.FAMILY,
-    "gpt2": gpt2.FAMILY,
-    "gpt_oss": gpt_oss.FAMILY,
-    "granite": granite.FAMILY,
-    "llama": llama.FAMILY,
-    "mistral": mistral.FAMILY,
-    "mixtral": mixtral.FAMILY,
-    "olmo2": olmo2.FAMILY,
-    "phi3": phi3.FAMILY,
-    "qwen2": qwen2.FAMILY,
-    "qwen2_moe": qwen2_moe.FAMILY,
-    "qwen3": qwen3.FAMILY,
-    "qwen3_moe": qwen3_moe.FAMILY,
-}
+FAMILIES = ("gemma", "gemma2", "gemma3", "gpt2", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3",
+            "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 _MODEL_TYPES = {"gemma3_text": "gemma3"}  # config.json's model_type, where it is not the family's name
 
 
@@ -50,6 +35,6 @@ def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpe
 
 def _built_in(name: str) -> Family:
     if name not in FAMILIES:
-        raise CheckpointError(f"model family {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}; "
+        raise CheckpointError(f"model family {name!r} is not supported; supported: {', '.join(FAMILIES)}; "
                               "README, \"Your own Flax model\", says how to serve another")
-    return FAMILIES[name]
+    return importlib.import_module(f"blitzjax.models.{name}").FAMILY

@@ -1,5 +1,4 @@
-"""What decoder layers are made of: parameters with logical axes, a matmul that is fast on CPU and GPU, norms, rope,
-attention weights.
+"""What decoder layers compute: a matmul that is fast on CPU and GPU, norms, rope, attention weights.
 
 Invariant: activations enter and leave every function as float32; only the operands of `matmul` take the weights' dtype.
 """
@@ -17,7 +16,6 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 
@@ -63,24 +61,6 @@ class Attend(Protocol):
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
         """q [B, T, H, hd], k and v [B, T, KV, hd] → f32[B, T, H * hd]; head h reads KV head h // (H // KV)."""
         ...
-
-
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param:
-    """A matrix [*out, in] drawn from N(0, 1/in), with one logical axis name per dimension."""
-    assert len(shape) == len(axes)
-    values = jax.random.normal(rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
-    return nnx.Param(values.astype(dtype), axes=axes)
-
-
-def norm_scale(dim: int) -> nnx.Param:
-    return small((dim,), ("embed",), jnp.ones)
-
-
-def small(shape: tuple[int, ...], axes: tuple[str | None, ...],
-          init: Callable[..., jax.Array] = jnp.zeros) -> nnx.Param:
-    """A bias or the like: kept in float32 whatever the dtype of the weights."""
-    assert len(shape) == len(axes)
-    return nnx.Param(init(shape, jnp.float32), axes=axes)
 
 
 class Product(Protocol):

@@ -6,24 +6,31 @@ query heads are one slice of "kv_heads". Invariant: what a design does not have 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blitzjax.models import blocks
+from blitzjax.models import blocks, config, names
 from blitzjax.models.design import DENSE, SLIDING, design
 from blitzjax.models.experts import Experts
+from blitzjax.models.family import Family
+from blitzjax.models.names import Names
+from blitzjax.models.parameters import norm_scale, small, weight
 from blitzjax.types import ModelSpec
 
+_LLAMA = Names()
 Rope = tuple[jax.Array, jax.Array]  # cos, sin f32[B, T, rope_dims / 2]
 
 
 class Embed(nnx.Module):
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
         self.design = design(spec)
-        self.table = blocks.weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
+        self.table = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
         if self.design.learned_positions:
-            self.positions = blocks.weight(rngs, (spec.max_len, spec.dim), (None, "embed"), spec.dtype)
+            self.positions = weight(rngs, (spec.max_len, spec.dim), (None, "embed"), spec.dtype)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.table[...][tokens].astype(jnp.float32)  # [B, T, D]
@@ -40,16 +47,16 @@ class Layer(nnx.Module):
         group = spec.heads // spec.kv_heads
         self._add_norms("attn")
         # Per KV head: its query heads, its key, its value.
-        self.qkv = blocks.weight(rngs, (spec.kv_heads, group + 2, spec.head_dim, spec.dim),
-                                 ("kv_heads", None, None, "embed"), spec.dtype)
-        self.o = blocks.weight(rngs, (spec.dim, spec.kv_heads, group * spec.head_dim),
-                               ("embed", "kv_heads", None), spec.dtype)
+        self.qkv = weight(rngs, (spec.kv_heads, group + 2, spec.head_dim, spec.dim),
+                          ("kv_heads", None, None, "embed"), spec.dtype)
+        self.o = weight(rngs, (spec.dim, spec.kv_heads, group * spec.head_dim),
+                        ("embed", "kv_heads", None), spec.dtype)
         if self.design.qkv_bias:
-            self.qkv_bias = blocks.small((spec.kv_heads, group + 2, spec.head_dim), ("kv_heads", None, None))
+            self.qkv_bias = small((spec.kv_heads, group + 2, spec.head_dim), ("kv_heads", None, None))
         if self.design.o_bias:
-            self.o_bias = blocks.small((spec.dim,), ("embed",))
+            self.o_bias = small((spec.dim,), ("embed",))
         if self.design.sinks:
-            self.sinks = blocks.small((spec.kv_heads, group), ("kv_heads", None))
+            self.sinks = small((spec.kv_heads, group), ("kv_heads", None))
         self._add_qk_norm(group)
         self._add_norms("ffn")
         self.sparse = self.design.experts > 0 and DENSE not in kind
@@ -60,26 +67,26 @@ class Layer(nnx.Module):
 
     def _add_norms(self, place: str) -> None:
         for name in [f"{place}_norm"] * self.design.pre_norm + [f"{place}_post_norm"] * self.design.post_norm:
-            setattr(self, name, blocks.norm_scale(self.spec.dim))
+            setattr(self, name, norm_scale(self.spec.dim))
             if self.design.layer_norm:
-                setattr(self, f"{name}_bias", blocks.small((self.spec.dim,), ("embed",)))
+                setattr(self, f"{name}_bias", small((self.spec.dim,), ("embed",)))
 
     def _add_qk_norm(self, group: int) -> None:
         spec = self.spec
         if self.design.qk_norm == "head":
-            self.q_norm = blocks.small((spec.head_dim,), (None,), jnp.ones)
-            self.k_norm = blocks.small((spec.head_dim,), (None,), jnp.ones)
+            self.q_norm = small((spec.head_dim,), (None,), jnp.ones)
+            self.k_norm = small((spec.head_dim,), (None,), jnp.ones)
         elif self.design.qk_norm == "all":
-            self.q_norm = blocks.small((spec.kv_heads, group, spec.head_dim), ("kv_heads", None, None), jnp.ones)
-            self.k_norm = blocks.small((spec.kv_heads, spec.head_dim), ("kv_heads", None), jnp.ones)
+            self.q_norm = small((spec.kv_heads, group, spec.head_dim), ("kv_heads", None, None), jnp.ones)
+            self.k_norm = small((spec.kv_heads, spec.head_dim), ("kv_heads", None), jnp.ones)
 
     def _add_feed_forward(self, rngs: nnx.Rngs) -> None:
         spec, ways = self.spec, 1 + self.design.gated  # gate and up of a unit, or its up alone
-        self.gate_up = blocks.weight(rngs, (spec.ffn_dim, ways, spec.dim), ("ffn", None, "embed"), spec.dtype)
-        self.down = blocks.weight(rngs, (spec.dim, spec.ffn_dim), ("embed", "ffn"), spec.dtype)
+        self.gate_up = weight(rngs, (spec.ffn_dim, ways, spec.dim), ("ffn", None, "embed"), spec.dtype)
+        self.down = weight(rngs, (spec.dim, spec.ffn_dim), ("embed", "ffn"), spec.dtype)
         if self.design.mlp_bias:
-            self.gate_up_bias = blocks.small((spec.ffn_dim, ways), ("ffn", None))
-            self.down_bias = blocks.small((spec.dim,), ("embed",))
+            self.gate_up_bias = small((spec.ffn_dim, ways), ("ffn", None))
+            self.down_bias = small((spec.dim,), ("embed",))
 
     def __call__(self, x: jax.Array, aux: tuple[Rope, ...], attend: blocks.Attend) -> jax.Array:
         x = self._add(x, "attn", self._attention(self._enter(x, "attn"), aux, attend))
@@ -136,11 +143,11 @@ class Layer(nnx.Module):
 class Head(nnx.Module):
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
         self.spec, self.design = spec, design(spec)
-        self.norm = blocks.norm_scale(spec.dim)
+        self.norm = norm_scale(spec.dim)
         if self.design.layer_norm:
-            self.norm_bias = blocks.small((spec.dim,), ("embed",))
+            self.norm_bias = small((spec.dim,), ("embed",))
         if not spec.tied_embeddings:
-            self.w = blocks.weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
+            self.w = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
 
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         logits = blocks.matmul(self._norm(x), table if self.spec.tied_embeddings else self.w[...])  # [N, V]
@@ -166,3 +173,15 @@ def ropes(spec: ModelSpec, positions: jax.Array) -> tuple[Rope, ...]:
     if not traits.sliding_rope_theta:
         return (rope,)
     return rope, blocks.rope_angles(dims, traits.sliding_rope_theta, positions)
+
+
+def decoder_family(name: str, options: config.Options, *, layer_kinds: config.LayerKinds = config.plain,
+                   defaults: Mapping[str, object] | None = None, names_table: Names = _LLAMA) -> Family:
+    """A family of the shared decoder.
+
+    `options`: config → what its Design has other than llama's; `defaults`: settings that its configs may leave out.
+    """
+    return Family(
+        Embed, Layer, Head, ropes, functools.partial(names.tensors, names_table),
+        functools.partial(names.fuse, names_table),
+        functools.partial(config.read_spec, options, layer_kinds, defaults or {}, name), names_table.layer_prefix)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from flax import nnx
 
-from blitzjax.models import config, decoder, names
-from blitzjax.models.names import Names
 from blitzjax.types import ModelSpec
 
-_LLAMA = Names()
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +41,3 @@ class Family:
     fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
     spec: Callable[[Mapping[str, object], str, str], ModelSpec] | None = None
     layer_prefix: str = "model.layers.{}."
-
-
-def decoder_family(name: str, options: config.Options, *, layer_kinds: config.LayerKinds = config.plain,
-                   defaults: Mapping[str, object] | None = None, names_table: Names = _LLAMA) -> Family:
-    """A family of the shared decoder.
-
-    `options`: config → what its Design has other than llama's; `defaults`: settings that its configs may leave out.
-    """
-    return Family(
-        decoder.Embed, decoder.Layer, decoder.Head, decoder.ropes, functools.partial(names.tensors, names_table),
-        functools.partial(names.fuse, names_table),
-        functools.partial(config.read_spec, options, layer_kinds, defaults or {}, name), names_table.layer_prefix)

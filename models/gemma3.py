@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from blitzjax.models import gemma2
 from blitzjax.models.config import Config, typed
-from blitzjax.models.family import decoder_family
+from blitzjax.models.decoder import decoder_family
 from blitzjax.types import Option
 
 DEFAULTS = gemma2.DEFAULTS | {"rope_theta": 1_000_000.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blitzjax.models import gemma2
 from blitzjax.models.config import Config
-from blitzjax.models.family import decoder_family
+from blitzjax.models.decoder import decoder_family
 from blitzjax.models.names import Names
 from blitzjax.types import Option
 

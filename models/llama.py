@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blitzjax.models.config import Config
-from blitzjax.models.family import decoder_family
+from blitzjax.models.decoder import decoder_family
 from blitzjax.types import Option
 
 

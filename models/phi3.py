@@ -5,7 +5,7 @@ Sequences end at the original context, up to which LongRoPE's short factors hold
 from __future__ import annotations
 
 from blitzjax.models.config import Config, windowed
-from blitzjax.models.family import decoder_family
+from blitzjax.models.decoder import decoder_family
 from blitzjax.models.names import Names
 from blitzjax.types import Option
 

@@ -124,7 +124,8 @@ class Attention:
 
     def source(self) -> str:
         """What decides the numbers, for whoever keeps programs that contain it."""
-        return "\n".join([Path(__file__).read_text(), str(self.fused), self.product.source() if self.product else ""])
+        return "\n".join([Path(__file__).read_text(), str(self.layout), str(self.fused),
+                          self.product.source() if self.product else ""])
 
     def _fuses(self, scoring: blocks.Scoring) -> bool:
         return self.fused is not None and scoring.softcap is None and scoring.sinks is None

@@ -26,7 +26,6 @@ import numpy as np
 from blitzjax.engine.locations import FORMAT_VERSION, MANIFEST
 from blitzjax.engine.params import LayerStore, align, fill, unit_arrays, unit_name
 from blitzjax.errors import CheckpointError
-from blitzjax.models import family
 from blitzjax.types import ModelSpec, frozen
 
 WEIGHTS = "weights.bin"
@@ -195,5 +194,4 @@ def _parse_manifest(path: Path, manifest: Mapping[str, object]) -> tuple[ModelSp
             for unit in manifest["units"])
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path}: {MANIFEST} is malformed ({type(e).__name__}: {e}); {_REPAIR}") from e
-    family(spec.family)
     return spec, entries

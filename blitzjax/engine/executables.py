@@ -1,9 +1,10 @@
 """Compiled stages on disk: a worker that starts again loads them in milliseconds instead of compiling, and one that has
 none asks others for theirs.
 
-Invariant: a file's name is a digest of everything that shapes its content (source, shapes, shardings, jax, platform,
-CPU model and features, NVIDIA's libraries, XLA flags), and it ends with a checksum of the rest; a file that is damaged
-or does not load is compiled again and replaced. What loads, runs: files must come from where commands come from.
+Invariant: a file's name is a digest of everything that shapes its content (source, sizes, devices, jax, platform, CPU
+model and features, NVIDIA's libraries, XLA flags), so that nothing is traced to find it, and it ends with a checksum of
+the rest; a file that is damaged or does not load is compiled again and replaced. What loads, runs: files must come from
+where commands come from.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
+from jax.stages import Compiled
 
 from blitzjax.engine.locations import mark_used
 
@@ -32,13 +36,22 @@ _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _CPU = ("vendor_id", "cpu family", "model\t", "flags", "CPU implementer", "CPU part", "Features")  # in /proc/cpuinfo
 
 
+class Program(NamedTuple):
+    """What is compiled: `fn` for abstract `args`, pytrees of ShapeDtypeStruct with shardings."""
+
+    fn: Callable
+    args: tuple
+    donate: tuple[int, ...] = ()
+    out_shardings: object = None
+
+
 class ExecutableCache:
     """Compiles ahead of time, one file per stage and shape. Several processes may share the directory."""
 
     def __init__(self, directory: Path, fingerprint: str, devices: Sequence[jax.Device],
                  fetch: Fetch = lambda name: None):
-        """`directory` exists. Stages run on `devices`; `fingerprint` stands for what they compute: spec and source of the
-        traced code. `fetch` is asked before anything is compiled.
+        """`directory` exists. Stages run on `devices`; with what `fingerprint` stands for, spec and source of the traced
+        code, a name says all about a program. `fetch` is asked before anything is compiled.
         """
         self.directory = directory
         shaping = "\n".join([fingerprint, _machine(), str([d.id for d in devices])])
@@ -49,9 +62,17 @@ class ExecutableCache:
         self.loaded = 0  # from the directory
         self.fetched = 0
 
-    def get(self, name: str, fn: Callable, args: tuple, donate: tuple[int, ...] = (), out_shardings=None):
-        """`fn` compiled for abstract `args` (pytrees of ShapeDtypeStruct with shardings)."""
-        path = self.directory / f"{name}-{self._digest(name, args, donate, out_shardings)}.xla"
+    def load(self, names: Sequence[str]) -> dict[str, Compiled]:
+        """Those that were compiled before; as many at a time as this thread may use cores."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="load") as pool:
+            each = pool.map(self._load, map(self._path, names))
+            found = {name: one for name, one in zip(names, each, strict=True) if one is not None}
+        self.loaded += len(found)
+        return found
+
+    def get(self, name: str, build: Callable[[], Program]) -> Compiled:
+        """What `build` describes; it is called only if that must be compiled."""
+        path = self._path(name)
         found = self._load(path)
         if found is not None:
             self.loaded += 1
@@ -63,9 +84,13 @@ class ExecutableCache:
                 self.loaded += 1
                 return found
             found = self._received(path)
-            return found if found is not None else self._compile(path, fn, args, donate, out_shardings)
+            return found if found is not None else self._compile(path, build())
 
-    def _load(self, path: Path):
+    def _path(self, name: str) -> Path:
+        digest = hashlib.sha256(f"{self.fingerprint}\n{name}".encode()).hexdigest()[:24]
+        return self.directory / f"{name}-{digest}.xla"
+
+    def _load(self, path: Path) -> Compiled | None:
         try:
             payload = pickle.loads(checked(path.read_bytes()))
             loaded = serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
@@ -77,28 +102,22 @@ class ExecutableCache:
         mark_used(path)
         return loaded
 
-    def _received(self, path: Path):
+    def _received(self, path: Path) -> Compiled | None:
         """It, from another worker."""
         found = self._load(path) if receive(path, self._fetch) else None
         if found is not None:
             self.fetched += 1
         return found
 
-    def _compile(self, path: Path, fn: Callable, args: tuple, donate: tuple[int, ...], out_shardings):
-        jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
-        compiled = jitted.lower(*args).compile()
+    def _compile(self, path: Path, program: Program) -> Compiled:
+        jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.out_shardings)
+        compiled = jitted.lower(*program.args).compile()
         self.compiled += 1
         try:
             keep(path, pickle.dumps(serialize_executable.serialize(compiled)))
         except Exception as e:  # no room, or a platform that cannot
             log.warning("%s cannot be kept, so the next start compiles it again: %s", path, e)
         return compiled
-
-    def _digest(self, name: str, args: tuple, donate: tuple[int, ...], out_shardings) -> str:
-        leaves, tree = jax.tree.flatten(args)
-        text = [self.fingerprint, name, str(tree), str(donate), str(out_shardings)]
-        text += [f"{x.shape}{x.dtype}{x.sharding}" for x in leaves]
-        return hashlib.sha256("\n".join(text).encode()).hexdigest()[:24]
 
 
 def read_file(directory: Path, name: str) -> bytes | None:

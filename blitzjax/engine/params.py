@@ -12,16 +12,14 @@ import functools
 import math
 import mmap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from blitzjax.errors import CheckpointError
-from blitzjax.models import family
+from blitzjax.engine.modules import ArrayInfo, kind_arrays
 from blitzjax.transfer import staging
 from blitzjax.transfer.pieces import digest
 from blitzjax.types import ModelSpec
@@ -29,20 +27,6 @@ from blitzjax.types import ModelSpec
 _READ_BACK_UNITS = 2  # a multicast source sends one and prepares the next
 ALIGNMENT_BYTES = 64  # XLA:CPU aliases host memory only at this alignment
 TP_AXIS = "tp"
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayInfo:
-    """One parameter array of a unit, unsharded. `axes` has a logical axis name (or None) per dimension."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    axes: tuple[str | None, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,44 +114,6 @@ def layout(spec: ModelSpec, unit: int, tp: int) -> UnitLayout:
 
 
 @functools.lru_cache(maxsize=64)
-def bind(spec: ModelSpec, kind: str) -> Callable[[Mapping[str, jax.Array]], nnx.Module]:
-    """A function that rebuilds the module of `kind` (see `unit_kind`) from its arrays, inside a jit."""
-    graph, state = _abstract(spec, kind)
-
-    def rebuild(arrays: Mapping[str, jax.Array]) -> nnx.Module:
-        flat = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(state)]
-        return nnx.merge(graph, nnx.from_flat_state(flat))
-
-    return rebuild
-
-
-@functools.lru_cache(maxsize=64)
-def _abstract(spec: ModelSpec, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
-    model = family(spec.family)
-    build = {"embed": lambda: model.embed(spec, nnx.Rngs(0)),
-             "head": lambda: model.head(spec, nnx.Rngs(0))}.get(kind, lambda: model.layer(spec, kind, nnx.Rngs(0)))
-    graph, state = nnx.split(nnx.eval_shape(build))
-    others = [_name(path) for path, variable in nnx.to_flat_state(state) if not isinstance(variable, nnx.Param)]
-    if others:
-        raise CheckpointError(f"{spec.family}: {kind} holds more than nnx.Param: {', '.join(others)}")
-    return graph, state
-
-
-@functools.lru_cache(maxsize=64)
-def kind_arrays(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
-    """The arrays of every unit of `kind`; derived from the model code without allocating anything."""
-    _, state = _abstract(spec, kind)
-    return tuple(
-        ArrayInfo(_name(path), tuple(variable.get_value().shape), np.dtype(variable.get_value().dtype),
-                  tuple(variable.get_metadata().get("axes") or (None,) * variable.get_value().ndim))
-        for path, variable in nnx.to_flat_state(state))
-
-
-def _name(path: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, path))
-
-
-@functools.lru_cache(maxsize=64)
 def _kind_layout(spec: ModelSpec, kind: str, tp: int) -> UnitLayout:
     rules, arrays = ShardingRules(tp), kind_arrays(spec, kind)
     shapes = tuple(rules.local_shape(info) for info in arrays)
@@ -185,9 +131,10 @@ def align(nbytes: int) -> int:
 def _allocate(nbytes: int) -> np.ndarray:
     """uint8[nbytes] of zeros at the start of a page, given back to the system when the last view is gone.
 
-    Private memory: to fill it for the first time costs an eighth less than the shared kind that is mmap's default.
+    Private memory: to fill it for the first time costs an eighth less than the shared kind that is mmap's default; and
+    all pages at once, for all are written soon: another eighth.
     """
-    return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE), np.uint8)
 
 
 class LayerStore:

@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits, on the device, inside the head stage.
+"""How the next token is drawn from logits, on the device, in stages behind the head's.
 
 Order, as in vLLM: minimum length and logit bias, penalties, grammar, temperature, min-p, top-k, top-p, one draw.
 Invariant: a row's token depends only on its own logits, parameters, seed and history; never on its neighbours, nor on
@@ -181,13 +181,12 @@ def _noise(draws: Draws, ids: Array) -> Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-def sample_edited(logits: Array, draws: Draws) -> Array:
-    """Edits, then `sample`. → what `describe` says of each row's token, by the logits as they came; only the token is
-    filled in when no row wants logprobs.
+def described(logits: Array, tokens: Array, wanted: Array) -> Array:
+    """What `describe` says of each row's token, by the logits before edits; only the token is filled in when no row
+    wants logprobs.
     """
-    tokens = sample(edit(logits, draws.edits), draws)
     top = min(MAX_LOGPROBS, logits.shape[1])
-    return lax.cond(jnp.any(draws.edits.logprobs), describe,
+    return lax.cond(jnp.any(wanted), describe,
                     lambda _, tokens: jnp.pad(tokens[:, None], ((0, 0), (0, 2 + 2 * top))), logits, tokens)
 
 

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.stages import Compiled
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine import params, sampling
+from blitzjax.engine import modules, params, sampling
 from blitzjax.engine.attention import Attention, chosen
-from blitzjax.engine.executables import ExecutableCache, Fetch
+from blitzjax.engine.executables import ExecutableCache, Fetch, Program
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.errors import ConfigError
 from blitzjax.models import blocks, family, own
@@ -53,7 +54,7 @@ class Stages:
         self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
         self.replicated = NamedSharding(mesh, P())
         self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices, fetch)
-        self._found: dict[tuple, object] = {}
+        self._found: dict[tuple, Compiled] = {}
 
     # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
 
@@ -90,15 +91,19 @@ class Stages:
 
     def head(self, weights: Params, table: Array | None, x: Array, draws: sampling.Draws) -> Array:
         """f32[B, 1, D] → i32[B] next tokens; with edits i32[B, ...] as `sampling.describe` packs them."""
-        if draws.edits is not None:
-            return self._stage("head_edit", x.shape[0])(weights, table, x, draws)
-        if draws.greedy:
-            return self._stage("head_greedy", x.shape[0])(weights, table, x)
-        return self._stage("head_sample", x.shape[0])(weights, table, x, draws)
+        rows, edits = x.shape[0], draws.edits
+        if edits is None and draws.greedy:
+            return self._stage("head_greedy", rows)(weights, table, x)
+        logits = self._stage("logits", rows)(weights, table, x)
+        if edits is None:
+            return self._stage("sample", rows)(logits, draws)
+        edited = self._stage("edit", rows, edits.history.shape[1])(logits, edits)
+        tokens = self._stage("sample", rows)(edited, draws._replace(edits=None))
+        return self._stage("described", rows)(logits, tokens, edits.logprobs)
 
     def score(self, weights: Params, table: Array | None, x: Array, tokens: np.ndarray) -> Array:
         """f32[1, T, D], i32[T] → i32[T, ...]: what the head says of tokens[t] after row t, see `sampling.describe`."""
-        return self._stage("score", x.shape[1])(weights, table, x, tokens)
+        return self._stage("score", x.shape[1], self.shapes.widths[0])(weights, table, x, tokens)
 
     def insert(self, k: Array, v: Array, k_new: Array, v_new: Array, slot: int) -> tuple[Array, Array]:
         """Writes a prompt's KV [1, ...] into row `slot` of a decode cache; k and v are donated."""
@@ -119,6 +124,11 @@ class Stages:
 
     # ---- compilation ------------------------------------------------------------------------------------------------
 
+    def load(self) -> None:
+        """Takes from the executable cache what was compiled before. Computes nothing, so it may run on any core."""
+        names = {"-".join(map(str, stage)): stage for stage in self._all()}
+        self._found |= {names[name]: found for name, found in self.cache.load(list(names)).items()}
+
     def compile_all(self, begin: float = 0.0) -> None:
         """Compiles, or loads from the executable cache, every stage at every bucket. `begin` in [0, 1): which part of
         them comes first; workers that begin at different parts, and share what they compile, divide the work.
@@ -132,12 +142,13 @@ class Stages:
         """Kind and sizes of every stage that an instance which works alone needs."""
         s = self.shapes
         for width in s.widths:
-            yield from (("embed", 1, width), ("aux", 1, width), ("last_row", width), ("score", width))
+            yield from (("embed", 1, width), ("aux", 1, width), ("last_row", width), ("score", width, s.widths[0]))
         for kind in self.kinds:
             yield from (("first", kind, *sizes) for sizes in s.first_chunks())
             yield from (("next", kind, *sizes) for sizes in s.next_chunks())
         for rows in s.batches:
-            yield from (("embed", rows, 1), ("head_greedy", rows), ("head_sample", rows), ("head_edit", rows))
+            yield from (("embed", rows, 1), ("head_greedy", rows), ("logits", rows), ("sample", rows))
+            yield from (("edit", rows, s.contexts[-1]), ("described", rows))
             for context in s.contexts:
                 yield from (("decode", g.start, g.stop, rows, context) for g in dict.fromkeys(self.groups.values()))
                 yield "blank", rows, context
@@ -166,14 +177,14 @@ class Stages:
         stats = [stage.memory_analysis() for stage in self._found.values()]
         return max((s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in stats if s), default=0)
 
-    def _stage(self, kind: str, *sizes: int | str):
+    def _stage(self, kind: str, *sizes: int | str) -> Compiled:
+        """With the cache's fingerprint, kind and sizes say all that a `_build_...` makes a program from."""
         found = self._found.get((kind, *sizes))
         if found is None:
-            fn, args, donate, out = getattr(self, f"_build_{kind}")(*sizes)
-            name = "-".join([kind, *map(str, sizes)])
+            name, build = "-".join([kind, *map(str, sizes)]), getattr(self, f"_build_{kind}")
             try:
                 with blocks.few_rows(self.attention.product):
-                    found = self._found[(kind, *sizes)] = self.cache.get(name, fn, args, donate, out)
+                    found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: Program(*build(*sizes)))
             except RuntimeError as e:
                 if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode"):
                     raise
@@ -186,7 +197,7 @@ class Stages:
 
     def _weights(self, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
         return {a.name: self._abstract(a.shape, a.dtype, NamedSharding(self.mesh, self.rules.partition(a)))
-                for a in params.kind_arrays(self.spec, kind)}
+                for a in modules.kind_arrays(self.spec, kind)}
 
     def kv_specs(self, rows: int, context: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         k, v = self.layout.shapes(self.spec, rows, context)
@@ -195,11 +206,10 @@ class Stages:
 
     def _activations(self, rows: int, width: int):
         """Abstract x and aux of a stage over [rows, width] tokens."""
-        aux = jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), _aux_shapes(self.spec, rows, width))
-        return self._abstract((rows, width, self.spec.dim)), aux
+        return self._abstract((rows, width, self.spec.dim)), self._abstract_tree(_aux_shapes(self.spec, rows, width))
 
     def _build_embed(self, rows: int, width: int):
-        module, spec = params.bind(self.spec, "embed"), self.spec
+        module, spec = modules.bind(self.spec, "embed"), self.spec
         aux = family(spec.family).aux
 
         def embed(weights, tokens, positions):
@@ -213,7 +223,7 @@ class Stages:
         return aux, (self._abstract((rows, width), jnp.int32),), (), self.replicated
 
     def _build_first(self, kind: str, width: int, context: int):
-        module = params.bind(self.spec, kind)
+        module = modules.bind(self.spec, kind)
 
         def first(weights, x, aux):
             kept = []
@@ -229,7 +239,7 @@ class Stages:
         return first, (self._weights(kind), *self._activations(1, width)), (), out
 
     def _build_next(self, kind: str, width: int, context: int):
-        module = params.bind(self.spec, kind)
+        module = modules.bind(self.spec, kind)
 
         def next_chunk(weights, x, aux, k, v, start):
             cache = []
@@ -247,7 +257,7 @@ class Stages:
 
     def _build_decode(self, start: int, stop: int, rows: int, context: int):
         kinds = [params.unit_kind(self.spec, layer) for layer in range(start, stop)]
-        modules = [params.bind(self.spec, kind) for kind in kinds]
+        bound = [modules.bind(self.spec, kind) for kind in kinds]
 
         def decode(weights, x, aux, kv, lengths):
             caches = []
@@ -256,7 +266,7 @@ class Stages:
                 caches.append(self.layout.appended(kv[len(caches)], (k_new, v_new), lengths))
                 return self.attention.step(q, *caches[-1], lengths, scoring)
 
-            for layer, module in enumerate(modules):
+            for layer, module in enumerate(bound):
                 x = module(weights[layer])(lax.optimization_barrier(x) if layer else x, aux, attend)
             return x, caches
 
@@ -272,29 +282,36 @@ class Stages:
         return last_row, (self._abstract((1, width, self.spec.dim)), self._abstract((), jnp.int32)), (), self.replicated
 
     def _build_head_greedy(self, rows: int):
-        module = params.bind(self.spec, "head")
+        module = modules.bind(self.spec, "head")
 
         def head_greedy(weights, table, x):
             return sampling.greedy(module(weights)(x[:, 0], table))
 
         return head_greedy, self._head_args(rows), (), self.replicated
 
-    def _build_head_sample(self, rows: int):
-        def head_sample(weights, table, x, draws):
-            return sampling.sample(self._logits(weights, table, x[:, 0]), draws)
+    def _build_logits(self, rows: int):
+        """Whole on every device: one gather, where each step of a bisection and each branch of sampling would need
+        collectives of its own.
+        """
+        def logits(weights, table, x):
+            return self._logits(weights, table, x[:, 0])
 
-        return head_sample, (*self._head_args(rows), self._abstract_draws(rows, edited=False)), (), self.replicated
+        return logits, self._head_args(rows), (), self.replicated
 
-    def _build_head_edit(self, rows: int):
-        def head_edit(weights, table, x, draws):
-            return sampling.sample_edited(self._logits(weights, table, x[:, 0]), draws)
+    def _build_sample(self, rows: int):
+        args = self._vocabulary(rows), self._abstract_tree(sampling.greedy_draws(rows))
+        return sampling.sample, args, (), self.replicated
 
-        return head_edit, (*self._head_args(rows), self._abstract_draws(rows, edited=True)), (), self.replicated
+    def _build_edit(self, rows: int, context: int):
+        edits = self._abstract_tree(sampling.no_edits(rows, self.spec, context))
+        return sampling.edit, (self._vocabulary(rows), edits), (), self.replicated
 
-    def _build_score(self, width: int):
+    def _build_described(self, rows: int):
+        args = self._vocabulary(rows), self._abstract((rows,), jnp.int32), self._abstract((rows,), jnp.bool_)
+        return sampling.described, args, (), self.replicated
+
+    def _build_score(self, width: int, narrow: int):
         """A narrow chunk's rows at a time, so that the logits of a wide one are never in memory together."""
-        narrow = self.shapes.widths[0]
-
         def score(weights, table, x, tokens):
             parts = lax.map(lambda part: sampling.describe(self._logits(weights, table, part[0]), part[1]),
                             (x.reshape(-1, narrow, x.shape[2]), tokens.reshape(-1, narrow)))
@@ -305,17 +322,18 @@ class Stages:
         return score, args, (), self.replicated
 
     def _logits(self, weights: Params, table: Array | None, x: Array) -> Array:
-        """f32[rows, D] → f32[rows, vocab], whole on every device: one gather, where each step of a bisection and each
-        branch of sampling would need collectives of its own.
-        """
-        return lax.with_sharding_constraint(params.bind(self.spec, "head")(weights)(x, table), self.replicated)
+        """f32[rows, D] → f32[rows, vocab]"""
+        return lax.with_sharding_constraint(modules.bind(self.spec, "head")(weights)(x, table), self.replicated)
 
     def _head_args(self, rows: int):
         table = self._weights("embed")["table"] if self.spec.tied_embeddings else None
         return self._weights("head"), table, self._abstract((rows, 1, self.spec.dim))
 
-    def _abstract_draws(self, rows: int, edited: bool):
-        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), self.draws(rows, edited))
+    def _vocabulary(self, rows: int) -> jax.ShapeDtypeStruct:
+        return self._abstract((rows, self.spec.vocab))
+
+    def _abstract_tree(self, tree):
+        return jax.tree.map(lambda a: self._abstract(a.shape, a.dtype), tree)
 
     def _build_insert(self, rows: int, context: int, staged: int):
         def insert(k, v, k_new, v_new, slot):
@@ -360,10 +378,11 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
     this process has imported.
     """
-    family(spec.family)  # imports it
-    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__]
+    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
+             modules.__file__]
     if own.is_reference(spec.family):
         package = own.package(spec.family)
+        family(spec.family)  # imports it
         files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
                   if name == package or name.startswith(f"{package}.")]
     sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]

@@ -6,17 +6,14 @@ import os
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from test_executables import cache
+from test_executables import cache, twice
 
 from blitzjax import cli
 from blitzjax.config import Config
 from blitzjax.engine import convert, locations
 
 DAY_S = 86400
-ARGS = (jax.ShapeDtypeStruct((4,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),)
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         convert.write_random(models / "smollm2-135m-float32", convert.TINY, seed=1)
     executables = Path(Config().engine.executable_cache).expanduser()
     executables.mkdir()
-    cache(executables).get("twice", lambda x: 2 * x, ARGS)
+    cache(executables).get("twice", twice)
     return directory
 
 
@@ -52,7 +49,7 @@ def test_what_a_start_used_stays_and_the_rest_goes(home: Path, capsys: pytest.Ca
         age(path, 40)
     ours = locations.models_in(home) / "smollm2-135m-float32"
     assert locations.cached("smollm2-135m", "float32") == ours  # as `blitzjax serve` does
-    cache(stage.parent).get("twice", lambda x: 2 * x, ARGS)
+    cache(stage.parent).get("twice", twice)
     assert cli.main(["cache", "--prune", "30"]) == 0
     assert "removed 1 models and 0 compiled files" in capsys.readouterr().out
     assert [path for path in (*models, stage) if path.exists()] == [ours, stage]

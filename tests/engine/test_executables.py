@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from blitzjax.engine import executables
-from blitzjax.engine.executables import ExecutableCache
+from blitzjax.engine.executables import ExecutableCache, Program
 
 _ARGS = (jax.ShapeDtypeStruct((4,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),)
+
+
+def twice() -> Program:
+    return Program(lambda x: 2 * x, _ARGS)
 
 
 def cache(directory: Path, **options) -> ExecutableCache:
@@ -20,7 +24,7 @@ def cache(directory: Path, **options) -> ExecutableCache:
 
 def test_a_full_disk_costs_the_file_and_not_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                       caplog: pytest.LogCaptureFixture) -> None:
-    cache(tmp_path).get("twice", lambda x: 2 * x, _ARGS)
+    cache(tmp_path).get("twice", twice)
     [kept] = tmp_path.glob("*.xla")
     content = kept.read_bytes()
     kept.unlink()
@@ -31,6 +35,6 @@ def test_a_full_disk_costs_the_file_and_not_the_stage(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(executables.Path, "write_bytes", full)
     for again in (cache(tmp_path), cache(tmp_path, fetch=lambda name: content)):
-        assert again.get("twice", lambda x: 2 * x, _ARGS)(np.ones(4, np.float32)).tolist() == [2] * 4
+        assert again.get("twice", twice)(np.ones(4, np.float32)).tolist() == [2] * 4
         assert again.compiled == 1 and "cannot be kept" in caplog.messages[-1]
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.xla"))

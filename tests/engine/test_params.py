@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from blitzjax.engine import modules
 from blitzjax.engine.convert import TINY, random_unit
 from blitzjax.engine.params import (ALIGNMENT_BYTES, LayerStore, ShardingRules, fill, layout, model_bytes, unit_arrays,
                                     unit_bytes, unit_kind, unit_name)
@@ -169,3 +173,19 @@ def test_a_multicast_sends_the_same_bytes_from_the_devices(tp: int) -> None:
                       for c in departures.chunks(piece, end=False)] for piece in pieces])
         departures.close()
     assert len(sent[0]) > BF16.units and sent[0] == sent[1]
+
+
+def test_what_a_model_holds_is_listed_once_and_then_known_without_flax(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path))
+    modules.kind_arrays.cache_clear()
+    listed = [unit_arrays(TINY, unit) for unit in range(TINY.units)]
+    again = ("import sys; from blitzjax.serve import node; from blitzjax.engine.params import unit_arrays; "
+             "from blitzjax.types import ModelSpec\n"
+             f"print([unit_arrays({TINY!r}, unit) for unit in range({TINY.units})], 'flax' in sys.modules)")
+    said = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=True).stdout
+    assert said == f"{listed} False\n"
+    for file in (tmp_path / "arrays").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    modules.kind_arrays.cache_clear()
+    assert [unit_arrays(TINY, unit) for unit in range(TINY.units)] == listed

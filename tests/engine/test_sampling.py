@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from blitzjax.engine.sampling import (
-    describe, edit, edits_until, greedy_draws, keep, likeliest, no_edits, sample, sample_edited,
+    describe, described, edit, edits_until, greedy_draws, keep, likeliest, no_edits, sample,
     token_logprob,
 )
 from blitzjax.types import MAX_LOGPROBS, LogitBias, ModelSpec, Sampling
 
 VOCAB = 1000
 SPEC = ModelSpec("m", "llama", 1, 8, 1, 1, 8, 8, VOCAB, 64, 1e4, 1e-5, True, "float32", eos_token_ids=(7, 9))
-DRAW_EDITED = jax.jit(sample_edited)
+DRAW_EDITED = jax.jit(lambda x, draws: described(x, sample(edit(x, draws.edits), draws), draws.edits.logprobs))
 HISTORY = np.array([5, 5, 6, 990, 6, 5, 3, 3, 3, 11], np.int32)
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blitzjax.engine.params import LayerStore, bind
+from blitzjax.engine.modules import bind
+from blitzjax.engine.params import LayerStore
 from blitzjax.models import family
 from blitzjax.models.blocks import PLAIN, Scoring
 from blitzjax.types import ModelSpec

@@ -17,7 +17,7 @@ from answering import answer, token_ids, work
 
 from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
-from blitzjax.engine import params
+from blitzjax.engine import modules
 from blitzjax.engine.attention import Attention, fused
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, fill, unit_kind
@@ -52,7 +52,7 @@ class Model:
 
 @functools.cache
 def _head(store: LayerStore):
-    return jax.jit(lambda weights, x, table: params.bind(store.spec, "head")(weights)(x, table))
+    return jax.jit(lambda weights, x, table: modules.bind(store.spec, "head")(weights)(x, table))
 
 
 @functools.cache

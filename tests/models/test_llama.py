@@ -14,7 +14,7 @@ import tiny_llama as tiny
 
 from blitzjax.engine.params import LayerStore, fill, unit_kind
 from blitzjax.errors import CheckpointError
-from blitzjax.models import FAMILIES, family
+from blitzjax.models import family
 from blitzjax.types import ModelSpec
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -31,8 +31,8 @@ def store(request: pytest.FixtureRequest) -> LayerStore:
     for unit in range(SPEC.units):
         kind = unit_kind(SPEC, unit)
         prefix = f"model.layers.{unit}." if kind == "layer" else ""
-        published = {name: weights[prefix + name] for name in FAMILIES["llama"].tensors(SPEC, kind)}
-        fill(loaded, unit, FAMILIES["llama"].fuse(SPEC, kind, published))
+        published = {name: weights[prefix + name] for name in family("llama").tensors(SPEC, kind)}
+        fill(loaded, unit, family("llama").fuse(SPEC, kind, published))
         loaded.commit(unit)
     return loaded
 

@@ -11,13 +11,14 @@ import pytest
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine.attention import Attention, fused
+from blitzjax.engine.executables import Program
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
 from blitzjax.models import read_config
 from test_families import CHECKPOINTS
 
 OF_A_FAMILY = {"embed", "aux", "first", "next", "decode", "head_greedy"}
-OF_ALL = {"last_row", "head_sample", "head_edit", "score", "insert", "blank", "resize"}
+OF_ALL = {"last_row", "logits", "sample", "edit", "described", "score", "insert", "blank", "resize"}
 XLA_EXPANDS = {"mhlo.topk", "Sharding"}  # calls that the compiler knows on every platform
 SMALL = dict(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
 
@@ -29,10 +30,11 @@ class Lowering:
         self.texts: dict[str, str] = {}
         self._kinds = kinds
 
-    def get(self, name: str, fn: Callable, args: tuple, donate: tuple[int, ...] = (), out_shardings=None) -> None:
+    def get(self, name: str, build: Callable[[], Program]) -> None:
         if name.partition("-")[0] in self._kinds:
-            jitted = jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings)
-            self.texts[name] = jitted.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+            program = build()
+            jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.out_shardings)
+            self.texts[name] = jitted.trace(*program.args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.fixture(autouse=True)
