@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from byte_tokenizer import byte_tokenizer
-
 from blitzjax import config as configs
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
 from blitzjax.types import ModelSpec
+
+sys.path.append(str(Path(__file__).parents[1] / "reference"))  # children import this file without conftest.py
+
+from byte_tokenizer import byte_tokenizer  # noqa: E402
 
 EOS, BOS, VOCAB = 256, 257, 258
 SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1, head_dim=1, ffn_dim=1, vocab=VOCAB,
