@@ -19,7 +19,8 @@ from pathlib import Path
 from bench import netns
 from blitzjax import config as configs
 from blitzjax.errors import BlitzError
-from blitzjax.serve.client import AsyncClient, Result
+from blitzjax.serve.asking import Result
+from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
 from blitzjax.v1 import inference_pb2 as pb

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve.access import TLS
-from blitzjax.serve.client import Client, Options, Prompt
+from blitzjax.serve.asking import Options, Prompt
+from blitzjax.serve.client import Client
 from blitzjax.v1 import inference_pb2 as pb
 
 _BAR = 24  # a table of 80 columns

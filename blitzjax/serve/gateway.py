@@ -25,7 +25,8 @@ import blitzjax
 from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
 from blitzjax.serve import access, openai
-from blitzjax.serve.client import AsyncClient, Chunk, Prompt, Result, collect_all
+from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
+from blitzjax.serve.client import AsyncClient
 from blitzjax.v1 import inference_pb2 as pb
 
 _BODY_BYTES = 64 << 20

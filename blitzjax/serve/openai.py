@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from blitzjax.errors import BlitzError, InvalidRequest
-from blitzjax.serve.client import Chunk, Options, Prompt, Result
+from blitzjax.serve.asking import Chunk, Options, Prompt, Result
 from blitzjax.v1 import inference_pb2 as pb
 
 JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"

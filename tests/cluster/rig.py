@@ -18,7 +18,7 @@ from byte_tokenizer import byte_tokenizer
 
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
-from blitzjax.serve.client import Result
+from blitzjax.serve.asking import Result
 from blitzjax.serve.local import LocalCluster
 from blitzjax.types import ModelSpec
 from blitzjax.v1 import inference_pb2 as pb

@@ -12,7 +12,7 @@ from toy import EOS, SPEC, write_model
 from blitzjax.engine.grammars import Grammars, Matcher
 from blitzjax.errors import InvalidRequest
 from blitzjax.serve import openai
-from blitzjax.serve.client import generate_request
+from blitzjax.serve.asking import generate_request
 from blitzjax.serve.constraints import grammar_of
 from blitzjax.serve.model import load_model
 from blitzjax.serve.orders import order_of

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
 from blitzjax.serve.answers import seed_of
-from blitzjax.serve.client import AsyncClient, Client, collect, collect_all
+from blitzjax.serve.asking import collect, collect_all
+from blitzjax.serve.client import AsyncClient, Client
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 

@@ -1,0 +1,164 @@
+"""What a client asks for and what it gets: keyword options as a request, messages as chunks, chunks as results."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypedDict
+
+from blitzjax.errors import InvalidRequest
+from blitzjax.v1 import inference_pb2 as pb
+
+CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids (an array, too), or a chat
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`; what is absent is the server's default. See inference.proto."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    n: int
+    logprobs: int
+    prompt_logprobs: int
+    echo: bool
+    fill_context: bool
+    json_schema: str | Mapping[str, object]  # at most one of these five: what the answer must be
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
+    model: str
+    request_id: str
+    priority: int  # lower goes first
+    progress: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One message of an answer. The last one has `finish_reason` and `usage`, the first one what is of the prompt."""
+
+    request_id: str
+    index: int  # which of n answers
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[pb.ScoredToken, ...]  # of token_ids, if asked for
+    finish_reason: str
+    usage: pb.Usage | None
+    prompt_token_ids: tuple[int, ...]  # with echo
+    prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
+    progress: pb.Progress | None  # what the request waits for, if asked for; such a chunk has nothing else
+    at_s: float  # since the call began, on this side
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole answer. `ttft_s` and `token_times_s` count from the call, on this side."""
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[pb.ScoredToken, ...]
+    finish_reason: str
+    usage: pb.Usage
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[pb.ScoredToken, ...]
+    ttft_s: float
+    token_times_s: tuple[float, ...]
+    total_s: float
+
+
+def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
+    """Raises TypeError for an option that does not exist, or for a message of a chat that is none; InvalidRequest for a
+    number or a text that no request can hold.
+    """
+    unknown = set(options) - set(Options.__annotations__)
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    outside = ("model", "request_id", "priority", "progress", "timeout_s")
+    if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
+        options = options | {"stop": (stop,)}
+    options = {name: value for name, value in options.items() if name not in CONSTRAINTS} | _constraint(options)
+    try:
+        return _request(prompt, options, outside)
+    except ValueError as e:  # a number out of range, or half a character
+        raise InvalidRequest(str(e)) from e
+
+
+def _request(prompt: Prompt, options: Options, outside: Sequence[str]) -> pb.GenerateRequest:
+    out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
+                             priority=options.get("priority", 0), progress=options.get("progress", False),
+                             sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))
+    if isinstance(prompt, str):
+        out.text = prompt
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        out.chat.messages.extend(_message(m) for m in prompt)
+    else:
+        out.tokens.SetInParent()
+        out.tokens.ids.extend(prompt)
+    return out
+
+
+def _constraint(options: Options) -> dict[str, object]:
+    """As its message has it. Raises InvalidRequest for two of them."""
+    given = {name: options[name] for name in CONSTRAINTS if options.get(name, False) is not False}
+    if len(given) > 1:
+        raise InvalidRequest(f"an answer follows one of {', '.join(CONSTRAINTS)}; got {' and '.join(given)}")
+    if isinstance(schema := given.get("json_schema"), Mapping):
+        given["json_schema"] = json.dumps(schema)
+    if (choice := given.get("choice")) is not None:
+        given["choice"] = pb.Choices(choices=(choice,) if isinstance(choice, str) else choice)
+    return given
+
+
+def _message(said: Mapping[str, str]) -> pb.ChatMessage:
+    role, content = said.get("role"), said.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise TypeError(f"a message has a role and a content, both of them text; got {dict(said)}")
+    return pb.ChatMessage(role=role, content=content)
+
+
+def collect(chunks: Sequence[Chunk]) -> Result:
+    """Joins the chunks of one complete answer. Raises ValueError when they are of several."""
+    chunks = [chunk for chunk in chunks if chunk.progress is None]
+    first, last = chunks[0], chunks[-1]
+    if any(chunk.index != last.index for chunk in chunks):
+        raise ValueError("these are several answers (n > 1); use generate_all")
+    times = tuple(chunk.at_s for chunk in chunks for _ in chunk.token_ids)
+    return Result(
+        request_id=last.request_id, index=last.index, text="".join(c.text for c in chunks),
+        token_ids=tuple(t for c in chunks for t in c.token_ids), logprobs=tuple(t for c in chunks for t in c.logprobs),
+        finish_reason=last.finish_reason, usage=last.usage, prompt_token_ids=first.prompt_token_ids,
+        prompt_logprobs=first.prompt_logprobs, ttft_s=times[0] if times else last.at_s, token_times_s=times,
+        total_s=last.at_s)
+
+
+def collect_all(chunks: Sequence[Chunk]) -> list[Result]:
+    """Joins the chunks of all answers to one request, by index."""
+    chunks = [chunk for chunk in chunks if chunk.progress is None]
+    return [collect([c for c in chunks if c.index == index]) for index in sorted({c.index for c in chunks})]
+
+
+def chunk_of(message: pb.GenerateResponse, started: float) -> Chunk:
+    return Chunk(
+        request_id=message.request_id, index=message.index, text=message.text, token_ids=tuple(message.token_ids),
+        logprobs=tuple(message.logprobs), finish_reason=message.finish_reason,
+        usage=message.usage if message.HasField("usage") else None, prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_logprobs=tuple(message.prompt_logprobs),
+        progress=message.progress if message.HasField("progress") else None, at_s=time.monotonic() - started)
