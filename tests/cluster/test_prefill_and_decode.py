@@ -106,11 +106,8 @@ def test_prefill_grows_live_under_a_burst(split: Rig, answers) -> None:
     split.wait(lambda s: logged_bytes(split) == received(s), "every byte in the event log")
 
 
-def kill_while_busy(split: Rig, answers: dict, role: str) -> tuple[str, Callable[[], list[Result]]]:
-    """A burst, in which an instance of this role is killed while it has requests. → its name, and the burst.
-
-    It is stopped first, so that what it has cannot end before it dies.
-    """
+def stop_while_busy(split: Rig, answers: dict, role: str) -> tuple[int, Callable[[], list[Result]]]:
+    """A burst, in which the process of an instance of this role stops while it has requests. → its number, and the burst."""
     for _ in range(10):
         victim = worker(split, role)
         results = burst(split, answers)
@@ -119,11 +116,17 @@ def kill_while_busy(split: Rig, answers: dict, role: str) -> tuple[str, Callable
         split.cluster.signal_worker(victim, signal.SIGSTOP)
         time.sleep(0.3)  # what it said before is heard
         if held(split.client.status(), victim) > 0:
-            split.cluster.signal_worker(victim)
-            return f"i{victim}", results
+            return victim, results
         split.cluster.signal_worker(victim, signal.SIGCONT)
         results()
     raise AssertionError(f"every burst was over before the {role} instance could be stopped")
+
+
+def kill_while_busy(split: Rig, answers: dict, role: str) -> tuple[str, Callable[[], list[Result]]]:
+    """The same, and then it dies. → its name, and the burst."""
+    victim, results = stop_while_busy(split, answers, role)
+    split.cluster.signal_worker(victim)
+    return f"i{victim}", results
 
 
 def decoding(status: pb.ClusterStatus) -> set[str]:
@@ -148,11 +151,8 @@ def test_the_decode_instance_dies(split: Rig, answers) -> None:
 def test_a_decode_instance_that_hangs_is_left_behind(split: Rig, answers) -> None:
     """It neither answers nor closes its sockets: its requests run again elsewhere, and nobody waits for it."""
     settle(split, 2)
-    hung = worker(split, "decode")
     before = split.pids()
-    results = burst(split, answers)
-    split.wait(lambda s: held(s, hung) > 2, "decoding")
-    split.cluster.signal_worker(hung, signal.SIGSTOP)
+    hung, results = stop_while_busy(split, answers, "decode")
     status = split.wait(lambda s: decoding(s) - {f"i{hung}"}, "another decode instance", 20)
     assert next(i.phase for i in status.instances if i.id == f"i{hung}") == "failed"
     got = results()
