@@ -26,7 +26,7 @@ _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining":
 
 def chat(args: argparse.Namespace) -> int:
     """One question, or a conversation until end of input. Ctrl-C ends an answer, twice the conversation."""
-    with _client(args) as client:
+    with connected(args) as client:
         history = [] if args.system is None else [{"role": "system", "content": args.system}]
         if args.message is not None:
             _answer(client, args, args.message if args.raw else [*history, _said("user", args.message)])
@@ -87,7 +87,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def scale(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with connected(args) as client:
         if not args.watch:
             reply = client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=not args.no_wait,
                                  timeout_s=args.timeout_s)
@@ -202,14 +202,14 @@ def _layers(picture: pb.ClusterStatus, i: pb.InstanceStatus) -> int:
 
 
 def undeploy(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with connected(args) as client:
         reply = client.undeploy(args.name)
     print(f"{args.name} is gone after {reply.seconds:.2f} s")
     return 0
 
 
 def status(args: argparse.Namespace) -> int:
-    with _client(args) as client:
+    with connected(args) as client:
         picture = client.status()
     if args.json:
         from google.protobuf.json_format import MessageToJson
@@ -224,7 +224,7 @@ def status(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _client(args: argparse.Namespace) -> Iterator[Client]:
+def connected(args: argparse.Namespace) -> Iterator[Client]:
     """A Client whose connection failures say what to do."""
     with Client(args.address, cacert=args.cacert) as client:
         try:

@@ -79,10 +79,11 @@ def _only_workers(config: Config, launch: Launch) -> int:
 
 
 def deploy(args: argparse.Namespace) -> int:
-    from blitzjax.serve.client import Client
+    from blitzjax.cli_client import connected
 
-    directory = checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint)
-    with Client(args.address, cacert=args.cacert) as client:
+    with connected(args) as client:
+        client.status()  # is anybody there, before a long conversion?
+        directory = checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint)
         reply = client.deploy(directory, min_instances=args.instances, max_instances=args.max_instances)
     print(f"{reply.model} is deployed after {reply.seconds:.2f} s")
     return 0

@@ -63,6 +63,7 @@ def test_a_reader_that_left_is_no_error():
     (("status", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("chat", "hi", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("scale", "--to", "2", "--watch", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("deploy", "smollm2-135m", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("convert", "no_such_package:build"), "--checkpoint DIR"),
     (("convert", "no_such_package:build", "--checkpoint", "."), "ModuleNotFoundError"),
     (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
