@@ -34,7 +34,7 @@ def load_model(directory: Path, name: str = "") -> ServedModel:
     try:
         manifest_json = path.read_text()
         spec = codec.model_spec(manifest_json)
-        if name:
+        if name not in ("", spec.name):
             manifest = json.loads(manifest_json)
             spec, manifest_json = replace(spec, name=name), json.dumps(manifest | {"spec": manifest["spec"] | {"name": name}})
         size = sum(int(unit["bytes"]) for unit in json.loads(manifest_json)["units"])

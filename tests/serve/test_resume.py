@@ -291,6 +291,15 @@ async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
         assert all(set(worker.toy.specs) == {"toy", "2nd"} for worker in world.workers)
 
 
+@pytest.mark.parametrize("name", ["", "other"])
+def test_a_snapshot_changes_nothing_of_what_workers_are_told(model_dir, name):
+    """They refuse a controller that names another model than the last one."""
+    controller = Controller(toy_config(), [load_model(model_dir, name)], {"i0": "127.0.0.1:1"})
+    told = controller.links["i0"].configure.SerializeToString()
+    controller.replica.restore(controller.replica.snapshot())
+    assert controller.links["i0"].configure.SerializeToString() == told
+
+
 @in_a_loop
 async def test_a_journal_does_not_grow_for_ever(toys, monkeypatch):
     monkeypatch.setattr(journals, "_SHORT_BYTES", 20_000)

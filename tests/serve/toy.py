@@ -32,7 +32,7 @@ def write_model(directory: Path, tokenizer: bool = True, template: str | None = 
                 spec: ModelSpec = SPEC) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     units = [{"bytes": 10} for _ in range(spec.units)]
-    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(spec), "units": units}))
+    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(spec), "units": units}, indent=1))
     if tokenizer:
         byte_tokenizer({"<|eos|>": EOS, "<|bos|>": BOS}).save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(json.dumps(
