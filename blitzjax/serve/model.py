@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from blitzjax.engine.locations import MANIFEST
@@ -28,16 +28,16 @@ class ServedModel:
 def load_model(directory: Path, name: str = "") -> ServedModel:
     """Reads `manifest.json` and the tokenizer, never the arrays; the model is served as `name`, if there is one.
 
-    Raises CheckpointError.
+    `manifest_json` is the same text whichever way the name was come by: workers tell models apart by it. Raises
+    CheckpointError.
     """
     path = directory / MANIFEST
     try:
-        manifest_json = path.read_text()
+        manifest = json.loads(path.read_text())
+        manifest["spec"]["name"] = name or manifest["spec"]["name"]
+        manifest_json = json.dumps(manifest)
         spec = codec.model_spec(manifest_json)
-        if name not in ("", spec.name):
-            manifest = json.loads(manifest_json)
-            spec, manifest_json = replace(spec, name=name), json.dumps(manifest | {"spec": manifest["spec"] | {"name": name}})
-        size = sum(int(unit["bytes"]) for unit in json.loads(manifest_json)["units"])
+        size = sum(int(unit["bytes"]) for unit in manifest["units"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{directory} is not a blitzjax checkpoint ({path.name}: {e!r}); "
                               "run: blitzjax convert") from e
