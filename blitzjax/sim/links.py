@@ -129,12 +129,13 @@ def max_min(flows: Iterable[Flow]) -> dict[Flow, float]:
 
 
 def _connected(start: Flow) -> list[Flow]:
-    seen = {start: None}
-    todo = [start]
+    """Those that share a link with it, or with one that does, and so on."""
+    flows, links, todo = {start: None}, set(), [start]
     while todo:
         for link in todo.pop().links:
-            for flow in link.flows:
-                if flow not in seen:
-                    seen[flow] = None
-                    todo.append(flow)
-    return list(seen)
+            if link not in links:  # else all of its flows are known
+                links.add(link)
+                new = [flow for flow in link.flows if flow not in flows]
+                flows |= dict.fromkeys(new)
+                todo += new
+    return list(flows)
