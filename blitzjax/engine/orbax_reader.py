@@ -8,7 +8,7 @@ published names with Flax's leaves (`kernel` is [in, out]). Layers are `layers/7
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ class Orbax:
 
     path: Path
     spec: ModelSpec
+    structure: jax.tree_util.PyTreeDef
     leaves: Mapping[str, Leaf]
     own_names: bool
     scratch: Path
@@ -56,8 +57,9 @@ class Orbax:
         """`path` holds a tree, or steps of one (the last counts). Raises CheckpointError listing every mismatch."""
         tree = find(path)
         assert tree is not None, f"{path} was not written by Orbax"
-        leaves, own_names = _read_names(tree, family(spec.family).tensors is None)
-        opened = cls(tree, spec, leaves, own_names, scratch)
+        flat, structure = _flatten(tree)
+        leaves, own_names = _read_names(flat, family(spec.family).tensors is None)
+        opened = cls(tree, spec, structure, leaves, own_names, scratch)
         wanted = ([{name: shape for name, (_, shape) in opened._own(unit).items()} for unit in range(spec.units)]
                   if own_names else published.wanted(spec, partial(published.names, spec)))
         published.check(tree, spec, wanted, {name: leaf.shape for name, leaf in leaves.items()})
@@ -79,15 +81,24 @@ class Orbax:
     def _read(self, name: str) -> np.ndarray:
         leaf = self.leaves[name]
         if leaf.layer is None:
-            array = _restore(self.path, leaf.number)
+            array = self._restore(leaf.number)
         else:
             array = self._scanned(leaf.number)[leaf.layer]
         return array.T if leaf.transposed else array
 
+    def _restore(self, number: int) -> np.ndarray:
+        """One leaf; the others are not read."""
+        tree = jax.tree.unflatten(
+            self.structure, [0 if i == number else ocp.PLACEHOLDER for i in range(self.structure.num_leaves)])
+        asked = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(self.path, args=ocp.args.PyTreeRestore(item=tree, restore_args=asked))
+        return np.asarray(jax.tree.leaves(restored)[number])
+
     def _scanned(self, number: int) -> np.ndarray:
         """The stack, in a file: Orbax has it as one compressed piece, which is unpacked once and not kept in memory."""
         if number not in self._unpacked:
-            stack = _restore(self.path, number)
+            stack = self._restore(number)
             with tempfile.TemporaryFile(dir=self.scratch) as file:
                 np.ascontiguousarray(stack).tofile(file)
                 self._unpacked[number] = np.memmap(file, stack.dtype, "r", shape=stack.shape)
@@ -105,16 +116,6 @@ def find(path: Path) -> Path | None:
     return find(steps[-1][1]) if steps else None
 
 
-def _restore(path: Path, number: int) -> np.ndarray:
-    """One leaf; the others are not read."""
-    leaves, structure = _flatten(path)
-    tree = jax.tree.unflatten(structure, [0 if i == number else ocp.PLACEHOLDER for i in range(len(leaves))])
-    asked = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=tree, restore_args=asked))
-    return np.asarray(jax.tree.leaves(restored)[number])
-
-
 def _flatten(path: Path):
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -124,11 +125,12 @@ def _flatten(path: Path):
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict | list | tuple))
 
 
-def _read_names(path: Path, own_names: bool) -> tuple[dict[str, Leaf], bool]:
+def _read_names(tree: Sequence[tuple[tuple[object, ...], ocp.metadata.ArrayMetadata]],
+                own_names: bool) -> tuple[dict[str, Leaf], bool]:
     """Every array by its full name, scanned ones once per layer; and whether the names are those of our modules, as
     they must be if `own_names`.
     """
-    flat = [(_path(keys), number, tuple(leaf.shape)) for number, (keys, leaf) in enumerate(_flatten(path)[0])]
+    flat = [(_path(keys), number, tuple(leaf.shape)) for number, (keys, leaf) in enumerate(tree)]
     if any(names[0] == "params" for names, *_ in flat):  # beside an optimizer's state, say
         flat = [(names, number, shape) for names, number, shape in flat if names[0] == "params"]
     while all(names[0] == "params" for names, *_ in flat):
