@@ -44,7 +44,8 @@ def serve(args: argparse.Namespace) -> int:
     if args.host_index and not hosts:
         raise BlitzError("--host-index says which of --hosts this machine is; give --hosts, the same on all machines")
     if not args.host_index:  # raise now what the controller would
-        access.api_key(), access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
+        access.api_key()
+        access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
     names = args.served_model_name or []

@@ -126,7 +126,7 @@ class Stages:
 
     def load(self) -> None:
         """Takes from the executable cache what was compiled before. Computes nothing, so it may run on any core."""
-        names = {"-".join(map(str, stage)): stage for stage in self._all()}
+        names = {_name(*stage): stage for stage in self._all()}
         self._found |= {names[name]: found for name, found in self.cache.load(list(names)).items()}
 
     def compile_all(self, begin: float = 0.0) -> None:
@@ -181,7 +181,7 @@ class Stages:
         """With the cache's fingerprint, kind and sizes say all that a `_build_...` makes a program from."""
         found = self._found.get((kind, *sizes))
         if found is None:
-            name, build = "-".join([kind, *map(str, sizes)]), getattr(self, f"_build_{kind}")
+            name, build = _name(kind, *sizes), getattr(self, f"_build_{kind}")
             try:
                 with blocks.few_rows(self.attention.product):
                     found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: Program(*build(*sizes)))
@@ -363,6 +363,10 @@ class Stages:
 def _aux_shapes(spec: ModelSpec, rows: int, width: int):
     positions = jax.ShapeDtypeStruct((rows, width), jnp.int32)
     return jax.eval_shape(functools.partial(family(spec.family).aux, spec), positions)
+
+
+def _name(kind: str, *sizes: int | str) -> str:
+    return "-".join([kind, *map(str, sizes)])
 
 
 def _groups(spec: ModelSpec, size: int) -> dict[Span, Span]:
