@@ -35,7 +35,7 @@ from blitzjax.engine.stages import Stages
 from blitzjax.errors import BlitzError, CheckpointError, ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.couriers import KVCourier, KVReply
-from blitzjax.serve.executables import Peers
+from blitzjax.serve.peers import Peers
 from blitzjax.serve.partner_links import OldLink, PartnerLink
 from blitzjax.serve.sessions import Outbox, Session
 from blitzjax.transfer.handoff import HandOff

@@ -23,7 +23,7 @@ import grpc
 
 from blitzjax.addresses import host_of, resolved
 from blitzjax.errors import BlitzError
-from blitzjax.serve.executables import Lender
+from blitzjax.serve.peers import Lender
 from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -54,11 +54,9 @@ class Worker(rpc.WorkerServicer):
                 holdings = pb.Holdings() if self._node is None else self._node.holdings()
                 return iter([pb.WorkerEvent(holdings=holdings)])
             case "fetch_executable":
-                content = self._lender.lend(first.fetch_executable.name)
-                return iter([pb.WorkerEvent(executable=pb.Executable(content=content))])
+                return _fetched(self._lender.lend(first.fetch_executable.name))
             case "fetch_tokenizer":
-                content = None if self._node is None else self._node.own_tokenizer(first.fetch_tokenizer.model)
-                return iter([pb.WorkerEvent(executable=pb.Executable(content=content))])
+                return _fetched(None if self._node is None else self._node.own_tokenizer(first.fetch_tokenizer.model))
         context.abort(grpc.StatusCode.INVALID_ARGUMENT,
                       "a session begins with Configure, Partner, KVOffer, Inspect, FetchExecutable or FetchTokenizer")
 
@@ -131,6 +129,10 @@ class Worker(rpc.WorkerServicer):
         if self._node is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker was not configured yet")
         return self._node
+
+
+def _fetched(content: bytes | None) -> Iterator[pb.WorkerEvent]:
+    return iter([pb.WorkerEvent(fetched=pb.Fetched(content=content))])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,7 +61,7 @@ class WorkerCommand(_message.Message):
     def __init__(self, configure: _Optional[_Union[Configure, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., load_from_disk: _Optional[_Union[LoadFromDisk, _Mapping]] = ..., prepare_transfer: _Optional[_Union[PrepareTransfer, _Mapping]] = ..., start_transfer: _Optional[_Union[StartTransfer, _Mapping]] = ..., cancel_transfer: _Optional[_Union[CancelTransfer, _Mapping]] = ..., start_live: _Optional[_Union[StartLive, _Mapping]] = ..., end_live: _Optional[_Union[EndLive, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., partner: _Optional[_Union[Partner, _Mapping]] = ..., loan: _Optional[_Union[Loan, _Mapping]] = ..., migrate: _Optional[_Union[Migrate, _Mapping]] = ..., kv_offer: _Optional[_Union[KVOffer, _Mapping]] = ..., keep_copy: _Optional[_Union[KeepCopy, _Mapping]] = ..., use_copy: _Optional[_Union[UseCopy, _Mapping]] = ..., drop_copy: _Optional[_Union[DropCopy, _Mapping]] = ..., deploy: _Optional[_Union[Model, _Mapping]] = ..., undeploy: _Optional[_Union[Undeploy, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ..., fetch_executable: _Optional[_Union[FetchExecutable, _Mapping]] = ..., fetch_tokenizer: _Optional[_Union[FetchTokenizer, _Mapping]] = ..., received: _Optional[int] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated", "kv_answer", "model_ready", "holdings", "executable", "decoded", "resumed", "taken")
+    __slots__ = ("instance_joined", "world_joined", "tokens", "prefill_done", "request_handed", "request_finished", "request_failed", "layer_loaded", "transfer_ready", "transfer_ended", "live_drained", "drained", "hand_off", "refused", "borrow", "request_returned", "k_v_migrated", "kv_answer", "model_ready", "holdings", "fetched", "decoded", "resumed", "taken")
     INSTANCE_JOINED_FIELD_NUMBER: _ClassVar[int]
     WORLD_JOINED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -82,7 +82,7 @@ class WorkerEvent(_message.Message):
     KV_ANSWER_FIELD_NUMBER: _ClassVar[int]
     MODEL_READY_FIELD_NUMBER: _ClassVar[int]
     HOLDINGS_FIELD_NUMBER: _ClassVar[int]
-    EXECUTABLE_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     DECODED_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
@@ -106,11 +106,11 @@ class WorkerEvent(_message.Message):
     kv_answer: KVAnswer
     model_ready: ModelReady
     holdings: Holdings
-    executable: Executable
+    fetched: Fetched
     decoded: Decoded
     resumed: Resumed
     taken: int
-    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ..., kv_answer: _Optional[_Union[KVAnswer, _Mapping]] = ..., model_ready: _Optional[_Union[ModelReady, _Mapping]] = ..., holdings: _Optional[_Union[Holdings, _Mapping]] = ..., executable: _Optional[_Union[Executable, _Mapping]] = ..., decoded: _Optional[_Union[Decoded, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
+    def __init__(self, instance_joined: _Optional[_Union[InstanceJoined, _Mapping]] = ..., world_joined: _Optional[_Union[WorldJoined, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., request_handed: _Optional[_Union[RequestHanded, _Mapping]] = ..., request_finished: _Optional[_Union[RequestFinished, _Mapping]] = ..., request_failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., layer_loaded: _Optional[_Union[LayerLoaded, _Mapping]] = ..., transfer_ready: _Optional[_Union[TransferReady, _Mapping]] = ..., transfer_ended: _Optional[_Union[TransferEnded, _Mapping]] = ..., live_drained: _Optional[_Union[LiveDrained, _Mapping]] = ..., drained: _Optional[_Union[Drained, _Mapping]] = ..., hand_off: _Optional[_Union[HandOff, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., borrow: _Optional[_Union[Borrow, _Mapping]] = ..., request_returned: _Optional[_Union[RequestReturned, _Mapping]] = ..., k_v_migrated: _Optional[_Union[KVMigrated, _Mapping]] = ..., kv_answer: _Optional[_Union[KVAnswer, _Mapping]] = ..., model_ready: _Optional[_Union[ModelReady, _Mapping]] = ..., holdings: _Optional[_Union[Holdings, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., decoded: _Optional[_Union[Decoded, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., taken: _Optional[int] = ...) -> None: ...
 
 class Configure(_message.Message):
     __slots__ = ("instance", "models", "config_json", "peers", "session", "resume", "received", "since")
@@ -180,17 +180,17 @@ class FetchExecutable(_message.Message):
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
-class Executable(_message.Message):
-    __slots__ = ("content",)
-    CONTENT_FIELD_NUMBER: _ClassVar[int]
-    content: bytes
-    def __init__(self, content: _Optional[bytes] = ...) -> None: ...
-
 class FetchTokenizer(_message.Message):
     __slots__ = ("model",)
     MODEL_FIELD_NUMBER: _ClassVar[int]
     model: str
     def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class Fetched(_message.Message):
+    __slots__ = ("content",)
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    content: bytes
+    def __init__(self, content: _Optional[bytes] = ...) -> None: ...
 
 class Peer(_message.Message):
     __slots__ = ("instance", "address", "rank")

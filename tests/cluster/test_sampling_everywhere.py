@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blitzjax.serve.asking import Result
-from blitzjax.serve.executables import Peers
+from blitzjax.serve.peers import Peers
 from blitzjax.v1 import worker_pb2
 from rig import Rig, prompts
 

@@ -1,5 +1,5 @@
-"""Where does a worker get what others have compiled? It asks them, one after the other, before it compiles. And so it gets
-the tokenizer of a model whose checkpoint is not on its host.
+"""What do workers give each other when asked? What they have compiled, before the asking one compiles it; and the
+tokenizer of a model whose checkpoint is not on its host. They are asked one after the other.
 
 Each asks its successor in the order of ranks first, so that nobody is asked by all, and the controller by nobody. What
 comes is code that will run: it is taken from the peers that the controller named, over the channels that carry its and
@@ -77,7 +77,7 @@ class Peer:
             now = time.monotonic()
             self._rests_until = now + max(_LEAST_REST_S, _REST * (now - began))
             return None
-        return answer.executable.content if answer is not None and answer.executable.HasField("content") else None
+        return answer.fetched.content if answer is not None and answer.fetched.HasField("content") else None
 
     def close(self) -> None:
         if self._channel is not None:
