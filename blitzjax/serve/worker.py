@@ -13,6 +13,7 @@ import argparse
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     flag = "--xla_cpu_collective_timeout_seconds"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=10".strip()
+    open_many_files()
     from blitzjax.serve.links import WORKER_SERVER_OPTIONS
 
     server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER_OPTIONS)
@@ -157,6 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_preload, name="preload", daemon=True).start()
     server.wait_for_termination()
     return 0
+
+
+def open_many_files() -> None:
+    """As many as the system lets us: gloo holds a socket per other member of every clique that ever met."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _preload() -> None:
