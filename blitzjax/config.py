@@ -29,7 +29,7 @@ class ServeConfig:
     ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; a file that is there becomes FILE.1; empty: none
-    hang_timeout_s: float = 10.0  # a controller silent for so long (starting: 12 times that) is killed and resumed; 0: never
+    hang_timeout_s: float = 10.0  # a controller silent so long (at its start 12 times) is killed and resumed; 0: never
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 
 from blitzjax import config as configs
-from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.serve.channels import TO_WORKER
 from blitzjax.types import InstanceId
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -68,7 +68,7 @@ class Peer:
         if began < self._rests_until:
             return None
         if self._channel is None:
-            self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(self._address, options=TO_WORKER)
         try:
             answer = next(rpc.WorkerStub(self._channel).Run(iter((question,)), timeout=_TIMEOUT_S), None)
         except grpc.RpcError as e:

@@ -24,6 +24,7 @@ import grpc
 
 from blitzjax.addresses import host_of, resolved
 from blitzjax.errors import BlitzError
+from blitzjax.serve.channels import WORKER_SERVER
 from blitzjax.serve.peers import Lender
 from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
@@ -143,9 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=10".strip()
     open_many_files()
-    from blitzjax.serve.links import WORKER_SERVER_OPTIONS
-
-    server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER_OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER)
     rpc.add_WorkerServicer_to_server(Worker(args), server)
     try:
         server.add_insecure_port(args.listen)

@@ -25,7 +25,7 @@ from blitzjax.serve import accepted, deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
-from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+from blitzjax.serve.channels import WORKER_SERVER
 from blitzjax.serve.model import ServedModel, load_model
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.serve.replica import Replica
@@ -61,7 +61,7 @@ class Toys:
 
     async def __aenter__(self) -> Toys:
         for k, worker in enumerate(self.workers):
-            server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
+            server = grpc.aio.server(options=WORKER_SERVER)
             worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
             self._addresses[f"i{k}"] = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
             await server.start()
