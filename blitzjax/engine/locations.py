@@ -1,4 +1,5 @@
-"""Where are converted models, and the files that they are made from? Without jax: a start asks this before anything else.
+"""Where is what is kept from one start to the next, and what are models made from? Without jax: a start asks this before
+anything else.
 
 Invariant: a directory that `cached` names was converted completely.
 """
@@ -23,7 +24,18 @@ _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repos
 
 
 def default_cache() -> Path:
+    """All of it is below, but for executables that are told to be elsewhere."""
     return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
+
+
+def executables_in(configured: str) -> Path:
+    """`configured` is `engine.executable_cache`."""
+    return Path(configured).expanduser() if configured else default_cache() / "executables"
+
+
+def arrays_in(directory: Path) -> Path:
+    """Where the arrays of modules are listed."""
+    return directory / "arrays"
 
 
 def models_in(directory: Path) -> Path:
