@@ -38,7 +38,7 @@ def configured(tmp_path: Path, *overrides: str) -> pb.Configure:
     for name in ("m0", "m1"):
         write_random(tmp_path / name, replace(TINY, layers=2), seed=1)
         models.append(message_of(load_model(tmp_path / name, name)))
-    config = configs.load(None, (*CONFIG, f"engine.executable_cache={tmp_path / 'executables'}", *overrides))
+    config = configs.load(None, (*CONFIG, f"engine.executable_cache={tmp_path.parent / 'executables'}", *overrides))
     return pb.Configure(instance="i0", models=models, config_json=json.dumps(configs.to_tables(config)))
 
 
