@@ -18,7 +18,8 @@ from blitzjax.serve.hosts import free_ports
 
 PEER = (sys.executable, str(Path(__file__).with_name("channel_peer.py")))
 ALL = {f"gone {end} of a {name}" for end in ("client", "server") for name in ("worker", "controller")}
-WHOLE_S = 2.5  # as long as the slowest end needs, and more
+SILENT_S = 3.0  # five pings of the slowest end
+WHOLE_S = 2.5  # longer than it needs to notice
 
 
 class Peer:
@@ -71,6 +72,6 @@ def two(request: pytest.FixtureRequest) -> Iterator[tuple[Peer, Callable[[], Non
 
 def test_both_ends_notice(two: tuple[Peer, Callable[[], None]]) -> None:
     peer, vanish = two
-    assert peer.silent(1.5), "pings are allowed"
+    assert peer.silent(SILENT_S), "pings are allowed"
     vanish()
     assert {peer.line(WHOLE_S) for _ in ALL} == ALL
