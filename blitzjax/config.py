@@ -198,7 +198,8 @@ def _check_ranges(c: Config) -> None:
     for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
         want(_at(c, key) >= 1, f"{key} must be at least 1")
     for key in ("serve.shutdown_timeout_s", "scale.down_after_s", "scale.zero_after_s", "scale.live_queue_tokens",
-                "engine.kv_pages", "engine.prefix_cache_bytes", "engine.step_timeout_s", "cluster.threads", "cluster.fast_gbps"):
+                "engine.kv_pages", "engine.prefix_cache_bytes", "engine.step_timeout_s", "cluster.threads",
+                "cluster.fast_gbps"):
         want(_at(c, key) >= 0, f"{key} must be at least 0")
     for key in ("transfer.collective_timeout_s", "transfer.handoff_timeout_s", "cluster.heartbeat_s",
                 "scale.migrate_tokens_per_s"):

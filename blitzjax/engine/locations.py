@@ -1,5 +1,5 @@
-"""Where is what is kept from one start to the next, and what are models made from? Without jax: a start asks this before
-anything else.
+"""Where is what is kept between starts, and what are models made from? Without jax: a start asks this before anything
+else.
 
 Invariant: a directory that `cached` names was converted completely.
 """

@@ -1,8 +1,8 @@
 """With which options do our gRPC channels and servers open, and how soon does either end notice that the other is gone?
 
-A process that dies says so through its kernel; a machine that loses power, a cable, or a process that is stopped does not.
-So both ends ping what is silent. Invariant: a server allows the pings of its clients, else it ends the connection with
-"too many pings"; and whoever hears from a controller gives it more than `serve.hang_timeout_s`, for it may be resumed.
+A process that dies says so through its kernel; a machine that loses power, or a process that is stopped, does not. So
+both ends ping what is silent. Invariant: a server allows the pings of its clients, else it ends the connection with "too
+many pings"; and who hears from a controller waits for longer than one may be stopped before it is killed and resumed.
 """
 
 from __future__ import annotations

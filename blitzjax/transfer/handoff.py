@@ -118,8 +118,8 @@ class HandOff:
     def withdraw(self, uuid: int) -> bool:
         """Frees an offer that nobody will take, by taking it ourselves. False if it was taken, or is being taken.
 
-        That takes a second, for nothing tells an offer that was taken from one that is still on its way; and a connection
-        of its own, for a second in vain ends all that waits on its connection.
+        The latter takes a second, for nothing tells such an offer from one that is still on its way, and a connection of
+        its own, for a second in vain ends all that waits on the connection.
         """
         with self._lock:
             specs, copying = self._offers.pop(uuid, None), self._staging.get(uuid)

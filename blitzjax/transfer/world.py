@@ -49,7 +49,7 @@ class World:
         self._heartbeat_s = heartbeat_s
         self._distributed: compat.Distributed | None = None
         self._devices: dict[int, list[jax.Device]] = {}  # rank → its devices by ordinal
-        self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → its program; used last, last
+        self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → program, used last, last
         self._met: set[Clique] = set()
         self._broken: set[Clique] = set()
         self._joined = False

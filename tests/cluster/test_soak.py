@@ -103,7 +103,8 @@ class Guest:
             thread.join()
 
     def _deploy(self) -> None:
-        self._rig.client.deploy(self._directory, min_instances=self._least, max_instances=self._least + 1, timeout_s=120)
+        self._rig.client.deploy(self._directory, min_instances=self._least, max_instances=self._least + 1,
+                                timeout_s=120)
 
     def _undeploy(self) -> None:
         self._rig.client.undeploy(VISITOR.name, timeout_s=120)

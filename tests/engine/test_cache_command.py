@@ -18,7 +18,7 @@ DAY_S = 86400
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with a model of this version, one of an earlier version, the arrays of its modules, and a compiled stage."""
+    """A cache with a model of this version, one of an earlier version, their arrays, and a compiled stage."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path / "cache"))
     modules.kind_arrays.cache_clear()
