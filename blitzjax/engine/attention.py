@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,23 +47,25 @@ class Layout:
             shapes.append(tuple(sizes.get(i, spec.head_dim) for i in range(4)))
         return shapes[0], shapes[1]
 
-    def tokens(self, kv: Sequence[Array]) -> int:
+    def tokens(self, kv: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
         return kv[0].shape[self.keys]
 
     def kept(self, k: Array, v: Array) -> tuple[Array, Array]:
         """[B, T, KV, hd] as the model made them → as they lie here."""
-        return tuple(jnp.transpose(a, self._order(axis)).astype(self.dtype)
-                     for a, axis in ((k, self.keys), (v, self.values)))
+        k, v = (jnp.transpose(a, self._order(axis)).astype(self.dtype) for a, axis in ((k, self.keys), (v, self.values)))
+        return k, v
 
     def plain(self, k: Array, v: Array) -> tuple[Array, Array]:
         """→ f32[B, KV, hd, S], f32[B, KV, S, hd]"""
-        return tuple(jnp.transpose(a, [self._order(own).index(i) for i in _PLAIN._order(axis)]).astype(jnp.float32)
-                     for a, own, axis in ((k, self.keys, _PLAIN.keys), (v, self.values, _PLAIN.values)))
+        k, v = (jnp.transpose(a, [self._order(own).index(i) for i in _PLAIN._order(axis)]).astype(jnp.float32)
+                for a, own, axis in ((k, self.keys, _PLAIN.keys), (v, self.values, _PLAIN.values)))
+        return k, v
 
     def written(self, kv: tuple[Array, Array], new: tuple[Array, Array], start: Array) -> tuple[Array, Array]:
         """`new` [B, T, KV, hd] become tokens [start, start + T) of every row."""
-        return tuple(lax.dynamic_update_slice_in_dim(a, b, start, axis)
-                     for a, b, axis in zip(kv, self.kept(*new), (self.keys, self.values), strict=True))
+        k, v = (lax.dynamic_update_slice_in_dim(a, b, start, axis)
+                for a, b, axis in zip(kv, self.kept(*new), (self.keys, self.values), strict=True))
+        return k, v
 
     def appended(self, kv: tuple[Array, Array], new: tuple[Array, Array], at: Array) -> tuple[Array, Array]:
         """`new` [B, 1, KV, hd] become token at[b] of row b."""
@@ -133,7 +135,7 @@ class Attention:
     def _products(self, q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
         return attention(q, *self.layout.plain(k, v), at, scoring)
 
-    def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, **which: object) -> Array:
+    def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, **which: Any) -> Array:
         """`which`: the arguments of jax.nn.dot_product_attention that say who sees whom. Its causal mask counts from
         the first key, so it is right for the first chunk only, and so are its windows.
         """

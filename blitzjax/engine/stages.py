@@ -138,7 +138,7 @@ class Stages:
         for stage in stages[first:] + stages[:first]:
             self._stage(*stage)
 
-    def _all(self) -> Iterator[tuple[str | int, ...]]:
+    def _all(self) -> Iterator[tuple[str, *tuple[str | int, ...]]]:
         """Kind and sizes of every stage that an instance which works alone needs."""
         s = self.shapes
         for width in s.widths:
@@ -382,7 +382,7 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
     this process has imported.
     """
-    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
+    files: list[str | None] = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
              modules.__file__]
     if own.is_reference(spec.family):
         package = own.package(spec.family)
