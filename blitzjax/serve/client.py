@@ -277,7 +277,7 @@ class AsyncClient:
 def _ask_again(request: Message) -> None:
     """What its last call had begun is no mistake of the next one."""
     if "resume" in request.DESCRIPTOR.fields_by_name:
-        request.resume = True
+        setattr(request, "resume", True)
 
 
 def deploy_request(directory: str | Path, min_instances: int | None, max_instances: int | None) -> pb.DeployRequest:
