@@ -147,7 +147,7 @@ def _options(fields: _Fields) -> Options:
     options: Options = {"temperature": _TEMPERATURE}
     for name, kinds in _SAMPLING.items():
         if (value := fields.take(name, *kinds)) is not None:
-            options[name] = value  # type: ignore[literal-required]  # of _SAMPLING
+            options[name] = value
     if options.get("top_k") == -1:  # vLLM's way to say off
         options["top_k"] = 0
     if (model := fields.take("model", str)) is not None:
