@@ -254,7 +254,7 @@ class Instance:
         self._decode_due -= self._share_of_step(sequence)
         prefill = sequence.begun
         for layer in range(prefill.next_layer, self.spec.layers):
-            before = prefill.x[-1]
+            before = prefill.x[-1] if prefill.x else None
             self.runner.run_span(prefill, Span(layer, layer + 1))
             if not self._between_layers(sequence, before):
                 return
