@@ -55,7 +55,8 @@ def measure(rounds: int, count: int, tokens: int, link_mbit: int | None) -> dict
             "distinct_answers": len(answers), "prompts": count, "prompt_tokens": tokens, "rounds": rounds}
 
 
-def _wake(client: Client, model: str, asked: Sequence[prompts.Tokens], mode: LiveMode) -> tuple[float, tuple[object, ...]]:
+def _wake(client: Client, model: str, asked: Sequence[prompts.Tokens], mode: LiveMode
+          ) -> tuple[float, tuple[object, ...]]:
     """From zero and back. → mean TTFT, answers."""
     _occupy_keeper(client, model)
     with ThreadPoolExecutor(len(asked)) as senders:

@@ -58,7 +58,8 @@ def run(size: Size) -> dict[str, object]:
     answers: dict[str, list[fleet.Answer]] = {}
     rows: dict[str, dict[str, float | int]] = {}
     for roles, rounds in (("mixed", MIXED), ("split", SPLIT)):
-        tables: dict[str, dict[str, object]] = {"engine": {"dtype": "float32", "max_model_len": 512}, "scale": {"roles": roles}}
+        tables: dict[str, dict[str, object]] = {
+            "engine": {"dtype": "float32", "max_model_len": 512}, "scale": {"roles": roles}}
         with fleet.fleet(directory, _POOL, None, tables) as made:
             asyncio.run(_rounds(made.address, rounds, asked, size.answer, answers, rows))
     wrong = _against_reference(directory, asked, answers)

@@ -52,7 +52,8 @@ class Layout:
 
     def kept(self, k: Array, v: Array) -> tuple[Array, Array]:
         """[B, T, KV, hd] as the model made them → as they lie here."""
-        k, v = (jnp.transpose(a, self._order(axis)).astype(self.dtype) for a, axis in ((k, self.keys), (v, self.values)))
+        k, v = (jnp.transpose(a, self._order(axis)).astype(self.dtype)
+                for a, axis in ((k, self.keys), (v, self.values)))
         return k, v
 
     def plain(self, k: Array, v: Array) -> tuple[Array, Array]:

@@ -86,7 +86,7 @@ class Partners:
                 self._lost(message.session)
             case m.HandedOver():
                 if self.old is not None and self.old.partner is message.partner:
-                    self._handed_over(self.old, message.answer)  # else the pair ended meanwhile: the brain runs the request again
+                    self._handed_over(self.old, message.answer)  # else the pair ended: the brain runs it again
             case m.ActivationsTaken():
                 self._activations_taken(message)
             case m.KVTaken():

@@ -382,8 +382,8 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
     this process has imported.
     """
-    files: list[str | None] = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
-             modules.__file__]
+    files: list[str | None] = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__,
+                               sampling.__file__, params.__file__, modules.__file__]
     if own.is_reference(spec.family):
         package = own.package(spec.family)
         family(spec.family)  # imports it

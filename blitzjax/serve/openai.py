@@ -274,7 +274,7 @@ class Reply:
         asked, index = self.asked, number * self.asked.answers + chunk.index
         at = self._begun.get(index)
         choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
-                  "logprobs": self._logprobs(number, chunk, at or 0)}
+                                   "logprobs": self._logprobs(number, chunk, at or 0)}
         if asked.chat:
             choice["delta"] = ({"role": "assistant"} if at is None else {}) | {"content": chunk.text}
         else:
@@ -291,8 +291,9 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def _choice(self, number: int, result: Result) -> JSON:
-        choice: dict[str, JSON] = {"index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
-                  "logprobs": self._logprobs(number, result, 0)}
+        choice: dict[str, JSON] = {
+            "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
+            "logprobs": self._logprobs(number, result, 0)}
         if self.asked.chat:
             return {**choice, "message": {"role": "assistant", "content": result.text}}
         return {**choice, "text": result.text}

@@ -96,7 +96,7 @@ class Replica:
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
         answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
         return self._push(instance, answer, at, tokens.start, list(tokens.token_ids),
-                          typing.cast(types.FinishReason | None, tokens.finish_reason or None),
+                          typing.cast("types.FinishReason | None", tokens.finish_reason or None),
                           codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
 
     def _awaited(self, request_id: types.RequestId, attempt: int) -> Answer | None:
