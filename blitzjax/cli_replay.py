@@ -80,7 +80,8 @@ def fresh(path: Path) -> Cluster:
     """A brain as the one that wrote the log, before its first event. Raises ConfigError."""
     try:
         header = eventlog.read_header(path)
-        return Cluster(configs.from_tables(header["config"]), [spec_from(spec) for spec in header["specs"]])
+        specs = [spec_from(spec) for spec in header["specs"]]
+        return Cluster(configs.from_tables(header["config"]), specs)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path} is no event log of this version of blitzjax: {e!r}") from e
 
