@@ -48,10 +48,11 @@ class Stages:
         devices = mesh.devices.flatten().tolist()
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-        self.attention = attention or chosen(spec, config, devices, directory, fetch)
-        self.layout = self.attention.layout  # of keys and values
+        attention = attention or chosen(spec, config, devices, directory, fetch)
+        self.layout = attention.layout  # of keys and values
         heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))
         self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
+        self.attention = replace(attention, split=self.kv_sharding) if mesh.size > 1 else attention
         self.replicated = NamedSharding(mesh, P())
         self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices, fetch)
         self._found: dict[tuple, Compiled] = {}
