@@ -138,12 +138,12 @@ class Attention:
     def _products(self, q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
         return attention(q, *self.layout.plain(k, v), at, scoring)
 
-    def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, seen: dict[str, Array],
+    def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, seen: dict[str, Any],
                      **rules: Any) -> Array:
         """`seen` and `rules`: the arguments of jax.nn.dot_product_attention that say who sees whom. Its causal mask
         counts from the first key, so it is right for the first chunk only, and so are its windows.
         """
-        def attend(q: Array, k: Array, v: Array, seen: dict[str, Array]) -> Array:
+        def attend(q: Array, k: Array, v: Array, seen: dict[str, Any]) -> Array:
             return jax.nn.dot_product_attention(q, k, v, scale=scoring.scale, implementation=self.fused, **seen, **rules)
 
         if self.split is not None:
