@@ -233,6 +233,8 @@ def connected(args: argparse.Namespace) -> Iterator[Client]:
             if "andshake" in str(e):
                 raise Unavailable(f"the certificate of {args.address} is not trusted; give --cacert who signed it, or "
                                   f"itself: {e}") from None
+            if "resol" in str(e):
+                raise Unavailable(f"no host of that name: {args.address}") from None
             if "connect" not in str(e):
                 raise
             hint = "" if args.address.startswith(TLS) else f", or only over TLS, as {TLS}{args.address}"
