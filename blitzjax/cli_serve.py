@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def _only_workers(config: Config, launch: Launch) -> int:
         signal.signal(number, lambda *_: host.stop())
     names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in launch.here)
     print(f"starting workers {names}; their logs are in {host.workers.run_dir}", flush=True)
-    host.run()
+    asyncio.run(host.run())
     return 0
 
 
