@@ -48,7 +48,7 @@ def kept() -> Iterator[Kept]:
     for directory in sorted((locations.default_cache() / "models").glob("v*/[!.]*")):
         size = sum(file.stat().st_size for file in directory.rglob("*"))
         yield Kept(directory, size, directory.stat().st_mtime)
-    for file in sorted(Path(Config().engine.executable_cache).expanduser().glob("*")):
+    for file in sorted(locations.executables(Config().engine.executable_cache).glob("*")):
         if file.suffix in _COMPILED:
             status = file.stat()
             yield Kept(file, status.st_size, status.st_mtime)

@@ -153,9 +153,10 @@ def _show(pictures: Iterator[pb.ClusterStatus], console: Console) -> None:
 
 
 def _line(picture: pb.ClusterStatus) -> str:
-    return f"target {picture.target_instances}  " + "  ".join(
+    workers = "  ".join(
         " ".join([i.id, f"{i.phase}{_role(i)}", *_names(picture, i), f"{i.layers_loaded}/{_layers(picture, i)}"])
         for i in picture.instances)
+    return f"target {picture.target_instances}  {workers or 'no worker has joined yet'}"
 
 
 def _role(instance: pb.InstanceStatus) -> str:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -40,6 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     """Runs until Ctrl-C, SIGTERM, or the controller's end; returns the controller's exit code."""
     from blitzjax.serve.local import LocalCluster
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a conversion as Ctrl-C does
     hosts = args.hosts.split(",") if args.hosts else []
     config = configure(args, len(args.model), max(1, len(hosts)))
     if args.host_index and not hosts:
@@ -47,6 +49,7 @@ def serve(args: argparse.Namespace) -> int:
     if not args.host_index:  # raise now what the controller would
         access.api_key()
         access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
+        _check_free(config.serve.host, config.serve.http_port)
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
     names = args.served_model_name or []
@@ -67,6 +70,15 @@ def serve(args: argparse.Namespace) -> int:
             return cluster.wait(0)
         print(_banner(names or [Path(model).name for model in args.model], cluster.address, config), flush=True)
         return cluster.wait()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises BlitzError when nobody can listen there, while a start is still cheap; port 0: nobody wants to."""
+    try:
+        if port:
+            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as e:
+        raise BlitzError(f"cannot listen on {joined(host, port)} for HTTP: {e.strerror}") from e
 
 
 def _only_workers(config: Config, launch: Launch) -> int:

@@ -49,7 +49,7 @@ class EngineConfig:
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
     cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
     fused_layers: int = 0  # layers that a decode step runs as one program, best a multiple of the model's pattern; 0: one each
-    executable_cache: str = "~/.cache/blitzjax/executables"
+    executable_cache: str = ""  # a directory; empty: in BLITZJAX_CACHE, which is ~/.cache/blitzjax unless the environment says
     share_executables: bool = True  # a worker takes what others have compiled for such a machine, over their gRPC port
 
 

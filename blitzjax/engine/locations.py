@@ -26,6 +26,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
 
 
+def executables(configured: str) -> Path:
+    """Where compiled stages are kept, with this engine.executable_cache."""
+    return Path(configured).expanduser() if configured else default_cache() / "executables"
+
+
 def models_in(directory: Path) -> Path:
     """Where this version keeps what it converted."""
     return directory / "models" / f"v{FORMAT_VERSION}.{CONVERTER_VERSION}"

@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc
 
 from blitzjax import config as configs
+from blitzjax.engine.locations import executables
 from blitzjax.serve.links import CHANNEL_OPTIONS
 from blitzjax.types import InstanceId
 from blitzjax.v1 import worker_pb2 as pb
@@ -40,7 +41,7 @@ class Lender:
     def open(self, configure: pb.Configure) -> None:
         """From now on there may be something to lend, if the configuration wants it. Raises ConfigError."""
         engine = configs.from_tables(json.loads(configure.config_json)).engine
-        self._directory = Path(engine.executable_cache).expanduser() if engine.share_executables else None
+        self._directory = executables(engine.executable_cache) if engine.share_executables else None
 
     def lend(self, name: str) -> bytes | None:
         """None while it must not, has none, or is asked by many."""

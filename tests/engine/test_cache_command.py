@@ -25,7 +25,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for models in (locations.models_in(directory), directory / "models" / "v1"):
         models.mkdir(parents=True)
         convert.write_random(models / "smollm2-135m-float32", convert.TINY, seed=1)
-    executables = Path(Config().engine.executable_cache).expanduser()
+    executables = locations.executables(Config().engine.executable_cache)
+    assert executables == directory / "executables"
     executables.mkdir()
     cache(executables).get("twice", twice)
     return directory

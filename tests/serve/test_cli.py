@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path / "file" / "cache"))
+    done = run("convert", "smollm2-135m")
+    assert done.returncode == 2 and "BLITZJAX_CACHE may name another directory" in done.stderr
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(model_dir: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", str(model_dir), "--http-port", str(port))
+    assert (done.returncode, done.stdout) == (2, "") and f"cannot listen on 127.0.0.1:{port} for HTTP" in done.stderr
 
 
 def configure(*argv: str):
