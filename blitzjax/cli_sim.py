@@ -115,7 +115,8 @@ def _trace(name: str) -> Path:
     known = sorted(_TRACES.glob("*.csv.gz"))
     found = next((p for p in known if p.name.startswith(name)), None)
     if found is None:
-        raise ConfigError(f"no trace {name!r}; give a file, or one of {', '.join(p.name[:-7] for p in known)}")
+        names = ", ".join(p.name[:-7] for p in known)
+        raise ConfigError(f"no trace {name!r}; give a file, or {f'one of {names}' if names else 'work in a checkout'}")
     return found
 
 
