@@ -116,7 +116,7 @@ class WorkerHost:
         Raises BlitzError when it cannot listen for probes.
         """
         processes, serve = self.workers.processes.values(), self._serve
-        async with endpoint(str, lambda: all(process.pid for process in processes), serve.host, serve.metrics_port):
+        async with endpoint(lambda: "", self._whole, serve.host, serve.metrics_port):
             while not self._stopping:
                 for process in processes:
                     if process.poll():
@@ -126,6 +126,9 @@ class WorkerHost:
             for process in processes:
                 process.kill()
         self.workers.tidy()
+
+    def _whole(self) -> bool:
+        return all(process.pid is not None for process in self.workers.processes.values())
 
     def stop(self) -> None:
         self._stopping = True
