@@ -168,7 +168,7 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
-    each = " each" if len(models) > 1 else ""
+    each, which = (" each", f" --model {models[-1]}") if len(models) > 1 else ("", "")
     web = f"{'https' if config.serve.ssl_certfile else 'http'}://{joined(config.serve.host, config.serve.http_port)}"
     http = f"  http    {web}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
@@ -176,6 +176,6 @@ def _banner(models: list[str], address: str, config: Config) -> str:
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
-        f"{http}  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
+        f"{http}  scale   blitzjax scale{at}{which} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"
         f"  stop    Ctrl-C; answers in flight finish")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -100,6 +102,15 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(model_dir: Path):
 
 def configure(*argv: str):
     return cli_serve.configure(cli.build_parser().parse_args(["serve", "toy", *argv]))
+
+
+def test_what_the_banner_proposes_can_be_typed():
+    for models in (["a"], ["a", "b"]):
+        banner = cli_serve._banner(models, "127.0.0.1:7", configure("--pool", "2"))
+        chat, scale, status = (cli.build_parser().parse_args(shlex.split(command)) for command in
+                               re.findall("blitzjax ((?:chat|scale|status) .*)", banner))
+        assert {chat.address, scale.address, status.address} == {"127.0.0.1:7"}
+        assert scale.model == ("" if len(models) == 1 else "b")  # of several, the controller wants to know which
 
 
 def test_flags_become_knobs():
