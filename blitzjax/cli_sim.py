@@ -92,11 +92,12 @@ def _run(setup: shell.Setup, trace: list[Arrival], factor: float, seed: int):
     started = time.monotonic()
 
     def progress(at_s: float, ended: int) -> None:
-        print(f"\r{setup.system.name}: {at_s / 60:.0f} min, {ended} requests, {time.monotonic() - started:.0f} s",
-              end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"{setup.system.name}: {at_s / 60:.0f} min, {ended} requests, {time.monotonic() - started:.0f} s",
+                  end="\r", file=sys.stderr, flush=True)
 
     outcome = shell.simulate(setup, arrivals.scale(trace, factor, seed), progress)
-    print(f"\r{setup.system.name}: {outcome.end_s:.0f} s of virtual time, {outcome.ended} requests, "
+    print(f"{setup.system.name}: {outcome.end_s:.0f} s of virtual time, {outcome.ended} requests, "
           f"{time.monotonic() - started:.1f} s", file=sys.stderr)
     return outcome
 
