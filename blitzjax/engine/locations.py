@@ -72,6 +72,9 @@ def place(model: str, dtype: str, models: Path, download: bool = True) -> tuple[
     if model in BUILT_IN:
         return packaged_gguf(model), model, models / f"{model}-{dtype}"
     path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():  # before the files of a whole home directory are looked at
+        raise CheckpointError(f"{path} has neither {MANIFEST} (ours) nor config.json (Hugging Face, Orbax); of a GGUF model, "
+                              "give the file")
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         name = path.resolve().name.removesuffix(".gguf")
         return path, name, models / f"{name}-{stamp(path.resolve()):08x}-{dtype}"

@@ -48,7 +48,11 @@ class Stages:
         self.groups = _groups(spec, max(1, config.fused_layers))
         devices = mesh.devices.flatten().tolist()
         directory = executables_in(config.executable_cache)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"compiled stages cannot be kept in {directory}: {e.strerror}; BLITZJAX_CACHE or "
+                              "engine.executable_cache may name another directory") from e
         attention = attention or chosen(spec, config, devices, directory, fetch)
         self.layout = attention.layout  # of keys and values
         heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))

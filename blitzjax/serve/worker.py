@@ -193,7 +193,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
     if not args.host_ip:
-        args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")
+        try:
+            args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")
+        except OSError as e:
+            parser.error(f"--listen: cannot resolve {host_of(args.listen)}: {e.strerror}")
     return args
 
 

@@ -27,6 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         models.mkdir(parents=True)
         convert.write_random(models / "smollm2-135m-float32", convert.TINY, seed=1)
     executables = locations.executables_in(Config().engine.executable_cache)
+    assert executables == directory / "executables"
     executables.mkdir()
     cache(executables).get("twice", twice)
     return directory

@@ -219,14 +219,15 @@ class Stack(nnx.Module):
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_orbax_nnx_state(tmp_path: Path, scanned: bool) -> None:
+def test_orbax_nnx_state(tmp_path: Path, scanned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rng = directory(tmp_path / "nnx"), np.random.default_rng(1)
     state = nnx.state(nnx.eval_shape(lambda: Stack(scanned)))
     state = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), state)
     with ocp.CheckpointManager(path) as manager:
         for step in (9, 10):
             manager.save(step, args=ocp.args.StandardSave(jax.tree.map(lambda a: a * (step - 9), state)))
-    opened = Checkpoint.open(resolve(str(path), "float32", tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    opened = Checkpoint.open(resolve(path.name, "float32", tmp_path / "cache"))
     for unit in range(SPEC.units):
         for name, array in opened.read_unit(unit).items():
             kind = unit_kind(SPEC, unit)
