@@ -121,11 +121,12 @@ def _settings(reader: gguf.GGUFReader, architecture: str) -> dict[str, object]:
     """The metadata in the words of config.json."""
     found = {setting: field(reader, f"{architecture}.{key}") for key, setting in _SETTINGS.items()}
     # Stored as float32: 1e-5 reads 9.99999975e-6.
-    config = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
-    heads, dim = config["num_attention_heads"] or 1, config["hidden_size"] or 0
-    head_dim = config["head_dim"] = config["head_dim"] or dim // heads
+    config = {key: float(f"{value:.6g}") if isinstance(value, float) else value
+              for key, value in found.items() if value is not None}
+    heads, dim = config.get("num_attention_heads", 1), config.get("hidden_size", 0)
+    head_dim = config.setdefault("head_dim", dim // heads)
     if architecture in _LARGEST:
-        largest = config["num_hidden_layers"] == _LARGEST[architecture]
+        largest = config.get("num_hidden_layers") == _LARGEST[architecture]
         config["query_pre_attn_scalar"] = dim // heads if largest else head_dim
     scaling = field(reader, f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":
