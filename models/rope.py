@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from blitzjax.models.config import Config
 
 _KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings",
-         "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "short_factor", "long_factor",
-         "low_freq_factor", "high_freq_factor", "finetuned"}
+         "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "short_factor",
+         "long_factor", "low_freq_factor", "high_freq_factor", "finetuned"}
 
 
 def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]:

@@ -29,13 +29,13 @@ _SETTINGS = {  # metadata key behind the architecture's name → setting of conf
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window", "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta", "rope.freq_base_swa": "rope_local_base_freq", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping"}
+    "rope.freq_base": "rope_theta", "rope.freq_base_swa": "rope_local_base_freq",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 _SCALING = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings",
             "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # behind rope.scaling. → rope parameter
 _KNOWN = {*_SETTINGS, *(f"rope.scaling.{key}" for key in _SCALING), "rope.dimension_count",
-          "attention.sliding_window_pattern",
-          "vocab_size", "attention.value_length", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout"}
+          "attention.sliding_window_pattern", "vocab_size", "attention.value_length", "pooling_type",
+          "rope.scaling.finetuned", "tensor_data_layout"}
 _NEUTRAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0}  # of others: 0 and False
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have a scale of their own
 _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's, one for each pair of dimensions; not a parameter
@@ -150,11 +150,12 @@ def _scaling(reader: gguf.GGUFReader, architecture: str) -> dict[str, Scalar]:
     kind = found["rope_type"] or ("linear" if found["factor"] else "none")
     if kind not in ("none", "linear", "yarn"):
         raise CheckpointError(f"rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
-    return {} if kind == "none" else {name: value for name, value in found.items() if value is not None} | {"rope_type": kind}
+    given = {name: value for name, value in found.items() if value is not None}
+    return {} if kind == "none" else given | {"rope_type": kind}
 
 
 def _layer_types(pattern: int | list[bool], count: int) -> list[str]:
-    """`pattern`: whether each layer has a window, or that every so-manieth has none."""
+    """`pattern`: whether each layer has a window, or n: every n-th has none."""
     windows = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(count)]
     return ["sliding_attention" if window else "full_attention" for window in windows]
 

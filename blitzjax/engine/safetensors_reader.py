@@ -25,8 +25,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _PACKED = ("_blocks", "_scales")  # tensors of MXFP4, in U8; what reads them is models/mxfp4.py
 _IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-_BEHIND_IMAGES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",  # as different years have it
-                  "model.language_model.": "model."}
+_BEHIND_IMAGES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
+                  "model.language_model.": "model."}  # since 2025
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library bounds it
 _AGAIN = "download it again"
 

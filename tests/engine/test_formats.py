@@ -122,8 +122,8 @@ def test_decoder_behind_a_vision_tower_is_the_one_without(tmp_path: Path, prefix
     wrapped = {n.replace("model.", prefix, 1): a for n, a in named.items()} | {
         f"{tower}{n}": np.zeros(2, np.float32) for n in ("vision_tower.x.weight", "multi_modal_projector.y.weight")}
     plain = differing(tmp_path / "plain", config, named)
-    behind = differing(tmp_path / "wrapped", {"model_type": "gemma3", "text_config": config, "eos_token_id": config["eos_token_id"]},
-                       wrapped)
+    outer = {"model_type": "gemma3", "text_config": config, "eos_token_id": config["eos_token_id"]}
+    behind = differing(tmp_path / "wrapped", outer, wrapped)
     assert behind.spec == plain.spec
     for ours, theirs in zip(behind.units(), plain.units(), strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -146,7 +146,8 @@ def test_head_that_is_not_the_embedding_is_used_whatever_the_config_says(tmp_pat
 def test_buffers_may_have_any_type(tmp_path: Path) -> None:
     """GPT-2's masks, as transformers saved them for years."""
     named = {n: tiny_families.values("gpt2", n, s) for n, s in FAMILIES["gpt2"]["tensors"].items()}
-    masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), bool), "transformer.h.0.attn.masked_bias": np.float32([-1e4])}
+    masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), bool),
+             "transformer.h.0.attn.masked_bias": np.float32([-1e4])}
     differing(tmp_path / "hf", FAMILIES["gpt2"]["config"], named | masks)
 
 

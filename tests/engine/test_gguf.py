@@ -301,7 +301,7 @@ def test_a_factor_without_a_kind_of_scaling_is_a_linear_one(tmp_path: Path) -> N
     ({"expert_count": 8.0}, "llama.expert_count = 8.0 is not supported"),
     ({"rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0 is not supported"),
     ({"attention.causal": 0.0}, "llama.attention.causal = 0.0 is not supported; take the model's .safetensors"),
-    ({"rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported; supported: none, linear, yarn")])
+    ({"rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported; supported: none")])
 def test_settings_that_nobody_reads_are_refused(tmp_path: Path, settings: dict[str, float | str], says: str) -> None:
     write_gguf(tmp_path / "m.gguf", settings=settings)
     with pytest.raises(CheckpointError, match=says):

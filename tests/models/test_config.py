@@ -34,10 +34,10 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("llama", {"hidden_size": None}, "hidden_size is missing"),
     ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported; supported: 'silu'"),
     ("llama", {"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* supported: a copy .* in bf"),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* supported: a copy "),
     ("llama", {"compression_config": {"format": "int"}}, "compression_config = .* is not supported; supported: a copy"),
     ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope type 'axial' is not supported; supported: default"),
-    ("llama", {"rope_parameters": {"attn_factor": 2.0}}, "rope parameter 'attn_factor' = 2.0 is not supported; supported: "),
+    ("llama", {"rope_parameters": {"attn_factor": 2.0}}, "rope parameter 'attn_factor' = 2.0 is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope parameter 'low_freq_factor' is missing"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types lists 1 layers, num_hidden_layers is 3"),
@@ -85,7 +85,8 @@ def test_layers_of_older_configs_follow_the_family() -> None:
     assert layers("mistral") == ("sliding",) * 4
     assert layers("mistral", sliding_window=None) == ()
     mixed = {"layer_types": ["full_attention", *["sliding_attention"] * 3]}
-    assert layers("mistral", **mixed) == layers("mistral", model_type="ministral", **mixed) == ("layer", *["sliding"] * 3)
+    for model_type in ("mistral", "ministral"):
+        assert layers("mistral", model_type=model_type, **mixed) == ("layer", *["sliding"] * 3)
     assert layers("qwen2_moe", mlp_only_layers=[], decoder_sparse_step=2) == ("dense", "layer") * 2
     assert layers("qwen2_moe", use_sliding_window=True, sliding_window=7, max_window_layers=4) == (
         "sliding", "dense", "sliding", "layer")
@@ -136,7 +137,8 @@ def test_text_decoder_behind_a_vision_tower_is_read() -> None:
     spec = read_config({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}, "m", "float32")
     assert (spec.heads, spec.kv_heads, spec.head_dim, spec.vocab, spec.max_len) == (8, 4, 256, 262208, 131072)
     assert (spec.tied_embeddings, spec.eos_token_ids, spec.rope_theta) == (True, (1, 106), 1e6)
-    assert dict(spec.options)["rope_factors"] == (8.0,) * 128 and spec.layer_kinds[4:7] == ("sliding", "layer", "sliding")
+    assert dict(spec.options)["rope_factors"] == (8.0,) * 128
+    assert spec.layer_kinds[4:7] == ("sliding", "layer", "sliding")
     mistral = read_config({"model_type": "mistral3", "text_config": CONFIGS["mistral"]}, "m", "float32")
     assert mistral == read("mistral", tie_word_embeddings=True)
 
