@@ -38,10 +38,11 @@ def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpe
 
 def _text(values: Mapping[str, object]) -> dict[str, object]:
     """The settings of the decoder behind a vision tower, which is left out: requests hold no images."""
-    if not isinstance(values.get("text_config"), Mapping):
+    text = values.get("text_config")
+    if not isinstance(text, dict):
         raise CheckpointError(f"config.json: model_type = {values['model_type']!r} has no text_config")
     kept = {key: values[key] for key in ("eos_token_id", "quantization_config") if key in values}
-    return values["text_config"] | kept | {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    return text | kept | {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def _built_in(name: str) -> Family:

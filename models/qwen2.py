@@ -11,7 +11,7 @@ DEFAULTS = {"sliding_window": 4096}
 
 
 def options(config: Config) -> dict[str, Option]:
-    return {"activation": config.activation(), "qkv_bias": True} | window(config)
+    return {"activation": config.activation(), "qkv_bias": True, **window(config)}
 
 
 def window(config: Config) -> dict[str, Option]:

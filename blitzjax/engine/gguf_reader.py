@@ -72,7 +72,7 @@ class GGUF:
     def _names(self, unit: int) -> dict[str, str]:
         """Published name → name in this file, for one unit."""
         table = gguf.get_tensor_name_map(_architecture(self.reader), self.spec.layers)
-        return {name: table.get_name(full, try_suffixes=(".weight", ".bias"))
+        return {name: table.get_name(full, try_suffixes=(".weight", ".bias")) or full
                 for name, full in published.names(self.spec, unit).items()}
 
     def _dequantize(self, tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -136,7 +136,7 @@ def _settings(reader: gguf.GGUFReader, architecture: str) -> dict[str, object]:
         largest = config.get("num_hidden_layers") == _LARGEST[architecture]
         config["query_pre_attn_scalar"] = dim // heads if largest else head_dim
     if pattern := field(reader, f"{architecture}.attention.sliding_window_pattern"):
-        config["layer_types"] = _layer_types(pattern, config.get("num_hidden_layers", 0))
+        config["layer_types"] = _layer_types(pattern, field(reader, f"{architecture}.block_count", 0))
     config["rope_scaling"] = _scaling(reader, architecture)
     config["partial_rotary_factor"] = field(reader, f"{architecture}.rope.dimension_count", head_dim) / (head_dim or 1)
     return config | {

@@ -53,8 +53,8 @@ class HuggingFace:
     def open(cls, path: Path, name: str, dtype: str) -> HuggingFace:
         """Raises CheckpointError listing every missing, unexpected or misshapen tensor and every missing file."""
         spec = read_spec(path, name, dtype)
-        tensors, problems = _read_headers(path)
-        tensors = _with_prefix(spec, _of_text(tensors))
+        found, problems = _read_headers(path)
+        tensors = _with_prefix(spec, _of_text(found))
         spec = replace(spec, tied_embeddings=spec.tied_embeddings and not _has_own_head(spec, tensors))
         problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
                      for name, t in tensors.items() if t.dtype not in _DTYPES and not published.harmless(spec, name)
@@ -124,7 +124,8 @@ def _has_own_head(spec: ModelSpec, tensors: Mapping[str, Stored]) -> bool:
         return False
     if (head.shape, head.dtype) != (table.shape, table.dtype):
         return True
-    return not np.array_equal(*(np.memmap(t.file, np.uint8, "r", t.offset, (_nbytes(t),)) for t in (head, table)))
+    own, shared = (np.memmap(t.file, np.uint8, "r", t.offset, (_nbytes(t),)) for t in (head, table))
+    return not np.array_equal(own, shared)
 
 
 def _nbytes(stored: Stored) -> int:
@@ -140,7 +141,8 @@ def _read_headers(path: Path) -> tuple[dict[str, Stored], list[str]]:
         placed = dict(json.loads((path / INDEX).read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path / INDEX} is not readable ({e!r}); {_AGAIN}") from e
-    tensors, problems = {}, []
+    tensors: dict[str, Stored] = {}
+    problems = []
     for shard in sorted(set(placed.values())):
         if (path / shard).is_file():
             tensors |= read_header(path / shard)

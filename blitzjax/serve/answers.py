@@ -165,7 +165,7 @@ class Answer:
 
     def restore(self, past: Progress) -> None:
         """Makes a new answer what another one was; all of it can be taken again."""
-        if past.generated:
+        if past.first_token_s is not None:
             reason = past.finish_reason if past.finish_reason in ("stop", "length") else None
             self.push(0, list(past.generated), reason, past.first_token_s, past.logprobs, past.prompt_logprobs)
         if past.finish_reason is not None:

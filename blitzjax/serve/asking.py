@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from blitzjax.errors import InvalidRequest
 from blitzjax.v1 import inference_pb2 as pb
@@ -94,28 +94,28 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     outside = ("model", "request_id", "priority", "progress", "timeout_s")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
-    options = {name: value for name, value in options.items() if name not in CONSTRAINTS} | _constraint(options)
+    sampling: dict[str, Any] = {k: v for k, v in options.items() if k not in CONSTRAINTS and k not in outside}
     try:
-        return _request(prompt, options, outside)
+        return _request(prompt, options, pb.SamplingParams(**sampling, **_constraint(options)))
     except ValueError as e:  # a number out of range, or half a character
         raise InvalidRequest(str(e)) from e
 
 
-def _request(prompt: Prompt, options: Options, outside: Sequence[str]) -> pb.GenerateRequest:
+def _request(prompt: Prompt, options: Options, sampling: pb.SamplingParams) -> pb.GenerateRequest:
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
                              priority=options.get("priority", 0), progress=options.get("progress", False),
-                             sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))
+                             sampling=sampling)
     if isinstance(prompt, str):
         out.text = prompt
     elif len(prompt) and isinstance(prompt[0], Mapping):
         out.chat.messages.extend(_message(m) for m in prompt)
     else:
         out.tokens.SetInParent()
-        out.tokens.ids.extend(prompt)
+        out.tokens.ids.extend(prompt)  # type: ignore[arg-type]  # no chat; protobuf refuses what is no token id
     return out
 
 
-def _constraint(options: Options) -> dict[str, object]:
+def _constraint(options: Mapping[str, Any]) -> dict[str, Any]:
     """As its message has it. Raises InvalidRequest for two of them."""
     given = {name: options[name] for name in CONSTRAINTS if options.get(name, False) is not False}
     if len(given) > 1:
@@ -127,19 +127,21 @@ def _constraint(options: Options) -> dict[str, object]:
     return given
 
 
-def _message(said: Mapping[str, str]) -> pb.ChatMessage:
-    role, content = said.get("role"), said.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise TypeError(f"a message has a role and a content, both of them text; got {dict(said)}")
-    return pb.ChatMessage(role=role, content=content)
+def _message(said: object) -> pb.ChatMessage:
+    match said:
+        case {"role": str(role), "content": str(content)}:
+            return pb.ChatMessage(role=role, content=content)
+    raise TypeError(f"a message has a role and a content, both of them text; got {said}")
 
 
 def collect(chunks: Sequence[Chunk]) -> Result:
-    """Joins the chunks of one complete answer. Raises ValueError when they are of several."""
+    """Joins the chunks of one complete answer. Raises ValueError when they are of several, or the last is not here."""
     chunks = [chunk for chunk in chunks if chunk.progress is None]
     first, last = chunks[0], chunks[-1]
     if any(chunk.index != last.index for chunk in chunks):
         raise ValueError("these are several answers (n > 1); use generate_all")
+    if last.usage is None:
+        raise ValueError("the answer is not complete")
     times = tuple(chunk.at_s for chunk in chunks for _ in chunk.token_ids)
     return Result(
         request_id=last.request_id, index=last.index, text="".join(c.text for c in chunks),

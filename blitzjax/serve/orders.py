@@ -16,6 +16,7 @@ from blitzjax.errors import InvalidRequest
 from blitzjax.serve.answers import Order
 from blitzjax.serve.constraints import grammar_of
 from blitzjax.serve.model import ServedModel
+from blitzjax.serve.tokenizer import Tokenizer
 from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -62,36 +63,38 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
 
 async def prompt_of(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:
     """Token ids, and what to echo: the text as it was sent or rendered, else decoded. Raises InvalidRequest."""
+    tokenizer = model.tokenizer
     match request.WhichOneof("input"):
         case "tokens":
             ids = tuple(request.tokens.ids)
             wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
             if wrong is not None:
                 raise InvalidRequest(f"token id {wrong} is outside the vocabulary [0, {model.spec.vocab})")
-            echoed = request.sampling.echo and model.tokenizer is not None
-            text = model.tokenizer.decode(ids).rstrip("\ufffd") if echoed else ""  # the answer completes a character
-        case "text" | "chat" if model.tokenizer is None:
+            text = ""
+            if tokenizer is not None and request.sampling.echo:
+                text = tokenizer.decode(ids).rstrip("\ufffd")  # the answer completes a character
+        case None:
+            raise InvalidRequest("no input: set text, tokens or chat")
+        case _ if tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; send tokens instead of text or chat")
         case "text":
             text = request.text
-            ids = await _encode(model.tokenizer.encode, text) if text else ()
+            ids = await _encode(tokenizer.encode, text) if text else ()
         case "chat":
-            text = _render(request.chat, model)
-            ids = await _encode(model.tokenizer.encode_rendered, text)
-        case _:
-            raise InvalidRequest("no input: set text, tokens or chat")
+            text = _render(request.chat, tokenizer)
+            ids = await _encode(tokenizer.encode_rendered, text)
     if not ids:
         raise InvalidRequest("the prompt is empty; it needs at least 1 token")
     return ids, text
 
 
-def _render(chat: pb.Chat, model: ServedModel) -> str:
+def _render(chat: pb.Chat, tokenizer: Tokenizer) -> str:
     if not chat.messages:
         raise InvalidRequest("the chat is empty; it needs at least 1 message")
     for message in chat.messages:
         if message.role not in ROLES:
             raise InvalidRequest(f"unknown chat role {message.role!r}; roles are {', '.join(ROLES)}")
-    return model.tokenizer.chat([{"role": m.role, "content": m.content} for m in chat.messages])
+    return tokenizer.chat([{"role": m.role, "content": m.content} for m in chat.messages])
 
 
 async def _encode(encode: Callable[[str], tuple[int, ...]], text: str) -> tuple[int, ...]:
