@@ -27,7 +27,8 @@ class Format:
     template: re.Pattern[str]  # finds what only templates for this format say
     opening: str
     closing: str
-    written: tuple[str, str, str]  # before calls, between two, behind them; all empty: a call is the whole answer
+    written: tuple[str, str, str]  # before calls, between two, behind them; all empty: a call is the whole answer. A
+    # space behind a tag may be left out, as newer models of Mistral do
     arguments: str = "arguments"
 
     @property
@@ -54,8 +55,9 @@ def format_of(template: str) -> str:
 def grammar(known: Format, functions: Mapping[str, Mapping[str, object]], several: bool, ids: Mapping[str, int]) -> str:
     """In Lark: "calls" of these functions, each with the schema of its arguments. `ids`: tags that are tokens."""
     def text(said: str) -> str:
-        parts = re.split(f"({'|'.join(map(re.escape, ids))})", said) if ids else [said]
-        return " ".join(f"<[{ids[part]}]>" if part in ids else json.dumps(part) for part in parts if part)
+        parts = re.split(f"({'|'.join(map(re.escape, known.tags))})( ?)", said)
+        return " ".join(f"<[{ids[part]}]>" if part in ids else '" "?' if part == " " else json.dumps(part)
+                        for part in parts if part)
 
     begin, between, end = map(text, known.written)
     calls = " | ".join(json.dumps(f'{{"name": "{name}", "{known.arguments}": ') + f' a{k} "}}"'
