@@ -17,9 +17,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bench import figures, fleet, netns
 from bench.result import say
@@ -227,7 +228,7 @@ def _begin(course: Course) -> float:
     return min(course._arrived.values())
 
 
-def show(found: dict[str, object]) -> None:
+def show(found: Mapping[str, Any]) -> None:
     for name in ("live", "sim"):
         row = found[name]
         print(f"  {name:4}  TTFT mean {row['ttft']['ttft_mean_s']:.2f} s, p95 {row['ttft']['ttft_p95_s']:.2f} s; "

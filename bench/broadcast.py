@@ -204,7 +204,7 @@ def cluster(hosts: Sequence[netns.Host | None], layers: int) -> Iterator[list[Re
         port = s.getsockname()[1]
     address = f"{first.ip if first else '127.0.0.1'}:{port}"
     argv = [sys.executable, "-m", "blitzjax.transfer.coordinator", "--address", address, "--size", str(HOSTS)]
-    processes = [subprocess.Popen(first.command(argv) if first else argv, env=_environment(), cwd=ROOT,
+    processes = [subprocess.Popen(first.command(argv) if first else argv, env=_environment(), cwd=ROOT, text=True,
                                   stderr=subprocess.DEVNULL)]
     try:
         remotes = []
@@ -255,9 +255,9 @@ def measure_links(rounds: int, layers: int, chunk_target_bytes: int, rate_mbit: 
             times = ", ".join(f"{seen[-1]['seconds']:.2f}" for seen in runs.values())
             print(f"  round {k + 1}: copy {copies[-1]:.2f} s, multicast to 1, 2, 3 receivers {times} s")
     tcp_gbps = bits / statistics.median(copies) / 1e9
-    receivers = {str(n): _summary(seen, bits, tcp_gbps) for n, seen in runs.items()}
-    return {"tcp_gbps": round(tcp_gbps, 3), "receivers": receivers,
-            "time_1to3_over_1to1": round(receivers["3"]["seconds"] / receivers["1"]["seconds"], 3)}
+    found = {str(n): _summary(seen, bits, tcp_gbps) for n, seen in runs.items()}
+    return {"tcp_gbps": round(tcp_gbps, 3), "receivers": found,
+            "time_1to3_over_1to1": round(found["3"]["seconds"] / found["1"]["seconds"], 3)}
 
 
 def halves_s(chains: Sequence[tuple[Remote, Remote]], chunk_target_bytes: int, sharded: bool) -> float:

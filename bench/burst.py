@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from bench import figures, fleet, probe, prompts
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.model import load_model
+from blitzjax.types import LiveMode
 
-MODES = ("zigzag", "off", "best_effort", "none")
+Mode: TypeAlias = LiveMode | Literal["none"]
+MODES: tuple[Mode, ...] = ("zigzag", "off", "best_effort", "none")
 _MAX_TOKENS = 4
 _SEED = 3
 
@@ -83,10 +85,10 @@ def measure(address: str, checkpoint: Path, planned: Plan, rounds: int) -> dict[
 
 async def _rounds(address: str, checkpoint: Path, rounds: int, load: Load
                   ) -> dict[str, list[dict[str, float | None]]]:
-    encode = load_model(checkpoint).tokenizer.encode
+    encode = prompts.encoder(checkpoint)
     seen: dict[str, list[dict[str, float | None]]] = {mode: [] for mode in MODES}
     async with AsyncClient(address) as client, fleet.watching(address) as watch:
-        for mode in ("off", "zigzag"):  # warm-up: both workers' caches have grown once, connections are up
+        for mode in MODES[1::-1]:  # warm-up: both workers' caches have grown once, connections are up
             await _burst(client, watch, mode, prompts.of_lengths(encode, [load.tokens] * load.count, _SEED - 1))
             await fleet.settle(client, 1)
         for k in range(rounds):
@@ -101,7 +103,7 @@ async def _rounds(address: str, checkpoint: Path, rounds: int, load: Load
     return seen
 
 
-async def _burst(client: AsyncClient, watch: fleet.Watch, mode: str, burst: Sequence[prompts.Tokens]
+async def _burst(client: AsyncClient, watch: fleet.Watch, mode: Mode, burst: Sequence[prompts.Tokens]
                  ) -> dict[str, float | None]:
     await fleet.settle(client, 1)
     new = [i.id for i in (await client.status()).instances if i.phase == "idle"]
@@ -115,16 +117,17 @@ async def _burst(client: AsyncClient, watch: fleet.Watch, mode: str, burst: Sequ
         await client.scale(2, wait=True, timeout_s=60)
     if failed := [a.error for a in answers if a.result is None]:
         raise SystemExit(f"{len(failed)} requests failed in mode {mode}: {failed[0]}")
-    helped = [a for a in answers if a.result.usage.layers_helped > 0]
+    helped = [a for a in answers if a.whole.usage.layers_helped > 0]
     await asyncio.sleep(0.1)  # the last picture arrives
     serving = watch.first(2, began)
     joint = min((a.first_token_s for a in helped), default=None)
-    return figures.ttft([a.first_token_s - began for a in answers]) | {
+    return {
+        **figures.ttft([a.first_token_s - began for a in answers]),
         "scale_up_s": None if mode == "none" or serving is None else serving - began,
         "layers_at_first_joint_token": None if joint is None else watch.at(joint).layers(new),
         "helped_requests": len(helped),
-        "layers_helped": statistics.fmean([a.result.usage.layers_helped for a in helped]) if helped else 0.0,
-        "makespan_s": max(a.sent_s + a.result.total_s for a in answers) - began}
+        "layers_helped": statistics.fmean([a.whole.usage.layers_helped for a in helped]) if helped else 0.0,
+        "makespan_s": max(a.sent_s + a.whole.total_s for a in answers) - began}
 
 
 def _print(modes: dict[str, dict[str, float | None]], ideals: dict[str, dict[str, float | None]]) -> None:

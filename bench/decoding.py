@@ -16,7 +16,6 @@ from pathlib import Path
 from bench import figures, fleet, prompts
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.model import load_model
 
 _STREAMS = 4
 _BEYOND_HALF_TOKENS = 4
@@ -31,7 +30,7 @@ async def measure(made: fleet.Fleet, checkpoint: Path, rounds: int, context: int
 
     Prompts fill just over half of `context`, a power of two, so that all answers stay in its KV bucket.
     """
-    encode = load_model(checkpoint).tokenizer.encode
+    encode = prompts.encoder(checkpoint)
     seen = []
     async with AsyncClient(made.address) as client, fleet.watching(made.address) as watch:
         for k in range(rounds):
@@ -63,6 +62,7 @@ async def _round(client: AsyncClient, watch: fleet.Watch, asked: Sequence[prompt
         await client.scale(2, source="multicast")
         await _until(lambda: watch.first(2, broadcast) is not None)
         ended = watch.first(2, broadcast)
+        assert ended is not None
     finally:
         for stream in streams:
             stream.cancel()

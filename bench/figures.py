@@ -9,9 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.control import live_sim
 
+Number = TypeVar("Number", float, float | None)
 NEAR_TIE_MARGIN = 1e-3  # between the two largest float32 logits of the reference: rounding may decide such a step
 
 
@@ -24,7 +26,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def median_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Key by key over rounds; None where no round has a value."""
     keys = rows[0] if rows else ()
-    found = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
+    found = {key: [value for row in rows if (value := row[key]) is not None] for key in keys}
     return {key: rounded(statistics.median(values)) if values else None for key, values in found.items()}
 
 
@@ -33,7 +35,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def rounded_row(row: Mapping[str, float | None]) -> dict[str, float | None]:
+def rounded_row(row: Mapping[str, Number]) -> dict[str, Number]:
     return {key: None if value is None else rounded(value) for key, value in row.items()}
 
 
@@ -112,12 +114,14 @@ def ratios(modes: Mapping[str, Mapping[str, float | None]], of: str = "zigzag") 
     """"zigzag/off mean" and so on, for the modes that were run."""
     if of not in modes:
         return {}
-    return {f"{of}/{other} {name}": rounded(modes[of][key] / modes[other][key])
-            for other in modes if other != of for name, key in (("mean", "ttft_mean_s"), ("p95", "ttft_p95_s"))}
+    return {f"{of}/{other} {name}": rounded(ours / theirs)
+            for other in modes if other != of for name, key in (("mean", "ttft_mean_s"), ("p95", "ttft_p95_s"))
+            if (ours := modes[of][key]) is not None and (theirs := modes[other][key]) is not None}
 
 
-def cpu_s(pid: int) -> float:
-    """CPU time of a process so far, all its threads."""
+def cpu_s(pid: int | None) -> float:
+    """CPU time of a process so far, all its threads. None: it is down."""
+    assert pid is not None
     stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -85,10 +85,11 @@ def scratch() -> Iterator[Path]:
 
 
 def _config(directory: Path, pool: int, tables: Mapping[str, Mapping[str, object]]) -> configs.Config:
-    default = {"serve": {"port": 0, "event_log": str(directory / "events.jsonl")},
-               "engine": {"prefix_caching": False},  # the same prompts are asked again, to be run again
-               "scale": {"policy": "manual", "min_instances": 1, "max_instances": pool},
-               "cluster": {"pool": pool, "pin_cores": True, "threads": 1}}
+    default: dict[str, dict[str, object]] = {
+        "serve": {"port": 0, "event_log": str(directory / "events.jsonl")},
+        "engine": {"prefix_caching": False},  # the same prompts are asked again, to be run again
+        "scale": {"policy": "manual", "min_instances": 1, "max_instances": pool},
+        "cluster": {"pool": pool, "pin_cores": True, "threads": 1}}
     names = default.keys() | tables.keys()
     return configs.from_tables({name: {**default.get(name, {}), **tables.get(name, {})} for name in names})
 
@@ -186,8 +187,14 @@ class Answer:
     error: str = ""
 
     @property
+    def whole(self) -> Result:
+        """Of one that did not fail."""
+        assert self.result is not None, self.error
+        return self.result
+
+    @property
     def first_token_s(self) -> float:
-        return self.sent_s + self.result.ttft_s
+        return self.sent_s + self.whole.ttft_s
 
     @property
     def tokens(self) -> tuple[int, ...]:

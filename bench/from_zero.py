@@ -23,9 +23,10 @@ from blitzjax.cli_serve import checkpoint
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.serve.client import Client
 from blitzjax.serve.model import load_model
+from blitzjax.types import LiveMode
 
 _MODEL, _OTHER = "smollm2-135m", "occupant"
-_MODES = ("zigzag", "off")
+_MODES: tuple[LiveMode, ...] = ("zigzag", "off")
 _SEED = 90
 _SCALE_S = 60.0
 
@@ -33,7 +34,7 @@ _SCALE_S = 60.0
 def measure(rounds: int, count: int, tokens: int, link_mbit: int | None) -> dict[str, object]:
     directory = checkpoint(_MODEL, "bfloat16")
     model = load_model(directory)
-    asked = prompts.of_lengths(model.tokenizer.encode, [tokens] * count, _SEED)
+    asked = prompts.of_lengths(prompts.encoder(directory), [tokens] * count, _SEED)
     tables = {"engine": {"max_model_len": 512, "max_num_seqs": 4, "prefix_caching": False}, "scale": {"min_instances": 0}}
     ttft_s: dict[str, list[float]] = {mode: [] for mode in _MODES}
     answers = set()
@@ -54,7 +55,8 @@ def measure(rounds: int, count: int, tokens: int, link_mbit: int | None) -> dict
             "distinct_answers": len(answers), "prompts": count, "prompt_tokens": tokens, "rounds": rounds}
 
 
-def _wake(client: Client, model: str, asked: Sequence[prompts.Tokens], mode: str) -> tuple[float, tuple[object, ...]]:
+def _wake(client: Client, model: str, asked: Sequence[prompts.Tokens], mode: LiveMode
+          ) -> tuple[float, tuple[object, ...]]:
     """From zero and back. → mean TTFT, answers."""
     _occupy_keeper(client, model)
     with ThreadPoolExecutor(len(asked)) as senders:

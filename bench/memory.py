@@ -34,7 +34,7 @@ _TABLES = {"engine": {"prefix_caching": True}}  # as a cluster is by default
 def measure() -> dict[str, object]:
     directory = checkpoint(_MODEL, "bfloat16")
     model = load_model(directory)
-    asked = prompts.of_lengths(model.tokenizer.encode, [_PROMPT] * 2 * _STREAMS, _SEED)
+    asked = prompts.of_lengths(prompts.encoder(directory), [_PROMPT] * 2 * _STREAMS, _SEED)
     with fleet.fleet(directory, 1, None, _TABLES):  # everything is compiled, whatever is measured afterwards
         pass
     spec = model.spec
@@ -45,8 +45,8 @@ def measure() -> dict[str, object]:
         rows = {}
         for name, instance in zip(("from_disk", "from_multicast"), order, strict=True):
             status = Path(f"/proc/{made.cluster.worker_pid(int(instance.removeprefix('i')))}/status").read_text()
-            peak, anonymous, mapped = (int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024
-                                       for key in ("VmHWM", "RssAnon", "RssFile"))
+            sizes = dict(re.findall(r"(\w+):\s+(\d+) kB", status))
+            peak, anonymous, mapped = (int(sizes[key]) * 1024 for key in ("VmHWM", "RssAnon", "RssFile"))
             rows[name] = {"peak_mb": peak / 1e6, "of_goal": peak / goal, "anonymous_mb": anonymous / 1e6,
                           "mapped_mb": mapped / 1e6, "running": running[instance]}
             print(f"  {name:15}" + "".join(f"  {key} {value:.4g}" for key, value in rows[name].items()), flush=True)

@@ -18,7 +18,7 @@ def as_gguf(target: Path, dtype: str) -> None:
     source = gguf.GGUFReader(packaged_gguf("smollm2-135m"))
     half = {"bfloat16": gguf.GGMLQuantizationType.BF16, "float16": gguf.GGMLQuantizationType.F16}[dtype]
     part = target.with_suffix(".part")
-    writer = gguf.GGUFWriter(part, source.get_field("general.architecture").contents())
+    writer = gguf.GGUFWriter(part, source.fields["general.architecture"].contents())
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if dtype == "bfloat16" else gguf.LlamaFileType.MOSTLY_F16)
     for field in source.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
@@ -27,8 +27,8 @@ def as_gguf(target: Path, dtype: str) -> None:
         writer.add_key_value(field.name, field.contents(), kind, sub)
     for tensor in source.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        kind = half if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
+        stored = half if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, gguf.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -137,7 +137,8 @@ class LlamaCpp(HttpServer):
                 "cache_prompt": False, "stream": True}
 
     def _counted(self, event: Mapping[str, object]) -> int | None:
-        return event.get("tokens_predicted")
+        counted = event.get("tokens_predicted")
+        return counted if isinstance(counted, int) else None
 
 
 class _HuggingFace(HttpServer):

@@ -47,7 +47,7 @@ class Blitzjax(Peer):
 
     async def answer(self, asked: Sequence[Tokens], max_tokens: int) -> list[Answer]:
         answers = await asyncio.gather(*(fleet.ask(self._client, prompt, max_tokens) for prompt in asked))
-        return [Answer(a.sent_s, a.first_token_s, a.sent_s + a.result.total_s, len(a.tokens)) for a in answers]
+        return [Answer(a.sent_s, a.first_token_s, a.sent_s + a.whole.total_s, len(a.tokens)) for a in answers]
 
 
 class OpenVino(Peer):
@@ -70,17 +70,19 @@ class OpenVino(Peer):
             self._python, program, self.directory / "smollm2-135m.f16.gguf", str(SLOTS),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._root = self._process.pid
+        assert self._process.stdin is not None and self._process.stdout is not None  # pipes
+        self._orders, self._answers = self._process.stdin, self._process.stdout
         try:
             yield
         finally:
-            self._process.stdin.close()
+            self._orders.close()
             await self._process.wait()
 
     async def answer(self, asked: Sequence[Tokens], max_tokens: int) -> list[Answer]:
         sent = time.monotonic()
         order = json.dumps({"prompts": [list(p) for p in asked], "max_tokens": max_tokens})
-        self._process.stdin.write(order.encode() + b"\n")
-        async for line in self._process.stdout:
+        self._orders.write(order.encode() + b"\n")
+        async for line in self._answers:
             if line.startswith(b"{"):
                 now = time.monotonic()
                 return [Answer(sent, now if max_tokens == 1 else None, now, n) for n in json.loads(line)["tokens"]]

@@ -30,7 +30,6 @@ from bench.peer_servers import PEERS
 from bench.result import say
 from blitzjax.cli_serve import checkpoint
 from blitzjax.engine.locations import default_cache
-from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"
 _PROMPT_TOKENS = 128
@@ -44,7 +43,7 @@ async def measure(peer: Peer, encode, rounds_seed: int) -> dict[str, float | Non
     began = time.monotonic()
     async with peer.started():
         (first,) = await peer.answer(prompts.of_lengths(encode, [_PROMPT_TOKENS], _SEED - 1), 1)
-        row: dict[str, float | None] = {"first_token_s": first.first_s - began}
+        row: dict[str, float | None] = {"first_token_s": (first.first_s or first.last_s) - began}
         await peer.answer(prompts.of_lengths(encode, [_PROMPT_TOKENS] * max(_STREAMS), _SEED - 2), _MAX_TOKENS)
         for streams in _STREAMS:
             asked = prompts.of_lengths(encode, [_PROMPT_TOKENS] * streams, rounds_seed * 100 + streams)
@@ -73,7 +72,9 @@ def goals(peers: dict[str, dict[str, float | None]]) -> dict[str, float]:
     for name in peers.keys() - {peer for peer in peers if peer.startswith("blitzjax")}:
         for streams in _STREAMS:
             for key in (f"tokens_per_s_{streams}", f"tokens_per_cpu_s_{streams}"):
-                out[f"{key} over {name}"] = figures.rounded(max(row[key] for row in ours) / peers[name][key])
+                if theirs := peers[name][key]:
+                    best = max(value for row in ours if (value := row[key]) is not None)
+                    out[f"{key} over {name}"] = figures.rounded(best / theirs)
     return dict(sorted(out.items()))
 
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds, machine = 1 if args.quick else args.rounds, figures.machine()
     print(f"{_MODEL} on {machine}: {_PROMPT_TOKENS} tokens in, {_MAX_TOKENS} out", flush=True)
     directory = checkpoint(_MODEL, "bfloat16")
-    encode = load_model(directory).tokenizer.encode
+    encode = prompts.encoder(directory)
     peers = {name: PEERS[name](directory, args.dir) for name in names}
     for peer in peers.values():
         peer.install()

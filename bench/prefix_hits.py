@@ -18,7 +18,6 @@ from bench import figures, fleet, prompts
 from bench.result import of_rounds
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import Client
-from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"
 _SHARED, _OWN = 512, 32  # tokens
@@ -29,14 +28,14 @@ _SEED = 70
 
 def measure(rounds: int) -> dict[str, object]:
     directory = checkpoint(_MODEL, "bfloat16")
-    encode = load_model(directory).tokenizer.encode
+    encode = prompts.encoder(directory)
     shared = prompts.of_lengths(encode, [_SHARED] * (rounds + 1), _SEED)
     own = [prompts.of_lengths(encode, [_OWN] * 2, _SEED + 1 + k) for k in range(rounds + 1)]
     rows: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:
         sides = {name: _Side(stack, directory, name == "cache") for name in ("cache", "plain")}
         for k, (prefix, ends) in enumerate(zip(shared, own, strict=True)):
-            row = {}
+            row: dict[str, float] = {}
             for name in sorted(sides, reverse=k % 2 == 1):
                 for which, end in zip(("first", "second"), ends, strict=True):
                     row |= {f"{name}_{which}_{key}": value for key, value in sides[name].ask(prefix + end).items()}

@@ -136,7 +136,7 @@ def _attend(q, k, v, scoring):
 def main(argv: Sequence[str]) -> int:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     kind, *rest = argv
-    print(json.dumps({"layer": _layer, "margins": _margins}[kind](*rest)))
+    print(json.dumps(_layer(*rest) if kind == "layer" else _margins(*rest)))
     return 0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from blitzjax.serve.model import load_model
 
 Tokens = tuple[int, ...]
 
@@ -22,6 +25,12 @@ _ENDINGS = (".", ", and nobody asked why.", ", as the records show.", "; the rea
 def text(rng: random.Random, sentences: int) -> str:
     pools = (_SUBJECTS, _VERBS, _OBJECTS)
     return " ".join(" ".join(map(rng.choice, pools)) + rng.choice(_ENDINGS) for _ in range(sentences))
+
+
+def encoder(checkpoint: Path) -> Callable[[str], Sequence[int]]:
+    tokenizer = load_model(checkpoint).tokenizer
+    assert tokenizer is not None, f"{checkpoint} has no tokenizer"
+    return tokenizer.encode
 
 
 def of_lengths(encode: Callable[[str], Sequence[int]], lengths: Sequence[int], seed: int) -> list[Tokens]:

@@ -21,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 def build(spec: ModelSpec, config: EngineConfig) -> Runner:
     """Every unit in memory of its own; units of a kind have the same values."""
-    store, drawn = LayerStore(spec, jax.local_devices()[:1]), {}
+    store, drawn = LayerStore(spec, jax.local_devices()[:1]), dict[str, dict[str, np.ndarray]]()
     for unit in range(spec.units):
         kind = unit_kind(spec, unit)
         drawn[kind] = drawn.get(kind) or random_unit(spec, unit, seed=1)
@@ -176,7 +177,7 @@ def beside(python: str, spec: ModelSpec, batches: Sequence[int], context: int, p
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compared(ours: dict[str, object], theirs: dict[str, object]) -> dict[str, float]:
+def compared(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
     """Our speed over theirs, by batch, and of the prompt."""
     out = {f"decode_{batch}": took * 1e3 / ours["decode"][batch]["step_ms"] for batch, took in theirs["decode"].items()}
     return figures.rounded_row(out | {"prefill": theirs["prefill"] * 1e3 / ours["prefill"]["took_ms"]})

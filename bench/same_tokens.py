@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import fleet, probe, prompts
 from bench.figures import Difference, first_difference
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.model import load_model
+from blitzjax.types import LiveMode, Source
 
 _SEED = 1
 
@@ -24,8 +24,8 @@ _SEED = 1
 class ScaleUp:
     start: int
     stop: int
-    live: str
-    source: str = "multicast"
+    live: LiveMode
+    source: Source = "multicast"
 
     @property
     def mode(self) -> str:
@@ -56,11 +56,11 @@ def measure(checkpoint: Path, scale_ups: Sequence[ScaleUp], count: int, max_toke
             ) -> dict[str, object]:
     """`count` prompts per scale-up, the same ones each time, in another order and at other moments."""
     print(f"Right tokens: {count} prompts at random moments of each scale-up", flush=True)
-    tables = {"engine": {"dtype": "float32", "max_model_len": 1024},
-              "cluster": {"max_world": 2 * len(scale_ups)}}
+    tables: dict[str, dict[str, object]] = {
+        "engine": {"dtype": "float32", "max_model_len": 1024}, "cluster": {"max_world": 2 * len(scale_ups)}}
     with fleet.fleet(checkpoint, max(s.stop for s in scale_ups), rate_mbit, tables) as made:
         lengths = prompts.mixed_lengths(count, _SEED)
-        asked = prompts.of_lengths(load_model(checkpoint).tokenizer.encode, lengths, _SEED)
+        asked = prompts.of_lengths(prompts.encoder(checkpoint), lengths, _SEED)
         reference, trials = asyncio.run(_trials(made.address, asked, scale_ups, max_tokens))
     trials = _with_margins(checkpoint, asked, reference, trials)
     for trial in trials:
@@ -80,7 +80,7 @@ async def _trials(address: str, asked: Sequence[prompts.Tokens], scale_ups: Sequ
     """The reference answers first."""
     async with AsyncClient(address) as client:
         reference = [(await fleet.ask(client, prompt, max_tokens)).tokens for prompt in asked]
-        trials = []
+        trials: list[Trial] = []
         for k, scale_up in enumerate(scale_ups):
             trials.append(await _trial(client, scale_up, asked, reference, max_tokens, random.Random(_SEED + k),
                                        trials[-1].seconds if trials else 3.0))

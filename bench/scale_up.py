@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench import burst, decoding, figures, fleet, netns, probe, readiness, same_tokens
 from bench.result import say
@@ -54,7 +55,7 @@ QUICK = Size(1, 6, 8, 2500, same_tokens.FEW, 6, 128, True)
 def run(parts: Sequence[str], size: Size, load_ratio: float, limited: bool) -> dict[str, object]:
     """Keys of parts that were not asked for stay null."""
     result: dict[str, object] = {"modes": None, "tpot_p50_ratio": None, "ready_ms": None, "token_mismatches": None}
-    found = []
+    found: list[dict[str, Any]] = []
     if "tokens" in parts:
         rate = size.token_link_mbit if limited else None
         found.append(same_tokens.measure(checkpoint(_MODEL, "float32"), size.scale_ups, size.token_prompts,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from bench.result import say
 from blitzjax import arrivals
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
     args = parser.parse_args(argv)
     began, seconds = time.monotonic(), 120.0 if args.quick else 480.0
-    found: dict[str, object] = {}
+    found: dict[str, dict[str, Any]] = {}
     pages = []
     for row in ROWS:
         trace = row.trace_of(seconds)

@@ -22,7 +22,6 @@ from bench.figures import Difference, first_difference
 from bench.result import say
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"
 _SEED = 5
@@ -55,11 +54,12 @@ def run(size: Size) -> dict[str, object]:
     directory = checkpoint(_MODEL, "float32")
     step = size.longest // 8
     lengths = [step + (size.longest - step) * i // (size.prompts - 1) for i in range(size.prompts)]
-    asked = prompts.of_lengths(load_model(directory).tokenizer.encode, lengths, _SEED)
+    asked = prompts.of_lengths(prompts.encoder(directory), lengths, _SEED)
     answers: dict[str, list[fleet.Answer]] = {}
     rows: dict[str, dict[str, float | int]] = {}
     for roles, rounds in (("mixed", MIXED), ("split", SPLIT)):
-        tables = {"engine": {"dtype": "float32", "max_model_len": 512}, "scale": {"roles": roles}}
+        tables: dict[str, dict[str, object]] = {
+            "engine": {"dtype": "float32", "max_model_len": 512}, "scale": {"roles": roles}}
         with fleet.fleet(directory, _POOL, None, tables) as made:
             asyncio.run(_rounds(made.address, rounds, asked, size.answer, answers, rows))
     wrong = _against_reference(directory, asked, answers)

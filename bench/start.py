@@ -21,7 +21,6 @@ from blitzjax import config as configs
 from blitzjax.cli_serve import checkpoint
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.local import LocalCluster
-from blitzjax.serve.model import load_model
 
 _MODEL = "smollm2-135m"
 _PROMPT = 32  # tokens
@@ -32,7 +31,7 @@ _TIMEOUT_S = 300.0
 
 def measure(rounds: int, source: str) -> dict[str, object]:
     directory = checkpoint(_MODEL, "bfloat16")
-    prompt, = prompts.of_lengths(load_model(directory).tokenizer.encode, [_PROMPT], _SEED)
+    prompt, = prompts.of_lengths(prompts.encoder(directory), [_PROMPT], _SEED)
     found: dict[str, object] = {}
     for instances in (1, 2):
         seen = [_start(directory, instances, source, prompt) for _ in range(rounds + 1)][1:]

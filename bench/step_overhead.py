@@ -71,7 +71,8 @@ def _steps(store: LayerStore, stages: Stages, config: EngineConfig) -> tuple[flo
         elif isinstance(output, m.Tokens) and output.finish_reason:
             instance.post(m.Stop())
 
-    instance = Instance("one", Config(engine=config), store, stages, None, emit, None, None)
+    instance = Instance("one", Config(engine=config), store, stages,
+                        None, emit, None, None)  # type: ignore[arg-type]  # nobody to hand anything to
     tokens = _CONTEXT - _PROMPT
     for k in range(_ROWS):
         prompt = tuple(np.random.default_rng(k).integers(8, _SPEC.vocab, _PROMPT).tolist())

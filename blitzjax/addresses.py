@@ -16,4 +16,4 @@ def host_of(address: str) -> str:
 def resolved(host: str) -> str:
     """An address of that name, IPv4 if there is one. Raises OSError."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0]
+    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])

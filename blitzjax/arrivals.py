@@ -93,7 +93,7 @@ def scale(arrivals: list[Arrival], factor: float, seed: int) -> Iterator[Arrival
             yield Arrival(arrival.at + gap_s * k / copies, sizes.prompt_tokens, sizes.answer_tokens, arrival.model)
 
 
-def _arrivals(rows: list[Mapping[str, object]]) -> Iterator[Arrival]:
+def _arrivals(rows: list[Mapping[str, str | float]]) -> Iterator[Arrival]:
     if not rows:
         return
     (at, prompt, answer), per_second = next(

@@ -30,7 +30,7 @@ from blitzjax.commands import LoadFromDisk, PrepareTransfer, StartTransfer
 from blitzjax.events import (
     InstanceJoined, LayerLoaded, PrefillDone, RequestArrived, RequestFinished, RequestHanded, TransferEnded,
 )
-from blitzjax.types import InstanceId, RequestId
+from blitzjax.types import InstanceId, RequestId, Source
 
 _GBPS = 1e9 / 8
 _POLL_S = 0.02
@@ -137,7 +137,7 @@ class Calibration:
     def _scale_ups(self, widest: tuple[int, float], rpc_s: float) -> tuple[float, float, float]:
         """Live ones, with prompts of the widest chunk waiting. → bytes per second from one instance to another; seconds
         until the first byte, less the commands' way; seconds of a hand-off."""
-        rates, setups, waits = [], [], []
+        rates, setups, waits = list[float](), list[float](), list[float]()
         prefix = list(accumulate(self._sizes))
         for _ in range(self._repeats):
             mark = self._log.mark()
@@ -195,7 +195,7 @@ class Calibration:
             _pause(deadline, "the event log does not grow")
         return seen
 
-    def _scale(self, target: int, source: str) -> list[Record]:
+    def _scale(self, target: int, source: Source) -> list[Record]:
         """→ what the log says of the scale-up."""
         mark = self._log.mark()
         self._client.scale(target, live="off", source=source)
@@ -302,7 +302,7 @@ def transfers_of(records: list[Record]) -> Iterator[Transfer]:
                 yield Transfer(prepared.pop(ticket), started.pop(ticket), at, loaded)
 
 
-def fit_step(rows: list[tuple[float, ...]], times: list[float]) -> tuple[float, float, float]:
+def fit_step(rows: Sequence[tuple[float, ...]], times: list[float]) -> tuple[float, float, float]:
     """Least squares of relative errors without negative factors: one that would be negative is nothing."""
     weights = 1 / np.asarray(times)
     matrix = np.asarray(rows) * weights[:, None]

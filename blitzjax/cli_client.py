@@ -55,12 +55,12 @@ def _messages() -> Iterator[str]:
 
 def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
     """Prints text as it comes; returns all of it."""
-    options = Options()
+    options = Options(progress=sys.stderr.isatty())
     for name in _OPTIONS:
         if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
+            options[name] = getattr(args, name)  # type: ignore[literal-required]  # of _OPTIONS
     text, told = "", False
-    for chunk in client.stream(prompt, progress=sys.stderr.isatty(), **options):
+    for chunk in client.stream(prompt, **options):
         if chunk.progress is not None:
             told |= _tell_progress(chunk.progress)
             continue
@@ -110,8 +110,7 @@ class _Change(threading.Thread):
     def __init__(self, client: Client, args: argparse.Namespace):
         super().__init__(daemon=True)
         self._client, self._args = client, args
-        self._reply: pb.ScaleResponse | None = None
-        self._error: BlitzError | None = None
+        self._reply: pb.ScaleResponse | BlitzError
 
     def run(self) -> None:
         args = self._args
@@ -119,7 +118,7 @@ class _Change(threading.Thread):
             self._reply = self._client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=True,
                                              timeout_s=args.timeout_s)
         except BlitzError as e:
-            self._error = e
+            self._reply = e
 
     def pictures(self) -> Iterator[pb.ClusterStatus]:
         """Ends with the first picture after the change was done or refused."""
@@ -132,8 +131,8 @@ class _Change(threading.Thread):
     def result(self) -> pb.ScaleResponse:
         """Raises what the server answered."""
         self.join()
-        if self._error is not None:
-            raise self._error
+        if isinstance(self._reply, BlitzError):
+            raise self._reply
         return self._reply
 
 

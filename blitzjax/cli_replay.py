@@ -19,7 +19,7 @@ from blitzjax.errors import ConfigError
 from blitzjax.serve import eventlog
 from blitzjax.commands import Command
 from blitzjax.events import Event
-from blitzjax.types import ModelSpec, frozen
+from blitzjax.types import spec_from
 
 _SHOWN = 4  # events up to a difference
 
@@ -64,7 +64,7 @@ def turns(path: Path) -> Iterator[Turn]:
         event: tuple[int, Event] | None = None
         commands: list[Command] = []
         for line, record in enumerate(eventlog.read(path), start=2):
-            if record.is_command:
+            if isinstance(record.item, Command):
                 commands.append(record.item)
                 continue
             if event is not None:
@@ -80,7 +80,7 @@ def fresh(path: Path) -> Cluster:
     """A brain as the one that wrote the log, before its first event. Raises ConfigError."""
     try:
         header = eventlog.read_header(path)
-        specs = [ModelSpec(**{key: frozen(value) for key, value in spec.items()}) for spec in header["specs"]]
+        specs = [spec_from(spec) for spec in header["specs"]]
         return Cluster(configs.from_tables(header["config"]), specs)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{path} is no event log of this version of blitzjax: {e!r}") from e

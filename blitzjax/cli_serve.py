@@ -73,7 +73,7 @@ def _only_workers(config: Config, launch: Launch) -> int:
     host = WorkerHost(config, launch)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: host.stop())
-    names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in launch.here)
+    names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in host.workers.processes)
     print(f"starting workers {names}; their logs are in {host.workers.run_dir}", flush=True)
     host.run()
     return 0
@@ -145,11 +145,11 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
     done = subprocess.run([sys.executable, "-m", "blitzjax.engine.convert", model, "--dtype", dtype, *where],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = done.stdout.split("\n")
-    path = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    if done.returncode != 0 or not path:
+    made = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if done.returncode != 0 or not made:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise CheckpointError(f"cannot convert {model!r}: {said[-1] if said else f'exit code {done.returncode}'}")
-    return Path(path)
+    return Path(made)
 
 
 def _banner(models: list[str], address: str, config: Config) -> str:

@@ -8,6 +8,7 @@ is as large as many layers and only few of its rows are needed: a live partner l
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -94,6 +95,11 @@ class ModelSpec:
 def frozen(value: object) -> object:
     """A JSON value with every list in it made a tuple, as the fields of ModelSpec are."""
     return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
+def spec_from(table: Mapping[str, object]) -> ModelSpec:
+    """The one that `dataclasses.asdict` and JSON made `table` of. Raises TypeError for other names than its fields'."""
+    return ModelSpec(**{name: frozen(value) for name, value in table.items()})  # type: ignore[arg-type]  # as written
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,8 +68,10 @@ def _draw_ttft(axes: Axes, round_: Round) -> None:
 
 def _dots(axes: Axes, answers: Sequence[Answer], colour: str, label: str) -> None:
     """At the moment of the first token."""
-    if answers:
-        axes.scatter([a.first_token_s for a in answers], [a.ttft_s for a in answers], s=24, color=colour, label=label)
+    dots = [(a.first_token_s, a.ttft_s) for a in answers if a.first_token_s is not None]
+    if dots:
+        first_token_s, ttft_s = zip(*dots, strict=True)
+        axes.scatter(first_token_s, ttft_s, s=24, color=colour, label=label)
 
 
 def _shade(axes: Axes, round_: Round) -> None:

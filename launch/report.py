@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def print_answers(round_: Round, console: Console, width: int = 100) -> None:
                       soft_wrap=True)
 
 
-def write_json(rounds: Sequence[Round], about: dict[str, object], path: Path) -> None:
+def write_json(rounds: Sequence[Round], about: Mapping[str, object], path: Path) -> None:
     """Everything that was recorded, and the summaries; nan becomes null."""
     summaries = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(summarize(r)).items()}
                  for r in rounds]

@@ -53,9 +53,8 @@ def line(burst: Burst) -> str:
 
 def frame(burst: Burst) -> Group:
     """The whole picture."""
-    parts = [_title(burst), _instances(burst), Text(work_split(_latest(burst), burst.round.layers), style="yellow"),
-             _answers(burst.round.answers)]
-    return Group(*parts)
+    return Group(_title(burst), _instances(burst), Text(work_split(_latest(burst), burst.round.layers), style="yellow"),
+                 _answers(burst.round.answers))
 
 
 def ttft_so_far(answers: Sequence[Answer]) -> str:
@@ -104,7 +103,8 @@ def _instances(burst: Burst) -> Table:
 
 def _answers(answers: Sequence[Answer]) -> Group:
     """The latest answers: who ran their prompt, and their text so far."""
-    latest = sorted((a for a in answers if a.first_token_s is not None), key=lambda a: a.first_token_s)[-_LAST_ANSWERS:]
+    begun = [a for a in answers if a.first_token_s is not None]
+    latest = sorted(begun, key=lambda a: a.first_token_s or 0.0)[-_LAST_ANSWERS:]
     return Group(*(Text(f"{a.ttft_s:6.2f} s  {a.name:14} {helped(a):22} {one_line(a.text, 70)}", no_wrap=True,
                         overflow="ellipsis") for a in latest))
 

@@ -150,7 +150,7 @@ class Head(nnx.Module):
             self.w = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
 
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
-        logits = blocks.matmul(self._norm(x), table if self.spec.tied_embeddings else self.w[...])  # [N, V]
+        logits = blocks.matmul(self._norm(x), self.w[...] if table is None else table)  # [N, V]
         if self.design.logit_scale != 1.0:
             logits = logits * self.design.logit_scale
         if self.design.logit_softcap:

@@ -60,4 +60,4 @@ class Design:
 @functools.cache
 def design(spec: ModelSpec) -> Design:
     """Raises TypeError for an option that Design does not have."""
-    return Design(**dict(spec.options))
+    return Design(**dict(spec.options))  # type: ignore[arg-type]  # an option has the type of the field it names

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import jax
 import numpy as np
 
+from blitzjax.errors import CheckpointError
 from blitzjax.types import ModelSpec
 
 if TYPE_CHECKING:
     from flax import nnx
+
+
+def unpublished(*asked: object) -> NoReturn:
+    raise CheckpointError("nobody publishes checkpoints of such a model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +35,14 @@ class Family:
     fuse    (spec, kind, published tensors) → the arrays of our modules
     spec    (config.json's values, name, dtype) → ModelSpec
 
-    `tensors`, `fuse` and `spec` are None where nobody publishes checkpoints.
+    `tensors`, `fuse` and `spec` raise CheckpointError where nobody publishes checkpoints.
     """
 
     embed: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
     layer: Callable[[ModelSpec, str, nnx.Rngs], nnx.Module]
     head: Callable[[ModelSpec, nnx.Rngs], nnx.Module]
     aux: Callable[[ModelSpec, jax.Array], tuple[object, ...]] = lambda spec, positions: ()
-    tensors: Callable[[ModelSpec, str], dict[str, tuple[int, ...]]] | None = None
-    fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
-    spec: Callable[[Mapping[str, object], str, str], ModelSpec] | None = None
+    tensors: Callable[[ModelSpec, str], dict[str, tuple[int, ...]]] = unpublished
+    fuse: Callable[[ModelSpec, str, Mapping[str, np.ndarray]], dict[str, np.ndarray]] = unpublished
+    spec: Callable[[Mapping[str, object], str, str], ModelSpec] = unpublished
     layer_prefix: str = "model.layers.{}."

@@ -30,7 +30,9 @@ class Unit(nnx.Module):
 
     def __call__(self, *args: object) -> jax.Array:
         params = {name: _as_linen(getattr(self, name)) for name in self._names}
-        return self._module.apply({"params": params}, *args)
+        out = self._module.apply({"params": params}, *args)
+        assert not isinstance(out, tuple)  # no collection is mutable
+        return out
 
 
 def embed(make: Callable[[ModelSpec], nn.Module]) -> Callable[[ModelSpec, nnx.Rngs], nnx.Module]:

@@ -61,7 +61,7 @@ class Names:
         """"q" → its name; also "q_bias", "expert_up 3" for that of an expert, "experts_down_blocks" in MXFP4."""
         suffix = next((suffix for suffix in ("_bias", "_blocks", "_scales") if role.endswith(suffix)), "")
         stem, _, expert = role.removesuffix(suffix).partition(" ")
-        name = (LLAMA | self.own)[stem].format(expert)
+        name = {**LLAMA, **self.own}[stem].format(expert)
         return f"{name.removesuffix('.weight')}.bias" if suffix and name.endswith(".weight") else name + suffix
 
 
@@ -94,15 +94,15 @@ def fuse(names: Names, spec: ModelSpec, kind: str, published: Mapping[str, np.nd
 
 def _shapes(names: Names, spec: ModelSpec, kind: str) -> Shapes:
     """Role → published shape, matrices [out, in]."""
-    traits, dim = design(spec), (spec.dim,)
+    traits, dim, shapes = design(spec), (spec.dim,), Shapes()
     if kind == "embed":
-        return {"embed": (spec.vocab, spec.dim)} | (
-            {"positions": (spec.max_len, spec.dim)} if traits.learned_positions else {})
+        shapes["embed"] = (spec.vocab, spec.dim)
+        return shapes | ({"positions": (spec.max_len, spec.dim)} if traits.learned_positions else {})
     if kind == "head":
-        untied = {} if spec.tied_embeddings else {"head": (spec.vocab, spec.dim)}
-        return {"norm": dim} | ({"norm_bias": dim} if traits.layer_norm else {}) | untied
+        shapes |= {"norm": dim} | ({"norm_bias": dim} if traits.layer_norm else {})
+        return shapes | ({} if spec.tied_embeddings else {"head": (spec.vocab, spec.dim)})
     kept = ["attn_norm", "ffn_norm"] * traits.pre_norm + ["attn_post_norm", "ffn_post_norm"] * traits.post_norm
-    shapes: Shapes = {norm: dim for norm in kept}
+    shapes |= {norm: dim for norm in kept}
     if traits.layer_norm:
         shapes |= {f"{norm}_bias": dim for norm in kept}
     shapes |= _attention_shapes(names, spec)

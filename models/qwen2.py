@@ -8,7 +8,7 @@ from blitzjax.types import Option
 
 
 def options(config: Config) -> dict[str, Option]:
-    return {"activation": config.activation(), "qkv_bias": True} | window(config)
+    return {"activation": config.activation(), "qkv_bias": True, **window(config)}
 
 
 def window(config: Config) -> dict[str, Option]:

@@ -7,7 +7,7 @@ Configs come in two styles, `rope_parameters` and `rope_theta` with `rope_scalin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 
 def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]:
     """→ rope_theta, the options of Design that differ from plain rope, the longest sequence in tokens."""
-    try:
-        return _read(config, head_dim)
-    except KeyError as e:
-        raise CheckpointError(f"config.json: the rope parameter {e} is missing") from e
-
-
-def _read(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]:
     parameters, max_len = _parameters(config), config.need("max_position_embeddings")
-    theta = float(parameters["rope_theta"])
+    theta = float(parameters.need("rope_theta"))
     dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     options: dict[str, Option] = {} if dims == head_dim else {"rope_dims": dims}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -40,14 +33,14 @@ def _read(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]
     scale = parameters.get("attention_factor") or 1.0
     match kind:
         case "linear":
-            factors = np.full(dims // 2, float(parameters["factor"]))
+            factors = np.full(dims // 2, float(parameters.need("factor")))
         case "llama3":
             factors = frequencies / _llama3(frequencies, parameters, original)
         case "yarn":
             factors = frequencies / _yarn(frequencies, theta, parameters, original)
             scale = parameters.get("attention_factor") or _yarn_scale(parameters)
         case "longrope" | "su":
-            factors = np.asarray(parameters["short_factor"], float)
+            factors = np.asarray(parameters.need("short_factor"), float)
             stretch = parameters.get("factor") or max_len / original
             scale = parameters.get("attention_factor") or math.sqrt(1 + math.log(max(stretch, 1)) / math.log(original))
             max_len = original  # beyond it every earlier key would have to turn by the long factors
@@ -58,24 +51,26 @@ def _read(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]
     return theta, options | ({} if scale == 1.0 else {"rope_scale": scale}), max_len
 
 
-def _parameters(config: Config) -> dict[str, float | str]:
-    found: Mapping[str, object] = config.get("rope_parameters", {})
+def _parameters(config: Config) -> Config:
+    """Those of the rope, from wherever they may be."""
+    found = config.get("rope_parameters", {})
     found = found.get("full_attention", found)  # listed by layer type where they differ
     keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     given = {key: config.get(key) for key in keys if config.get(key) is not None}
     listed = {**config.get("rope_scaling", {}), **found}
-    return {"rope_theta": 10000.0} | given | {key: value for key, value in listed.items() if value is not None}
+    known = {"rope_theta": 10000.0} | given | {key: value for key, value in listed.items() if value is not None}
+    return replace(config, values=known)
 
 
-def _llama3(frequencies: np.ndarray, parameters: Mapping[str, float], original: int) -> np.ndarray:
+def _llama3(frequencies: np.ndarray, parameters: Config, original: int) -> np.ndarray:
     """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between interpolated."""
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    low, high = parameters.need("low_freq_factor"), parameters.need("high_freq_factor")
     turns = original * frequencies / (2 * math.pi)  # over the original context
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (kept + (1 - kept) / parameters["factor"])
+    return frequencies * (kept + (1 - kept) / parameters.need("factor"))
 
 
-def _yarn(frequencies: np.ndarray, theta: float, parameters: Mapping[str, float], original: int) -> np.ndarray:
+def _yarn(frequencies: np.ndarray, theta: float, parameters: Config, original: int) -> np.ndarray:
     """YaRN (arXiv:2309.00071, 3.2): a ramp over dimensions, its ends rounded outwards unless `truncate` is off."""
     dims = 2 * len(frequencies)
 
@@ -87,13 +82,15 @@ def _yarn(frequencies: np.ndarray, theta: float, parameters: Mapping[str, float]
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
     ramp = np.clip((np.arange(dims // 2) - low) / ((high - low) or 0.001), 0, 1)
-    return frequencies * ((1 - ramp) + ramp / parameters["factor"])
+    return frequencies * ((1 - ramp) + ramp / parameters.need("factor"))
 
 
-def _yarn_scale(parameters: Mapping[str, float]) -> float:
+def _yarn_scale(parameters: Config) -> float:
+    factor = parameters.need("factor")
+
     def at(weight: float) -> float:
-        return 0.1 * weight * math.log(parameters["factor"]) + 1.0 if parameters["factor"] > 1 else 1.0
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return at(parameters["mscale"]) / at(parameters["mscale_all_dim"])
+        return at(parameters.need("mscale")) / at(parameters.need("mscale_all_dim"))
     return at(1.0)

@@ -26,8 +26,8 @@ from blitzjax.types import InstanceId, ModelSpec, Phase, Request, RequestId
 # Events that say nothing about instances, nor leave one without requests: no step towards the goal can follow them.
 _ONLY_REQUESTS = frozenset({events.RequestArrived, events.PrefillDone, events.LayerLoaded})
 # Events after which only the model of their instance may have a next step.
-_ONE_MODEL = frozenset({events.RequestFinished, events.RequestFailed, events.RequestReturned, events.RequestHanded,
-                        events.KVMigrated})
+_ONE_MODEL = (events.RequestFinished, events.RequestFailed, events.RequestReturned, events.RequestHanded,
+              events.KVMigrated)
 
 
 class Cluster:
@@ -184,7 +184,7 @@ class Cluster:
         """Whose next steps to look for."""
         if type(event) in _ONLY_REQUESTS and not self._wakes(event):
             return []
-        member = self._roster.members.get(event.instance) if type(event) in _ONE_MODEL else None
+        member = self._roster.members.get(event.instance) if isinstance(event, _ONE_MODEL) else None
         service = self._services.get(member.model) if member is not None else None
         if service is None:
             return list(self._services.values())
@@ -224,8 +224,8 @@ class Cluster:
         elif member.units:
             self._parts.add(member.id)
         for model in event.copies:
-            service = self._services.get(model)
-            commands += self._copies.found(model, member.id, None if service is None else service.fleet)
+            served = self._services.get(model)
+            commands += self._copies.found(model, member.id, None if served is None else served.fleet)
         here = Port(event.host, event.host, fast_gbps=self._config.cluster.fast_gbps)
         self._topology.add(event.instance, self._ports.get(event.instance, here))
         return commands

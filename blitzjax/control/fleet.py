@@ -132,7 +132,7 @@ class Roster:
         if known is not None:
             lifecycle.move(known.phase, phase)
             known.index.remove(known)
-        index = fleet.index if phase is Phase.SERVING else self._free
+        index = fleet.index if fleet is not None and phase is Phase.SERVING else self._free
         member = self.members[event.instance] = Member(
             event.instance, event.incarnation, event.host, event.pages, event.page_size, event.slots, units, phase,
             model if units else "", set(event.models or fleets), home=self._free, index=index)

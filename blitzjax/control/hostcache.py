@@ -92,14 +92,14 @@ class HostCache:
         copy = self._copies.get(fleet.model)
         if not self._kept or copy is not None and copy.whole:
             return False, []
-        able = last.in_world and not self._transfers.busy(last.id)
         if copy is not None and self._transfers.settling(copy.instance):
             return None, []
         place = self._place(at, fleet.model) if copy is None else self._roster.members[copy.instance]
-        better = copy is not None or place is not None and self._rank(place)[:2] < self._rank(last)[:2]
-        drains = place is not None and place.model == fleet.model and place.phase is not Phase.IDLE  # it goes as well
-        if able and better and not drains and place.in_world and not last.yielded:  # else somebody waits for this worker
-            return None, self._make(fleet, place, last)
+        if place is not None and place.in_world and last.in_world and not self._transfers.busy(last.id):
+            better = copy is not None or self._rank(place)[:2] < self._rank(last)[:2]
+            drains = place.model == fleet.model and place.phase is not Phase.IDLE  # it goes as well
+            if better and not drains and not last.yielded:  # else somebody waits for this worker
+                return None, self._make(fleet, place, last)
         commands = self.drop(fleet.model)
         self._copies[fleet.model] = _Copy(last.id, fleet.units)
         return True, commands

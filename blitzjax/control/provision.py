@@ -250,5 +250,5 @@ class Provisioner:
             assert old is not None and old.phase is Phase.SERVING, pair
             assert new is not None and new.phase in (Phase.LIVE, Phase.SERVING), pair
         for member in self._fleet.in_phase(Phase.LIVE):
-            pair = self.pairs.of(member.id)
-            assert pair is None or pair.new == member.id, f"{member.id} is LIVE and has all layers to lend"
+            own = self.pairs.of(member.id)
+            assert own is None or own.new == member.id, f"{member.id} is LIVE and has all layers to lend"

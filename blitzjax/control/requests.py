@@ -222,6 +222,7 @@ class RequestBook:
         account = self._accounts[instance]
         entry.owner, entry.pages = instance, self.need(entry.request, account.page_size)
         account.entries[entry.request.id] = entry
+        self.changed.add(instance)
         self._charge(entry, account, 1)
 
     def _detach(self, entry: Entry) -> None:
@@ -231,6 +232,7 @@ class RequestBook:
             return
         account = self._accounts[entry.owner]
         self.left.add(entry.owner)
+        self.changed.add(entry.owner)
         del account.entries[entry.request.id]
         self._charge(entry, account, -1)
         entry.owner = entry.giver = None
@@ -241,7 +243,6 @@ class RequestBook:
         self._pages += sign * entry.pages
         if not entry.answered:
             account.backlog_tokens += sign * entry.request.prompt_tokens
-        self.changed.add(entry.owner)
 
     def _drop(self, entry: Entry) -> None:
         del self._entries[entry.request.id]

@@ -30,8 +30,10 @@ class Service:
 
     def __init__(self, config: Config, deployed: ModelDeployed, roster: Roster, transfers: Transfers,
                  copies: HostCache) -> None:
-        bounds = {"min_instances": deployed.min_instances, "max_instances": deployed.max_instances}
-        config = replace(config, scale=replace(config.scale, **{k: v for k, v in bounds.items() if v is not None}))
+        scale, least, most = config.scale, deployed.min_instances, deployed.max_instances
+        config = replace(config, scale=replace(
+            scale, min_instances=scale.min_instances if least is None else least,
+            max_instances=scale.max_instances if most is None else most))
         spec = deployed.spec
         self.name = spec.name
         self._config, self._roster = config, roster
@@ -119,8 +121,9 @@ class Service:
                 return self._finished(member, request_id, attempt, reason)
             case events.RequestFailed(message=message):
                 entry = self.book.current(request_id, attempt)
-                running = entry is not None and entry.owner is not None
-                return self.book.lose(entry, f"{member.id}: {message}") if running else []
+                if entry is None or entry.owner is None:
+                    return []
+                return self.book.lose(entry, f"{member.id}: {message}")
             case events.RequestReturned():
                 entry = self.book.current(request_id, attempt)
                 return self.book.give_back(entry) if entry is not None and entry.owner == member.id else []

@@ -175,7 +175,7 @@ class Transfers:
         for run in runs:
             self.leave(run, instance)
             commands += self.break_off(run)
-        broken = {clique.instances for run in runs for clique in (run.chain, *run.rings)}
+        broken = {run.chain.instances for run in runs} | {ring.instances for run in runs for ring in run.rings}
         for members in self._generations:
             if instance in members and members not in broken:
                 self._generations[members] += 1
@@ -206,7 +206,7 @@ class Transfers:
 
     def _spent(self, plan: MulticastPlan) -> list[Chain]:
         """Chains that would need one clique more than the world allows; lanes go together or not at all."""
-        gang = [*plan.rings, *(chain for chain in plan.chains if chain.lanes > 1)]
+        gang: list[Chain | Ring] = [*plan.rings, *(chain for chain in plan.chains if chain.lanes > 1)]
         gang_spent = any(clique.generation >= self.max_generations for clique in gang)
         return [chain for chain in plan.chains
                 if (gang_spent if chain.lanes > 1 else chain.generation >= self.max_generations)]

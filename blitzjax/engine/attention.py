@@ -15,12 +15,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine import native
@@ -47,23 +48,26 @@ class Layout:
             shapes.append(tuple(sizes.get(i, spec.head_dim) for i in range(4)))
         return shapes[0], shapes[1]
 
-    def tokens(self, kv: Sequence[Array]) -> int:
+    def tokens(self, kv: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
         return kv[0].shape[self.keys]
 
     def kept(self, k: Array, v: Array) -> tuple[Array, Array]:
         """[B, T, KV, hd] as the model made them → as they lie here."""
-        return tuple(jnp.transpose(a, self._order(axis)).astype(self.dtype)
-                     for a, axis in ((k, self.keys), (v, self.values)))
+        k, v = (jnp.transpose(a, self._order(axis)).astype(self.dtype)
+                for a, axis in ((k, self.keys), (v, self.values)))
+        return k, v
 
     def plain(self, k: Array, v: Array) -> tuple[Array, Array]:
         """→ f32[B, KV, hd, S], f32[B, KV, S, hd]"""
-        return tuple(jnp.transpose(a, [self._order(own).index(i) for i in _PLAIN._order(axis)]).astype(jnp.float32)
-                     for a, own, axis in ((k, self.keys, _PLAIN.keys), (v, self.values, _PLAIN.values)))
+        k, v = (jnp.transpose(a, [self._order(own).index(i) for i in _PLAIN._order(axis)]).astype(jnp.float32)
+                for a, own, axis in ((k, self.keys, _PLAIN.keys), (v, self.values, _PLAIN.values)))
+        return k, v
 
     def written(self, kv: tuple[Array, Array], new: tuple[Array, Array], start: Array) -> tuple[Array, Array]:
         """`new` [B, T, KV, hd] become tokens [start, start + T) of every row."""
-        return tuple(lax.dynamic_update_slice_in_dim(a, b, start, axis)
-                     for a, b, axis in zip(kv, self.kept(*new), (self.keys, self.values), strict=True))
+        k, v = (lax.dynamic_update_slice_in_dim(a, b, start, axis)
+                for a, b, axis in zip(kv, self.kept(*new), (self.keys, self.values), strict=True))
+        return k, v
 
     def appended(self, kv: tuple[Array, Array], new: tuple[Array, Array], at: Array) -> tuple[Array, Array]:
         """`new` [B, 1, KV, hd] become token at[b] of row b."""
@@ -96,27 +100,28 @@ class Attention:
     layout: Layout = _PLAIN
     product: native.Product | None = None
     fused: Fused | None = None
+    split: NamedSharding | None = None  # of heads over several devices: each computes those that it has
 
     def first(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring) -> Array:
         """The first tokens of a sequence, among themselves. q [B, T, H, hd]; k and v as kept, of T tokens."""
         if not self._fuses(scoring):
             return self._products(q, k, v, jnp.arange(q.shape[1]), scoring)
         window = None if scoring.window is None else (scoring.window - 1, 0)
-        return self._dot_product(q, k, v, scoring, is_causal=True, local_window_size=window)
+        return self._dot_product(q, k, v, scoring, {}, is_causal=True, local_window_size=window)
 
     def later(self, q: Array, k: Array, v: Array, start: Array, scoring: blocks.Scoring) -> Array:
         """Tokens from `start` on, which k and v hold already, and all before them."""
         at = start + jnp.arange(q.shape[1])
         if not self._fuses(scoring):
             return self._products(q, k, v, at, scoring)
-        return self._dot_product(q, k, v, scoring, mask=scoring.seen(k.shape[1], at)[None, None])
+        return self._dot_product(q, k, v, scoring, {"mask": scoring.seen(k.shape[1], at)[None, None]})
 
     def step(self, q: Array, k: Array, v: Array, last: Array, scoring: blocks.Scoring) -> Array:
         """One token per row, at position last[b], which k and v hold already."""
         if self._fuses(scoring):
-            if scoring.window is None:
-                return self._dot_product(q, k, v, scoring, key_value_seq_lengths=last + 1)
-            return self._dot_product(q, k, v, scoring, mask=scoring.seen(k.shape[1], last[:, None])[:, None])
+            seen = ({"key_value_seq_lengths": last + 1} if scoring.window is None
+                    else {"mask": scoring.seen(k.shape[1], last[:, None])[:, None]})
+            return self._dot_product(q, k, v, scoring, seen)
         if self.product is not None and self.product.attends(k) and scoring.plain:
             scale = q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
             return self.product.attend(q[:, 0], k, v, last, scale)[:, None]
@@ -133,12 +138,19 @@ class Attention:
     def _products(self, q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
         return attention(q, *self.layout.plain(k, v), at, scoring)
 
-    def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, **which: object) -> Array:
-        """`which`: the arguments of jax.nn.dot_product_attention that say who sees whom. Its causal mask counts from
-        the first key, so it is right for the first chunk only, and so are its windows.
+    def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, seen: dict[str, Any],
+                     **rules: Any) -> Array:
+        """`seen` and `rules`: the arguments of jax.nn.dot_product_attention that say who sees whom. Its causal mask
+        counts from the first key, so it is right for the first chunk only, and so are its windows.
         """
-        out = jax.nn.dot_product_attention(q.astype(self.layout.dtype), k, v, scale=scoring.scale,
-                                           implementation=self.fused, **which)
+        def attend(q: Array, k: Array, v: Array, seen: dict[str, Any]) -> Array:
+            return jax.nn.dot_product_attention(q, k, v, scale=scoring.scale, implementation=self.fused, **seen, **rules)
+
+        if self.split is not None:
+            heads = self.split.spec
+            attend = jax.shard_map(attend, mesh=self.split.mesh, in_specs=(heads, heads, heads, P()), out_specs=heads,
+                                   check_vma=False)
+        out = attend(q.astype(self.layout.dtype), k, v, seen)
         return out.reshape(*q.shape[:2], -1).astype(jnp.float32)
 
 
@@ -150,7 +162,7 @@ def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device],
         fits = config.native_kernels and len(devices) == 1 and spec.dtype == "bfloat16"
         return Attention(product=native.product(directory, cpu_features(), fetch) if fits else None)
     capability = str(devices[0].compute_capability) if platform == "gpu" else ""
-    if config.cudnn_attention and cudnn_fits(spec, capability, len(devices)):
+    if config.cudnn_attention and cudnn_fits(spec, capability):
         return fused("cudnn", spec.dtype)
     return Attention()
 
@@ -160,13 +172,13 @@ def fused(implementation: Fused, dtype: str) -> Attention:
     return Attention(Layout(heads=2, keys=1, values=1, dtype=np.dtype(dtype)), fused=implementation)
 
 
-def cudnn_fits(spec: ModelSpec, capability: str, devices: int) -> bool:
+def cudnn_fits(spec: ModelSpec, capability: str) -> bool:
     """As jax checks it (jax/_src/cudnn/fused_attention_stablehlo.py, 0.10.2): 16-bit floats, heads of a multiple of 8 and
     at most 128, from Hopper on 256. `capability` is CUDA's, such as "9.0"; AMD's look otherwise. Flash attention needs
-    Ampere. One device: how masks are split over several was not tried.
+    Ampere.
     """
     found = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    if found is None or spec.dtype != "bfloat16" or devices > 1:
+    if found is None or spec.dtype != "bfloat16":
         return False
     version = (int(found[1]), int(found[2]))
     widest = 256 if version >= (9, 0) else 128

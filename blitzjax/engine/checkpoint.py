@@ -19,14 +19,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from blitzjax.engine.locations import FORMAT_VERSION, MANIFEST
 from blitzjax.engine.params import LayerStore, align, fill, unit_arrays, unit_name
 from blitzjax.errors import CheckpointError
-from blitzjax.types import ModelSpec, frozen
+from blitzjax.types import ModelSpec, spec_from
 
 WEIGHTS = "weights.bin"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -169,7 +169,7 @@ def _publish(temporary: Path, path: Path) -> None:
         raise CheckpointError(f"cannot write checkpoint {path}: {e.strerror}; is it there already?") from e
 
 
-def _read_manifest(path: Path) -> dict[str, object]:
+def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint directory")
     try:
@@ -185,9 +185,9 @@ def _read_manifest(path: Path) -> dict[str, object]:
     return manifest
 
 
-def _parse_manifest(path: Path, manifest: Mapping[str, object]) -> tuple[ModelSpec, tuple[tuple[Entry, ...], ...]]:
+def _parse_manifest(path: Path, manifest: Mapping[str, Any]) -> tuple[ModelSpec, tuple[tuple[Entry, ...], ...]]:
     try:
-        spec = ModelSpec(**{name: frozen(value) for name, value in dict(manifest["spec"]).items()})
+        spec = spec_from(dict(manifest["spec"]))
         entries = tuple(
             tuple(Entry(**{f.name: array[f.name] for f in fields(Entry)} | {"shape": tuple(array["shape"])})
                   for array in unit["arrays"])

@@ -65,6 +65,8 @@ def convert(source: Path, name: str, dtype: str, target: Path) -> None:
 
     `name` becomes the model's, or is the package.module:function that builds it.
     """
+    opened: GGUF | HuggingFace | Orbax
+    tokenizer: checkpoint.Tokenizer | None
     if source.is_file():
         opened = GGUF.open(source, name, dtype)
         tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)

@@ -88,7 +88,7 @@ class DecodeBatch:
         short = (rows.lengths >= rows.paged).nonzero()[0].tolist()
         if not short:
             return
-        lengths = {i: len(sequences[i].tokens) for i in [self._cache.slots[row] for row in short]}
+        lengths = {i: len(sequences[i].tokens) for i in [self._cache.slots[row] for row in short] if i is not None}
         while (victim := self._batcher.victim(lengths)) is not None:
             sequence = sequences[victim]
             self.leave(sequence)
@@ -118,7 +118,8 @@ class DecodeBatch:
     def _described(self, taken: list[tuple[int, Sequence]], longest: int) -> _Rows:
         size = self._cache.batch
         draws = self._runner.stages.draws(size, any(s.answered < s.edits_until for _, s in taken))
-        rows = _Rows(taken, *np.zeros((3, size), np.int32), np.ones(size, np.int32), draws, longest)
+        here, tokens, lengths = np.zeros((3, size), np.int32)
+        rows = _Rows(taken, here, tokens, lengths, np.ones(size, np.int32), draws, longest)
         for row, sequence in taken:
             sampling, answered = sequence.work.sampling, sequence.answered
             rows.taken[row], rows.tokens[row], rows.lengths[row] = 1, sequence.tokens[-1], len(sequence.tokens) - 1

@@ -92,8 +92,8 @@ class ExecutableCache:
 
     def _load(self, path: Path) -> Compiled | None:
         try:
-            payload = pickle.loads(checked(path.read_bytes()))
-            loaded = serialize_executable.deserialize_and_load(*payload, execution_devices=self._devices)
+            program, takes, gives = pickle.loads(checked(path.read_bytes()))
+            loaded = serialize_executable.deserialize_and_load(program, takes, gives, execution_devices=self._devices)
         except FileNotFoundError:
             return None
         except Exception as e:  # any damage or incompatibility means: compile

@@ -66,7 +66,7 @@ class GGUF:
     def _names(self, unit: int) -> dict[str, str]:
         """Published name → name in this file, for one unit."""
         table = gguf.get_tensor_name_map(_architecture(self.reader), self.spec.layers)
-        return {name: table.get_name(full, try_suffixes=(".weight", ".bias"))
+        return {name: table.get_name(full, try_suffixes=(".weight", ".bias")) or full
                 for name, full in published.names(self.spec, unit).items()}
 
     def _dequantize(self, tensor: gguf.ReaderTensor) -> np.ndarray:

@@ -102,7 +102,7 @@ def bytes_only(vocab: int) -> Tokenizer:
     return _pack(built, CHATML, special[0], special[1])
 
 
-def _build(ids: dict[str, int], merges: list[tuple[str, ...]], added: list[AddedToken],
+def _build(ids: dict[str, int], merges: list[tuple[str, str]], added: list[AddedToken],
            pre_tokenizer: pre_tokenizers.PreTokenizer, whole_words: bool = False) -> tokenizers.Tokenizer:
     """`whole_words`: a word that is a token is that token, whatever merges would make of it."""
     built = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=whole_words))

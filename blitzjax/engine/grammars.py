@@ -84,7 +84,8 @@ class Matcher:
 
     def __init__(self, place: LLMatcher | str, sampling: Sampling, spec: ModelSpec):
         """`place`: at the beginning, or why that cannot be."""
-        self._place, self.error = (None, place) if isinstance(place, str) else (place, "")
+        self._place: LLMatcher | None = None if isinstance(place, str) else place
+        self.error = place if isinstance(place, str) else ""
         self._words, self._sampling = mask_words(spec.vocab), sampling
         self._eos = _bits(spec.eos_token_ids, self._words)
         self._ends = self._eos | _bits(sampling.stop_token_ids, self._words)
@@ -92,11 +93,11 @@ class Matcher:
     @property
     def over(self) -> bool:
         """The answer is whole, and nothing can follow."""
-        return not self.error and self._place.is_stopped()
+        return self._place is not None and not self.error and self._place.is_stopped()
 
     def push(self, token: int) -> None:
         """Sets `error` if the answer must not have it."""
-        if not self.error:
+        if self._place is not None and not self.error:
             self._place.consume_token(token)
             self.error = _first_line(self._place.get_error())
 
@@ -105,7 +106,7 @@ class Matcher:
         be ignored, is left out unless nothing else can follow. With an `error` all tokens are allowed: none will be said.
         """
         mask = np.zeros(self._words, np.uint32)
-        if not self.error:
+        if self._place is not None and not self.error:
             found = np.frombuffer(self._place.compute_bitmask(), np.uint32)[: self._words]
             mask[: len(found)] = found
             self.error = _first_line(self._place.get_error())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from blitzjax.errors import CheckpointError
 from blitzjax.models import read_config
@@ -29,7 +30,7 @@ def read_spec(path: Path, name: str, dtype: str) -> ModelSpec:
     return spec if ends is None else replace(spec, eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,))
 
 
-def read_json(path: Path) -> dict[str, object] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """None for a file that is not there. Raises CheckpointError for one that is not a JSON object."""
     try:
         read = json.loads(path.read_text())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
@@ -53,7 +54,7 @@ def _from_sentencepiece(path: Path, config: Mapping[str, object]) -> tuple[str, 
     return built.to_str(), {name: token for name, token in (("bos_token", bos), ("eos_token", eos)) if token}
 
 
-def _added(path: Path, config: Mapping[str, object], pieces: int) -> list[AddedToken]:
+def _added(path: Path, config: Mapping[str, Any], pieces: int) -> list[AddedToken]:
     """Tokens beyond the SentencePiece vocabulary, in the order of their ids."""
     listed = config.get("added_tokens_decoder") or {}
     tokens = {int(index): AddedToken(token["content"], special=token.get("special", True), normalized=False)

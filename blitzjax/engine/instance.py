@@ -31,7 +31,7 @@ from blitzjax.engine.stages import KV, Stages
 from blitzjax.transfer.handoff import HandOff
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, Event, PrefillDone, RequestFailed, RequestFinished
-from blitzjax.types import InstanceId, RequestId, Span, TokenLogprob, Work
+from blitzjax.types import FinishReason, InstanceId, RequestId, Span, TokenLogprob, Work
 
 Output: TypeAlias = Event | m.Tokens | m.Decoded
 
@@ -187,9 +187,8 @@ class Instance:
         self._decoding.join(sequence, kv)
 
     def answer_whole(self, sequence: Sequence) -> None:
-        prefill = sequence.prefill
         if sequence.partner_rest is None:
-            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+            self._prefixes.keep(sequence, len(sequence.begun.tokens), sequence.begun.whole_kv, 0)
         self._join_batch(sequence)
 
     def leave(self, sequence: Sequence) -> None:
@@ -227,21 +226,18 @@ class Instance:
 
     def _step_new(self) -> bool:
         """NEW's share: one layer while parameters arrive; afterwards one whole prompt, open to pulls between layers."""
-        partners = self._partners
-        while True:
+        partners, progress = self._partners, False
+        while (new := partners.new) is not None:
             partners.answer_pull()
-            progress, completed = partners.new.step()
+            progress, completed = new.step()
             if completed is not None:
                 self._first_token(completed)
-            whole = progress and completed is None and self.store.usable == self.spec.units
-            if not whole:
+            if not progress or completed is not None or self.store.usable < self.spec.units:
+                partners.answer_pull()
+                if new.over and self.store.usable == self.spec.units:
+                    partners.new = None
                 break
             self._receive(wait=False)
-            if partners.new is None:
-                return True
-        partners.answer_pull()
-        if partners.new.over and self.store.usable == self.spec.units:
-            partners.new = None
         return progress
 
     def _maybe_pull(self, layers_left: int) -> None:
@@ -256,9 +252,9 @@ class Instance:
     def _run_ready(self, sequence: Sequence) -> None:
         """The rest of a handed-over prompt; asks for the next one shortly before the end."""
         self._decode_due -= self._share_of_step(sequence)
-        prefill = sequence.prefill
+        prefill = sequence.begun
         for layer in range(prefill.next_layer, self.spec.layers):
-            before = prefill.x[-1]
+            before = prefill.x[-1] if prefill.x else None
             self.runner.run_span(prefill, Span(layer, layer + 1))
             if not self._between_layers(sequence, before):
                 return
@@ -280,7 +276,7 @@ class Instance:
 
     def _share_of_step(self, sequence: Sequence) -> float:
         """What is left of a prompt, as a share of a whole step's prompt work."""
-        prefill = sequence.prefill
+        prefill = sequence.begun
         tokens = len(prefill.tokens) / self._stages.shapes.chunk_tokens
         return tokens * (self.spec.layers - prefill.next_layer) / self.spec.layers
 
@@ -291,7 +287,7 @@ class Instance:
         prefill = sequence.prefill = sequence.prefill or self._begin_prompt(sequence, chunk.start)
         last = len(prefill.chunks) - 1
         for index in [i for i, piece in enumerate(prefill.chunks) if chunk.start <= piece.start < chunk.stop]:
-            before = prefill.x[index]
+            before: Array | None = None
             for layer in self.runner.layers_of_chunk(prefill, index):
                 if not self._between_layers(sequence, before):
                     return
@@ -311,7 +307,7 @@ class Instance:
 
     def _first_token(self, sequence: Sequence) -> None:
         """The prompt is through; of one that was preempted, a later token."""
-        sampling, prefill = sequence.work.sampling, sequence.prefill
+        sampling, prefill = sequence.work.sampling, sequence.begun
         drawn = self.runner.first_token(prefill, sampling, sequence.answered, sequence.allowed)
         prompt = self.runner.prompt_logprobs(prefill, sampling.prompt_logprobs) if sequence.scored else ()
         sequence.prompt_logprobs = sequence.prompt_logprobs or prompt
@@ -320,16 +316,16 @@ class Instance:
         reason = sequence.append(int(drawn.tokens[0]))
         self._say(sequence, reason, drawn.logprobs(0, sampling.logprobs), prompt)
         if not sequence.kv_missing:
-            self._prefixes.keep(sequence, len(prefill.tokens), prefill.kv, 0)
+            self._prefixes.keep(sequence, len(prefill.tokens), prefill.whole_kv, 0)
         if reason:
             self._end(sequence, reason)
         elif not sequence.kv_missing:
             self._join_batch(sequence)
 
     def _join_batch(self, sequence: Sequence) -> None:
-        kv, sequence.prefill = sequence.prefill.kv, None
-        if not self._moves.send_if_wanted(sequence, kv):
-            self.join(sequence, kv)
+        prefill, sequence.prefill = sequence.begun, None
+        if not self._moves.send_if_wanted(sequence, prefill.kv):
+            self.join(sequence, prefill.whole_kv)
 
     def _decode(self) -> None:
         """One message has the tokens of all who have nothing else to say."""
@@ -358,7 +354,8 @@ class Instance:
         self._emit(m.Tokens(sequence.id, sequence.work.attempt, sequence.answered - 1, (sequence.tokens[-1],), reason,
                             sequence.layers_helped, logprobs, prompt, sequence.cached_tokens or 0))
 
-    def _end(self, sequence: Sequence, reason: str) -> None:
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         self.leave(sequence)
         end = (self._now(), self.name, sequence.id, sequence.work.attempt)
-        self._emit(RequestFailed(*end, sequence.matcher.error) if reason == "error" else RequestFinished(*end, reason))
+        error = sequence.matcher is not None and sequence.matcher.error
+        self._emit(RequestFailed(*end, error) if error else RequestFinished(*end, reason))

@@ -81,9 +81,9 @@ class NewSide:
     def lent(self, loan: Loan) -> None:
         """Embedded rows are here; those of a prompt that left meanwhile are dropped."""
         sequence = self._sequences.get(loan.request_id)
-        if sequence is not None and sequence.work.attempt == loan.attempt and sequence.prefill.x[0] is None:
+        if sequence is not None and sequence.work.attempt == loan.attempt and not sequence.begun.x:
             rows = np.frombuffer(loan.rows, np.dtype(loan.dtype)).reshape(len(sequence.tokens), -1)
-            self._runner.enter(sequence.prefill, rows)
+            self._runner.enter(sequence.begun, rows)
             self._queue.ready(sequence.id)
 
     def step(self) -> tuple[bool, Sequence | None]:
@@ -94,8 +94,8 @@ class NewSide:
             return False, None
         request_id, layer = chosen
         sequence = self._sequences[request_id]
-        self._runner.run_span(sequence.prefill, Span(layer, layer + 1))
-        jax.block_until_ready(sequence.prefill.x)  # OLD may pull between layers, so the layer must be over
+        self._runner.run_span(sequence.begun, Span(layer, layer + 1))
+        jax.block_until_ready(sequence.begun.x)  # OLD may pull between layers, so the layer must be over
         done = self._queue.ran(request_id)
         return True, self._sequences.pop(request_id) if done else None
 
@@ -111,11 +111,11 @@ class NewSide:
         if isinstance(given, Handed):
             sequence = self._sequences.pop(given.item)
             self._asked = None
-            self.old.hand_over(self._offer(pull.seq, sequence, given.next_layer))
+            pull.old.hand_over(self._offer(pull.seq, sequence, given.next_layer))
             return sequence
         if not self.open or self._queue.drained:
             self._asked = None
-            self.old.hand_over(HandOver(pull.seq, None, drained=True))
+            pull.old.hand_over(HandOver(pull.seq, None, drained=True))
         return None
 
     def taken(self, seq: int) -> None:
@@ -136,13 +136,13 @@ class NewSide:
 
     @property
     def _has_embedding(self) -> bool:
-        return self._runner.store.embedding is not None
+        return bool(self._runner.store.embedding)
 
     def _borrow(self) -> None:
         """Keeps a few prompts ahead of what NEW runs on loan; more would only delay the layers on the same link."""
         if self._has_embedding or not self.open or self.old is None:
             return
-        fresh = [s for s in self._sequences.values() if s.prefill.next_layer == 0]
+        fresh = [s for s in self._sequences.values() if s.begun.next_layer == 0]
         ahead = sum(s.id in self._loans for s in fresh)
         for sequence in [s for s in fresh if s.id not in self._loans][: max(0, _LOANS_AHEAD - ahead)]:
             self._loans.add(sequence.id)
@@ -151,8 +151,8 @@ class NewSide:
     def _offer(self, seq: int, sequence: Sequence, next_layer: int) -> HandOver:
         if next_layer == 0:
             return HandOver(seq, sequence.work)
-        activations = self._handoff.offer(sequence.prefill.x)
-        kv = tuple(self._handoff.offer(pair) for pair in sequence.prefill.kv[:next_layer])
+        activations = self._handoff.offer(sequence.begun.x)
+        kv = tuple(self._handoff.offer(pair) for pair in sequence.begun.kv[:next_layer] if pair is not None)
         self._offers[seq] = (activations, *kv)
         return HandOver(seq, sequence.work, next_layer, self._handoff.address, activations, kv)
 
@@ -189,13 +189,14 @@ class OldSide:
 
     def take(self, answer: HandOver) -> Prefill | None:
         """NEW handed a prompt over: starts fetching what NEW computed. Returns it at once if nothing was computed."""
-        assert answer.work is not None
-        prefill = self._runner.begin([*answer.work.prompt, *answer.work.generated])
+        work = answer.work
+        assert work is not None
+        prefill = self._runner.begin([*work.prompt, *work.generated])
         if answer.next_layer == 0:
             return prefill
         self._link_free.clear()
-        self._activations.submit(self._take_activations, answer, self._residuals(prefill))
-        self._kv.submit(self._take_kv, answer, self._runner.stages.kv_specs(1, prefill.context))
+        self._activations.submit(self._take_activations, work, answer, self._residuals(prefill))
+        self._kv.submit(self._take_kv, work, answer, self._runner.stages.kv_specs(1, prefill.context))
         return None
 
     def lend(self, borrow: Borrow) -> None:
@@ -233,26 +234,26 @@ class OldSide:
         if over:
             self._hang_up()
 
-    def _stays(self, answer: HandOver) -> bool:
+    def _stays(self, work: Work, seq: int) -> bool:
         """The rest of the KV is left to whoever gets the request; the connection stays open for it."""
         with self._lock:
-            stays = (answer.work.request.id, answer.work.attempt) in self._leaving and not self._closed
+            stays = (work.request.id, work.attempt) in self._leaving and not self._closed
             if stays:
-                self._elsewhere.add(answer.seq)
+                self._elsewhere.add(seq)
         return stays
 
-    def _take_activations(self, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
+    def _take_activations(self, work: Work, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
         arrays, error = self._fetch(answer.address, answer.activation_uuid, specs)
         self._link_free.set()
-        self._post(ActivationsTaken(answer.work, answer.seq, answer.next_layer, arrays, error))
+        self._post(ActivationsTaken(work, answer.seq, answer.next_layer, arrays, error))
 
-    def _take_kv(self, answer: HandOver, specs: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]) -> None:
+    def _take_kv(self, work: Work, answer: HandOver, specs: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]) -> None:
         """Keys and values of every layer that NEW ran, layer by layer, unless the request leaves meanwhile."""
         arrays: list[Array] = []
         error, rest = "", None
         for index, uuid in enumerate(answer.kv_uuids):
             self._link_free.wait()
-            if self._stays(answer):
+            if self._stays(work, answer.seq):
                 rest = KVRest(answer.address, answer.kv_uuids[index:], self._runner.stages.layout.tokens(specs),
                               partial(self._settle, answer.seq))
                 break
@@ -262,7 +263,7 @@ class OldSide:
             arrays += taken
         else:
             self.partner.taken(answer.seq)
-        self._post(KVTaken(answer.work.request.id, answer.work.attempt, arrays, error, rest))
+        self._post(KVTaken(work.request.id, work.attempt, arrays, error, rest))
 
     def _fetch(self, address: str, uuid: int, specs: list[jax.ShapeDtypeStruct]) -> tuple[list[Array], str]:
         try:
@@ -286,7 +287,7 @@ def alone(name: InstanceId, runner: Runner, handoff: HandOff, checkpoint: Path |
 
 def go_on_alone(new: NewSide, runner: Runner, checkpoint: Path | None) -> None:
     """Its prompts get the embedding from disk; without a readable checkpoint they wait for it to arrive."""
-    if checkpoint is not None and runner.store.embedding is None:
+    if checkpoint is not None and not runner.store.embedding:
         try:
             runner.store.preview(Checkpoint.open(checkpoint).read_unit(runner.spec.embed_unit))
         except CheckpointError as e:

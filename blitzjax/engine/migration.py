@@ -141,7 +141,7 @@ class Moves:
         if kv is None:
             self._wanted[sequence.id] = command.target
         else:
-            self._send(sequence, kv, command.target)
+            self._send(sequence, [*kv], command.target)
 
     def _send(self, sequence: Sequence, kv: list[KV | None], target: InstanceId) -> None:
         width = self._stages.shapes.moved(len(sequence.tokens) - 1)  # the last token has no KV yet
@@ -154,13 +154,17 @@ class Moves:
         absent = [layer for layer, pair in enumerate(kv) if pair is None]
         first, last = (absent[0], absent[-1] + 1) if absent else (len(kv), len(kv))
         for start, stop in ((0, first), (last, len(kv))):
-            group = max(1, _PIECE_BYTES // sum(a.nbytes for a in kv[start])) if start < stop else 1
-            for layer in range(start, stop, group):
-                upper = min(layer + group, stop)
-                uuid = self._handoff.offer([a for pair in kv[layer:upper] for a in pair])
-                yield m.KVPiece(self._handoff.address, uuid, layer, upper, self._stages.layout.tokens(kv[layer]))
-        for layer, uuid in zip(absent, rest.uuids if rest is not None else (), strict=True):
-            yield m.KVPiece(rest.address, uuid, layer, layer + 1, rest.width)
+            own = [pair for pair in kv[start:stop] if pair is not None]
+            group = max(1, _PIECE_BYTES // sum(a.nbytes for a in own[0])) if own else 1
+            for at in range(0, len(own), group):
+                pairs = own[at : at + group]
+                uuid = self._handoff.offer([a for pair in pairs for a in pair])
+                yield m.KVPiece(self._handoff.address, uuid, start + at, start + at + len(pairs),
+                                self._stages.layout.tokens(pairs[0]))
+        assert rest is not None or not absent
+        if rest is not None:
+            for layer, uuid in zip(absent, rest.uuids, strict=True):
+                yield m.KVPiece(rest.address, uuid, layer, layer + 1, rest.width)
 
     def _answered(self, message: m.KVAnswered | m.KVUnanswered) -> None:
         """The target has it, cannot have it, or is gone."""
@@ -168,19 +172,20 @@ class Moves:
         leaving = self._leaving.get(request_id)
         if leaving is None or leaving.offer.key != message.offer.key:
             return  # retracted meanwhile
-        sequence, answered = leaving.sequence, isinstance(message, m.KVAnswered)
-        if answered and not message.error:
+        sequence = leaving.sequence
+        if isinstance(message, m.KVAnswered) and not message.error:
             del self._leaving[request_id]
             _settle(sequence, taken=True)
             self._host.leave(sequence)
             return
         self._retract(request_id)
-        if not answered and None not in leaving.kv:
-            self._host.join(sequence, self._placeable(leaving.kv))
+        kv = [pair for pair in leaving.kv if pair is not None]
+        if isinstance(message, m.KVUnanswered) and len(kv) == len(leaving.kv):
+            self._host.join(sequence, self._placeable(kv))
             return
         _settle(sequence, taken=False)
         self._host.leave(sequence)
-        why = message.error if answered else "its target left with a part of its KV"
+        why = message.error if isinstance(message, m.KVAnswered) else "its target left with a part of its KV"
         self._fail(request_id, sequence.work.attempt, why)
 
     def _retract(self, request_id: RequestId) -> _Leaving | None:

@@ -100,7 +100,7 @@ def _listed(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
         for path, variable in nnx.to_flat_state(state))
 
 
-def _name(path: tuple[str | int, ...]) -> str:
+def _name(path: tuple[object, ...]) -> str:
     return ".".join(map(str, path))
 
 

@@ -22,6 +22,7 @@ from blitzjax.engine import published
 from blitzjax.engine.params import unit_arrays, unit_kind
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family
+from blitzjax.models.family import unpublished
 from blitzjax.types import ModelSpec
 
 Path_: TypeAlias = tuple[str, ...]
@@ -58,7 +59,7 @@ class Orbax:
         tree = find(path)
         assert tree is not None, f"{path} was not written by Orbax"
         flat, structure = _flatten(tree)
-        leaves, own_names = _read_names(flat, family(spec.family).tensors is None)
+        leaves, own_names = _read_names(flat, family(spec.family).tensors is unpublished)
         opened = cls(tree, spec, structure, leaves, own_names, scratch)
         wanted = ([{name: shape for name, (_, shape) in opened._own(unit).items()} for unit in range(spec.units)]
                   if own_names else published.wanted(spec, partial(published.names, spec)))
@@ -136,7 +137,7 @@ def _read_names(tree: Sequence[tuple[tuple[object, ...], ocp.metadata.ArrayMetad
     while all(names[0] == "params" for names, *_ in flat):
         flat = [(names[1:], number, shape) for names, number, shape in flat]
     own_names = own_names or {names[0] for names, *_ in flat} <= {"embed", "layers", "head"}
-    leaves = {}
+    leaves: dict[str, Leaf] = {}
     for names, number, shape in flat:
         for full, leaf in _named(names, Leaf(number, shape, None, False)):
             leaves |= dict([(full, leaf) if own_names else _as_published(full, leaf)])

@@ -157,7 +157,7 @@ class LayerStore:
         self._slabs: dict[tuple[int, int], np.ndarray] = {}
         self._params: list[dict[str, jax.Array]] = []
         self._checksums: dict[tuple[int, int], int] = {}
-        self._early: dict[str, jax.Array] | None = None  # the embedding, before its turn
+        self._early: dict[str, jax.Array] = {}  # the embedding, before its turn
 
     @property
     def lanes(self) -> int:
@@ -193,7 +193,7 @@ class LayerStore:
         if not self.is_copy:
             self._params.append(self._arrays(unit))
         if unit == self.spec.embed_unit:
-            self._early = None
+            self._early = {}
         self.units = unit + 1
         if not self.is_copy:
             self._drop(unit)
@@ -207,7 +207,7 @@ class LayerStore:
             self.is_copy = True
             self._params.clear()
             self._read_back.clear()
-            self._early = None
+            self._early = {}
 
     def use(self) -> None:
         """What is here, and what will be committed, is an instance's from now on."""
@@ -240,8 +240,8 @@ class LayerStore:
             self._early = early
 
     @property
-    def embedding(self) -> dict[str, jax.Array] | None:
-        """Its arrays, committed or early; None: prompts cannot be embedded yet."""
+    def embedding(self) -> dict[str, jax.Array]:
+        """Its arrays, committed or early; empty: prompts cannot be embedded yet."""
         return self._params[self.spec.embed_unit] if self.usable > self.spec.embed_unit else self._early
 
     @property
@@ -291,7 +291,7 @@ class LayerStore:
 
     def release(self) -> None:
         """Drops every array and slab; memory goes back once the last jax.Array that a caller kept is gone."""
-        self.units, self.is_copy, self._early = 0, False, None
+        self.units, self.is_copy, self._early = 0, False, {}
         self._params.clear()
         self._slabs.clear()
         self._read_back.clear()

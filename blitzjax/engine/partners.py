@@ -86,7 +86,7 @@ class Partners:
                 self._lost(message.session)
             case m.HandedOver():
                 if self.old is not None and self.old.partner is message.partner:
-                    self._handed_over(message)  # else the pair ended meanwhile: the brain runs the request again
+                    self._handed_over(self.old, message.answer)  # else the pair ended: the brain runs it again
             case m.ActivationsTaken():
                 self._activations_taken(message)
             case m.KVTaken():
@@ -114,10 +114,10 @@ class Partners:
 
     def answer_pull(self) -> None:
         """Lets OLD have what it waits for, if there is something; the sequence leaves this instance."""
-        sequence = self.new.answer() if self.new is not None else None
-        if sequence is not None:
+        new = self.new
+        if new is not None and (sequence := new.answer()) is not None:
             self._host.forget(sequence)
-            self._handed(sequence.work, self.new.pair.old)
+            self._handed(sequence.work, new.pair.old)
 
     def left(self, sequence: Sequence) -> None:
         """The request is over here."""
@@ -167,15 +167,15 @@ class Partners:
         """Nothing more is pulled or handed over. Both sides may live on, so the brain must hear that the pair may end."""
         if self.old is not None and self.old.partner is session:
             self.old.waiting = False
-            self._drained()
+            self._drained(self.old)
         self._early = {name: early for name, early in self._early.items() if early[0].old is not session}
         if self.new is not None and self.new.old is session:
             self.new.partner_left()
 
-    def _drained(self) -> None:
+    def _drained(self, old: live.OldSide) -> None:
         """OLD asks no more."""
-        if not self.old.drained:
-            self.old.drained = True
+        if not old.drained:
+            old.drained = True
             self._emit(LiveDrained(self._now(), self._host.name))
 
     # ---- NEW
@@ -196,21 +196,21 @@ class Partners:
 
     # ---- OLD
 
-    def _handed_over(self, message: m.HandedOver) -> None:
-        host, answer, work = self._host, message.answer, message.answer.work
-        self.old.waiting = False
+    def _handed_over(self, old: live.OldSide, answer: m.HandOver) -> None:
+        host, work = self._host, answer.work
+        old.waiting = False
         if work is None:
             if answer.drained:
-                self._drained()
+                self._drained(old)
             return
         self._handed(work, host.name)
         sequence = host.sequence(work)
         if not host.admit(sequence):  # once there is room it runs whole; what NEW ran of it stays there
             if not host.enqueue(sequence):
-                self._fail(work, f"{host.name} can never hold a request handed over by {self.old.pair.new}")
+                self._fail(work, f"{host.name} can never hold a request handed over by {old.pair.new}")
             return
         sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
-        sequence.prefill = self.old.take(answer)
+        sequence.prefill = old.take(answer)
         sequence.awaited = sequence.prefill is None
         self.awaited_until = self._now() + _NEAR_S if sequence.awaited else 0.0
         if not sequence.awaited:
@@ -247,7 +247,7 @@ class Partners:
     def _adopt_kv(self, sequence: Sequence) -> None:
         """The partner's layers of KV join the prompt's own; a prompt that waited for them joins the batch."""
         flat = sequence.partner_kv
-        sequence.prefill.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
+        sequence.begun.kv[: len(flat) // 2] = list(zip(flat[::2], flat[1::2], strict=True))
         sequence.partner_kv = []
         if sequence.answered > len(sequence.work.generated):
             self._host.answer_whole(sequence)

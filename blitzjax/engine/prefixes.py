@@ -84,8 +84,9 @@ class PrefixCache:
     def _page(self, index: int, dims: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where tokens of page `index` are in keys and in values whose last dimensions, `dims` in all, are the layout's."""
         layout, at = self._stages.layout, slice(index * self._page_size, (index + 1) * self._page_size)
-        return tuple(tuple(at if i == axis + dims - 4 else slice(None) for i in range(dims))
-                     for axis in (layout.keys, layout.values))
+        keys, values = (tuple(at if i == axis + dims - 4 else slice(None) for i in range(dims))
+                        for axis in (layout.keys, layout.values))
+        return keys, values
 
 
 def kept_pages(stages: Stages, config: EngineConfig, pages: int) -> int:

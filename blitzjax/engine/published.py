@@ -47,7 +47,7 @@ def units(spec: ModelSpec, stored: Callable[[int], Mapping[str, str]],
 def check(path: Path, spec: ModelSpec, wanted: Sequence[Mapping[str, Shape]], found: Mapping[str, Shape],
           problems: Sequence[str] = ()) -> None:
     """Raises one CheckpointError listing every missing, misshapen or unexpected tensor, and the reader's `problems`."""
-    said, known = list(problems), set()
+    said, known = list(problems), set[str]()
     for unit, tensors in enumerate(wanted):
         known |= tensors.keys()
         for name, shape in tensors.items():

@@ -24,6 +24,7 @@ from blitzjax.types import Sampling, Span, TokenLogprob
 @dataclass(slots=True)
 class Prefill:
     """One prompt on its way through the layers. `x[c]` is the residual of chunk c, `kv[l]` the keys, values of layer l.
+    Chunks have `x` and `aux` once they are embedded.
 
     The first chunk starts where the prefix-cache hit ends, of which only the KV is there.
     """
@@ -33,9 +34,16 @@ class Prefill:
     context: int  # KV length of the staging arrays
     kv: list[KV | None]
     next_layer: int = 0
-    x: list[Array | None] = field(default_factory=list)
+    x: list[Array] = field(default_factory=list)
     aux: list[object] = field(default_factory=list)
     scores: list[np.ndarray] = field(default_factory=list)  # of the first chunks, see `Runner.score_chunk`
+
+    @property
+    def whole_kv(self) -> list[KV]:
+        """Of every layer: they all were run, and what a partner ran is here."""
+        found = [pair for pair in self.kv if pair is not None]
+        assert len(found) == len(self.kv)
+        return found
 
 
 class Runner:
@@ -49,7 +57,7 @@ class Runner:
         shapes = self.stages.shapes
         chunks = shapes.chunks(len(tokens), hit)
         return Prefill(np.asarray(tokens, np.int32), chunks, shapes.staging(len(tokens)),
-                       kv or [None] * self.spec.layers, x=[None] * len(chunks), aux=[None] * len(chunks))
+                       [*kv] if kv else [None] * self.spec.layers)
 
     def run_span(self, prefill: Prefill, span: Span) -> None:
         """Runs layers [span.start, span.stop) over the whole prompt, layer by layer. Needs units of the span loaded."""
@@ -78,10 +86,10 @@ class Runner:
 
     def enter(self, prefill: Prefill, rows: np.ndarray) -> None:
         """Starts a prompt with rows [tokens, D] that another instance has embedded."""
-        for index, chunk in enumerate(prefill.chunks):
+        for chunk in prefill.chunks:
             x = np.zeros((1, chunk.width, self.spec.dim), np.float32)
             x[0, : chunk.stop - chunk.start] = rows[chunk.start : chunk.stop]
-            prefill.x[index] = jax.device_put(x, self.stages.replicated)
+            prefill.x.append(jax.device_put(x, self.stages.replicated))
 
     def first_token(self, prefill: Prefill, sampling: Sampling, step: int, allowed: np.ndarray | None = None) -> Drawn:
         """Head over the prompt's last row; the token is in row 0. `step` tokens of the answer are in the prompt, `allowed`
@@ -114,7 +122,7 @@ class Runner:
 
     def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> Drawn:
         """One step for every row: tokens i32[B] enter at positions lengths i32[B]."""
-        x, aux = self.stages.embed(self._embedding, tokens[:, None], lengths[:, None])
+        x, aux = self.stages.embed(self.store.embedding, tokens[:, None], lengths[:, None])
         for group in self.stages.groups:
             weights = [self.store.params(layer) for layer in range(group.start, group.stop)]
             kv = cache.layers[group.start : group.stop]
@@ -123,34 +131,32 @@ class Runner:
 
     def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:
         chunk, kind, weights = prefill.chunks[index], unit_kind(self.spec, layer), self.store.params(layer)
-        if prefill.aux[index] is None:
+        if index == len(prefill.aux):
             self._embed(prefill, index)
-        x, aux = prefill.x[index], prefill.aux[index]
-        if chunk.start == 0:
+        x, aux, kv = prefill.x[index], prefill.aux[index], prefill.kv[layer]
+        if kv is None:  # nothing is known in front of the chunk
             x, k, v = self.stages.first(kind, weights, x, aux, prefill.context)
         else:
-            x, k, v = self.stages.next(kind, weights, x, aux, prefill.kv[layer], chunk.start)
+            x, k, v = self.stages.next(kind, weights, x, aux, kv, chunk.start)
         prefill.x[index], prefill.kv[layer] = x, (k, v)
 
     def _embed(self, prefill: Prefill, index: int) -> None:
         """Fills the per-step constants of a chunk, and x unless it came from a partner."""
         chunk = prefill.chunks[index]
         positions = np.arange(chunk.start, chunk.start + chunk.width, dtype=np.int32)[None]
-        if prefill.x[index] is not None:
-            prefill.aux[index] = self.stages.aux(positions)
+        if index < len(prefill.x):
+            prefill.aux.append(self.stages.aux(positions))
             return
         tokens = np.zeros((1, chunk.width), np.int32)
         tokens[0, : chunk.stop - chunk.start] = prefill.tokens[chunk.start : chunk.stop]
-        prefill.x[index], prefill.aux[index] = self.stages.embed(self._embedding, tokens, positions)
-
-    @property
-    def _embedding(self) -> dict[str, Array]:
-        return self.store.embedding
+        x, aux = self.stages.embed(self.store.embedding, tokens, positions)
+        prefill.x.append(x)
+        prefill.aux.append(aux)
 
     def _head(self, x: Array, draws: Draws) -> Drawn:
         out = np.asarray(self.stages.head(*self._head_weights(), x, draws))
         return Drawn(out, None) if draws.edits is None else Drawn(out[:, 0], out)
 
     def _head_weights(self) -> tuple[Params, Array | None]:
-        table = self._embedding["table"] if self.spec.tied_embeddings else None
+        table = self.store.embedding["table"] if self.spec.tied_embeddings else None
         return self.store.params(self.spec.head_unit), table

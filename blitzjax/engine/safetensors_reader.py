@@ -50,8 +50,8 @@ class HuggingFace:
     def open(cls, path: Path, name: str, dtype: str) -> HuggingFace:
         """Raises CheckpointError listing every missing, unexpected or misshapen tensor and every missing file."""
         spec = read_spec(path, name, dtype)
-        tensors, problems = _read_headers(path)
-        tensors = _with_prefix(spec, tensors)
+        found, problems = _read_headers(path)
+        tensors = _with_prefix(spec, found)
         problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
                      for name, t in tensors.items()
                      if t.dtype not in _DTYPES and not (t.dtype == "U8" and name.endswith(_PACKED))]
@@ -118,7 +118,8 @@ def _read_headers(path: Path) -> tuple[dict[str, Stored], list[str]]:
         placed = dict(json.loads((path / INDEX).read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path / INDEX} is not readable ({e!r}); {_AGAIN}") from e
-    tensors, problems = {}, []
+    tensors: dict[str, Stored] = {}
+    problems = []
     for shard in sorted(set(placed.values())):
         if (path / shard).is_file():
             tensors |= read_header(path / shard)

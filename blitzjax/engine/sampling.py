@@ -152,8 +152,9 @@ def _draw(logits: Array, draws: Draws) -> Array:
     x = logits / jnp.maximum(draws.temperature, 1e-6)[:, None]
     none = (jnp.zeros(x.shape[0], jnp.int32), jnp.zeros(x.shape[0], jnp.bool_))
     near, done = lax.cond(jnp.any(_filtered(draws)), _draw_near, lambda *_: none, x, draws)
-    rest = draws._replace(top_k=jnp.where(done, 0, draws.top_k), top_p=jnp.where(done, 1.0, draws.top_p),
-                          min_p=jnp.where(done, 0.0, draws.min_p))
+    off = {"top_k": jnp.where(done, 0, draws.top_k), "top_p": jnp.where(done, 1.0, draws.top_p),
+           "min_p": jnp.where(done, 0.0, draws.min_p)}
+    rest = draws._replace(**off)  # type: ignore[arg-type]  # what was NumPy on the way in is jax's here
     return lax.cond(jnp.all(done | (draws.temperature == 0)), lambda near, *_: near,
                     lambda near, x, rest: jnp.where(done, near, _draw_far(x, rest)), near, x, rest)
 
@@ -218,7 +219,7 @@ def _penalise(logits: Array, edits: Edits) -> Array:
 
 
 def _filtered(draws: Draws) -> Array:
-    return (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)
+    return (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)  # type: ignore[return-value]  # jax's, in a jit
 
 
 def likeliest(x: Array, draws: Draws) -> tuple[Array, Array, Array]:

@@ -43,7 +43,7 @@ class Vocabulary:
 
 def read(path: Path) -> tuple[Vocabulary, str | None, str | None]:
     """tokenizer.model → vocabulary, BOS, EOS. Raises CheckpointError."""
-    model = pb.ModelProto()
+    model = pb.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at run time
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as e:  # protobuf's DecodeError is not of one class in all its versions
@@ -105,7 +105,7 @@ def _unknown(vocabulary: Vocabulary) -> int | None:
 
 
 def _normalizers(vocabulary: Vocabulary) -> list[normalizers.Normalizer]:
-    steps = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(vocabulary.charsmap)] if vocabulary.charsmap else []
     if vocabulary.squeeze_spaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if vocabulary.prefix_space:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from jax import Array
@@ -12,7 +13,7 @@ from blitzjax.engine.grammars import Grammars, Matcher
 from blitzjax.engine.messages import KVRest, Tokens
 from blitzjax.engine.runner import Prefill
 from blitzjax.engine.sampling import edits_until, end_tokens, penalised
-from blitzjax.types import ModelSpec, RequestId, TokenLogprob, Work
+from blitzjax.types import FinishReason, ModelSpec, RequestId, TokenLogprob, Work
 
 
 @dataclass(slots=True)
@@ -42,6 +43,12 @@ class Sequence:
         return self.work.request.id
 
     @property
+    def begun(self) -> Prefill:
+        """Its prompt's way through the layers, which has begun and is not over."""
+        assert self.prefill is not None
+        return self.prefill
+
+    @property
     def scored(self) -> bool:
         """The prompt's logprobs are wanted and were not sent; they travel with the answer's first token."""
         return self.work.sampling.prompt_logprobs >= 0 and not self.answered
@@ -51,7 +58,7 @@ class Sequence:
         """i32[tokens], if penalties read it; else empty."""
         return self._array[: len(self.tokens)]
 
-    def append(self, token: int) -> str:
+    def append(self, token: int) -> FinishReason | Literal[""]:
         """ → why the answer ends with the token: "stop", "length", or "" to go on; "error": it was not to be drawn."""
         if len(self._array):
             self._array[len(self.tokens)] = token

@@ -48,10 +48,11 @@ class Stages:
         devices = mesh.devices.flatten().tolist()
         directory = Path(config.executable_cache).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-        self.attention = attention or chosen(spec, config, devices, directory, fetch)
-        self.layout = self.attention.layout  # of keys and values
+        attention = attention or chosen(spec, config, devices, directory, fetch)
+        self.layout = attention.layout  # of keys and values
         heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))
         self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
+        self.attention = replace(attention, split=self.kv_sharding) if mesh.size > 1 else attention
         self.replicated = NamedSharding(mesh, P())
         self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices, fetch)
         self._found: dict[tuple, Compiled] = {}
@@ -138,7 +139,7 @@ class Stages:
         for stage in stages[first:] + stages[:first]:
             self._stage(*stage)
 
-    def _all(self) -> Iterator[tuple[str | int, ...]]:
+    def _all(self) -> Iterator[tuple[str, *tuple[str | int, ...]]]:
         """Kind and sizes of every stage that an instance which works alone needs."""
         s = self.shapes
         for width in s.widths:
@@ -382,8 +383,8 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
     this process has imported.
     """
-    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
-             modules.__file__]
+    files: list[str | None] = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__,
+                               sampling.__file__, params.__file__, modules.__file__]
     if own.is_reference(spec.family):
         package = own.package(spec.family)
         family(spec.family)  # imports it

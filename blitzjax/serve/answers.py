@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from blitzjax.serve.calls import FORMATS
 from blitzjax.serve.model import ServedModel
-from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings
+from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 from blitzjax.types import FinishReason, Request, Sampling, TokenLogprob, Work
 
 
@@ -97,7 +97,7 @@ class Answer:
         eos = () if order.sampling.ignore_eos else model.spec.eos_token_ids
         self._silent = frozenset(order.sampling.stop_token_ids) | frozenset(eos)
         self._decoder = None if model.tokenizer is None else IncrementalDecoder(
-            model.tokenizer, order.prompt, _tags(order, model))
+            model.tokenizer, order.prompt, _tags(order, model.tokenizer))
         self._stops = StopStrings(order.stop)
 
     @property
@@ -168,7 +168,7 @@ class Answer:
 
     def restore(self, past: Progress) -> None:
         """Makes a new answer what another one was; all of it can be taken again."""
-        if past.generated:
+        if past.first_token_s is not None:
             reason = past.finish_reason if past.finish_reason in ("stop", "length") else None
             self.push(0, list(past.generated), reason, past.first_token_s, past.logprobs, past.prompt_logprobs)
         if past.finish_reason is not None:
@@ -196,9 +196,9 @@ class Answer:
         return text if len(self.generated) <= self.sampling.min_tokens else self._stops.push(text)
 
 
-def _tags(order: Order, model: ServedModel) -> Collection[int]:
+def _tags(order: Order, tokenizer: Tokenizer) -> Collection[int]:
     """Special tokens that say where calls are."""
-    return model.tokenizer.ids(FORMATS[order.tool_call_parser].tags).values() if order.tool_call_parser else ()
+    return tokenizer.ids(FORMATS[order.tool_call_parser].tags).values() if order.tool_call_parser else ()
 
 
 def seed_of(seed: int, index: int) -> int:

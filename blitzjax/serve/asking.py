@@ -6,13 +6,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from blitzjax.errors import InvalidRequest
 from blitzjax.v1 import inference_pb2 as pb
 
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, JSON]]  # text, token ids (an array, too), or a chat
 
 
@@ -100,17 +100,17 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     outside = ("model", "request_id", "priority", "progress", "timeout_s", "tools", "must_call", "one_call")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
-    options = {name: value for name, value in options.items() if name not in CONSTRAINTS} | _constraint(options)
+    sampling: dict[str, Any] = {k: v for k, v in options.items() if k not in CONSTRAINTS and k not in outside}
     try:
-        return _request(prompt, options, outside)
+        return _request(prompt, options, pb.SamplingParams(**sampling, **_constraint(options)))
     except ValueError as e:  # a number out of range, or half a character
         raise InvalidRequest(str(e)) from e
 
 
-def _request(prompt: Prompt, options: Options, outside: Sequence[str]) -> pb.GenerateRequest:
+def _request(prompt: Prompt, options: Options, sampling: pb.SamplingParams) -> pb.GenerateRequest:
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
                              priority=options.get("priority", 0), progress=options.get("progress", False),
-                             sampling=pb.SamplingParams(**{k: v for k, v in options.items() if k not in outside}))
+                             sampling=sampling)
     if isinstance(prompt, str):
         out.text = prompt
     elif len(prompt) and isinstance(prompt[0], Mapping):
@@ -119,13 +119,13 @@ def _request(prompt: Prompt, options: Options, outside: Sequence[str]) -> pb.Gen
             must_call=options.get("must_call", ()), one_call=options.get("one_call", False)))
     else:
         out.tokens.SetInParent()
-        out.tokens.ids.extend(prompt)
+        out.tokens.ids.extend(prompt)  # type: ignore[arg-type]  # no chat; protobuf refuses what is no token id
     if options.get("tools") and not out.HasField("chat"):
         raise TypeError("tools need a chat")
     return out
 
 
-def _constraint(options: Options) -> dict[str, object]:
+def _constraint(options: Mapping[str, Any]) -> dict[str, Any]:
     """As its message has it. Raises InvalidRequest for two of them."""
     given = {name: options[name] for name in CONSTRAINTS if options.get(name, False) is not False}
     if len(given) > 1:
@@ -137,17 +137,17 @@ def _constraint(options: Options) -> dict[str, object]:
     return given
 
 
-def _message(said: Mapping[str, JSON]) -> pb.ChatMessage:
-    role, content = said.get("role"), said.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise TypeError(f"a message has a role and a content, both of them text; got {dict(said)}")
-    calls = ((call["id"], call["function"]) for call in said.get("tool_calls", ()))
-    return pb.ChatMessage(
-        role=role, content=content, tool_call_id=said.get("tool_call_id", ""),
-        tool_calls=[pb.ToolCall(id=name, name=of["name"], arguments=of["arguments"]) for name, of in calls])
+def _message(said: Any) -> pb.ChatMessage:
+    match said:
+        case {"role": str(role), "content": str(content), **more}:
+            calls = [pb.ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
+                     for call in more.get("tool_calls", ())]
+            return pb.ChatMessage(role=role, content=content, tool_calls=calls,
+                                  tool_call_id=more.get("tool_call_id", ""))
+    raise TypeError(f"a message has a role and a content, both of them text; got {said}")
 
 
-def _function(tool: Mapping[str, JSON]) -> pb.Function:
+def _function(tool: Mapping[str, Any]) -> pb.Function:
     of = tool["function"]
     parameters = of.get("parameters")
     return pb.Function(name=of["name"], description=of.get("description") or "",
@@ -155,11 +155,13 @@ def _function(tool: Mapping[str, JSON]) -> pb.Function:
 
 
 def collect(chunks: Sequence[Chunk]) -> Result:
-    """Joins the chunks of one complete answer. Raises ValueError when they are of several."""
+    """Joins the chunks of one complete answer. Raises ValueError when they are of several, or the last is not here."""
     chunks = [chunk for chunk in chunks if chunk.progress is None]
     first, last = chunks[0], chunks[-1]
     if any(chunk.index != last.index for chunk in chunks):
         raise ValueError("these are several answers (n > 1); use generate_all")
+    if last.usage is None:
+        raise ValueError("the answer is not complete")
     times = tuple(chunk.at_s for chunk in chunks for _ in chunk.token_ids)
     return Result(
         request_id=last.request_id, index=last.index, text="".join(c.text for c in chunks),

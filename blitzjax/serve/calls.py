@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from blitzjax.serve.tokenizer import overlap
 
-_LEAD, _BETWEEN = re.compile(r"[\s\[]*"), re.compile(r"[\s\],;]*")
+_LEAD, _BETWEEN = string.whitespace + "[", string.whitespace + "],;"
 _OUTSIDE_STRINGS = frozenset(' \t\r\n{}[],:"0123456789+-.Etruefalsn')
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as templates write JSON
 
@@ -68,7 +68,8 @@ def grammar(known: Format, functions: Mapping[str, Mapping[str, object]], severa
     return "\n".join((f"calls: {begin} call {more} {end}", f"call: {calls}", *arguments))
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Call:
     """What is new of call `index` of an answer; `name` comes with its first part."""
 
     index: int
@@ -119,7 +120,7 @@ class Reader:
             self._bare = self._behind = False
 
     def _before(self, said: list[str | Call], last: bool) -> bool:
-        self._at = _LEAD.match(self._held, self._at).end()
+        self._at = len(self._held) - len(self._held[self._at:].lstrip(_LEAD))
         if self._held.startswith("{", self._at):
             self._begin, self._told, self._object, self._phase = self._at, 0, _Object(), self._inside
             return True
@@ -159,12 +160,11 @@ class Reader:
             self._told = end
 
     def _after(self, said: list[str | Call], last: bool) -> bool:
-        at, closing = _BETWEEN.match(self._held).end(), self._format.closing
-        rest = self._held[at:]
+        rest, closing = self._held.lstrip(_BETWEEN), self._format.closing
         if not last and closing.startswith(rest):
             return False
         if rest.startswith("{"):
-            self._at, self._phase = at, self._before
+            self._at, self._phase = len(self._held) - len(rest), self._before
             return True
         if not rest or closing and rest.startswith(closing):
             self._held = rest[len(closing):]

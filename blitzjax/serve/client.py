@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Unpack
 
@@ -57,7 +57,7 @@ class Client:
         """Waits for all n answers, in order."""
         return collect_all(list(self.stream(prompt, **options)))
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Chunk]:
         """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
         and says that it resumes.
         """
@@ -178,7 +178,7 @@ class AsyncClient:
         """Waits for all n answers, in order."""
         return collect_all([chunk async for chunk in self.stream(prompt, **options)])
 
-    async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncIterator[Chunk]:
+    async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Chunk]:
         """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
         and says that it resumes.
         """
@@ -277,7 +277,7 @@ class AsyncClient:
 def _ask_again(request: Message) -> None:
     """What its last call had begun is no mistake of the next one."""
     if "resume" in request.DESCRIPTOR.fields_by_name:
-        request.resume = True
+        setattr(request, "resume", True)
 
 
 def deploy_request(directory: str | Path, min_instances: int | None, max_instances: int | None) -> pb.DeployRequest:

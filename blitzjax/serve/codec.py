@@ -18,6 +18,9 @@ from google.protobuf.message import Message
 from blitzjax import commands, events, types
 from blitzjax.v1 import worker_pb2 as pb
 
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = typing.TypeVar("T")
 _CHANNEL_FIELDS = ("instance",)  # a command's addressee is the stream it travels on
 
@@ -74,10 +77,10 @@ def model_spec(manifest_json: str) -> types.ModelSpec:
     """The ModelSpec in a checkpoint's manifest. Raises KeyError, TypeError or ValueError when it is not one."""
     values = json.loads(manifest_json)["spec"]
     known = {f.name for f in dataclasses.fields(types.ModelSpec)}
-    return types.ModelSpec(**{k: types.frozen(v) for k, v in values.items() if k in known})
+    return types.spec_from({k: v for k, v in values.items() if k in known})
 
 
-def fill(message: Message, value: object, skip: tuple[str, ...] = ()) -> None:
+def fill(message: Message, value: DataclassInstance, skip: tuple[str, ...] = ()) -> None:
     """Copies every dataclass field of `value` into the field of the same name of an empty message."""
     for name in _names(type(value)):
         item = getattr(value, name)
@@ -116,10 +119,10 @@ def _build(kind: type, message: Message, given: dict[str, object]):
             values[f.name] = given[f.name]
             continue
         item, hint = getattr(message, f.name), hints[f.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             item = _build(hint, item, {})
         elif typing.get_origin(hint) is tuple:
-            part = typing.get_args(hint)[0]
+            part: type = typing.get_args(hint)[0]
             item = tuple(_build(part, x, {}) if dataclasses.is_dataclass(part) else x for x in item)
         values[f.name] = item
     return kind(**values)

@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
 MAX_CONSTRAINT_BYTES = 128 << 10
 _CALLS = "parameters of tools"
 _KEPT = 64  # constraints that were found good
-_JSON = {"whitespace_pattern": r"[ \t\r\n]{0,32}"}  # small models would go on with blanks for ever
+_BLANKS = r"[ \t\r\n]{0,32}"  # between the words of JSON: small models would go on with blanks for ever
 
 
 async def grammar_of(s: pb.SamplingParams) -> str:
@@ -77,8 +77,10 @@ def _grammar(kind: str, text: str) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if kind in ("json_schema", "json_object"):
-        return LLMatcher.grammar_from_json_schema(text, defaults=_JSON)
-    return text if kind == _CALLS else grammar_from("lark" if kind == "choice" else kind, text)
+        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _BLANKS})
+    if kind == _CALLS:
+        return text
+    return grammar_from("lark" if kind == "choice" else kind, text)  # type: ignore[arg-type]  # "regex" or "grammar"
 
 
 @functools.cache

@@ -20,9 +20,11 @@ from pathlib import Path
 from blitzjax import commands, events, types
 
 _log = logging.getLogger("blitzjax.controller")
-T = typing.TypeVar("T")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = typing.TypeVar("T", bound="DataclassInstance")
 _KINDS = {kind.__name__: kind for kind in (*typing.get_args(events.Event), *typing.get_args(commands.Command))}
-_COMMANDS = frozenset(kind.__name__ for kind in typing.get_args(commands.Command))
 
 
 class EventLog:
@@ -74,12 +76,8 @@ class Record:
     at: float
     item: events.Event | commands.Command
 
-    @property
-    def is_command(self) -> bool:
-        return type(self.item).__name__ in _COMMANDS
 
-
-def read_header(path: Path) -> dict[str, object]:
+def read_header(path: Path) -> dict[str, typing.Any]:
     with path.open(encoding="utf-8") as file:
         return json.loads(file.readline())
 
@@ -102,7 +100,7 @@ def event_record(event: events.Event) -> dict[str, object]:
     return {"event": type(event).__name__, **dataclasses.asdict(event)}
 
 
-def item_of(record: Mapping[str, object]) -> events.Event | commands.Command:
+def item_of(record: Mapping[str, typing.Any]) -> events.Event | commands.Command:
     """Undoes `event_record`. Raises ValueError for an unknown kind."""
     name = record.get("event") or record.get("command")
     if name not in _KINDS:
@@ -113,7 +111,7 @@ def item_of(record: Mapping[str, object]) -> events.Event | commands.Command:
 _hints = functools.cache(typing.get_type_hints)
 
 
-def build(kind: type[T], record: Mapping[str, object]) -> T:
+def build(kind: type[T], record: Mapping[str, typing.Any]) -> T:
     """The dataclass `kind` from what `dataclasses.asdict` and JSON made of it; other keys are ignored, and
     fields that it did not have then are left to their defaults.
     """
@@ -121,8 +119,8 @@ def build(kind: type[T], record: Mapping[str, object]) -> T:
     return kind(**{f.name: _value(hints[f.name], record[f.name]) for f in dataclasses.fields(kind) if f.name in record})
 
 
-def _value(hint: object, value: object):
-    if dataclasses.is_dataclass(hint):
+def _value(hint: object, value: typing.Any) -> object:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value)
     if typing.get_origin(hint) is tuple:
         return tuple(_value(typing.get_args(hint)[0], item) for item in value)

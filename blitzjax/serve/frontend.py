@@ -296,3 +296,4 @@ def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, in
 
 async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
     await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)
+    raise AssertionError  # abort has raised

@@ -16,7 +16,7 @@ import ssl
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -69,9 +69,9 @@ class Gateway:
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        for known in openai.models(await self._client.status(), self._started)["data"]:
-            if known["id"] == name:
-                return web.json_response(known)
+        for known in (await self._client.status()).models:
+            if known.name == name:
+                return web.json_response(openai.model(known, self._started))
         raise UnknownModel(f"no model {name!r} is served; see /v1/models")
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -137,7 +137,7 @@ class Gateway:
         await response.write_eof()
         return response
 
-    async def _chunks(self, asked: openai.Asked) -> AsyncIterator[tuple[int, Chunk]]:
+    async def _chunks(self, asked: openai.Asked) -> AsyncGenerator[tuple[int, Chunk]]:
         """Of the answers to all prompts, as they come, each with its prompt's number. Closing it ends all."""
         queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
 

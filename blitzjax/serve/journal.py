@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from blitzjax import events, types
 from blitzjax.errors import ConfigError
@@ -242,14 +242,16 @@ def read(path: Path) -> Iterator[Line]:
             yield Line(_decoded(record), record.get("heard", {}), stop)
 
 
-def _decoded(record: Mapping[str, object]) -> Record:
+def _decoded(record: Mapping[str, Any]) -> Record:
     match record:
         case {"Tokens": coded}:
             return Said(record["at"], record["instance"], pb.Tokens.FromString(base64.b64decode(coded)))
         case {"Decoded": coded}:
             return Said(record["at"], record["instance"], pb.Decoded.FromString(base64.b64decode(coded)))
         case {"event": _}:
-            return Happened(eventlog.item_of(record))
+            item = eventlog.item_of(record)
+            if isinstance(item, events.Event):
+                return Happened(item)
         case {"order": order}:
             return Admitted(record["at"], eventlog.build(Order, order), record["first"])
         case {"ended": request_id}:

@@ -53,6 +53,7 @@ class Latencies:
 
     def ended(self, answer: Answer, at: float) -> None:
         arrival_s, tokens = answer.request.arrival_s, len(answer.generated)
+        assert answer.finish_reason is not None
         self.reasons[answer.finish_reason] += 1
         self.prompt_tokens += answer.request.prompt_tokens
         self.generated_tokens += tokens
@@ -60,7 +61,7 @@ class Latencies:
         if answer.assigned_s is None:
             return  # the client had what it wanted before an instance had room
         self.queued.add(answer.assigned_s - arrival_s)
-        if answer.first_token_s is None:
+        if answer.first_token_s is None or answer.last_token_s is None:
             return
         decode_s = answer.last_token_s - answer.first_token_s
         self.first_token.add(answer.first_token_s - arrival_s)

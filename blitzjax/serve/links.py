@@ -94,7 +94,7 @@ class WorkerLink:
         self.configure = configure  # the next session begins with it
         self._shell = shell
         self._unsent: asyncio.Queue[pb.WorkerCommand] | None = None
-        self._call: grpc.aio.StreamStreamCall | None = None
+        self._call: grpc.aio.StreamStreamCall  # of the session
 
     def send(self, command: pb.WorkerCommand) -> None:
         """Queues a command; without a session it is dropped, for InstanceLost then tells the brain."""
@@ -162,7 +162,7 @@ class WorkerLink:
             except asyncio.InvalidStateError:  # write after the call ended
                 return f"{await self._call.code()}: {await self._call.details()}"
             except asyncio.CancelledError:
-                if asyncio.current_task().cancelling():
+                if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
                 return "the session was dropped"  # by us
 

@@ -119,7 +119,7 @@ class LocalCluster:
         """The controller's exit code. Raises TimeoutError."""
         if not self._controller.ended.wait(timeout_s):
             raise TimeoutError(f"the controller still runs after {timeout_s:g} s")
-        return self._controller.code
+        return self._controller.code or 0
 
     def client(self) -> Client:
         return Client(self._inside)
@@ -210,12 +210,13 @@ class LocalCluster:
     def _controller_died(self) -> None:
         """Killed, it starts again and resumes. What killed it again and again may be in the journal: that goes."""
         self._pulse.forget()
-        if self._terminating and self._controller.code == -signal.SIGTERM:
-            self._controller.code = 0  # told to go before it could listen
-        if self._controller.code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
+        code = self._controller.code or 0
+        if self._terminating and code == -signal.SIGTERM:
+            code = self._controller.code = 0  # told to go before it could listen
+        if code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
             self._controller.ended.set()
             return
-        print(f"blitzjax: the controller was killed by signal {-self._controller.code}; it starts again and resumes",
+        print(f"blitzjax: the controller was killed by signal {-code}; it starts again and resumes",
               file=sys.stderr)
         if self._controller.short_lives > TELL_AFTER:
             self._journal.unlink(missing_ok=True)

@@ -191,9 +191,9 @@ class Node:
                 copies.append(name)
             elif served.store.is_copy:
                 self.loader.post(commands.DropCopy(self.name, name))
-        engine, served = self.config.engine, self._models.get(self._current)
+        engine, current = self.config.engine, self._models.get(self._current)
         room = common([s.instance.room for s in list(self._models.values())], engine)
-        units = served.store.units if served is not None and not served.store.is_copy else 0
+        units = current.store.units if current is not None and not current.store.is_copy else 0
         return codec.encode_event(events.InstanceJoined(
             time.time(), self.name, self.incarnation, self._host, units, room.pages, engine.page_size,
             room.slots, self._current if units else "", tuple(self._models), tuple(copies)))

@@ -10,19 +10,22 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from blitzjax.errors import BlitzError, InvalidRequest
 from blitzjax.serve import tools
 from blitzjax.serve.asking import JSON, Chunk, Options, Prompt, Result
 from blitzjax.v1 import inference_pb2 as pb
 
+T = TypeVar("T")
+
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _TEMPERATURE = 1.0  # likewise; our own requests are greedy by default
 _NUMBER = (int, float)
-_SAMPLING: Mapping[str, type | tuple[type, ...]] = {
-    "temperature": _NUMBER, "top_p": _NUMBER, "top_k": int, "min_p": _NUMBER, "repetition_penalty": _NUMBER,
-    "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER, "seed": int, "n": int, "min_tokens": int,
-    "stop_token_ids": list, "ignore_eos": bool, "prompt_logprobs": int, "priority": int}
+_SAMPLING: Mapping[str, tuple[type, ...]] = {
+    "temperature": _NUMBER, "top_p": _NUMBER, "top_k": (int,), "min_p": _NUMBER, "repetition_penalty": _NUMBER,
+    "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER, "seed": (int,), "n": (int,), "min_tokens": (int,),
+    "stop_token_ids": (list,), "ignore_eos": (bool,), "prompt_logprobs": (int,), "priority": (int,)}
 _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
     "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
@@ -58,7 +61,7 @@ class Asked:
 def completion(body: JSON) -> Asked:
     """POST /v1/completions. Raises InvalidRequest."""
     fields = _Fields(body)
-    prompts = _prompts(fields.take("prompt", (str, list)))
+    prompts = _prompts(fields.take("prompt", str, list))
     options = _options(fields)
     options.setdefault("max_tokens", _COMPLETION_TOKENS)
     logprobs = fields.take("logprobs", int)
@@ -85,7 +88,7 @@ def chat(body: JSON) -> Asked:
     wanted, top = fields.take("logprobs", bool), fields.take("top_logprobs", int)
     if top is not None and not wanted:
         raise InvalidRequest("top_logprobs needs logprobs: true")
-    wants = tools.asked(fields.take("tools", list), fields.take("tool_choice", (str, dict)),
+    wants = tools.asked(fields.take("tools", list), fields.take("tool_choice", str, dict),
                         fields.take("parallel_tool_calls", bool))
     return _asked(True, (messages,), options | wants.options, (top or 0) if wanted else None, fields, wants)
 
@@ -128,11 +131,12 @@ class _Fields:
             raise InvalidRequest("the body must be a JSON object")
         self._left = {key: value for key, value in body.items() if value is not None}
 
-    def take(self, name: str, kinds: type | tuple[type, ...]) -> JSON:
+    def take(self, name: str, *kinds: type[T]) -> T | None:
         """Raises InvalidRequest for a value of another type; bool is no number."""
         value = self._left.pop(name, None)
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds):
+        if value is None:
+            return None
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
 
@@ -140,7 +144,7 @@ class _Fields:
         """Raises InvalidRequest for what nobody took."""
         for name, value in self._left.items():
             if name not in _IGNORED and value not in _HARMLESS.get(name, ()):
-                known = "is not supported" if name in _HARMLESS | _REPLACED else "is no field of this request"
+                known = "is not supported" if name in (*_HARMLESS, *_REPLACED) else "is no field of this request"
                 instead = f"use {_REPLACED[name]}" if name in _REPLACED else "leave it out"
                 raise InvalidRequest(f"{name} {known}; {instead}")
 
@@ -148,7 +152,7 @@ class _Fields:
 def _options(fields: _Fields) -> Options:
     options: Options = {"temperature": _TEMPERATURE}
     for name, kinds in _SAMPLING.items():
-        if (value := fields.take(name, kinds)) is not None:
+        if (value := fields.take(name, *kinds)) is not None:
             options[name] = value
     if options.get("top_k") == -1:  # vLLM's way to say off
         options["top_k"] = 0
@@ -157,7 +161,7 @@ def _options(fields: _Fields) -> Options:
     if (most := fields.take("max_tokens", int)) is not None:
         options["max_tokens"] = most
     options |= _constraint(fields)
-    stop = fields.take("stop", (str, list))
+    stop = fields.take("stop", str, list)
     if stop is not None:
         options["stop"] = _strings("stop", [stop] if isinstance(stop, str) else stop)
     if (bias := fields.take("logit_bias", dict)) is not None:
@@ -183,19 +187,19 @@ def _constraint(fields: _Fields) -> Options:
         case _:
             raise InvalidRequest("response_format must have type text, json_object, or json_schema with "
                                  f"json_schema.schema, an object; got {json.dumps(form)}")
-    options = {}
+    options = Options()
     for name, value in asked.items():
         kinds = _CONSTRAINTS.get(name, ())
         if not isinstance(value, kinds):
             what = f"must be {' or '.join(kind.__name__ for kind in kinds)}" if kinds else "is not supported"
             raise InvalidRequest(f"structured_outputs: {name} {what}; leave it out")
-        options["json_schema" if name == "json" else name] = value
+        options["json_schema" if name == "json" else name] = value  # type: ignore[literal-required]  # of _CONSTRAINTS
     if "choice" in options:
         _strings("choice", options["choice"])
     return options
 
 
-def _bias(given: Mapping[str, JSON]) -> dict[int, float]:
+def _bias(given: Mapping[str, Any]) -> dict[int, float]:
     try:
         return {int(token): float(value) for token, value in given.items()}
     except (TypeError, ValueError):
@@ -203,16 +207,17 @@ def _bias(given: Mapping[str, JSON]) -> dict[int, float]:
 
 
 def _strings(name: str, given: Sequence[JSON]) -> list[str]:
-    if not all(isinstance(text, str) for text in given):
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) != len(given):
         raise InvalidRequest(f"{name} must be a string or a list of strings")
-    return list(given)
+    return texts
 
 
 def _is_id(value: JSON) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
-def _prompts(given: JSON) -> tuple[Prompt, ...]:
+def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
     """A text, several, token ids, or several lists of them."""
     match given:
         case str():
@@ -226,22 +231,22 @@ def _prompts(given: JSON) -> tuple[Prompt, ...]:
     raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
 
 
-def _messages(given: JSON) -> list[dict[str, JSON]]:
-    out = []
+def _messages(given: Sequence[JSON] | None) -> list[dict[str, JSON]]:
+    out: list[dict[str, JSON]] = []
     for k, message in enumerate(given or ()):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
             raise InvalidRequest(f"messages[{k}] must be an object with role and content")
-        role = "system" if message["role"] == "developer" else message["role"]
-        calls = tools.calls_of(f"messages[{k}]", message)
+        calls = tools.calls_of(f"messages[{k}]", role, message)
         content = message.get("content")
         silent = content is None and "tool_calls" in calls
-        out.append({"role": role, "content": "" if silent else _content(k, content), **calls})
+        out.append({"role": "system" if role == "developer" else role,
+                    "content": "" if silent else _content(k, content), **calls})
     if not out:
         raise InvalidRequest("messages must have at least 1 message")
     return out
 
 
-def _content(k: int, given: JSON) -> str:
+def _content(k: int, given: Any) -> str:
     match given:
         case str():
             return given
@@ -280,13 +285,13 @@ class Reply:
         asked, index = self.asked, number * self.asked.answers + chunk.index
         at = self._begun.get(index)
         self._begun[index] = (at or 0) + len(chunk.text)
-        choice = {"index": index, "finish_reason": chunk.finish_reason or None,
-                  "logprobs": self._logprobs(number, chunk, at or 0)}
+        choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
+                                   "logprobs": self._logprobs(number, chunk, at or 0)}
         if asked.chat:
             answer = self._said.setdefault(index, tools.Said(asked.tools))
             part = answer.part(chunk.text, chunk.tool_call_parser, last=bool(chunk.finish_reason))
-            choice["finish_reason"] = answer.finish_reason(choice["finish_reason"])
-            choice["delta"] = ({"role": "assistant"} if at is None else {}) | part
+            choice["finish_reason"] = answer.finish_reason(chunk.finish_reason) or None
+            choice["delta"] = {"role": "assistant", **part} if at is None else part
             if not any((choice["delta"], choice["finish_reason"], choice["logprobs"])):
                 return None
         else:
@@ -302,13 +307,14 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def _choice(self, number: int, result: Result) -> JSON:
-        choice = {"index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
-                  "logprobs": self._logprobs(number, result, 0)}
+        choice: dict[str, JSON] = {
+            "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
+            "logprobs": self._logprobs(number, result, 0)}
         if not self.asked.chat:
-            return choice | {"text": result.text}
+            return {**choice, "text": result.text}
         answer = tools.Said(self.asked.tools)
-        message = {"role": "assistant"} | answer.whole(result.text, result.tool_call_parser)
-        return choice | {"message": message, "finish_reason": answer.finish_reason(result.finish_reason)}
+        message: JSON = {"role": "assistant", **answer.whole(result.text, result.tool_call_parser)}
+        return {**choice, "message": message, "finish_reason": answer.finish_reason(result.finish_reason)}
 
     def _logprobs(self, number: int, part: Chunk | Result, offset: int) -> JSON:
         if self.asked.logprobs is None:
@@ -351,9 +357,12 @@ def _usage(usages: Iterable[Sequence[pb.Usage]]) -> JSON:
 
 def models(status: pb.ClusterStatus, created: int) -> JSON:
     """GET /v1/models; `max_model_len` is vLLM's extension, which bench tools read."""
-    return {"object": "list", "data": [
-        {"id": m.name, "object": "model", "created": created, "owned_by": "blitzjax", "max_model_len": m.max_model_len}
-        for m in status.models]}
+    return {"object": "list", "data": [model(known, created) for known in status.models]}
+
+
+def model(known: pb.ModelStatus, created: int) -> JSON:
+    return {"id": known.name, "object": "model", "created": created, "owned_by": "blitzjax",
+            "max_model_len": known.max_model_len}
 
 
 def failure(error: BlitzError) -> tuple[int, JSON]:

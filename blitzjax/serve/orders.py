@@ -51,9 +51,10 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
     if sampling.WhichOneof("constraint") and model.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer, so its answers cannot follow a schema, a grammar or choices")
     prompt, text = await prompt_of(request, model)
-    calls = parser_of(request.chat, model.tokenizer, parser)
-    grammar = await grammar_of(sampling)
-    if request.chat.must_call or calls and grammar:
+    grammar, calls = await grammar_of(sampling), ""
+    if model.tokenizer is not None:
+        calls = parser_of(request.chat, model.tokenizer, parser)
+    if model.tokenizer is not None and (request.chat.must_call or calls and grammar):
         either = grammars_of(request.chat, calls, model.tokenizer)
         grammar = await grammar_of_calls(*either, "" if request.chat.must_call else grammar)
     cacheable = page_size > 0 and not sampling.HasField("prompt_logprobs")
@@ -66,24 +67,26 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
 
 async def prompt_of(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:
     """Token ids, and what to echo: the text as it was sent or rendered, else decoded. Raises InvalidRequest."""
+    tokenizer = model.tokenizer
     match request.WhichOneof("input"):
         case "tokens":
             ids = tuple(request.tokens.ids)
             wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
             if wrong is not None:
                 raise InvalidRequest(f"token id {wrong} is outside the vocabulary [0, {model.spec.vocab})")
-            echoed = request.sampling.echo and model.tokenizer is not None
-            text = model.tokenizer.decode(ids).rstrip("\ufffd") if echoed else ""  # the answer completes a character
-        case "text" | "chat" if model.tokenizer is None:
+            text = ""
+            if tokenizer is not None and request.sampling.echo:
+                text = tokenizer.decode(ids).rstrip("\ufffd")  # the answer completes a character
+        case None:
+            raise InvalidRequest("no input: set text, tokens or chat")
+        case _ if tokenizer is None:
             raise InvalidRequest("this model has no tokenizer; send tokens instead of text or chat")
         case "text":
             text = request.text
-            ids = await _encode(model.tokenizer.encode, text) if text else ()
+            ids = await _encode(tokenizer.encode, text) if text else ()
         case "chat":
-            text = render(request.chat, model.tokenizer)
-            ids = await _encode(model.tokenizer.encode_rendered, text)
-        case _:
-            raise InvalidRequest("no input: set text, tokens or chat")
+            text = render(request.chat, tokenizer)
+            ids = await _encode(tokenizer.encode_rendered, text)
     if not ids:
         raise InvalidRequest("the prompt is empty; it needs at least 1 token")
     return ids, text

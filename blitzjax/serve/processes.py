@@ -87,7 +87,7 @@ class Process:
 
     def tell(self) -> None:
         """After a few short lives in a row, once: the end of its log goes to our stderr."""
-        if self.short_lives == TELL_AFTER:
+        if self.short_lives == TELL_AFTER and self.log is not None:  # else it was there all the time
             print(f"blitzjax: {self.name} ends again and again (code {self.code}); the end of {self.log}:\n"
                   f"{tail(self.log)}", file=sys.stderr)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,8 @@ class Replica:
             self.prefixes.add(answer.order.model, instance, answer.request.prompt_tokens, tokens.cached_tokens)
         answer.layers_helped = max(answer.layers_helped, tokens.layers_helped)
         answer.cached_tokens = tokens.cached_tokens if tokens.start == 0 else answer.cached_tokens
-        return self._push(instance, answer, at, tokens.start, list(tokens.token_ids), tokens.finish_reason,
+        return self._push(instance, answer, at, tokens.start, list(tokens.token_ids),
+                          typing.cast("types.FinishReason | None", tokens.finish_reason or None),
                           codec.decode_logprobs(tokens.logprobs), codec.decode_logprobs(tokens.prompt_logprobs))
 
     def _awaited(self, request_id: types.RequestId, attempt: int) -> Answer | None:
@@ -103,16 +105,16 @@ class Replica:
         return answer if answer is not None and answer.attempt == attempt else None
 
     def _push(self, instance: types.InstanceId, answer: Answer, at: float, start: int, token_ids: list[int],
-              reason: str = "", *logprobs: list[types.TokenLogprob]) -> list[events.Event]:
+              reason: types.FinishReason | None = None, *logprobs: list[types.TokenLogprob]) -> list[events.Event]:
         try:
-            answer.push(start, token_ids, reason or None, at, *logprobs)
+            answer.push(start, token_ids, reason, at, *logprobs)
         except IndexError as e:
             _log.error("%s: %s", instance, e)
             answer.fail("INTERNAL", str(e))
         if not answer.ended:
             return []
         self.orders.over(answer)
-        if reason and answer.failure is None:
+        if reason is not None and answer.failure is None:
             self._unconfirmed[answer.request.id] = events.RequestFinished(
                 at, instance, answer.request.id, answer.attempt, reason)
             return []

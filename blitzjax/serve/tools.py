@@ -6,7 +6,8 @@ Invariant: a streamed answer adds up to the whole one; calls have their ids from
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from dataclasses import dataclass, field
 
 from blitzjax.errors import InvalidRequest
@@ -21,7 +22,7 @@ _CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": .
 class Tools:
     """What one body asks for. Without `functions` answers are text and nothing else."""
 
-    functions: tuple[dict[str, JSON], ...] = ()
+    functions: tuple[Mapping[str, Any], ...] = ()
     must_call: tuple[str, ...] = ()
     named: bool = False  # the caller chose the function
     parallel: bool = True
@@ -33,7 +34,7 @@ class Tools:
         return {"tools": self.functions, "must_call": self.must_call, "one_call": self.named or not self.parallel}
 
 
-def asked(given: Sequence[JSON] | None, choice: str | dict[str, JSON] | None, parallel: bool | None) -> Tools:
+def asked(given: Sequence[JSON] | None, choice: str | Mapping[str, JSON] | None, parallel: bool | None) -> Tools:
     """`tools`, `tool_choice` and `parallel_tool_calls` of a body. Raises InvalidRequest."""
     functions = tuple(_function(f"tools[{k}]", tool) for k, tool in enumerate(given or ()))
     names = [function["function"]["name"] for function in functions]
@@ -54,7 +55,7 @@ def asked(given: Sequence[JSON] | None, choice: str | dict[str, JSON] | None, pa
     raise InvalidRequest(f"tool_choice must be {_CHOICES}, got {choice}")
 
 
-def _function(where: str, tool: JSON) -> dict[str, JSON]:
+def _function(where: str, tool: Any) -> Mapping[str, Any]:
     match tool:
         case {"type": "function", "function": {"name": str()} as function}:
             pass
@@ -67,9 +68,9 @@ def _function(where: str, tool: JSON) -> dict[str, JSON]:
     return tool
 
 
-def calls_of(where: str, message: dict[str, JSON]) -> dict[str, JSON]:
+def calls_of(where: str, role: str, message: Mapping[str, JSON]) -> dict[str, JSON]:
     """What a message of a chat tells of calls, checked. Raises InvalidRequest."""
-    role, calls, answered = message["role"], message.get("tool_calls"), message.get("tool_call_id")
+    calls, answered = message.get("tool_calls"), message.get("tool_call_id")
     if role == "function" or message.get("function_call") is not None:
         raise InvalidRequest(f"{where}: role function and function_call are not supported; use role tool and "
                              "tool_calls")
@@ -97,20 +98,20 @@ class Said:
     _reader: Reader | None = None
     _ids: list[str] = field(default_factory=list)
 
-    def part(self, text: str, parser: str, last: bool) -> dict[str, JSON]:
+    def part(self, text: str, parser: str, last: bool) -> dict[str, Any]:
         """What is new of its message: content and calls, each with its `index`. `parser`: empty without functions."""
         if not parser:
             return {"content": text}
         self._reader = self._reader or Reader(FORMATS[parser], sure=bool(self.tools.must_call))
         said = self._reader.push(text, last)
         content = "".join(part for part in said if isinstance(part, str))
-        calls: dict[int, dict[str, JSON]] = {}
+        calls: dict[int, dict[str, Any]] = {}
         for call in said:
             if isinstance(call, Call) and (self.tools.parallel or not call.index):
                 self._add(calls, call)
         return ({"content": content} if content else {}) | ({"tool_calls": list(calls.values())} if calls else {})
 
-    def _add(self, calls: dict[int, dict[str, JSON]], call: Call) -> None:
+    def _add(self, calls: dict[int, dict[str, Any]], call: Call) -> None:
         if call.name:
             self._ids.append(uuid.uuid4().hex[:_ID_CHARS])
             calls[call.index] = {"index": call.index, "id": self._ids[-1], "type": "function",
@@ -120,7 +121,7 @@ class Said:
         else:
             calls[call.index] = {"index": call.index, "function": {"arguments": call.arguments}}
 
-    def whole(self, text: str, parser: str) -> dict[str, JSON]:
+    def whole(self, text: str, parser: str) -> dict[str, Any]:
         """All of its message."""
         part = self.part(text, parser, last=True)
         for call in part.get("tool_calls", ()):

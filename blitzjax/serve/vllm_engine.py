@@ -125,7 +125,7 @@ def translated(request: vllm.GenerateRequest) -> pb.GenerateRequest:
     return out
 
 
-def _constraint(given: vllm.SamplingParams, kind: str | None) -> dict[str, object]:
+def _constraint(given: vllm.SamplingParams, kind: str | None) -> dict[str, typing.Any]:
     match kind:
         case None:
             return {}
@@ -134,7 +134,7 @@ def _constraint(given: vllm.SamplingParams, kind: str | None) -> dict[str, objec
     return {kind: getattr(given, kind)}
 
 
-def _counts(answer: Answer) -> dict[str, int]:
+def _counts(answer: Answer) -> dict[str, typing.Any]:
     return {"index": answer.index, "prompt_tokens": answer.request.prompt_tokens, "cached_tokens": answer.cached_tokens,
             "completion_tokens": len(answer.generated)}
 

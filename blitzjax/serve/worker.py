@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,6 +29,9 @@ from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
+if typing.TYPE_CHECKING:
+    from blitzjax.serve.node import Node
+
 log = logging.getLogger("blitzjax.worker")
 _SESSIONS = 24  # concurrent Run calls: the controller, live partners, their successors while old ones end, and lenders
 
@@ -37,13 +41,13 @@ class Worker(rpc.WorkerServicer):
 
     def __init__(self, args: argparse.Namespace):
         self._args = args
-        self._node = None
+        self._node: Node | None = None
         self._lock = threading.Lock()
         self._lender = Lender()  # also while the node still compiles
 
     def Run(self, requests: Iterator[pb.WorkerCommand], context: grpc.ServicerContext) -> Iterator[pb.WorkerEvent]:
-        first = next(requests, None)
-        match first and first.WhichOneof("command"):
+        first = next(requests, pb.WorkerCommand())
+        match first.WhichOneof("command"):
             case "configure":
                 return self._control(first.configure, requests, context)
             case "partner":
@@ -57,8 +61,9 @@ class Worker(rpc.WorkerServicer):
                 return _fetched(self._lender.lend(first.fetch_executable.name))
             case "fetch_tokenizer":
                 return _fetched(None if self._node is None else self._node.own_tokenizer(first.fetch_tokenizer.model))
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT,
-                      "a session begins with Configure, Partner, KVOffer, Inspect, FetchExecutable or FetchTokenizer")
+        return context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "a session begins with Configure, Partner, KVOffer, Inspect, FetchExecutable or FetchTokenizer")
 
     def _control(self, configure: pb.Configure, requests, context) -> Iterator[pb.WorkerEvent]:
         outbox = Outbox()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from blitzjax.errors import ConfigError
-from blitzjax.types import ModelSpec, frozen
+from blitzjax.types import ModelSpec, frozen, spec_from
 
 _GBPS = 1e9 / 8  # bytes per second
 _HBM = 0.8 * 2039e9  # bytes per second that decoding reads: A100/A800-80GB data sheet, 80 % of it achieved
@@ -126,9 +126,9 @@ def read(path: Path) -> tuple[MachineCosts, ModelCosts]:
     """A row as `write` leaves it. Raises ConfigError."""
     try:
         row = json.loads(path.read_text())
+        spec = spec_from(row["model"].pop("spec"))
         model = {key: frozen(value) for key, value in row["model"].items()}
-        spec = {key: frozen(value) for key, value in model.pop("spec").items()}
-        return MachineCosts(**row["machine"]), ModelCosts(spec=ModelSpec(**spec), **model)
+        return MachineCosts(**row["machine"]), ModelCosts(spec, **model)  # type: ignore[arg-type]  # as written
     except (OSError, KeyError, TypeError, ValueError) as e:
         raise ConfigError(f"cannot read costs {path}: {e}") from e
 

@@ -47,9 +47,9 @@ class Loading:
                     self._copies.keep(plan.model, name)
                 self._clock.after(self._machine.setup_s, self._prepared, name, plan.ticket)
             case StartTransfer(ticket=ticket):
-                plan = self._plans.pop(ticket, None)  # its members get the command together; the first one starts it
-                if plan is not None:
-                    self._begin(plan)
+                begun = self._plans.pop(ticket, None)  # its members get the command together; the first one starts it
+                if begun is not None:
+                    self._begin(begun)
             case LoadFromDisk():
                 self._begin_load(command)
             case KeepCopy(instance=name, ticket=ticket, model=model):

@@ -74,14 +74,14 @@ class DecodeBatch:
     def leave(self, request: Request) -> int | None:
         """→ how many tokens were left; None when it was not here."""
         if self._ends and self._ends[0][1] == request.id:
-            end, _ = heapq.heappop(self._ends)
-        else:
-            end = next((e for e, i in self._ends if i == request.id), None)
-            if end is None:
-                return None
-            self._ends.remove((end, request.id))
+            ended = heapq.heappop(self._ends)
+        elif others := [entry for entry in self._ends if entry[1] == request.id]:
+            ended, = others
+            self._ends.remove(ended)
             heapq.heapify(self._ends)
-        left = end - self._steps
+        else:
+            return None
+        left = ended[0] - self._steps
         self.kv_tokens -= request.total_tokens - 1 - left
         return left
 

@@ -110,8 +110,9 @@ def cold(outcomes: Sequence[Outcome]) -> str:
 
 def _table_html(rows: Sequence[Row]) -> str:
     moved = [key for key in rows[0] if key.endswith("_bytes") and key != "host_bytes"]
-    gigabytes = [{"system": row["system"]} | {key.removesuffix("_bytes"): row[key] / 1e9 for key in moved}
-                 for row in rows]
+    gigabytes: list[Row] = [
+        {"system": row["system"]} | {key.removesuffix("_bytes"): float(row[key]) / 1e9 for key in moved}
+        for row in rows]
     return (f"{_cells_html(rows, _SHOWN)}<p>Seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
             f"<h2>Moved, GB</h2>{_cells_html(gigabytes, list(gigabytes[0]))}<p>All instances, by kind of link; "
             "each hop counts where it leaves and where it arrives.</p>")

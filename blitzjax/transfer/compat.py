@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from jaxlib import _jax
 
@@ -19,11 +20,11 @@ _TOPOLOGY_TIMEOUT_MINUTES = 1  # a member that dies between connecting and makin
 
 ERRORS = (RuntimeError, ValueError)  # what the library raises when a peer is at fault: by status code, either
 
-Service = _jax.DistributedRuntimeService
-Distributed = _jax.DistributedRuntimeClient
-Client = _jax.Client
-TransferServer = _jax.TransferServer
-TransferConnection = _jax.TransferConnection
+Service: TypeAlias = _jax.DistributedRuntimeService
+Distributed: TypeAlias = _jax.DistributedRuntimeClient
+Client: TypeAlias = _jax.Client
+TransferServer: TypeAlias = _jax.TransferServer
+TransferConnection: TypeAlias = _jax.TransferConnection
 
 
 def start_coordination_service(address: str, size: int, heartbeat_s: float) -> Service:

@@ -35,7 +35,7 @@ def specs(array: jax.ShapeDtypeStruct, host: jax.Device) -> list[jax.ShapeDtypeS
 
 def lifted(array: jax.ShapeDtypeStruct, parts: Iterator[jax.Array]) -> jax.Array:
     """Takes the parts of one array off `parts` and copies them to its devices."""
-    placed = {}
+    placed: dict[jax.Device, jax.Array] = {}
     for _, devices in _parts(array):
         values = np.asarray(next(parts))
         placed |= {device: jax.device_put(values, device) for device in devices}
@@ -46,6 +46,7 @@ def _parts(array: jax.Array | jax.ShapeDtypeStruct) -> Sequence[tuple[Bounds, li
     """Each part's bounds, and the devices that have it."""
     found: dict[Bounds, list[jax.Device]] = {}
     for device, index in array.sharding.addressable_devices_indices_map(array.shape).items():
+        assert index is not None  # it is for other processes' devices only
         bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, array.shape, strict=True))
         found.setdefault(bounds, []).append(device)
     return sorted(found.items(), key=lambda part: part[0])

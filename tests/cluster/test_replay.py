@@ -6,7 +6,7 @@ from rig import Rig, prompts
 
 from blitzjax.cli_replay import replay
 from blitzjax.serve import eventlog
-from blitzjax.commands import PrepareTransfer, StartLive
+from blitzjax.commands import Command, PrepareTransfer, StartLive
 
 
 def test_a_fresh_brain_gives_the_recorded_commands(rig: Rig) -> None:
@@ -18,6 +18,6 @@ def test_a_fresh_brain_gives_the_recorded_commands(rig: Rig) -> None:
     rig.only(1)
     found = replay(rig.event_log)
     assert found.different is None
-    commands = [record.item for record in eventlog.read(rig.event_log) if record.is_command]
+    commands = [record.item for record in eventlog.read(rig.event_log) if isinstance(record.item, Command)]
     assert found.commands >= len(commands) - 100  # the log is still being written
     assert {PrepareTransfer, StartLive} <= set(map(type, commands))

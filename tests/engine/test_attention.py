@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine.attention import Attention, chosen, cudnn_fits, fused
+from blitzjax.engine.attention import Attention, chosen, fused
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError
 from blitzjax.models.blocks import Scoring
@@ -131,10 +131,6 @@ def test_the_devices_choose(tmp_path: Path, platform: str, capability: str, chan
     way = chosen(replace(SPEC, **changes), EngineConfig(cudnn_attention=knob), [Device(platform, capability)], tmp_path)
     assert way.fused == expected and way.product is None
     assert way.layout.dtype == (jnp.bfloat16 if expected else jnp.float32)
-
-
-def test_masks_are_not_split_over_devices() -> None:
-    assert cudnn_fits(SPEC, "9.0", 1) and not cudnn_fits(SPEC, "9.0", 2)
 
 
 def test_cpus_keep_their_layout(tmp_path: Path) -> None:

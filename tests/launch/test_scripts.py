@@ -32,6 +32,7 @@ def test_ci_runs_the_documented_tests() -> None:
 
 
 def test_demo_help_names_its_options() -> None:
+    pytest.importorskip("matplotlib", reason="the demo's picture")
     done = subprocess.run([sys.executable, "-m", "launch.demo", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--link-mbit" in done.stdout and "--max-tokens" in done.stdout

@@ -36,7 +36,7 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("llama", {"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
     ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported; supported: default"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope parameter 'low_freq_factor' is missing"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types lists 1 layers, num_hidden_layers is 3"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine.attention import Attention, fused
+from blitzjax.engine.attention import fused
 from blitzjax.engine.executables import Program
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
@@ -50,8 +50,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stages_lower_for_cuda(case: str, tp: int, tmp_path: Path) -> None:
     spec = read_config(CHECKPOINTS[case]["config"], case, "bfloat16")
     mesh = LayerStore(spec, jax.devices()[:tp]).mesh
-    attention = fused("cudnn", "bfloat16") if tp == 1 else Attention()
-    stages = Stages(spec, EngineConfig(executable_cache=str(tmp_path), **SMALL), mesh, attention)
+    stages = Stages(spec, EngineConfig(executable_cache=str(tmp_path), **SMALL), mesh, fused("cudnn", "bfloat16"))
     kinds = OF_A_FAMILY | OF_ALL if case == "llama" else OF_A_FAMILY
     stages.cache = lowering = Lowering(kinds)
     stages.compile_all()
@@ -62,4 +61,4 @@ def test_stages_lower_for_cuda(case: str, tp: int, tmp_path: Path) -> None:
     assert not set().union(*ours.values()) - XLA_EXPANDS, ours
     attending = {name.partition("-")[0] for name, found in calls.items() if found - ours[name]}
     capped = case in ("gemma2", "gpt_oss")  # cuDNN knows neither soft caps nor sinks
-    assert attending == (set() if tp == 2 or capped else {"first", "next", "decode"})
+    assert attending == (set() if capped else {"first", "next", "decode"})

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blitzjax import commands, events, types
+from blitzjax.commands import Command
 from blitzjax.engine.messages import Decoded, KVOffer, Tokens
 from blitzjax.serve import codec, eventlog
 from blitzjax.serve.node import encoded
@@ -104,6 +105,6 @@ def test_event_log_reads_back_what_was_written(tmp_path_factory, events, command
     log.close()
     records = list(eventlog.read(path))
     assert [r.item for r in records] == [*events, *commands]
-    assert [r.is_command for r in records] == [False] * len(events) + [True] * len(commands)
-    assert all(r.at == (1.5 if r.is_command else r.item.at) for r in records)
+    assert [isinstance(r.item, Command) for r in records] == [False] * len(events) + [True] * len(commands)
+    assert all(r.at == (1.5 if isinstance(r.item, Command) else r.item.at) for r in records)
     assert eventlog.read_header(path)["spec"] == {"name": "toy"}

@@ -80,10 +80,11 @@ def test_one_stop_string_needs_no_list(client):
     assert client.generate("a", max_tokens=20, stop="def").text == "bc"
 
 
-@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": [{"text": "x"}]}])
+@pytest.mark.parametrize("message", [
+    {"role": "user"}, {"content": "x"}, {"role": "user", "content": [{"text": "x"}]}, 5])
 def test_a_message_that_is_none_is_refused_before_it_is_sent(client, message):
     with pytest.raises(TypeError, match="a role and a content"):
-        client.generate([message])
+        client.generate([{"role": "user", "content": "x"}, message])
 
 
 def test_a_prompt_may_be_an_array(client):
