@@ -139,11 +139,11 @@ def _constraint(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(said: Any) -> pb.ChatMessage:
     match said:
-        case {"role": str(role), "content": str(content), **more}:
+        case {"role": str(role), "content": str(content)}:
             calls = [pb.ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
-                     for call in more.get("tool_calls", ())]
+                     for call in said.get("tool_calls", ())]
             return pb.ChatMessage(role=role, content=content, tool_calls=calls,
-                                  tool_call_id=more.get("tool_call_id", ""))
+                                  tool_call_id=said.get("tool_call_id", ""))
     raise TypeError(f"a message has a role and a content, both of them text; got {said}")
 
 
