@@ -13,12 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blitzjax.config import Config
 from blitzjax.engine import locations
 from blitzjax.errors import BlitzError
 
 _DAY_S = 86400.0
-_COMPILED = (".xla", ".so")
+_COMPILED = (".xla", ".so", ".json")  # the last: the arrays that a module turned out to have
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,8 @@ def kept() -> Iterator[Kept]:
     for directory in sorted((locations.default_cache() / "models").glob("v*/[!.]*")):
         size = sum(file.stat().st_size for file in directory.rglob("*"))
         yield Kept(directory, size, directory.stat().st_mtime)
-    for file in sorted(Path(Config().engine.executable_cache).expanduser().glob("*")):
+    arrays = locations.arrays_in(locations.default_cache())
+    for file in sorted([*locations.executables_in("").glob("*"), *arrays.glob("*")]):
         if file.suffix in _COMPILED:
             status = file.stat()
             yield Kept(file, status.st_size, status.st_mtime)

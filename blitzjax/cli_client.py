@@ -152,9 +152,10 @@ def _show(pictures: Iterator[pb.ClusterStatus], console: Console) -> None:
 
 
 def _line(picture: pb.ClusterStatus) -> str:
-    return f"target {picture.target_instances}  " + "  ".join(
+    workers = "  ".join(
         " ".join([i.id, f"{i.phase}{_role(i)}", *_names(picture, i), f"{i.layers_loaded}/{_layers(picture, i)}"])
         for i in picture.instances)
+    return f"target {picture.target_instances}  {workers or 'no worker has joined yet'}"
 
 
 def _role(instance: pb.InstanceStatus) -> str:
@@ -232,6 +233,8 @@ def connected(args: argparse.Namespace) -> Iterator[Client]:
             if "andshake" in str(e):
                 raise Unavailable(f"the certificate of {args.address} is not trusted; give --cacert who signed it, or "
                                   f"itself: {e}") from None
+            if "resol" in str(e):
+                raise Unavailable(f"no host of that name: {args.address}") from None
             if "connect" not in str(e):
                 raise
             hint = "" if args.address.startswith(TLS) else f", or only over TLS, as {TLS}{args.address}"

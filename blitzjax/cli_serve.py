@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -39,6 +41,7 @@ def serve(args: argparse.Namespace) -> int:
     """Runs until Ctrl-C, SIGTERM, or the controller's end; returns the controller's exit code."""
     from blitzjax.serve.local import LocalCluster
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a conversion as Ctrl-C does
     hosts = args.hosts.split(",") if args.hosts else []
     config = configure(args, len(args.model), max(1, len(hosts)))
     if args.host_index and not hosts:
@@ -46,6 +49,7 @@ def serve(args: argparse.Namespace) -> int:
     if not args.host_index:  # raise now what the controller would
         access.api_key()
         access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
+        _check_free(config.serve.host, config.serve.http_port)
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
     names = args.served_model_name or []
@@ -68,6 +72,15 @@ def serve(args: argparse.Namespace) -> int:
         return cluster.wait()
 
 
+def _check_free(host: str, port: int) -> None:
+    """Raises BlitzError when nobody can listen there, while a start is still cheap; port 0: nobody wants to."""
+    try:
+        if port:
+            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as e:
+        raise BlitzError(f"cannot listen on {joined(host, port)} for HTTP: {e.strerror}") from e
+
+
 def _only_workers(config: Config, launch: Launch) -> int:
     """This machine's part of a cluster whose controller is elsewhere. Runs until Ctrl-C or SIGTERM."""
     host = WorkerHost(config, launch)
@@ -75,7 +88,7 @@ def _only_workers(config: Config, launch: Launch) -> int:
         signal.signal(number, lambda *_: host.stop())
     names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in host.workers.processes)
     print(f"starting workers {names}; their logs are in {host.workers.run_dir}", flush=True)
-    host.run()
+    asyncio.run(host.run())
     return 0
 
 
@@ -155,7 +168,7 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 def _banner(models: list[str], address: str, config: Config) -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
-    each = " each" if len(models) > 1 else ""
+    each, which = (" each", f" --model {models[-1]}") if len(models) > 1 else ("", "")
     web = f"{'https' if config.serve.ssl_certfile else 'http'}://{joined(config.serve.host, config.serve.http_port)}"
     http = f"  http    {web}/v1, as OpenAI's\n" if config.serve.http_port else ""
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
@@ -163,6 +176,6 @@ def _banner(models: list[str], address: str, config: Config) -> str:
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
         f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
-        f"{http}  scale   blitzjax scale{at} --to {config.cluster.pool} --watch\n"
+        f"{http}  scale   blitzjax scale{at}{which} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"
         f"  stop    Ctrl-C; answers in flight finish")

@@ -92,11 +92,12 @@ def _run(setup: shell.Setup, trace: list[Arrival], factor: float, seed: int):
     started = time.monotonic()
 
     def progress(at_s: float, ended: int) -> None:
-        print(f"\r{setup.system.name}: {at_s / 60:.0f} min, {ended} requests, {time.monotonic() - started:.0f} s",
-              end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"{setup.system.name}: {at_s / 60:.0f} min, {ended} requests, {time.monotonic() - started:.0f} s",
+                  end="\r", file=sys.stderr, flush=True)
 
     outcome = shell.simulate(setup, arrivals.scale(trace, factor, seed), progress)
-    print(f"\r{setup.system.name}: {outcome.end_s:.0f} s of virtual time, {outcome.ended} requests, "
+    print(f"{setup.system.name}: {outcome.end_s:.0f} s of virtual time, {outcome.ended} requests, "
           f"{time.monotonic() - started:.1f} s", file=sys.stderr)
     return outcome
 
@@ -115,7 +116,8 @@ def _trace(name: str) -> Path:
     known = sorted(_TRACES.glob("*.csv.gz"))
     found = next((p for p in known if p.name.startswith(name)), None)
     if found is None:
-        raise ConfigError(f"no trace {name!r}; give a file, or one of {', '.join(p.name[:-7] for p in known)}")
+        names = ", ".join(p.name[:-7] for p in known)
+        raise ConfigError(f"no trace {name!r}; give a file, or {f'one of {names}' if names else 'work in a checkout'}")
     return found
 
 

@@ -30,7 +30,7 @@ class ServeConfig:
     ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; a file that is there becomes FILE.1; empty: none
-    hang_timeout_s: float = 10.0  # a controller that answers nothing for so long is killed, to be resumed; 0: never
+    hang_timeout_s: float = 10.0  # a controller silent so long (at its start 12 times) is killed and resumed; 0: never
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
 
@@ -47,10 +47,11 @@ class EngineConfig:
     prefix_caching: bool = True  # prompts that begin alike share the KV of what they have in common
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
     tensor_parallel: int = 1  # devices per instance
+    step_timeout_s: float = 120.0  # a worker that is in one step, or one layer of a prompt, for so long ends; 0: never
     native_kernels: bool = True  # bfloat16 products and decode attention on CPUs in C++; last bits differ, so one value for all hosts
     cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
     fused_layers: int = 0  # layers that a decode step runs as one program, best a multiple of the model's pattern; 0: one each
-    executable_cache: str = "~/.cache/blitzjax/executables"
+    executable_cache: str = ""  # directory; empty: executables/ in $BLITZJAX_CACHE or ~/.cache/blitzjax
     share_executables: bool = True  # a worker takes what others have compiled for such a machine, over their gRPC port
 
 
@@ -198,7 +199,8 @@ def _check_ranges(c: Config) -> None:
     for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
         want(_at(c, key) >= 1, f"{key} must be at least 1")
     for key in ("serve.shutdown_timeout_s", "scale.down_after_s", "scale.zero_after_s", "scale.live_queue_tokens",
-                "engine.kv_pages", "engine.prefix_cache_bytes", "cluster.threads", "cluster.fast_gbps"):
+                "engine.kv_pages", "engine.prefix_cache_bytes", "engine.step_timeout_s", "cluster.threads",
+                "cluster.fast_gbps"):
         want(_at(c, key) >= 0, f"{key} must be at least 0")
     for key in ("transfer.collective_timeout_s", "transfer.handoff_timeout_s", "cluster.heartbeat_s",
                 "scale.migrate_tokens_per_s"):

@@ -17,7 +17,8 @@ from blitzjax.types import ModelSpec
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gpt2", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3",
             "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
-_MODEL_TYPES = {"gemma3_text": "gemma3"}  # config.json's model_type, where it is not the family's name
+_MODEL_TYPES = {"gemma3_text": "gemma3", "ministral": "mistral"}  # config.json's, where they are not the family's name
+_WITH_IMAGES = ("gemma3", "mistral3")  # model types whose text_config is that of a family here
 
 
 def family(name: str) -> Family:
@@ -27,10 +28,21 @@ def family(name: str) -> Family:
 
 def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpec:
     """The spec of a published config.json. Raises CheckpointError naming what of it is not supported."""
+    if values.get("model_type") in _WITH_IMAGES:
+        values = _text(values)
     if "model_type" not in values:
         raise CheckpointError("config.json: model_type is missing")
     model_type = str(values["model_type"])
     return _built_in(_MODEL_TYPES.get(model_type, model_type)).spec(values, name, dtype)
+
+
+def _text(values: Mapping[str, object]) -> dict[str, object]:
+    """The settings of the decoder behind a vision tower, which is left out: requests hold no images."""
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json: model_type = {values['model_type']!r} has no text_config")
+    kept = {key: values[key] for key in ("eos_token_id", "quantization_config") if key in values}
+    return text | kept | {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def _built_in(name: str) -> Family:

@@ -24,7 +24,9 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "ge
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The settings of one config.json, over those that the family takes for granted. A null counts as absent."""
+    """The settings of one config.json, over those that the family takes for granted. A null is the lack of something,
+    also of what would be taken for granted.
+    """
 
     values: Mapping[str, object]
 
@@ -40,12 +42,12 @@ class Config:
             raise CheckpointError(f"config.json: {key} is missing")
         return value
 
-    def only(self, key: str, *supported: object) -> None:
+    def only(self, key: str, *supported: object, instead: str = "") -> None:
         """Raises CheckpointError unless `key` is absent or has one of the supported values."""
         value = self.get(key)
         if value is not None and value not in supported:
-            instead = f"; supported: {', '.join(map(repr, supported))}" if supported else ""
-            raise CheckpointError(f"config.json: {key} = {value!r} is not supported{instead}")
+            raise CheckpointError(f"config.json: {key} = {value!r} is not supported; "
+                                  f"supported: {instead or ', '.join(map(repr, supported))}")
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         self.only(key, *_ACTIVATIONS)
@@ -59,10 +61,10 @@ LayerKinds = Callable[[Config], tuple[str, ...]]
 def read_spec(options: Options, layer_kinds: LayerKinds, defaults: Mapping[str, object], family: str,
               values: Mapping[str, object], name: str, dtype: str) -> ModelSpec:
     """The ModelSpec of config.json's `values`. Raises CheckpointError naming what is missing or not supported."""
-    config = Config(dict(defaults) | {key: value for key, value in values.items() if value is not None})
+    config = Config({**defaults, **values})
     added = options(config)
-    if not added.get("mxfp4"):
-        config.only("quantization_config")
+    for packing in () if added.get("mxfp4") else ("quantization_config", "compression_config"):
+        config.only(packing, instead="a copy of the model in bfloat16, float16 or float32")
     config.only("is_encoder_decoder", False)
     heads, dim = config.need("num_attention_heads"), config.need("hidden_size")
     head_dim, kinds = config.get("head_dim", dim // heads), layer_kinds(config)
@@ -107,6 +109,8 @@ def typed(config: Config, default: Callable[[int], bool]) -> tuple[str, ...]:
     for found in types:
         if found not in ("sliding_attention", "full_attention"):
             raise CheckpointError(f"config.json: layer_types: {found!r} is not supported")
+        if found == "sliding_attention":
+            config.need("sliding_window")
     return tuple(SLIDING if found == "sliding_attention" else "layer" for found in types)
 
 

@@ -10,7 +10,8 @@ DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
 
 
 def options(config: Config) -> dict[str, Option]:
-    return shared(config) | {"activation": "gelu_tanh"}  # also where older configs say "gelu"
+    config.only("hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh")  # all of them mean the last
+    return shared(config) | {"activation": "gelu_tanh"}
 
 
 def shared(config: Config) -> dict[str, Option]:

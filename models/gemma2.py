@@ -11,7 +11,8 @@ from blitzjax.types import Option
 NAMES = Names({"attn_post_norm": "post_attention_layernorm.weight",
                "ffn_norm": "pre_feedforward_layernorm.weight",
                "ffn_post_norm": "post_feedforward_layernorm.weight"})
-DEFAULTS = gemma.DEFAULTS | {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+DEFAULTS = gemma.DEFAULTS | {"query_pre_attn_scalar": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
+                             "final_logit_softcapping": 30.0}
 
 
 def options(config: Config) -> dict[str, Option]:

@@ -8,7 +8,10 @@ from blitzjax.models.config import Config, typed
 from blitzjax.models.decoder import decoder_family
 from blitzjax.types import Option
 
-DEFAULTS = gemma2.DEFAULTS | {"rope_theta": 1_000_000.0}
+# The text_config of a model with a vision tower lists only what it has otherwise.
+DEFAULTS = gemma2.DEFAULTS | {
+    "rope_theta": 1_000_000.0, "attn_logit_softcapping": None, "final_logit_softcapping": None, "vocab_size": 262208,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}
 
 
 def options(config: Config) -> dict[str, Option]:

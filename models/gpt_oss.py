@@ -11,7 +11,8 @@ from blitzjax.types import Option
 NAMES = Names({"router": "mlp.router.weight", "experts_gate_up": "mlp.experts.gate_up_proj",
                "experts_down": "mlp.experts.down_proj"})
 DEFAULTS = {"head_dim": 64, "sliding_window": 128, "rope_theta": 150000.0, "num_experts_per_tok": 4,
-            "attention_bias": True}
+            "attention_bias": True, "rms_norm_eps": 1e-5, "rope_parameters": {
+                "rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}}
 
 
 def options(config: Config) -> dict[str, Option]:

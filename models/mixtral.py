@@ -12,7 +12,7 @@ NAMES = Names({"router": "block_sparse_moe.gate.weight",
                "expert_gate": "block_sparse_moe.experts.{}.w1.weight",
                "expert_up": "block_sparse_moe.experts.{}.w3.weight",
                "expert_down": "block_sparse_moe.experts.{}.w2.weight"})
-DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+DEFAULTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5}
 
 
 def options(config: Config) -> dict[str, Option]:

@@ -9,6 +9,7 @@ from blitzjax.types import Option
 
 NAMES = Names({"attn_post_norm": "post_attention_layernorm.weight",
                "ffn_post_norm": "post_feedforward_layernorm.weight"})
+DEFAULTS = {"rms_norm_eps": 1e-5}
 
 
 def options(config: Config) -> dict[str, Option]:
@@ -17,4 +18,4 @@ def options(config: Config) -> dict[str, Option]:
             "qkv_bias": bias, "o_bias": bias}
 
 
-FAMILY = decoder_family("olmo2", options, names_table=NAMES)
+FAMILY = decoder_family("olmo2", options, defaults=DEFAULTS, names_table=NAMES)

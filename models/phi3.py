@@ -10,6 +10,7 @@ from blitzjax.models.names import Names
 from blitzjax.types import Option
 
 NAMES = Names({"qkv": "self_attn.qkv_proj.weight", "gate_up": "mlp.gate_up_proj.weight"})
+DEFAULTS = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
 
 
 def options(config: Config) -> dict[str, Option]:
@@ -17,4 +18,4 @@ def options(config: Config) -> dict[str, Option]:
     return {"activation": config.activation(), "window": config.get("sliding_window", 0)}
 
 
-FAMILY = decoder_family("phi3", options, layer_kinds=windowed, names_table=NAMES)
+FAMILY = decoder_family("phi3", options, layer_kinds=windowed, defaults=DEFAULTS, names_table=NAMES)

@@ -7,6 +7,9 @@ from blitzjax.models.decoder import decoder_family
 from blitzjax.types import Option
 
 
+DEFAULTS = {"sliding_window": 4096}
+
+
 def options(config: Config) -> dict[str, Option]:
     return {"activation": config.activation(), "qkv_bias": True, **window(config)}
 
@@ -21,4 +24,4 @@ def layer_kinds(config: Config) -> tuple[str, ...]:
     return typed(config, default=lambda layer: layer >= config.get("max_window_layers", 28))
 
 
-FAMILY = decoder_family("qwen2", options, layer_kinds=layer_kinds)
+FAMILY = decoder_family("qwen2", options, layer_kinds=layer_kinds, defaults=DEFAULTS)

@@ -27,4 +27,4 @@ def layer_kinds(config: Config) -> tuple[str, ...]:
     return sparse(config, kinds)
 
 
-FAMILY = decoder_family("qwen2_moe", options, layer_kinds=layer_kinds)
+FAMILY = decoder_family("qwen2_moe", options, layer_kinds=layer_kinds, defaults=qwen2.DEFAULTS)

@@ -7,7 +7,7 @@ from blitzjax.models.config import Config
 from blitzjax.models.decoder import decoder_family
 from blitzjax.types import Option
 
-DEFAULTS = {"head_dim": 128}
+DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
 def options(config: Config) -> dict[str, Option]:

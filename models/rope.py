@@ -18,6 +18,10 @@ from blitzjax.types import Option
 if TYPE_CHECKING:
     from blitzjax.models.config import Config
 
+_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+         "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "short_factor",
+         "long_factor", "low_freq_factor", "high_freq_factor", "finetuned"}
+
 
 def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], int]:
     """→ rope_theta, the options of Design that differ from plain rope, the longest sequence in tokens."""
@@ -26,7 +30,7 @@ def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], 
     dims = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     options: dict[str, Option] = {} if dims == head_dim else {"rope_dims": dims}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # up to max_position_embeddings, where sequences end, they are the same
         return theta, options, max_len
     original = parameters.get("original_max_position_embeddings", max_len)
     frequencies = theta ** -(np.arange(0, dims, 2) / dims)
@@ -39,6 +43,7 @@ def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], 
         case "yarn":
             factors = frequencies / _yarn(frequencies, theta, parameters, original)
             scale = parameters.get("attention_factor") or _yarn_scale(parameters)
+            max_len = max(max_len, int(original * parameters.need("factor")))  # model cards add YaRN and leave the other
         case "longrope" | "su":
             factors = np.asarray(parameters.need("short_factor"), float)
             stretch = parameters.get("factor") or max_len / original
@@ -46,7 +51,7 @@ def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], 
             max_len = original  # beyond it every earlier key would have to turn by the long factors
         case _:
             raise CheckpointError(f"config.json: rope type {kind!r} is not supported; "
-                                  "supported: default, linear, llama3, yarn, longrope")
+                                  "supported: default, dynamic, linear, llama3, yarn, longrope")
     options["rope_factors"] = tuple(factors.tolist())
     return theta, options | ({} if scale == 1.0 else {"rope_scale": scale}), max_len
 
@@ -57,7 +62,10 @@ def _parameters(config: Config) -> Config:
     found = found.get("full_attention", found)  # listed by layer type where they differ
     keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     given = {key: config.get(key) for key in keys if config.get(key) is not None}
-    listed = {**config.get("rope_scaling", {}), **found}
+    listed = config.get("rope_scaling") or found
+    for key in listed.keys() - _KEYS:
+        raise CheckpointError(f"config.json: the rope parameter {key!r} = {listed[key]!r} is not supported; "
+                              f"supported: {', '.join(sorted(_KEYS))}")
     known = {"rope_theta": 10000.0} | given | {key: value for key, value in listed.items() if value is not None}
     return replace(config, values=known)
 

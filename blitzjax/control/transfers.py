@@ -16,6 +16,7 @@ from blitzjax.control.topology import Topology
 from blitzjax.commands import CancelTransfer, Command, KeepCopy, LoadFromDisk, PrepareTransfer, StartTransfer, UseCopy
 from blitzjax.types import Chain, InstanceId, LiveMode, MulticastPlan, Ring
 
+_MAX_CLIQUES = 4096  # whose generations are told apart
 DISK_TICKET = -1  # a worker may report the end of a disk load with this ticket
 
 
@@ -55,7 +56,8 @@ class Transfers:
     topology: Topology
     max_generations: int  # cliques that one set of members may form
     _flights: dict[int, _Flight] = field(default_factory=dict)
-    _generations: dict[tuple[InstanceId, ...], int] = field(default_factory=dict)  # every set ever planned
+    _generations: dict[tuple[InstanceId, ...], int] = field(default_factory=dict)  # the next clique of these members
+    _least: int = 0  # the next clique of all others; above all that they ever formed
     _last_ticket: int = 0
     _in: dict[InstanceId, Run] = field(default_factory=dict)  # the run that the instance has not left
     _settling: Counter[InstanceId] = field(default_factory=Counter)  # runs with the instance that somebody is still in
@@ -87,7 +89,7 @@ class Transfers:
         Second result: targets whose chain would need one clique more than the world allows; they must use their disks.
         """
         plan = multicast.plan(self._last_ticket + 1, model, sources, targets, self.topology, stop_unit,
-                              lambda members: self._generations.setdefault(members, 0), local)
+                              self._generation_of, local)
         spent = self._spent(plan)
         chains = tuple(chain for chain in plan.chains if chain not in spent)
         rings = plan.rings if any(chain.lanes > 1 for chain in chains) else ()
@@ -157,11 +159,10 @@ class Transfers:
         if run.broken:
             return commands
         for ring in run.rings:
-            self._generations[ring.instances] += 1
+            self._renew(ring.instances)
         for other in self._gang(run):
             other.broken = True
-            if not other.alone:
-                self._generations[other.chain.instances] += 1
+            self._renew(other.chain.instances)
             commands += [CancelTransfer(i, other.ticket) for i in other.chain.instances if i in other.active]
         return commands
 
@@ -178,7 +179,7 @@ class Transfers:
         broken = {run.chain.instances for run in runs} | {ring.instances for run in runs for ring in run.rings}
         for members in self._generations:
             if instance in members and members not in broken:
-                self._generations[members] += 1
+                self._renew(members)
         return runs, commands
 
     def check(self) -> None:
@@ -196,6 +197,18 @@ class Transfers:
                 assert not (flight.started and run.unready and not run.broken)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _generation_of(self, members: tuple[InstanceId, ...]) -> int:
+        """Makes room for one more by forgetting the oldest generation of all: nobody forms a clique of it any more."""
+        while members not in self._generations and len(self._generations) >= _MAX_CLIQUES:
+            self._least += 1
+            self._generations = {m: g for m, g in self._generations.items() if g >= self._least}
+        return self._generations.setdefault(members, self._least)
+
+    def _renew(self, members: tuple[InstanceId, ...]) -> None:
+        """Their clique is never used again. Alone they form none, and forgotten ones form another in any case."""
+        if members in self._generations:
+            self._generations[members] += 1
 
     def _gang(self, run: Run) -> list[Run]:
         """The run, and those that its targets need parts of every unit from."""

@@ -141,6 +141,10 @@ def main() -> int:
     except CheckpointError as e:
         print(e, file=sys.stderr)
         return 1
+    except OSError as e:
+        print(f"{e}; it would be kept in {locations.default_cache()}, BLITZJAX_CACHE may name another directory",
+              file=sys.stderr)
+        return 1
     return 0
 
 

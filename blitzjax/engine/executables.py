@@ -9,6 +9,7 @@ where commands come from.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -16,7 +17,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -77,8 +78,7 @@ class ExecutableCache:
         if found is not None:
             self.loaded += 1
             return found
-        with open(path.with_suffix(".lock"), "w") as lock:  # the same stage is compiled by one process
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(path):
             found = self._load(path)
             if found is not None:
                 self.loaded += 1
@@ -118,6 +118,15 @@ class ExecutableCache:
         except Exception as e:  # no room, or a platform that cannot
             log.warning("%s cannot be kept, so the next start compiles it again: %s", path, e)
         return compiled
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time makes this file; in a directory that only others write, where nothing is kept, each does."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held.enter_context(open(path.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
+        yield
 
 
 def read_file(directory: Path, name: str) -> bytes | None:

@@ -29,8 +29,14 @@ _SETTINGS = {  # metadata key behind the architecture's name → setting of conf
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.sliding_window": "sliding_window", "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping"}
+    "rope.freq_base": "rope_theta", "rope.freq_base_swa": "rope_local_base_freq",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+_SCALING = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings",
+            "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # behind rope.scaling. → rope parameter
+_KNOWN = {*_SETTINGS, *(f"rope.scaling.{key}" for key in _SCALING), "rope.dimension_count",
+          "attention.sliding_window_pattern", "vocab_size", "attention.value_length", "pooling_type",
+          "rope.scaling.finetuned", "tensor_data_layout"}
+_NEUTRAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0}  # of others: 0 and False
 _LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores have a scale of their own
 _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's, one for each pair of dimensions; not a parameter
 
@@ -106,6 +112,7 @@ def _read_spec(path: Path, reader: gguf.GGUFReader, name: str, dtype: str) -> Mo
         raise CheckpointError(f"{path}: architecture {architecture!r} is not supported; "
                               f"supported: {', '.join(ARCHITECTURES)}")
     try:
+        _check_known(reader, architecture)
         spec = read_config(_settings(reader, architecture), name, dtype)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: as {e}") from e
@@ -121,21 +128,43 @@ def _settings(reader: gguf.GGUFReader, architecture: str) -> dict[str, object]:
     """The metadata in the words of config.json."""
     found = {setting: field(reader, f"{architecture}.{key}") for key, setting in _SETTINGS.items()}
     # Stored as float32: 1e-5 reads 9.99999975e-6.
-    config = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in found.items()}
-    heads, dim = config["num_attention_heads"] or 1, config["hidden_size"] or 0
-    head_dim = config["head_dim"] = config["head_dim"] or dim // heads
+    config = {key: float(f"{value:.6g}") if isinstance(value, float) else value
+              for key, value in found.items() if value is not None}
+    heads, dim = config.get("num_attention_heads", 1), config.get("hidden_size", 0)
+    head_dim = config.setdefault("head_dim", dim // heads)
     if architecture in _LARGEST:
-        largest = config["num_hidden_layers"] == _LARGEST[architecture]
+        largest = config.get("num_hidden_layers") == _LARGEST[architecture]
         config["query_pre_attn_scalar"] = dim // heads if largest else head_dim
-    scaling = field(reader, f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none":
-        config["rope_scaling"] = {"rope_type": scaling, "factor": field(reader, f"{architecture}.rope.scaling.factor")}
-        if scaling != "linear":
-            raise CheckpointError(f"rope.scaling.type {scaling!r} is not supported; supported: none, linear")
+    if pattern := field(reader, f"{architecture}.attention.sliding_window_pattern"):
+        config["layer_types"] = _layer_types(pattern, field(reader, f"{architecture}.block_count", 0))
+    config["rope_scaling"] = _scaling(reader, architecture)
     config["partial_rotary_factor"] = field(reader, f"{architecture}.rope.dimension_count", head_dim) / (head_dim or 1)
     return config | {
         "model_type": ARCHITECTURES[architecture], "vocab_size": len(field(reader, "tokenizer.ggml.tokens", [])) or None,
         "tie_word_embeddings": all(t.name != "output.weight" for t in reader.tensors)}
+
+
+def _scaling(reader: gguf.GGUFReader, architecture: str) -> dict[str, Scalar]:
+    """The rope parameters; without a type, a factor is a linear one (llama.cpp's llama-model.cpp, load_hparams)."""
+    found = {name: field(reader, f"{architecture}.rope.scaling.{key}") for key, name in _SCALING.items()}
+    kind = found["rope_type"] or ("linear" if found["factor"] else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise CheckpointError(f"rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
+    given = {name: value for name, value in found.items() if value is not None}
+    return {} if kind == "none" else given | {"rope_type": kind}
+
+
+def _layer_types(pattern: int | list[bool], count: int) -> list[str]:
+    """`pattern`: whether each layer has a window, or n: every n-th has none."""
+    windows = pattern if isinstance(pattern, list) else [(layer + 1) % pattern != 0 for layer in range(count)]
+    return ["sliding_attention" if window else "full_attention" for window in windows]
+
+
+def _check_known(reader: gguf.GGUFReader, architecture: str) -> None:
+    for key in reader.fields:
+        name, value = key.removeprefix(f"{architecture}."), field(reader, key)
+        if name != key and name not in _KNOWN and value != _NEUTRAL.get(name, 0):
+            raise CheckpointError(f"the setting {key} = {value!r} is not supported; take the model's .safetensors")
 
 
 def field(reader: gguf.GGUFReader, key: str, default: Scalar | list[Scalar] | None = None):

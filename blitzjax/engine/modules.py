@@ -22,7 +22,7 @@ import numpy as np
 
 from blitzjax import models
 from blitzjax.engine.executables import checked, keep
-from blitzjax.engine.locations import default_cache
+from blitzjax.engine.locations import arrays_in, default_cache, mark_used
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family, own
 from blitzjax.types import ModelSpec
@@ -81,7 +81,7 @@ def kind_arrays(spec: ModelSpec, kind: str) -> tuple[ArrayInfo, ...]:
 
     Those of somebody's own model, whose code may be anywhere, are not kept.
     """
-    path = None if own.is_reference(spec.family) else default_cache() / "arrays" / f"{_digest(spec, kind)}.json"
+    path = None if own.is_reference(spec.family) else arrays_in(default_cache()) / f"{_digest(spec, kind)}.json"
     found = None if path is None else _kept(path)
     if found is None:
         found = _listed(spec, kind)
@@ -107,6 +107,7 @@ def _name(path: tuple[object, ...]) -> str:
 def _kept(path: Path) -> tuple[ArrayInfo, ...] | None:
     try:
         rows = json.loads(checked(path.read_bytes()))
+        mark_used(path)
     except (OSError, ValueError):
         return None
     return tuple(ArrayInfo(name, tuple(shape), np.dtype(dtype), tuple(axes)) for name, shape, dtype, axes in rows)

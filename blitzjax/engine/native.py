@@ -10,7 +10,6 @@ instances that shall answer alike need CPUs that do, and one of them a compiler,
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from blitzjax.engine.executables import Fetch, checked, keep, receive
+from blitzjax.engine.executables import Fetch, alone, checked, keep, receive
 from blitzjax.engine.locations import mark_used
 
 log = logging.getLogger(__name__)
@@ -130,8 +129,7 @@ def _library(variant: Variant, directory: Path, fetch: Fetch) -> ctypes.CDLL:
     """Raises OSError or subprocess.SubprocessError."""
     digest = hashlib.sha256("\n".join([_source(variant), jax.__version__, "checksum last"]).encode()).hexdigest()[:16]
     path = directory / f"native-{variant.name}-{digest}.so"
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(path):
         found = _opened(path)
         if found is None and receive(path, fetch):
             found = _opened(path)

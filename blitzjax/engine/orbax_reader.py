@@ -56,7 +56,7 @@ class Orbax:
     @classmethod
     def open(cls, path: Path, spec: ModelSpec, scratch: Path) -> Orbax:
         """`path` holds a tree, or steps of one (the last counts). Raises CheckpointError listing every mismatch."""
-        tree = find(path)
+        tree = find(path.absolute())  # Orbax finds nothing under another
         assert tree is not None, f"{path} was not written by Orbax"
         flat, structure = _flatten(tree)
         leaves, own_names = _read_names(flat, family(spec.family).tensors is unpublished)

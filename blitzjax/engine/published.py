@@ -19,6 +19,7 @@ from blitzjax.types import ModelSpec
 
 Shape: TypeAlias = tuple[int, ...]
 
+HEAD = "lm_head.weight"
 # Buffers that older versions of transformers saved beside the parameters.
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -55,12 +56,12 @@ def check(path: Path, spec: ModelSpec, wanted: Sequence[Mapping[str, Shape]], fo
                 said.append(f"{name} is missing ({unit_name(spec, unit)})")
             elif found[name] != shape:
                 said.append(f"{name} has shape {found[name]}, should be {shape} ({unit_name(spec, unit)})")
-    said += [f"{name} is unexpected" for name in sorted(found.keys() - known) if not _harmless(spec, name)]
+    said += [f"{name} is unexpected" for name in sorted(found.keys() - known) if not harmless(spec, name)]
     if said:
         raise CheckpointError(f"{path} does not fit a {spec.family} model of {spec.layers} layers, "
                               f"{len(said)} problems: {'; '.join(said)}")
 
 
-def _harmless(spec: ModelSpec, name: str) -> bool:
+def harmless(spec: ModelSpec, name: str) -> bool:
     """A buffer, or the copy of a tied embedding."""
-    return name.endswith(_BUFFERS) or (spec.tied_embeddings and name == "lm_head.weight")
+    return name.endswith(_BUFFERS) or (spec.tied_embeddings and name == HEAD)

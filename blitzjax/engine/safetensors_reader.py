@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from blitzjax.types import ModelSpec
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _PACKED = ("_blocks", "_scales")  # tensors of MXFP4, in U8; what reads them is models/mxfp4.py
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_BEHIND_IMAGES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
+                  "model.language_model.": "model."}  # since 2025
 _MAX_HEADER_BYTES = 100_000_000  # as the safetensors library bounds it
 _AGAIN = "download it again"
 
@@ -51,10 +54,11 @@ class HuggingFace:
         """Raises CheckpointError listing every missing, unexpected or misshapen tensor and every missing file."""
         spec = read_spec(path, name, dtype)
         found, problems = _read_headers(path)
-        tensors = _with_prefix(spec, found)
+        tensors = _with_prefix(spec, _of_text(found))
+        spec = replace(spec, tied_embeddings=spec.tied_embeddings and not _has_own_head(spec, tensors))
         problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
-                     for name, t in tensors.items()
-                     if t.dtype not in _DTYPES and not (t.dtype == "U8" and name.endswith(_PACKED))]
+                     for name, t in tensors.items() if t.dtype not in _DTYPES and not published.harmless(spec, name)
+                     and not (t.dtype == "U8" and name.endswith(_PACKED))]
         wanted = published.wanted(spec, partial(published.names, spec))
         published.check(path, spec, wanted, {name: t.shape for name, t in tensors.items()}, problems)
         return cls(path, spec, tensors)
@@ -102,7 +106,26 @@ def _with_prefix(spec: ModelSpec, tensors: Mapping[str, Stored]) -> Mapping[str,
     prefix, _, bare = embedding.partition(".")
     if embedding in tensors or bare not in tensors:
         return tensors
-    return {f"{prefix}.{name}": stored for name, stored in tensors.items()}
+    return {name if name == published.HEAD else f"{prefix}.{name}": stored for name, stored in tensors.items()}
+
+
+def _of_text(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
+    """What is behind a vision tower, if there is one, under the names of a model without one."""
+    def plain(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in _BEHIND_IMAGES.items() if name.startswith(old)), name)
+
+    return {plain(name): stored for name, stored in tensors.items() if not name.startswith(_IMAGES)}
+
+
+def _has_own_head(spec: ModelSpec, tensors: Mapping[str, Stored]) -> bool:
+    """Whether there is a head that is not the embedding, whatever config.json says; transformers believes it, too."""
+    head, table = tensors.get(published.HEAD), tensors.get(next(iter(published.names(spec, spec.embed_unit).values())))
+    if head is None or table is None or head.dtype not in _DTYPES:
+        return False
+    if (head.shape, head.dtype) != (table.shape, table.dtype):
+        return True
+    own, shared = (np.memmap(t.file, np.uint8, "r", t.offset, (_nbytes(t),)) for t in (head, table))
+    return not np.array_equal(own, shared)
 
 
 def _nbytes(stored: Stored) -> int:

@@ -25,6 +25,7 @@ from blitzjax.config import EngineConfig
 from blitzjax.engine import modules, params, sampling
 from blitzjax.engine.attention import Attention, chosen
 from blitzjax.engine.executables import ExecutableCache, Fetch, Program
+from blitzjax.engine.locations import executables_in
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.errors import ConfigError
 from blitzjax.models import blocks, family, own
@@ -46,8 +47,12 @@ class Stages:
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
         self.groups = _groups(spec, max(1, config.fused_layers))
         devices = mesh.devices.flatten().tolist()
-        directory = Path(config.executable_cache).expanduser()
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = executables_in(config.executable_cache)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"compiled stages cannot be kept in {directory}: {e.strerror}; BLITZJAX_CACHE or "
+                              "engine.executable_cache may name another directory") from e
         attention = attention or chosen(spec, config, devices, directory, fetch)
         self.layout = attention.layout  # of keys and values
         heads = params.ArrayInfo("kv", (spec.kv_heads,), self.layout.dtype, ("kv_heads",))

@@ -84,6 +84,9 @@ def channel(library, address: str, options: _ChannelOptions, cacert: Path | None
     """Of `library`, grpc or grpc.aio. `cacert`: PEM of who may have signed the server's certificate; None: those that
     gRPC trusts. Raises ConfigError.
     """
+    where = address.removeprefix(TLS)
+    if where.startswith(("http://", "https://")) or not (where.startswith("unix:") or where.rpartition(":")[2].isdigit()):
+        raise ConfigError(f"an address is HOST:PORT, or {TLS}HOST:PORT over TLS, got {address!r}")
     if not address.startswith(TLS):
         if cacert is not None:
             raise ConfigError(f"a CA certificate is for TLS: the address must be {TLS}{address}")
@@ -92,7 +95,7 @@ def channel(library, address: str, options: _ChannelOptions, cacert: Path | None
         roots = None if cacert is None else cacert.read_bytes()
     except OSError as e:
         raise ConfigError(f"cannot read the CA certificate {cacert}: {e.strerror}") from e
-    return library.secure_channel(address.removeprefix(TLS), grpc.ssl_channel_credentials(roots), options)
+    return library.secure_channel(where, grpc.ssl_channel_credentials(roots), options)
 
 
 def metadata(key: str | None) -> tuple[tuple[str, str], ...]:

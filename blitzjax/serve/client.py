@@ -19,13 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blitzjax.serve import access
 from blitzjax.serve.asking import Chunk, Options, Prompt, Result, chunk_of, collect, collect_all, generate_request
+from blitzjax.serve.channels import TO_CONTROLLER
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.types import LiveMode, Source
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
-_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
-            ("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 _POLL_S = 0.05
 
 
@@ -34,7 +33,7 @@ class Client:
 
     def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None, cacert: Path | None = None):
         self._metadata = access.metadata(api_key)
-        self._channel = access.channel(grpc, address, _OPTIONS, cacert)
+        self._channel = access.channel(grpc, address, TO_CONTROLLER, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._server = Server()
@@ -155,7 +154,7 @@ class AsyncClient:
 
     def __init__(self, address: str = "127.0.0.1:50051", *, api_key: str | None = None, cacert: Path | None = None):
         self._metadata = access.metadata(api_key)
-        self._channel = access.channel(grpc.aio, address, _OPTIONS, cacert)
+        self._channel = access.channel(grpc.aio, address, TO_CONTROLLER, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._server = Server()

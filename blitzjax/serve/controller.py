@@ -51,7 +51,7 @@ class Controller:
         self.refusals: dict[tuple[types.InstanceId, str], str] = {}
         self._watchers: set[asyncio.Event] = set()
         self._broken: asyncio.Future[None] | None = None
-        self._served = False  # an instance has served since the start
+        self._served = False  # an instance has served since the cluster's start
         self._event_log: EventLog | None = None
         self.journal: Journal | None = None
         self._claims_until = 0.0  # clients of the last controller may come back
@@ -271,6 +271,7 @@ class Controller:
         for event in due:
             self.on_event(event)
         if resumed:
+            self._served = True  # before, as far as one knows: a load that fails is not the end
             self._orders.await_clients()
             self._claims_until = at + self.config.serve.resume_timeout_s
 

@@ -13,7 +13,7 @@ import grpc
 
 from blitzjax.engine import messages as m
 from blitzjax.serve import codec
-from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.serve.channels import TO_WORKER
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
@@ -28,7 +28,7 @@ class KVCourier:
         self._closed = False
         command = pb.WorkerCommand()
         codec.fill(command.kv_offer, offer)
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=TO_WORKER)
         self._call = rpc.WorkerStub(self._channel).Run(iter((command,)))
         threading.Thread(target=self._run, name="offer-kv", daemon=True).start()
 

@@ -55,7 +55,7 @@ class Frontend(rpc.InferenceServicer):
         await self._promise(context)
         try:
             model = self._controller.find(request.model)
-            ids, text = await prompt_of(request, model)
+            ids, text = await prompt_of(request, model, self._controller.context_tokens(model))
         except BlitzError as e:
             await _abort(context, e)
         if request.HasField("tokens") and model.tokenizer is not None:

@@ -231,9 +231,10 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blitzjax gateway", description=__doc__)
+    parser = argparse.ArgumentParser(prog="blitzjax gateway", description="OpenAI's HTTP interface in front of a controller.",
+                                     epilog="With BLITZJAX_API_KEY in the environment, callers must send that key.")
     parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT",
-                        help="the controller; grpcs://HOST:PORT over TLS")
+                        help="the controller (default 127.0.0.1:50051); grpcs://HOST:PORT over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="listen here")
     parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000)")
     parser.add_argument("--cacert", type=Path, metavar="FILE", help="who signed the controller's certificate, PEM")
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BlitzError as e:
         print(f"blitzjax gateway: {e}", file=sys.stderr)
         return 2
-    except OSError as e:
+    except (OSError, OverflowError) as e:
         print(f"blitzjax gateway: cannot listen on {joined(args.host, args.port)}: {e}", file=sys.stderr)
         return 2
     return 0

@@ -6,12 +6,12 @@ machine runs controller and coordination service besides; on the others only wor
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
 import socket
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 from blitzjax.addresses import joined, resolved
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError
+from blitzjax.serve.metrics import endpoint
 from blitzjax.serve.processes import Process, worker_env
 from blitzjax.serve.rundir import RunDir
 
@@ -50,7 +51,8 @@ class Launch:
 def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
     """How machine `index` of `hosts`, names or addresses, starts its part: the pool is divided evenly, in order.
 
-    Raises ConfigError.
+    A name stays a name, looked up at every connection: a machine may get its address later, or another one when it comes
+    back. Raises ConfigError.
     """
     pool, base = config.cluster.pool, config.cluster.base_port
     if not 0 <= index < len(hosts):
@@ -58,11 +60,12 @@ def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
     if pool % len(hosts):
         raise ConfigError(f"a pool of {pool} workers cannot be divided over {len(hosts)} hosts; give --pool a multiple")
     each = pool // len(hosts)
-    try:
-        addresses = [resolved(host) for host in hosts]
-    except OSError as e:
-        raise ConfigError(f"--hosts: cannot resolve one of {', '.join(hosts)}: {e}") from None
-    return Launch(hosts=tuple(addresses[k // each] for k in range(pool)), coordinator_host=addresses[0],
+    for host in hosts:
+        try:
+            resolved(host)
+        except OSError as e:
+            print(f"blitzjax: --hosts: cannot resolve {host} ({e.strerror}); waiting until it has an address", file=sys.stderr)
+    return Launch(hosts=tuple(hosts[k // each] for k in range(pool)), coordinator_host=hosts[0],
                   ports=(base, *(base + 1 + k % each for k in range(pool))),
                   here=range(index * each, (index + 1) * each))
 
@@ -91,11 +94,10 @@ class Workers:
     def _process(self, k: int, number: int, count: int) -> Process:
         launch, cluster = self._launch, self._config.cluster
         prefix = launch.prefixes[k] if launch.prefixes else ()
-        host = ("--host-ip", self._host(k)) if launch.hosts else ()
         cores = sorted(os.sched_getaffinity(0))
         core = ("--core", str(cores[number % len(cores)])) if cluster.pin_cores else ()
         argv = (*prefix, *launch.worker, "--listen", self.addresses[k], "--rank", str(k), "--world",
-                str(cluster.pool), "--coordinator", self.coordinator, *host, *core)
+                str(cluster.pool), "--coordinator", self.coordinator, *core)
         env = worker_env(self._config, number, count) | dict(launch.env)
         return Process(f"worker-{k}", argv, env, self.run_dir / f"worker-{k}.log")
 
@@ -105,22 +107,31 @@ class WorkerHost:
 
     def __init__(self, config: Config, launch: Launch):
         self.workers = Workers(config, launch, launch.ports)
-        self._stopping = threading.Event()
+        self._serve = config.serve
+        self._stopping = False
 
-    def run(self) -> None:
-        """Starts the workers, and again what dies, until `stop`. A child's death signal follows the calling thread."""
-        processes = self.workers.processes.values()
-        while not self._stopping.wait(POLL_S):
+    async def run(self) -> None:
+        """Starts the workers, and again what dies, until `stop`. A child's death signal follows the calling thread.
+
+        Raises BlitzError when it cannot listen for probes.
+        """
+        processes, serve = self.workers.processes.values(), self._serve
+        async with endpoint(lambda: "", self._whole, serve.host, serve.metrics_port):
+            while not self._stopping:
+                for process in processes:
+                    if process.poll():
+                        process.tell()
+                    process.start_when_due()
+                await asyncio.sleep(POLL_S)
             for process in processes:
-                if process.poll():
-                    process.tell()
-                process.start_when_due()
-        for process in processes:
-            process.kill()
+                process.kill()
         self.workers.tidy()
 
+    def _whole(self) -> bool:
+        return all(process.pid is not None for process in self.workers.processes.values())
+
     def stop(self) -> None:
-        self._stopping.set()
+        self._stopping = True
 
 
 def free_ports(count: int) -> list[int]:

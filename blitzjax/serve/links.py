@@ -18,6 +18,7 @@ import grpc
 
 from blitzjax import events, types
 from blitzjax.serve import codec
+from blitzjax.serve.channels import TO_WORKER
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
 
@@ -25,27 +26,6 @@ _log = logging.getLogger("blitzjax.controller")
 _REDIAL_S = 0.2
 _REFUSED_REDIAL_S = 5.0  # the worker needs an operator first
 _MAX_UNSENT = 4096  # commands; a worker that lets so many pile up is as good as lost
-_PING_MS = 4000
-
-CHANNEL_OPTIONS = (
-    ("grpc.use_local_subchannel_pool", 1),  # each dial connects afresh, without another channel's backoff
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", _PING_MS),
-    ("grpc.keepalive_timeout_ms", _PING_MS),
-    ("grpc.http2.ping_timeout_ms", _PING_MS),  # the keepalive timeout alone does not end the connection
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-
-# A worker's server must allow the pings above, else it ends the connection with "too many pings".
-WORKER_SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_MS // 4),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),  # two workers on one port is a mistake, not a pair
-)
 
 
 class Shell(Protocol):
@@ -149,7 +129,7 @@ class WorkerLink:
     async def _session(self) -> str:
         """One connection from dial to end; returns why it ended."""
         configure = self._next_configure()
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=TO_WORKER) as channel:
             self._call = rpc.WorkerStub(channel).Run()
             try:
                 await self._call.write(pb.WorkerCommand(configure=configure))

@@ -180,8 +180,8 @@ class LocalCluster:
             with self._lock:
                 if self._controller.poll():
                     self._controller_died()
-                elif self._pulse.hangs() and not self._terminating:
-                    self._kill_hung()
+                elif (silent_s := self._pulse.hangs()) and not self._terminating:
+                    self._kill_hung(silent_s)
                 dead = [process for process in supervised if process.poll()]
                 if self._coordinator in dead:  # workers joined the dead service: they must join the next one
                     for worker in workers:
@@ -201,9 +201,10 @@ class LocalCluster:
         self._pulse.forget()
         self._controller.ended.set()
 
-    def _kill_hung(self) -> None:
-        print(f"blitzjax: the controller has not answered for {self.config.serve.hang_timeout_s:g} s; it is killed",
-              file=sys.stderr)
+    def _kill_hung(self, silent_s: float) -> None:
+        print(f"blitzjax: the controller has not answered for {silent_s:g} s; it is killed", file=sys.stderr)
+        if not self._pulse.answered:
+            self._controller.never_worked()
         self._pulse.forget()
         self._controller.signal(signal.SIGKILL)
 

@@ -1,5 +1,5 @@
 """What do dashboards, autoscalers and probes read? Over HTTP: the cluster in Prometheus' text format at /metrics, and
-whether it can answer at /health.
+whether it can answer at /health, and at /ping whether anybody is there.
 
 Names that begin with vllm: mean what vLLM's mean, so what reads those works unchanged: the gauges of the Gateway API
 inference extension among them. Invariant: a scrape changes nothing, and no reader can hold up the event loop.
@@ -86,6 +86,8 @@ def _metrics(picture: pb.ClusterStatus) -> Iterator[_Metric]:
     yield ("blitzjax:instances", "gauge", "Workers in a phase; of no model while they are idle.",
            [({"model_name": model, "phase": phase}, count) for (model, phase), count in sorted(phases.items())])
     yield "blitzjax:target_instances", "gauge", "Instances that are wanted.", each(lambda m: m.target)
+    yield ("blitzjax:host_copies", "gauge", "Workers that keep it in host memory.",
+           each(lambda m: sum(m.name in i.copies for i in instances)))
     yield ("blitzjax:layers_loaded", "gauge", "Layers that an instance holds.",
            [({"model_name": i.model, "instance": i.id}, i.layers_loaded) for i in instances if i.model])
     yield ("blitzjax:kv_received_bytes_total", "counter", "KV of requests that came from instances that run prompts.",
@@ -120,8 +122,11 @@ async def endpoint(metrics: Callable[[], str], ready: Callable[[], bool], host: 
     async def health(request: web.Request) -> web.Response:
         return web.Response(status=200 if ready() else 503, headers={"Content-Type": _TYPE})
 
+    async def ping(request: web.Request) -> web.Response:
+        return web.Response(headers={"Content-Type": _TYPE})
+
     app = web.Application()
-    app.add_routes([web.get("/metrics", scrape), web.get("/health", health)])
+    app.add_routes([web.get("/metrics", scrape), web.get("/health", health), web.get("/ping", ping)])
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)  # without waiting for connections that say nothing
     await runner.setup()
     try:

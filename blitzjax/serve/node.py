@@ -44,6 +44,7 @@ from blitzjax.v1 import worker_pb2 as pb
 
 log = logging.getLogger("blitzjax.worker")
 _REJOIN_S = 1.0
+_LOOKS = 5  # at an engine, until it counts as stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class Node:
                              {p.instance: p.rank for p in configure.peers}, self._emit)
         threading.Thread(target=self._run, args=(self.loader.run,), name="dispatcher", daemon=True).start()
         threading.Thread(target=self._run, args=(self._join,), name="join", daemon=True).start()
+        if self.config.engine.step_timeout_s:
+            threading.Thread(target=self._run, args=(self._watch,), name="watchdog", daemon=True).start()
 
     # ---- models -----------------------------------------------------------------------------------------------------
 
@@ -293,6 +296,24 @@ class Node:
             log.exception("%s: its %s thread died", self.name, threading.current_thread().name)
             logging.shutdown()
             os._exit(1)
+
+    def _watch(self) -> None:
+        """Raises BlitzError when an engine is stuck: such a worker answers pings, so nobody else would notice.
+
+        Only looks count that found the same turn, one after the other, each after its full time: a process that was
+        stopped has not been stuck meanwhile.
+        """
+        limit_s = self.config.engine.step_timeout_s
+        looks: dict[str, tuple[int, int]] = {}  # model → its turn, looks that found it
+        while True:
+            time.sleep(limit_s / _LOOKS)
+            for name, served in list(self._models.items()):
+                turn, count = looks.get(name, (-1, 0))
+                engine = served.instance
+                count = count + 1 if engine.turns == turn and not engine.rests else 0
+                looks[name] = engine.turns, count
+                if count == _LOOKS:
+                    raise BlitzError(f"a step of {name} has taken more than {limit_s:g} s")
 
     def _join(self) -> None:
         while not self.world.joined:

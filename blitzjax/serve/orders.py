@@ -29,6 +29,7 @@ MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_ID_CHARS = 256
+_MAX_TOKEN_CHARS = 256  # no vocabulary has a longer token, but for runs of spaces
 _LONG_TEXT_CHARS = 4096  # longer texts are tokenized outside the event loop
 _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its defaults
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -50,7 +51,7 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
         raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
     if sampling.WhichOneof("constraint") and model.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer, so its answers cannot follow a schema, a grammar or choices")
-    prompt, text = await prompt_of(request, model)
+    prompt, text = await prompt_of(request, model, context_tokens)
     grammar, calls = await grammar_of(sampling), ""
     if model.tokenizer is not None:
         calls = parser_of(request.chat, model.tokenizer, parser)
@@ -65,11 +66,15 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
         tool_call_parser=calls, beginnings=beginnings(prompt, page_size) if cacheable else ())
 
 
-async def prompt_of(request: pb.GenerateRequest, model: ServedModel) -> tuple[tuple[int, ...], str]:
-    """Token ids, and what to echo: the text as it was sent or rendered, else decoded. Raises InvalidRequest."""
+async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int) -> tuple[tuple[int, ...], str]:
+    """Token ids, and what to echo: the text as it was sent or rendered, else decoded.
+
+    Raises InvalidRequest, before anything is done with a prompt that can by no means be as short as `context_tokens`.
+    """
     tokenizer = model.tokenizer
     match request.WhichOneof("input"):
         case "tokens":
+            _check_length(len(request.tokens.ids), "tokens", context_tokens)
             ids = tuple(request.tokens.ids)
             wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
             if wrong is not None:
@@ -83,17 +88,23 @@ async def prompt_of(request: pb.GenerateRequest, model: ServedModel) -> tuple[tu
             raise InvalidRequest("this model has no tokenizer; send tokens instead of text or chat")
         case "text":
             text = request.text
-            ids = await _encode(tokenizer.encode, text) if text else ()
+            ids = await _encode(tokenizer.encode, text, context_tokens) if text else ()
         case "chat":
             text = render(request.chat, tokenizer)
-            ids = await _encode(tokenizer.encode_rendered, text)
+            ids = await _encode(tokenizer.encode_rendered, text, context_tokens)
     if not ids:
         raise InvalidRequest("the prompt is empty; it needs at least 1 token")
     return ids, text
 
 
-async def _encode(encode: Callable[[str], tuple[int, ...]], text: str) -> tuple[int, ...]:
+async def _encode(encode: Callable[[str], tuple[int, ...]], text: str, context_tokens: int) -> tuple[int, ...]:
+    _check_length(len(text), "characters", context_tokens)
     return encode(text) if len(text) < _LONG_TEXT_CHARS else await asyncio.to_thread(encode, text)
+
+
+def _check_length(length: int, of: str, context_tokens: int) -> None:
+    _want(length <= context_tokens * _MAX_TOKEN_CHARS,
+          f"the prompt has {length} {of}, far more than the context of {context_tokens} tokens can hold")
 
 
 def _check_sampling(s: pb.SamplingParams, vocab: int) -> None:

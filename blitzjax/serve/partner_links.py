@@ -14,7 +14,7 @@ import grpc
 from blitzjax import types
 from blitzjax.engine import messages as m
 from blitzjax.serve import codec
-from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.serve.channels import TO_WORKER
 from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -46,7 +46,7 @@ class PartnerLink:
         self._commands: list[pb.WorkerCommand | None] = [
             pb.WorkerCommand(partner=pb.Partner(instance=me, model=model))]
         self._ready = threading.Condition()
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=TO_WORKER)
         threading.Thread(target=self._run, name=f"partner-{partner}", daemon=True).start()
 
     def pull(self, seq: int) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 import grpc
 
 from blitzjax import config as configs
-from blitzjax.serve.links import CHANNEL_OPTIONS
+from blitzjax.engine.locations import executables_in
+from blitzjax.serve.channels import TO_WORKER
 from blitzjax.types import InstanceId
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -40,7 +41,7 @@ class Lender:
     def open(self, configure: pb.Configure) -> None:
         """From now on there may be something to lend, if the configuration wants it. Raises ConfigError."""
         engine = configs.from_tables(json.loads(configure.config_json)).engine
-        self._directory = Path(engine.executable_cache).expanduser() if engine.share_executables else None
+        self._directory = executables_in(engine.executable_cache) if engine.share_executables else None
 
     def lend(self, name: str) -> bytes | None:
         """None while it must not, has none, or is asked by many."""
@@ -68,7 +69,7 @@ class Peer:
         if began < self._rests_until:
             return None
         if self._channel is None:
-            self._channel = grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(self._address, options=TO_WORKER)
         try:
             answer = next(rpc.WorkerStub(self._channel).Run(iter((question,)), timeout=_TIMEOUT_S), None)
         except grpc.RpcError as e:

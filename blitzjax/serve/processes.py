@@ -85,6 +85,10 @@ class Process:
         self._due = time.monotonic() + min(_BACKOFF_S[1], _BACKOFF_S[0] * 2 ** max(0, self.short_lives - 1))
         return True
 
+    def never_worked(self) -> None:
+        """This life is a short one, however long it lasts."""
+        self._born = float("inf")
+
     def tell(self) -> None:
         """After a few short lives in a row, once: the end of its log goes to our stderr."""
         if self.short_lives == TELL_AFTER and self.log is not None:  # else it was there all the time

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from blitzjax.addresses import joined
 from blitzjax.errors import BlitzError
 from blitzjax.serve.access import KeyCheck
+from blitzjax.serve.channels import CONTROLLER_SERVER
 from blitzjax.serve.frontend import SERVICE, Frontend, picture
 from blitzjax.serve.metrics import endpoint, render
 from blitzjax.serve.rundir import PRIVATE
@@ -32,13 +33,6 @@ if typing.TYPE_CHECKING:
 
 _log = logging.getLogger("blitzjax.controller")
 _GRACE_S = 0.5  # open streams may flush their last message
-
-_SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-)
 
 
 class Stop:
@@ -58,7 +52,7 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
     `path`. Raises BlitzError when it cannot listen or no worker can serve.
     """
     host = controller.config.serve.host
-    server = grpc.aio.server(interceptors=[KeyCheck(key)] if key else [], options=_SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[KeyCheck(key)] if key else [], options=CONTROLLER_SERVER)
     checker = health.aio.HealthServicer()
     rpc.add_InferenceServicer_to_server(Frontend(controller), server)
     vllm_rpc.add_VllmEngineServicer_to_server(VllmEngine(controller), server)

@@ -51,11 +51,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a plain prompt, with the special tokens that the tokenizer itself adds (a leading BOS, say)."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=True).ids)
+        return self._encode(text, True)
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:
         """Ids of a rendered chat template, which already contains its special tokens."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        """As a batch of one: unlike `encode`, that lets other threads run meanwhile."""
+        return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, ids: Sequence[int], shown: Collection[int] = ()) -> str:
         """Text without special tokens but the `shown` ones; undecodable bytes become U+FFFD."""

@@ -13,6 +13,7 @@ import argparse
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ import grpc
 
 from blitzjax.addresses import host_of, resolved
 from blitzjax.errors import BlitzError
+from blitzjax.serve.channels import WORKER_SERVER
 from blitzjax.serve.peers import Lender
 from blitzjax.serve.sessions import Outbox
 from blitzjax.v1 import worker_pb2 as pb
@@ -146,9 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     flag = "--xla_cpu_collective_timeout_seconds"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=10".strip()
-    from blitzjax.serve.links import WORKER_SERVER_OPTIONS
-
-    server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER_OPTIONS)
+    open_many_files()
+    server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER)
     rpc.add_WorkerServicer_to_server(Worker(args), server)
     try:
         server.add_insecure_port(args.listen)
@@ -162,6 +163,12 @@ def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_preload, name="preload", daemon=True).start()
     server.wait_for_termination()
     return 0
+
+
+def open_many_files() -> None:
+    """As many as the system lets us: gloo holds a socket per other member of every clique that ever met."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _preload() -> None:
@@ -186,7 +193,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
     if not args.host_ip:
-        args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")
+        try:
+            args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")
+        except OSError as e:
+            parser.error(f"--listen: cannot resolve {host_of(args.listen)}: {e.strerror}")
     return args
 
 

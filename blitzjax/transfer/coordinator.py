@@ -14,8 +14,8 @@ from blitzjax.transfer import compat
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m blitzjax.transfer.coordinator", description=__doc__)
-    parser.add_argument("--address", required=True, help="HOST:PORT to listen on")
+    parser = argparse.ArgumentParser(prog="blitzjax coordinator", description="The service that says who belongs to a cluster.")
+    parser.add_argument("--address", required=True, metavar="HOST:PORT", help="listen here")
     parser.add_argument("--size", type=int, required=True, help="number of workers")
     parser.add_argument("--heartbeat-s", type=float, default=10.0, help="a silent worker is dead after this")
     args = parser.parse_args(argv)

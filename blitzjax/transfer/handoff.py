@@ -90,11 +90,19 @@ class HandOff:
         if not specs:
             return []
         connection = self._connection(address)
+        try:
+            return self._taken(connection, address, uuid, specs, timeout_s)
+        except TransferError:
+            self._drop(address, connection)
+            raise
+
+    def _taken(self, connection: compat.TransferConnection, address: str, uuid: int,
+               specs: Sequence[jax.ShapeDtypeStruct], timeout_s: float) -> list[jax.Array]:
         with self._watchdog.guard(connection, timeout_s) as guard:
             try:
                 return self._pulled(connection, uuid, specs)
             except compat.ERRORS as e:
-                self._drop(address, connection)
+                compat.poison(connection)
                 why = f"nothing came within {timeout_s:g} s" if guard.fired else str(e)
                 raise TransferError(f"hand-off {uuid} from {address} failed: {why}") from e
 
@@ -108,7 +116,11 @@ class HandOff:
         return jax.block_until_ready([staging.lifted(spec, arriving) for spec in specs])
 
     def withdraw(self, uuid: int) -> bool:
-        """Frees an offer that nobody will take, by taking it ourselves. False if it was taken, or is being taken."""
+        """Frees an offer that nobody will take, by taking it ourselves. False if it was taken, or is being taken.
+
+        The latter takes a second, for nothing tells such an offer from one that is still on its way, and a connection of
+        its own, for a second in vain ends all that waits on the connection.
+        """
         with self._lock:
             specs, copying = self._offers.pop(uuid, None), self._staging.get(uuid)
         if specs is None:
@@ -116,7 +128,7 @@ class HandOff:
         if copying is not None:
             wait([copying])
         try:
-            self.take(self.address, uuid, specs, _WITHDRAW_TIMEOUT_S)
+            self._taken(self._connected(self.address), self.address, uuid, specs, _WITHDRAW_TIMEOUT_S)
         except TransferError:
             return False
         return True
@@ -130,16 +142,17 @@ class HandOff:
 
     def _connection(self, address: str) -> compat.TransferConnection:
         with self._lock:
-            connection = self._connections.get(address)
-            if connection is None:
-                try:
-                    connection = self._connections[address] = self._server.connect(address)
-                except compat.ERRORS as e:
-                    raise TransferError(f"cannot connect to {address}: {e}") from e
-            return connection
+            if address not in self._connections:
+                self._connections[address] = self._connected(address)
+            return self._connections[address]
+
+    def _connected(self, address: str) -> compat.TransferConnection:
+        try:
+            return self._server.connect(address)
+        except compat.ERRORS as e:
+            raise TransferError(f"cannot connect to {address}: {e}") from e
 
     def _drop(self, address: str, connection: compat.TransferConnection) -> None:
-        compat.poison(connection)
         with self._lock:
             if self._connections.get(address) is connection:
                 del self._connections[address]

@@ -22,6 +22,8 @@ from blitzjax.transfer.program import Tick
 
 HOP, LANE = "hop", "lane"  # mesh axes: position in the chain, shard of the parameters
 
+_MAX_TICKS = 64  # compiled programs that are kept
+
 Clique: TypeAlias = tuple[tuple[int, ...], int]  # ordered ranks, generation
 
 _CONNECT_TIMEOUT_S = 7 * 24 * 3600  # the library aborts the process when it gives up, so it must not
@@ -47,7 +49,7 @@ class World:
         self._heartbeat_s = heartbeat_s
         self._distributed: compat.Distributed | None = None
         self._devices: dict[int, list[jax.Device]] = {}  # rank → its devices by ordinal
-        self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → its program
+        self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → program, used last, last
         self._met: set[Clique] = set()
         self._broken: set[Clique] = set()
         self._joined = False
@@ -99,7 +101,8 @@ class World:
         return Mesh(np.array([self._devices[r][start:start + self.lanes] for r in ranks]), (HOP, LANE))
 
     def tick(self, ranks: Sequence[int], generation: int, chunk_bytes: int, ring: bool = False) -> Tick:
-        """The clique's program, compiled at its first use; a ring's moves one lane. Raises TransferError like `mesh`.
+        """The clique's program, compiled unless one of its last uses is recent; a ring's moves one lane. Raises
+        TransferError like `mesh`.
 
         With one device it runs in the calling thread; with several, the library runs one program at a time, which
         would make a chain wait for a ring.
@@ -108,9 +111,11 @@ class World:
         if ring:
             mesh = Mesh(mesh.devices[:, :1], mesh.axis_names)
         key = ((tuple(ranks), generation), chunk_bytes, ring)
-        if key not in self._ticks:
-            self._ticks[key] = Tick(mesh, list(ranks).index(self.rank), chunk_bytes, ring)
-        return self._ticks[key]
+        tick = self._ticks.pop(key, None) or Tick(mesh, list(ranks).index(self.rank), chunk_bytes, ring)
+        self._ticks[key] = tick
+        if len(self._ticks) > _MAX_TICKS:
+            del self._ticks[next(iter(self._ticks))]
+        return tick
 
     def meet(self, ranks: Sequence[int], generation: int) -> None:
         """Before a clique's first collective: waits for all members, for at most the collective timeout.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,8 @@ from blitzjax.engine.convert import write_random
 from blitzjax.serve.client import Client, Result
 from blitzjax.serve.hosts import free_ports
 
-HOSTS = ("127.0.0.1", "127.0.0.2")
+HOSTS = ("localhost", "127.0.0.2")
+MANIFEST = Path(__file__).parents[2] / "launch" / "kubernetes.yaml"
 
 
 def two_ports() -> int:
@@ -33,22 +36,22 @@ def two_ports() -> int:
 
 @pytest.fixture
 def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-    """start(k) runs the command of host k. Its client port is `start.port`."""
+    """start(k) runs the command of host k. Clients talk to `start.address`; host k answers probes at `start.probes[k]`."""
     write_random(tmp_path / "tiny", SPEC, seed=3)
-    [port], base = free_ports(1), two_ports()
+    [port, *probes], base = free_ports(3), two_ports()
     started = []
 
     def start(k: int) -> subprocess.Popen[str]:
         started.append(subprocess.Popen(
             [sys.executable, "-m", "blitzjax.cli", "serve", str(tmp_path / "tiny"), "--hosts", ",".join(HOSTS),
              "--host-index", str(k), "--pool", "2", "--port", str(port), "--scaling-policy", "manual", "--dtype", "float32",
-             "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
+             "--metrics-port", str(probes[k]), "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
              "--set", f"cluster.base_port={base}", "--set", "cluster.threads=1", "--set", "transfer.collective_timeout_s=3",
              "--set", f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
 
-    start.address = f"127.0.0.1:{port}"
+    start.address, start.probes = f"127.0.0.1:{port}", [f"http://127.0.0.1:{probe}" for probe in probes]
     yield start
     for process in started:
         process.kill()
@@ -72,6 +75,10 @@ def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> No
         client.wait_ready(90)
         expected = tokens(answers(client))
         client.scale(2, wait=True, timeout_s=60)
+        for path in {"/metrics", *re.findall(r"httpGet: {path: (\S+), port: metrics}", MANIFEST.read_text())}:
+            for host in start.probes:
+                with urllib.request.urlopen(f"{host}{path}", timeout=5) as answer:
+                    assert answer.status == 200
         assert tokens(answers(client)) == expected
         killing = threading.Timer(0.1, second.kill)  # and with it its worker
         killing.start()

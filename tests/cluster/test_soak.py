@@ -1,5 +1,6 @@
-"""Everything at once, for as long as you like: requests never stop while instances come and go and processes are killed,
-stopped and go on, in an order that the seed chooses. Every answer has the tokens of a single, undisturbed instance.
+"""Everything at once, for as long as you like: requests never stop while instances come and go, processes are killed,
+stopped and go on, in an order that the seed chooses, and a second model is deployed, asked and undeployed. Every answer
+has the tokens of a single, undisturbed instance.
 
 `BLITZJAX_SOAK_S=600 BLITZJAX_SOAK_SEED=7 bash launch/test.sh -m slow tests/cluster/test_soak.py`, with, say,
 `BLITZJAX_SOAK_SET="engine.kv_pages=24 engine.max_num_seqs=3"` for answers that lose their pages and prompts that wait.
@@ -14,11 +15,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rig import POOL, SPEC, Rig, prompts, written
 
 from blitzjax import config as configs
+from blitzjax.engine.convert import TINY
 from blitzjax.errors import BlitzError
 from blitzjax.serve.local import LocalCluster
 
@@ -26,6 +30,8 @@ DURATION_S = float(os.environ.get("BLITZJAX_SOAK_S", "120"))
 SEED = int(os.environ.get("BLITZJAX_SOAK_SEED", "0")) or random.randrange(1, 1 << 31)
 PROMPTS = prompts(24, seed=4, longest=120)
 LONGEST, SENDERS = 60, 6
+OTHERS = ("controller", "coordinator")
+VISITOR = replace(TINY, name="visitor", layers=5)
 SETTINGS = os.environ.get("BLITZJAX_SOAK_SET", "").split()
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
 CONFIG = ("serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
@@ -38,7 +44,7 @@ CONFIG = ("serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluste
 @pytest.mark.parametrize("roles", ["mixed", "split"])
 def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     print(f"seed {SEED}")
-    [directory] = written(tmp_path_factory, [SPEC])
+    directory, visitor = written(tmp_path_factory, [SPEC, VISITOR])
     config = configs.load(None, (*CONFIG, *SETTINGS, f"scale.roles={roles}",
                                  f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, directory) as cluster:
@@ -46,12 +52,13 @@ def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: py
         rig = Rig(cluster)
         asked = [(p, options) for p in PROMPTS for options in ({}, SAMPLED)]
         known = [rig.send(p, max_tokens=LONGEST, **options).result().token_ids for p, options in asked]
+        guest = Guest(rig, visitor, least=int(roles == "split"))
         wrong: list[str] = []
-        with sending(rig, asked, known, wrong) as answered:
+        with sending(rig, asked, known, wrong) as answered, guest.coming_and_going(wrong):
             happened = disturb(rig, random.Random(SEED))
         assert not wrong, f"seed {SEED}: {wrong[:3]}, of {len(wrong)}; what happened: {happened[-12:]}"
-        print(f"{roles}: {len(answered)} answers, {len(happened)} disturbances")
-        assert len(answered) > 20 and len(happened) > 5
+        print(f"{roles}: {len(answered)} answers, {len(happened)} disturbances, {guest.visits} visits")
+        assert len(answered) > 20 and len(happened) > 5 and guest.visits > 0
         least = 1 + (roles == "split")
         rig.scale(1)
         rig.wait(lambda s: sum(i.phase == "serving" for i in s.instances) == least and not s.running_requests
@@ -59,6 +66,52 @@ def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: py
                  and sum(i.in_world for i in s.instances) == POOL, "at rest", 90)
         assert [rig.send(p, max_tokens=LONGEST, **options).result().token_ids for p, options in asked] == known
         assert cluster.stop() == 0, cluster.tail("controller")  # the brain's own check
+
+
+class Guest:
+    """The second model. Whether it is there or not, a prompt has the same answer."""
+
+    def __init__(self, rig: Rig, directory: Path, least: int):
+        self._rig, self._directory, self._least = rig, directory, least
+        self.visits = 0
+        self._deploy()
+        self._known = self._answers()
+        self._undeploy()
+
+    @contextmanager
+    def coming_and_going(self, wrong: list[str]) -> Iterator[None]:
+        over = threading.Event()
+
+        def visit() -> None:
+            while not over.is_set():
+                try:
+                    self._deploy()
+                    if (got := self._answers()) != self._known:
+                        wrong.append(f"{VISITOR.name}: {got} for {self._known}")
+                    self._undeploy()
+                    self.visits += 1
+                except Exception as e:
+                    wrong.append(f"{VISITOR.name}: {e!r}")
+                    return
+
+        thread = threading.Thread(target=visit)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _deploy(self) -> None:
+        self._rig.client.deploy(self._directory, min_instances=self._least, max_instances=self._least + 1,
+                                timeout_s=120)
+
+    def _undeploy(self) -> None:
+        self._rig.client.undeploy(VISITOR.name, timeout_s=120)
+
+    def _answers(self) -> list[tuple[int, ...]]:
+        sent = [self._rig.send(prompt, model=VISITOR.name, max_tokens=20, timeout_s=120.0) for prompt in PROMPTS[:8]]
+        return [answer.result().token_ids for answer in sent]
 
 
 @contextmanager
@@ -123,13 +176,13 @@ def asked_in_one_way(rig: Rig, chooser: random.Random, prompt: list[int], **opti
 def disturb(rig: Rig, chooser: random.Random) -> list[str]:
     """For DURATION_S. → what was done. Nothing is left stopped."""
     happened, began = [], time.monotonic()
-    stopped: dict[int, float] = {}
+    stopped: dict[int | str, float] = {}  # until when
     while (now := time.monotonic() - began) < DURATION_S:
-        for worker in [k for k, until in stopped.items() if until <= now]:
-            rig.cluster.signal_worker(worker, signal.SIGCONT)
-            del stopped[worker]
-        what = chooser.choices(("scale", "kill", "stop", "controller", "coordinator"), (12, 3, 3, 1.5, 0.5))[0]
-        worker = chooser.randrange(POOL)
+        for process in [k for k, until in stopped.items() if until <= now]:
+            send_signal(rig, process, signal.SIGCONT)
+            del stopped[process]
+        what = chooser.choices(("scale", "kill", "stop", "controller", "coordinator"), (12, 3, 4, 1.5, 0.5))[0]
+        worker: int | str = chooser.randrange(POOL)
         match what:
             case "scale":
                 modes = {"live": chooser.choice(("zigzag", "best_effort", "off")),
@@ -137,22 +190,33 @@ def disturb(rig: Rig, chooser: random.Random) -> list[str]:
                 worker = chooser.randint(1, 3)
                 try:
                     for hasty in range(chooser.choice((0, 0, 0, 3))):  # commands that contradict each other
-                        rig.scale(1 + hasty % 3, **modes)
-                    rig.scale(worker, **modes)
+                        rig.scale(1 + hasty % 3, model=SPEC.name, **modes)
+                    rig.scale(worker, model=SPEC.name, **modes)
                 except Exception as e:  # fewer workers are there than asked for
                     modes = {"refused": str(e)}
                 what = f"{what} to {worker} {modes}"
             case "kill":
                 rig.cluster.signal_worker(worker)
-            case "stop" if worker not in stopped:
-                rig.cluster.signal_worker(worker, signal.SIGSTOP)
-                stopped[worker] = now + chooser.choice((0.3, 2.0, 6.0, 12.0))
-            case "controller":
-                rig.cluster.signal_controller()
-            case "coordinator":
-                rig.cluster.signal_coordinator()
+            case "stop":
+                worker, seconds = chooser.choice((*range(POOL), *OTHERS)), chooser.choice((0.3, 2.0, 6.0, 12.0))
+                if worker not in stopped:
+                    send_signal(rig, worker, signal.SIGSTOP)
+                    stopped[worker] = now + seconds
+                    what = f"{what} for {seconds} s"
+            case "controller" | "coordinator":
+                send_signal(rig, what, signal.SIGKILL)
         happened.append(f"{now:.1f} {what} {worker}")
         time.sleep(chooser.choice((0.1, 0.5, 1.5, 3.0)))
-    for worker in stopped:
-        rig.cluster.signal_worker(worker, signal.SIGCONT)
+    for process in stopped:
+        send_signal(rig, process, signal.SIGCONT)
     return happened
+
+
+def send_signal(rig: Rig, process: int | str, number: signal.Signals) -> None:
+    match process:
+        case "controller":
+            rig.cluster.signal_controller(number)
+        case "coordinator":
+            rig.cluster.signal_coordinator(number)
+        case int():
+            rig.cluster.signal_worker(process, number)

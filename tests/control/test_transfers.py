@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
+
+from blitzjax.control import transfers as transfers_module
 from blitzjax.control.topology import Port, Topology
 from blitzjax.control.transfers import Transfers
 from blitzjax.commands import CancelTransfer, PrepareTransfer
@@ -66,3 +71,25 @@ def test_a_ring_that_lost_a_member_is_counted_once() -> None:
     leave(transfers, "s", "t", "b")
     plan, _ = prepare(transfers)
     assert plan is not None and plan.rings == (Ring(("a", "b"), 1),)
+
+
+def test_the_ledger_does_not_grow_for_ever_and_forgets_no_clique_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers_module, "_MAX_CLIQUES", 3)
+    topology = Topology()
+    pool = [f"i{k}" for k in range(5)]
+    for name in pool:
+        topology.add(name, Port(name, name, "", 1.0))
+    transfers = Transfers(topology, max_generations=64)
+    formed: set[tuple[tuple[str, ...], int]] = set()
+    dead: set[tuple[tuple[str, ...], int]] = set()
+    for number, (source, target) in enumerate(list(itertools.permutations(pool, 2)) * 3):
+        commands, _ = transfers.plan("toy", [(source, UNITS)], [(target, 0)], UNITS, "off")
+        assert isinstance(commands[0], PrepareTransfer)
+        (chain,) = commands[0].plan.chains
+        assert (chain.instances, chain.generation) not in dead and chain.generation < 64
+        formed.add((chain.instances, chain.generation))
+        if number % 2:
+            transfers.lose(target)
+            dead |= {clique for clique in formed if target in clique[0]}
+        leave(transfers, *(i for i in (source, target) if transfers.busy(i)))
+        assert len(transfers._generations) <= 3

@@ -38,3 +38,15 @@ def test_a_full_disk_costs_the_file_and_not_the_stage(tmp_path: Path, monkeypatc
         assert again.get("twice", twice)(np.ones(4, np.float32)).tolist() == [2] * 4
         assert again.compiled == 1 and "cannot be kept" in caplog.messages[-1]
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.xla"))
+
+
+def test_a_directory_that_only_others_write_is_read(tmp_path: Path) -> None:
+    """Filled by a build of a container image, say."""
+    cache(tmp_path).get("twice", twice)
+    for made in tmp_path.glob("*.lock"):
+        made.unlink()
+        made.mkdir()  # a root user may write what others cannot
+    again = cache(tmp_path)
+    assert again.get("twice", twice)(np.ones(4, np.float32)).tolist() == [2] * 4 and again.loaded == 1
+    next(tmp_path.glob("*.xla")).unlink()
+    assert again.get("twice", twice)(np.ones(4, np.float32)).tolist() == [2] * 4 and again.compiled == 1

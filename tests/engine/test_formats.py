@@ -105,6 +105,52 @@ def test_every_family_is_read_whole(tmp_path: Path, case: str, bare: bool) -> No
             np.testing.assert_array_equal(array, fused[name])
 
 
+def differing(path: Path, config: Mapping[str, object], named: Mapping[str, np.ndarray]) -> HuggingFace:
+    """The gemma3 checkpoint as somebody else wrote it."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    write_shards(path, named, 1)
+    return HuggingFace.open(path, "m", "float32")
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_decoder_behind_a_vision_tower_is_the_one_without(tmp_path: Path, prefix: str) -> None:
+    """Gemma 3 from 4B on; the names changed in 2025."""
+    config, case = FAMILIES["gemma3"]["config"], "gemma3"
+    named = {n: tiny_families.values(case, n, s) for n, s in FAMILIES[case]["tensors"].items()}
+    tower = prefix.removesuffix("language_model.") if prefix.startswith("model.") else ""
+    wrapped = {n.replace("model.", prefix, 1): a for n, a in named.items()} | {
+        f"{tower}{n}": np.zeros(2, np.float32) for n in ("vision_tower.x.weight", "multi_modal_projector.y.weight")}
+    plain = differing(tmp_path / "plain", config, named)
+    outer = {"model_type": "gemma3", "text_config": config, "eos_token_id": config["eos_token_id"]}
+    behind = differing(tmp_path / "wrapped", outer, wrapped)
+    assert behind.spec == plain.spec
+    for ours, theirs in zip(behind.units(), plain.units(), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_head_that_is_not_the_embedding_is_used_whatever_the_config_says(tmp_path: Path, bare: bool) -> None:
+    """As transformers does; the copy of a tied embedding is none."""
+    config = FAMILIES["gpt2"]["config"]
+    named = {n: tiny_families.values("gpt2", n, s) for n, s in FAMILIES["gpt2"]["tensors"].items()}
+    table = named["transformer.wte.weight"]
+    trunk = {n.partition(".")[2] if bare else n: a for n, a in named.items()}
+    assert config["tie_word_embeddings"]
+    copied = differing(tmp_path / "copied", config, trunk | {"lm_head.weight": table})
+    own = differing(tmp_path / "own", config, trunk | {"lm_head.weight": table + 1})
+    assert copied.spec.tied_embeddings and not own.spec.tied_embeddings
+    np.testing.assert_array_equal(list(own.units())[-1]["w"], table + 1)
+
+
+def test_buffers_may_have_any_type(tmp_path: Path) -> None:
+    """GPT-2's masks, as transformers saved them for years."""
+    named = {n: tiny_families.values("gpt2", n, s) for n, s in FAMILIES["gpt2"]["tensors"].items()}
+    masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), bool),
+             "transformer.h.0.attn.masked_bias": np.float32([-1e4])}
+    differing(tmp_path / "hf", FAMILIES["gpt2"]["config"], named | masks)
+
+
 def test_packed_experts_are_read(tmp_path: Path) -> None:
     """gpt-oss publishes its experts as bytes."""
     config = dict(FAMILIES["gpt_oss"]["config"]) | {"hidden_size": 64, "intermediate_size": 32,
@@ -219,14 +265,15 @@ class Stack(nnx.Module):
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_orbax_nnx_state(tmp_path: Path, scanned: bool) -> None:
+def test_orbax_nnx_state(tmp_path: Path, scanned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rng = directory(tmp_path / "nnx"), np.random.default_rng(1)
     state = nnx.state(nnx.eval_shape(lambda: Stack(scanned)))
     state = jax.tree.map(lambda a: rng.standard_normal(a.shape, np.float32), state)
     with ocp.CheckpointManager(path) as manager:
         for step in (9, 10):
             manager.save(step, args=ocp.args.StandardSave(jax.tree.map(lambda a: a * (step - 9), state)))
-    opened = Checkpoint.open(resolve(str(path), "float32", tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    opened = Checkpoint.open(resolve(path.name, "float32", tmp_path / "cache"))
     for unit in range(SPEC.units):
         for name, array in opened.read_unit(unit).items():
             kind = unit_kind(SPEC, unit)

@@ -28,10 +28,11 @@ FAMILIES = json.loads((Path(__file__).parents[1] / "reference" / "families.json"
 
 
 def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str = "llama", merge: str = "a b",
-               raw: Mapping[str, np.ndarray] = {}, kind: str = "F32", pre: str = "gpt-2") -> None:
+               raw: Mapping[str, np.ndarray] = {}, kind: str = "F32", pre: str = "gpt-2",
+               settings: Mapping[str, float | str] = {}) -> None:
     """A one-layer GGUF file whose q and k rows are interleaved as llama.cpp stores them; `rename` gets a suffix.
 
-    `raw` replaces tensors by the bytes of blocks of type `kind`.
+    `raw` replaces tensors by the bytes of blocks of type `kind`, `settings` are more metadata of the architecture.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
@@ -42,6 +43,9 @@ def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str =
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(5000.0)
+    for name, value in settings.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{architecture}.{name}", value)
     vocab = json.loads(gguf_tokenizer.bytes_only(272).tokenizer)["model"]["vocab"]
     tokens = sorted(vocab, key=vocab.__getitem__)
     tokens[258] = "ab"
@@ -254,6 +258,12 @@ def write_family(path: Path, case: str, config: dict[str, object], named: Mappin
     if case == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if case == "qwen3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
     for name, array in named.items():
         plus = np.float32(case.startswith("gemma") and name.endswith("norm.weight"))
@@ -266,9 +276,10 @@ def write_family(path: Path, case: str, config: dict[str, object], named: Mappin
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
 def test_other_architectures(tmp_path: Path, case: str) -> None:
-    """Windows are not in the metadata layer by layer: they are the architecture's own."""
+    """Windows are the architecture's own where the metadata do not list them layer by layer."""
     config = dict(FAMILIES[case]["config"]) | {"use_sliding_window": False, "eos_token_id": []}
-    config = {key: value for key, value in config.items() if key != "layer_types"}
+    if case != "gemma3":
+        config = {key: value for key, value in config.items() if key != "layer_types"}
     config["query_pre_attn_scalar"] = config["head_dim"]
     named = {n: tiny_families.values(case, n, s) for n, s in FAMILIES[case]["tensors"].items()}
     write_family(tmp_path / "m.gguf", case, config, named)
@@ -278,6 +289,23 @@ def test_other_architectures(tmp_path: Path, case: str) -> None:
         tensors = {short: named[full] for short, full in published.names(spec, unit).items()}
         for name, array in family(spec.family).fuse(spec, unit_kind(spec, unit), tensors).items():
             np.testing.assert_allclose(arrays[name], array, rtol=1e-6, atol=1e-6)
+
+
+def test_a_factor_without_a_kind_of_scaling_is_a_linear_one(tmp_path: Path) -> None:
+    """As llama.cpp has it."""
+    write_gguf(tmp_path / "m.gguf", settings={"rope.scaling.factor": 4.0})
+    assert dict(GGUF.open(tmp_path / "m.gguf", "m", "float32").spec.options)["rope_factors"] == (4.0,) * 32
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"expert_count": 8.0}, "llama.expert_count = 8.0 is not supported"),
+    ({"rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0 is not supported"),
+    ({"attention.causal": 0.0}, "llama.attention.causal = 0.0 is not supported; take the model's .safetensors"),
+    ({"rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported; supported: none")])
+def test_settings_that_nobody_reads_are_refused(tmp_path: Path, settings: dict[str, float | str], says: str) -> None:
+    write_gguf(tmp_path / "m.gguf", settings=settings)
+    with pytest.raises(CheckpointError, match=says):
+        GGUF.open(tmp_path / "m.gguf", "m", "float32")
 
 
 def test_llama_3_rope_factors_are_read(tmp_path: Path) -> None:

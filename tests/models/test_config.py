@@ -34,11 +34,16 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("llama", {"hidden_size": None}, "hidden_size is missing"),
     ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported; supported: 'silu'"),
     ("llama", {"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* is not supported"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported; supported: default"),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* supported: a copy "),
+    ("llama", {"compression_config": {"format": "int"}}, "compression_config = .* is not supported; supported: a copy"),
+    ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope type 'axial' is not supported; supported: default"),
+    ("llama", {"rope_parameters": {"attn_factor": 2.0}}, "rope parameter 'attn_factor' = 2.0 is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention' is not supported"),
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types lists 1 layers, num_hidden_layers is 3"),
+    ("mistral", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "sliding_window is missing"),
+    ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported; supported: 'gelu'"),
+    ("gemma3", {"model_type": "gemma3"}, "model_type = 'gemma3' has no text_config"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("phi3", {"attention_bias": True}, "attention_bias = True"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
@@ -79,6 +84,9 @@ def test_layers_of_older_configs_follow_the_family() -> None:
     assert layers("qwen2", max_window_layers=3) == ("layer", "layer", "layer", "sliding")
     assert layers("mistral") == ("sliding",) * 4
     assert layers("mistral", sliding_window=None) == ()
+    mixed = {"layer_types": ["full_attention", *["sliding_attention"] * 3]}
+    for model_type in ("mistral", "ministral"):
+        assert layers("mistral", model_type=model_type, **mixed) == ("layer", *["sliding"] * 3)
     assert layers("qwen2_moe", mlp_only_layers=[], decoder_sparse_step=2) == ("dense", "layer") * 2
     assert layers("qwen2_moe", use_sliding_window=True, sliding_window=7, max_window_layers=4) == (
         "sliding", "dense", "sliding", "layer")
@@ -88,8 +96,51 @@ def test_sequences_end_where_short_rope_factors_do() -> None:
     assert read("phi3", max_position_embeddings=4096).max_len == 64
 
 
+def test_yarn_reaches_as_far_as_its_factor_where_the_model_card_only_adds_it() -> None:
+    """Qwen's: `max_position_embeddings` stays what it was."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert read("qwen2", "rope_parameters", rope_scaling=yarn, max_position_embeddings=40).max_len == 128
+    assert read("gpt_oss", max_position_embeddings=300).max_len == 300
+
+
+def test_dynamic_rope_ends_before_it_differs() -> None:
+    dynamic = read("qwen2", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    assert dynamic == read("qwen2", rope_parameters=None) and dynamic.max_len == 128
+
+
+def test_what_older_configs_leave_out_is_as_transformers_has_it() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "truncate": False,
+            "original_max_position_embeddings": 4096}
+    left_out: dict[str, dict[str, object]] = {
+        "gemma2": {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
+        "gpt_oss": {"rope_parameters": yarn, "rms_norm_eps": 1e-5}, "mistral": {"sliding_window": 4096},
+        "mixtral": {"rope_parameters": {"rope_theta": 1e6}, "rms_norm_eps": 1e-5}, "olmo2": {"rms_norm_eps": 1e-5},
+        "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        "qwen2": {"sliding_window": 4096}}
+    for case, settings in left_out.items():
+        assert read(case, *settings) == read(case, **settings), case
+
+
+def test_a_null_is_the_lack_of_what_is_taken_for_granted() -> None:
+    options = dict(read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None).options)
+    assert not {"softcap", "logit_softcap"} & options.keys()
+
+
 def test_gemma3_of_the_text_model_alone_is_gemma3() -> None:
     assert CONFIGS["gemma3"]["model_type"] == "gemma3_text" and read("gemma3").family == "gemma3"
+
+
+def test_text_decoder_behind_a_vision_tower_is_read() -> None:
+    """Gemma 3's published text_config lists little."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    spec = read_config({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]}, "m", "float32")
+    assert (spec.heads, spec.kv_heads, spec.head_dim, spec.vocab, spec.max_len) == (8, 4, 256, 262208, 131072)
+    assert (spec.tied_embeddings, spec.eos_token_ids, spec.rope_theta) == (True, (1, 106), 1e6)
+    assert dict(spec.options)["rope_factors"] == (8.0,) * 128
+    assert spec.layer_kinds[4:7] == ("sliding", "layer", "sliding")
+    mistral = read_config({"model_type": "mistral3", "text_config": CONFIGS["mistral"]}, "m", "float32")
+    assert mistral == read("mistral", tie_word_embeddings=True)
 
 
 def test_mxfp4_experts_are_what_transformers_unpacks() -> None:

@@ -33,7 +33,8 @@ CASES = {  # case → (model type, what its config has besides SIZES)
         "original_max_position_embeddings": 32}}),
     "mistral": ("mistral", WIDE | WINDOW),
     "qwen2": ("qwen2", WINDOW | {"head_dim": 8, "use_sliding_window": True, "max_window_layers": 1}),
-    "qwen3": ("qwen3", WIDE | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", WIDE | {"tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}}),
     "gemma": ("gemma", {"num_key_value_heads": 1}),
     "gemma2": ("gemma2", WINDOW | LAYERS | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,
                                             "final_logit_softcapping": 5.0}),

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,14 +59,20 @@ def test_a_reader_that_left_is_no_error():
     (("serve", "toy", "--instances", "3", "--pool", "2"), "give --pool 3"),
     (("serve", "toy", "--hosts", "127.0.0.1,127.0.0.2", "--pool", "3"), "give --pool a multiple"),
     (("serve", "toy", "--hosts", "127.0.0.1,127.0.0.2", "--host-index", "2"), "must be in [0, 1]"),
-    (("serve", "toy", "--hosts", "no.such.host.invalid"), "cannot resolve"),
+    (("serve", "toy", "--hosts", "no.such.host.invalid"), "cannot resolve no.such.host.invalid"),
+    (("worker", "--listen", "no.such.host.invalid:1", "--rank", "0", "--world", "1", "--coordinator", "h:1"), "cannot resolve"),
     (("serve", "toy", "--host-index", "1"), "give --hosts"),
     (("serve", "toy", "--config", "/nonexistent.toml"), "cannot read config"),
     (("serve", "toy", "--live", "sometimes"), "invalid choice"),
     (("status", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("status", "--address", "localhost"), "an address is HOST:PORT"),
+    (("status", "--address", "http://127.0.0.1:8000"), "an address is HOST:PORT"),
+    (("status", "--address", "no.such.host.invalid:1"), "no host of that name"),
+    (("gateway", "--port", "80000"), "port must be 0-65535"),
     (("chat", "hi", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("scale", "--to", "2", "--watch", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("deploy", "smollm2-135m", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
+    (("convert", "."), "neither manifest.json (ours) nor config.json"),
     (("convert", "no_such_package:build"), "--checkpoint DIR"),
     (("convert", "no_such_package:build", "--checkpoint", "."), "ModuleNotFoundError"),
     (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
@@ -77,8 +86,31 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     assert "Traceback" not in done.stderr
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path / "file" / "cache"))
+    done = run("convert", "smollm2-135m")
+    assert done.returncode == 2 and "BLITZJAX_CACHE may name another directory" in done.stderr
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(model_dir: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", str(model_dir), "--http-port", str(port))
+    assert (done.returncode, done.stdout) == (2, "") and f"cannot listen on 127.0.0.1:{port} for HTTP" in done.stderr
+
+
 def configure(*argv: str):
     return cli_serve.configure(cli.build_parser().parse_args(["serve", "toy", *argv]))
+
+
+def test_what_the_banner_proposes_can_be_typed():
+    for models in (["a"], ["a", "b"]):
+        banner = cli_serve._banner(models, "127.0.0.1:7", configure("--pool", "2"))
+        chat, scale, status = (cli.build_parser().parse_args(shlex.split(command)) for command in
+                               re.findall("blitzjax ((?:chat|scale|status) .*)", banner))
+        assert {chat.address, scale.address, status.address} == {"127.0.0.1:7"}
+        assert scale.model == ("" if len(models) == 1 else "b")  # of several, the controller wants to know which
 
 
 def test_flags_become_knobs():

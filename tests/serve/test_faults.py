@@ -20,7 +20,7 @@ from test_frontend import toy
 
 from blitzjax.cli_replay import replay
 from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unavailable, UnknownModel
-from blitzjax.serve import eventlog
+from blitzjax.serve import eventlog, pulse
 from blitzjax.serve.client import AsyncClient, Client
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
@@ -283,6 +283,30 @@ def test_hung_controller_is_replaced(start, capfd):
     assert cluster.controller_pid() not in (None, before)
     assert [cluster.worker_pid(k) for k in range(2)] == workers
     assert "has not answered for 1 s; it is killed" in capfd.readouterr().err
+
+
+def test_a_controller_that_hangs_before_it_answers_is_replaced(start, monkeypatch, capfd):
+    monkeypatch.setattr(pulse, "_MISSED_STARTING", 15)
+    cluster = start("serve.hang_timeout_s=0.5", ready=False)
+    eventually(lambda: cluster.controller_pid() is not None)
+    before = cluster.controller_pid()
+    cluster.signal_controller(signal.SIGSTOP)
+    eventually(lambda: cluster.controller_pid() not in (None, before), 10)
+    monkeypatch.undo()
+    wait_whole(cluster)
+    assert cluster.controller_pid() != before
+    assert "has not answered for 1.5 s; it is killed" in capfd.readouterr().err
+
+
+def test_a_process_that_has_not_answered_yet_has_longer_than_one_that_has(monkeypatch):
+    monkeypatch.setattr(pulse, "_MISSED_STARTING", 20)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asking = pulse.Pulse("127.0.0.1:%d" % silent.getsockname()[1], 0.1)
+        began = time.monotonic()
+        eventually(lambda: asking.hangs() > 0)
+        assert time.monotonic() - began > 0.35
+    asking.forget()
+    assert not asking.hangs()
 
 
 def test_a_controller_may_be_stopped_for_less_than_the_limit(start):

@@ -22,6 +22,7 @@ from blitzjax.serve.hosts import free_ports
 from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 
+DASHBOARD = Path(__file__).parents[2] / "launch" / "grafana.json"
 _SAMPLE = re.compile(r'([a-z_]+:[a-z0-9_]+)\{((?:[a-z_]+="(?:[^"\\]|\\.)*",?)*)\} (-?[\d.e+-]+)')
 
 
@@ -47,12 +48,13 @@ def test_every_metric_of_a_picture() -> None:
         instances=[pb.InstanceStatus(id="i0", phase="serving", model='a "b"\\', layers_loaded=4, pages_used=6,
                                      pages_total=10, kv_received_bytes=2**40),
                    pb.InstanceStatus(id="i1", phase="live", model='a "b"\\', layers_loaded=1, pages_total=10),
-                   pb.InstanceStatus(id="i2", phase="idle", pages_total=10)])
+                   pb.InstanceStatus(id="i2", phase="idle", pages_total=10, copies=['a "b"\\'])])
     model = 'model_name="a \\"b\\"\\\\"'
     assert samples(render(picture, {})) == {
         f"vllm:num_requests_waiting{{{model}}}": 3, f"vllm:num_requests_running{{{model}}}": 2,
         f"vllm:kv_cache_usage_perc{{{model}}}": 0.3, f"vllm:prefix_cache_queries_total{{{model}}}": 100,
         f"vllm:prefix_cache_hits_total{{{model}}}": 64, f"blitzjax:target_instances{{{model}}}": 2,
+        f"blitzjax:host_copies{{{model}}}": 1,
         f'blitzjax:instances{{{model},phase="serving"}}': 1, f'blitzjax:instances{{{model},phase="live"}}': 1,
         'blitzjax:instances{model_name="",phase="idle"}': 1,
         f'blitzjax:layers_loaded{{{model},instance="i0"}}': 4, f'blitzjax:layers_loaded{{{model},instance="i1"}}': 1,
@@ -108,9 +110,12 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
         read = samples(scrape())
         assert read['vllm:prefix_cache_queries_total{model_name="toy"}'] == 5
         assert read['blitzjax:instances{model_name="toy",phase="serving"}'] == 1
+        known = {re.sub("{.*", "", name) for name in read}
+        asked = set(re.findall(r"(?:vllm|blitzjax):\w+", DASHBOARD.read_text()))
+        assert len(asked) > 9 and asked <= known, asked - known
         with pytest.raises(urllib.error.HTTPError, match="404"):
             scrape("/")
-        assert scrape("/health") == "" and scrape("/metrics?name=x").startswith("# HELP")
+        assert scrape("/health") == scrape("/ping") == "" and scrape("/metrics?name=x").startswith("# HELP")
         assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 1
         assert read['vllm:e2e_request_latency_seconds_count{model_name="toy"}'] == 1
         again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))

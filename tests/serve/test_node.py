@@ -1,9 +1,13 @@
-"""What a worker makes of a controller that comes back, or speaks of a model which is not there. Real stages."""
+"""What a worker makes of a controller that comes back, or speaks of a model which is not there, or of an engine that is
+stuck. Real stages.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -11,7 +15,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from blitzjax import commands, config as configs, events
+from blitzjax.engine import messages
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.serve import codec
 from blitzjax.serve.model import load_model
@@ -25,13 +32,13 @@ CONFIG = ("engine.dtype=float32", "engine.max_model_len=16", "engine.max_num_seq
           "engine.max_num_batched_tokens=16", "engine.prefix_caching=false")
 
 
-def configured(tmp_path: Path) -> pb.Configure:
+def configured(tmp_path: Path, *overrides: str) -> pb.Configure:
     """For two models."""
     models = []
     for name in ("m0", "m1"):
         write_random(tmp_path / name, replace(TINY, layers=2), seed=1)
         models.append(message_of(load_model(tmp_path / name, name)))
-    config = configs.load(None, (*CONFIG, f"engine.executable_cache={tmp_path / 'executables'}"))
+    config = configs.load(None, (*CONFIG, f"engine.executable_cache={tmp_path.parent / 'executables'}", *overrides))
     return pb.Configure(instance="i0", models=models, config_json=json.dumps(configs.to_tables(config)))
 
 
@@ -76,3 +83,22 @@ def test_a_worker_forgets_what_was_undeployed_while_it_had_no_controller(tmp_pat
             if isinstance(event := said(outbox), events.TransferEnded):
                 ended[event.ticket] = event.units, event.error
     assert ended == {1: (0, "m0 is not here"), 2: (2 + 2, "")}
+
+
+def test_a_worker_whose_engine_is_stuck_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             caplog: pytest.LogCaptureFixture) -> None:
+    """It would answer pings for ever. An engine that rests, or is busy, is not stuck."""
+    ended, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    configure = configured(tmp_path, "engine.step_timeout_s=0.5")
+    del configure.models[0]
+    with worker(configure) as node:
+        engine = node._models["m1"].instance
+        assert not ended.wait(1.0)
+        monkeypatch.setattr(engine, "_step", lambda: time.sleep(0.05) or True)
+        engine.post(messages.ForgetRequests())
+        assert not ended.wait(1.0)
+        monkeypatch.setattr(engine, "_step", lambda: not go_on.wait())  # a device that hangs, say
+        assert ended.wait(5.0)
+        go_on.set()
+    assert "a step of m1 has taken more than 0.5 s" in caplog.text

@@ -21,11 +21,12 @@ from toy_worker import ToyWorker
 
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
+from blitzjax.events import TransferEnded
 from blitzjax.serve import accepted, deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
-from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+from blitzjax.serve.channels import WORKER_SERVER
 from blitzjax.serve.model import ServedModel, load_model
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.serve.replica import Replica
@@ -61,7 +62,7 @@ class Toys:
 
     async def __aenter__(self) -> Toys:
         for k, worker in enumerate(self.workers):
-            server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
+            server = grpc.aio.server(options=WORKER_SERVER)
             worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
             self._addresses[f"i{k}"] = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
             await server.start()
@@ -266,6 +267,21 @@ async def test_a_worker_dies_while_no_controller_is_there(toys):
         await ended(*answers)
         assert [a.generated for a in answers] == [answered(k, 60) for k in range(6)]
         assert {a.attempts for a in answers} == {1, 2}
+
+
+@in_a_loop
+async def test_a_load_that_fails_before_anything_serves_again_is_not_the_end(toys):
+    """A chain breaks when one of its members dies. Only at the very beginning it must be the checkpoint."""
+    async with toys() as world:
+        controller = world.start()
+        await world.serving(1)
+        for instance in controller.links:
+            controller.on_lost(instance, "it was killed")
+        controller = await world.restart()
+        await asyncio.sleep(0)
+        assert not controller.ready
+        controller.on_event(TransferEnded(controller.now(), "i0", 7, 0, "a chain broke"))
+        await world.serving(1)
 
 
 @in_a_loop

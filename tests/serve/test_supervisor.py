@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import tempfile
@@ -15,6 +16,7 @@ from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch,
 
 from blitzjax import config as configs
 from blitzjax.errors import ConfigError, UnknownModel
+from blitzjax.serve import processes
 from blitzjax.serve.client import Client
 from blitzjax.serve.hosts import Launch, Workers, across, free_ports
 from blitzjax.serve.journal import Journal
@@ -103,6 +105,19 @@ def test_told_to_go_while_it_begins_it_goes(model_dir: Path, temporary: Path) ->
         cluster.terminate()
         assert cluster.wait(20) == 0
     assert list(temporary.iterdir()) == []
+
+
+def test_a_life_in_which_nothing_worked_is_a_short_one_however_long(temporary: Path, monkeypatch: pytest.MonkeyPatch
+                                                                     ) -> None:
+    monkeypatch.setattr(processes, "_HEALTHY_S", 0.0)
+    process = processes.Process("sleeper", ("sleep", "60"), dict(os.environ), temporary / "log")
+    for worked, short in ((False, 1), (False, 2), (True, 0)):
+        process._due = 0.0
+        process.start_when_due()
+        if not worked:
+            process.never_worked()
+        process.kill()
+        assert process.short_lives == short
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")

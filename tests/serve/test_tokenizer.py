@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tokenizers
 from toy import BOS, EOS, write_model
@@ -22,6 +25,16 @@ def toy(model_dir):
 def test_emoji_split_over_tokens_comes_whole(toy):
     decoder = IncrementalDecoder(toy)
     assert [decoder.push((b,)) for b in "a😀é".encode()] == ["a", "", "", "", "😀", "", "é"]
+
+
+def test_others_work_while_a_long_text_is_tokenized(toy):
+    text, pauses = "abcd " * 100_000, 0
+    with ThreadPoolExecutor(1) as pool:
+        ids = pool.submit(toy.encode, text)
+        while not ids.done():
+            time.sleep(0.001)
+            pauses += 1
+    assert len(ids.result()) == len(text) and pauses > 10
 
 
 def test_special_tokens_are_skipped(toy):

@@ -1,13 +1,15 @@
-"""Which worker of a machine gets which GPUs, and how much of them?"""
+"""Which worker of a machine gets which GPUs, and how much of them? And how many files may it open?"""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
 from blitzjax.config import Config, from_tables
 from blitzjax.serve.processes import worker_env
+from blitzjax.serve.worker import open_many_files
 
 SET = ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS", "XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 CONFIG = Config()
@@ -83,3 +85,14 @@ def test_multicasts_time_out_on_every_platform(tmp_path: Path, gpus: int) -> Non
     env = worker_env(CONFIG, 0, 2, machine(tmp_path, gpus))
     assert "--xla_cpu_collective_timeout_seconds=10" in env["XLA_FLAGS"]
     assert env.get("JAX_PLATFORMS") == (None if gpus else "cpu")
+
+
+def test_a_worker_opens_as_many_files_as_the_system_lets_it() -> None:
+    """Every clique that it ever met in costs it some: a shell's usual 1,024 would be used up by 500."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, most), most))
+    try:
+        open_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))

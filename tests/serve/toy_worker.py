@@ -18,7 +18,7 @@ import grpc
 
 from blitzjax import commands, events, types
 from blitzjax.serve import codec
-from blitzjax.serve.links import WORKER_SERVER_OPTIONS
+from blitzjax.serve.channels import WORKER_SERVER
 from blitzjax.serve.sessions import Session
 from blitzjax.v1 import worker_pb2 as pb
 from blitzjax.v1 import worker_pb2_grpc as rpc
@@ -230,7 +230,7 @@ def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:
 
 
 async def serve(address: str) -> None:
-    server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
+    server = grpc.aio.server(options=WORKER_SERVER)
     rpc.add_WorkerServicer_to_server(ToyWorker(), server)
     server.add_insecure_port(address)
     await server.start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,20 @@ def test_an_offer_is_taken_once_or_withdrawn(handoff: HandOff) -> None:
         np.testing.assert_array_equal(got, sent)
     assert not handoff.withdraw(uuid)
     assert handoff.withdraw(handoff.offer(arrays))
+
+
+def test_a_withdrawal_in_vain_ends_no_other(handoff: HandOff) -> None:
+    """It must not cut one short that frees something: that would stay in memory for ever."""
+    array = placed("whole", 1)
+    uuids = [handoff.offer([array]) for _ in range(2)]
+    for uuid in uuids:
+        handoff.take(handoff.address, uuid, [spec(array)], 10.0)
+    with ThreadPoolExecutor(1) as beside:
+        first = beside.submit(handoff.withdraw, uuids[0])
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert not handoff.withdraw(uuids[1]) and not first.result(5)
+    assert time.monotonic() - began > 0.9
 
 
 def test_what_was_reset_while_it_was_copied_is_never_offered(handoff: HandOff, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,77 @@
+"""Whoever calls, and whoever is called, notices that the other one is stopped, or that nothing reaches it any more."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from bench import netns
+
+from blitzjax.serve.hosts import free_ports
+
+PEER = (sys.executable, str(Path(__file__).with_name("channel_peer.py")))
+ALL = {f"gone {end} of a {name}" for end in ("client", "server") for name in ("worker", "controller")}
+SILENT_S = 3.0  # five pings of the slowest end
+WHOLE_S = 2.5  # longer than it needs to notice
+
+
+class Peer:
+    def __init__(self, argv: list[str]):
+        self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._lines.put(line.strip())
+
+    def line(self, timeout_s: float) -> str:
+        return self._lines.get(timeout=timeout_s)
+
+    def silent(self, for_s: float) -> bool:
+        try:
+            return not self.line(for_s)
+        except queue.Empty:
+            return True
+
+
+@pytest.fixture(params=["stopped", "cut off"])
+def two(request: pytest.FixtureRequest) -> Iterator[tuple[Peer, Callable[[], None]]]:
+    """One of two peers, and what makes the other vanish."""
+    with ExitStack() as stack:
+        if request.param == "cut off":
+            if why := netns.missing():
+                pytest.skip(why)
+            hosts = stack.enter_context(netns.hosts(2, 1000))
+            here, there = (f"{host.ip}:6000,{host.ip}:6001" for host in hosts)
+            commands = [hosts[0].command([*PEER, here, there]), hosts[1].command([*PEER, there, here])]
+
+            def vanish() -> None:
+                subprocess.run(["ip", "link", "set", f"{hosts[1].namespace}h", "down"], check=True)
+        else:
+            addresses = [f"127.0.0.1:{port}" for port in free_ports(4)]
+            here, there = ",".join(addresses[:2]), ",".join(addresses[2:])
+            commands = [[*PEER, here, there], [*PEER, there, here]]
+
+            def vanish() -> None:
+                peers[1].process.send_signal(signal.SIGSTOP)
+        peers = [Peer(command) for command in commands]
+        for peer in peers:
+            stack.callback(peer.process.wait)
+            stack.callback(peer.process.kill)
+        assert [peer.line(20) for peer in peers] == ["open", "open"]
+        yield peers[0], vanish
+
+
+def test_both_ends_notice(two: tuple[Peer, Callable[[], None]]) -> None:
+    peer, vanish = two
+    assert peer.silent(SILENT_S), "pings are allowed"
+    vanish()
+    assert {peer.line(WHOLE_S) for _ in ALL} == ALL
