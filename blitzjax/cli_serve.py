@@ -28,7 +28,7 @@ _POOL = 3  # small enough for a laptop, large enough to scale
 _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
     "http_port": "serve.http_port", "ssl_certfile": "serve.ssl_certfile", "ssl_keyfile": "serve.ssl_keyfile",
-    "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
+    "tool_call_parser": "serve.tool_call_parser", "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
     "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",
     "roles": "scale.roles", "scaling_policy": "scale.policy", "event_log": "serve.event_log", "pin_cores": "cluster.pin_cores",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from blitzjax.errors import ConfigError
-from blitzjax.types import LiveMode, Roles, Source
+from blitzjax.types import LiveMode, Roles, Source, ToolCallParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class ServeConfig:
     max_attempts: int = 4  # an attempt is lost with its worker; the request then runs elsewhere
     shutdown_timeout_s: float = 30.0  # in-flight requests may finish after SIGTERM
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
+    tool_call_parser: ToolCallParser = "auto"  # how models write calls of functions; auto: as the chat template says
     http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
     ssl_certfile: str = ""  # PEM, with the chain: gRPC and HTTP are encrypted; metrics are not. Empty: neither is
     ssl_keyfile: str = ""  # PEM, of that certificate

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from blitzjax.serve.calls import FORMATS
 from blitzjax.serve.model import ServedModel
-from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings
+from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 from blitzjax.types import FinishReason, Request, Sampling, TokenLogprob, Work
 
 
@@ -28,6 +29,7 @@ class Order:
     n: int
     echo: str | None  # the prompt's text, which answers shall begin with
     beginnings: tuple[int, ...] = ()  # of the prompt, for routing
+    tool_call_parser: str = ""  # that reads calls out of the text; empty: there are no functions to call
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class Answer:
         self._piece = Piece()
         eos = () if order.sampling.ignore_eos else model.spec.eos_token_ids
         self._silent = frozenset(order.sampling.stop_token_ids) | frozenset(eos)
-        self._decoder = None if model.tokenizer is None else IncrementalDecoder(model.tokenizer, order.prompt)
+        self._decoder = None if model.tokenizer is None else IncrementalDecoder(
+            model.tokenizer, order.prompt, _tags(order, model.tokenizer))
         self._stops = StopStrings(order.stop)
 
     @property
@@ -191,6 +194,11 @@ class Answer:
     def _searched(self, text: str) -> str:
         """What of the newest text may be shown: stop strings count in what comes after the least number of tokens."""
         return text if len(self.generated) <= self.sampling.min_tokens else self._stops.push(text)
+
+
+def _tags(order: Order, tokenizer: Tokenizer) -> Collection[int]:
+    """Special tokens that say where calls are."""
+    return tokenizer.ids(FORMATS[order.tool_call_parser].tags).values() if order.tool_call_parser else ()
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -12,7 +12,8 @@ from blitzjax.errors import InvalidRequest
 from blitzjax.v1 import inference_pb2 as pb
 
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]  # text, token ids (an array, too), or a chat
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, JSON]]  # text, token ids (an array, too), or a chat
 
 
 class Options(TypedDict, total=False):
@@ -42,6 +43,9 @@ class Options(TypedDict, total=False):
     regex: str
     grammar: str
     choice: Sequence[str]
+    tools: Sequence[Mapping[str, JSON]]  # functions, as OpenAI has them; with a chat
+    must_call: Sequence[str]
+    one_call: bool
     model: str
     request_id: str
     priority: int  # lower goes first
@@ -63,6 +67,7 @@ class Chunk:
     prompt_token_ids: tuple[int, ...]  # with echo
     prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
     progress: pb.Progress | None  # what the request waits for, if asked for; such a chunk has nothing else
+    tool_call_parser: str  # with tools: how its text says calls, see calls.py
     at_s: float  # since the call began, on this side
 
 
@@ -79,6 +84,7 @@ class Result:
     usage: pb.Usage
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: tuple[pb.ScoredToken, ...]
+    tool_call_parser: str
     ttft_s: float
     token_times_s: tuple[float, ...]
     total_s: float
@@ -91,7 +97,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    outside = ("model", "request_id", "priority", "progress", "timeout_s")
+    outside = ("model", "request_id", "priority", "progress", "timeout_s", "tools", "must_call", "one_call")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
     sampling: dict[str, Any] = {k: v for k, v in options.items() if k not in CONSTRAINTS and k not in outside}
@@ -108,10 +114,14 @@ def _request(prompt: Prompt, options: Options, sampling: pb.SamplingParams) -> p
     if isinstance(prompt, str):
         out.text = prompt
     elif len(prompt) and isinstance(prompt[0], Mapping):
-        out.chat.messages.extend(_message(m) for m in prompt)
+        out.chat.MergeFrom(pb.Chat(
+            messages=map(_message, prompt), tools=map(_function, options.get("tools", ())),
+            must_call=options.get("must_call", ()), one_call=options.get("one_call", False)))
     else:
         out.tokens.SetInParent()
         out.tokens.ids.extend(prompt)  # type: ignore[arg-type]  # no chat; protobuf refuses what is no token id
+    if options.get("tools") and not out.HasField("chat"):
+        raise TypeError("tools need a chat")
     return out
 
 
@@ -127,11 +137,21 @@ def _constraint(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _message(said: object) -> pb.ChatMessage:
+def _message(said: Any) -> pb.ChatMessage:
     match said:
         case {"role": str(role), "content": str(content)}:
-            return pb.ChatMessage(role=role, content=content)
+            calls = [pb.ToolCall(id=call["id"], name=call["function"]["name"], arguments=call["function"]["arguments"])
+                     for call in said.get("tool_calls", ())]
+            return pb.ChatMessage(role=role, content=content, tool_calls=calls,
+                                  tool_call_id=said.get("tool_call_id", ""))
     raise TypeError(f"a message has a role and a content, both of them text; got {said}")
+
+
+def _function(tool: Mapping[str, Any]) -> pb.Function:
+    of = tool["function"]
+    parameters = of.get("parameters")
+    return pb.Function(name=of["name"], description=of.get("description") or "",
+                       parameters="" if parameters is None else json.dumps(parameters))
 
 
 def collect(chunks: Sequence[Chunk]) -> Result:
@@ -147,8 +167,8 @@ def collect(chunks: Sequence[Chunk]) -> Result:
         request_id=last.request_id, index=last.index, text="".join(c.text for c in chunks),
         token_ids=tuple(t for c in chunks for t in c.token_ids), logprobs=tuple(t for c in chunks for t in c.logprobs),
         finish_reason=last.finish_reason, usage=last.usage, prompt_token_ids=first.prompt_token_ids,
-        prompt_logprobs=first.prompt_logprobs, ttft_s=times[0] if times else last.at_s, token_times_s=times,
-        total_s=last.at_s)
+        prompt_logprobs=first.prompt_logprobs, tool_call_parser=last.tool_call_parser,
+        ttft_s=times[0] if times else last.at_s, token_times_s=times, total_s=last.at_s)
 
 
 def collect_all(chunks: Sequence[Chunk]) -> list[Result]:
@@ -163,4 +183,5 @@ def chunk_of(message: pb.GenerateResponse, started: float) -> Chunk:
         logprobs=tuple(message.logprobs), finish_reason=message.finish_reason,
         usage=message.usage if message.HasField("usage") else None, prompt_token_ids=tuple(message.prompt_token_ids),
         prompt_logprobs=tuple(message.prompt_logprobs),
-        progress=message.progress if message.HasField("progress") else None, at_s=time.monotonic() - started)
+        progress=message.progress if message.HasField("progress") else None,
+        tool_call_parser=message.tool_call_parser, at_s=time.monotonic() - started)

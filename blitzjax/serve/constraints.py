@@ -17,6 +17,7 @@ if typing.TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 MAX_CONSTRAINT_BYTES = 128 << 10
+_CALLS = "parameters of tools"
 _KEPT = 64  # constraints that were found good
 _BLANKS = r"[ \t\r\n]{0,32}"  # between the words of JSON: small models would go on with blanks for ever
 
@@ -28,6 +29,21 @@ async def grammar_of(s: pb.SamplingParams) -> str:
         return ""
     text = {"json_object": lambda: '{"type":"object"}', "choice": lambda: _alternatives(s.choice.choices)}.get(
         kind, lambda: getattr(s, kind))()
+    return await _limited(kind, text)
+
+
+async def grammar_of_calls(calls: str, in_bytes: str, answer: str) -> str:
+    """llguidance's grammar of `calls`, see calls.py, or of an `answer` instead, whose grammar it has made. `in_bytes`: the
+    calls for any tokens. Raises InvalidRequest.
+    """
+    made = json.loads(answer)["grammars"] if answer.startswith("{") else [{"lark_grammar": answer}] if answer else []
+    other = [only | {"name": "answer"} for only in made]
+    start = f"start: calls{' | @answer' if answer else ''}\n"
+    await _limited(_CALLS, json.dumps({"grammars": [{"lark_grammar": start + in_bytes}, *other]}))
+    return json.dumps({"grammars": [{"lark_grammar": start + calls}, *other]})
+
+
+async def _limited(kind: str, text: str) -> str:
     size = len(text.encode())
     if size > MAX_CONSTRAINT_BYTES:
         raise InvalidRequest(f"{kind} may have {MAX_CONSTRAINT_BYTES} bytes, got {size}")
@@ -62,6 +78,8 @@ def _grammar(kind: str, text: str) -> str:
 
     if kind in ("json_schema", "json_object"):
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _BLANKS})
+    if kind == _CALLS:
+        return text
     return grammar_from("lark" if kind == "choice" else kind, text)  # type: ignore[arg-type]  # "regex" or "grammar"
 
 

@@ -162,7 +162,8 @@ async def answering(asked: Callable[[], pb.GenerateRequest], controller: Control
             raise Unavailable("the server is shutting down; try another one")
         request = asked()
         model = controller.find(request.model)
-        order = await order_of(request, model, controller.context_tokens(model), controller.page_size)
+        order = await order_of(request, model, controller.context_tokens(model), controller.page_size,
+                               controller.config.serve.tool_call_parser)
         answers = controller.submit(order, request.resume)
         yield answers, model
     except BlitzError as e:
@@ -225,7 +226,8 @@ def _response(answer: Answer, piece: Piece, last: bool, tokenizer: Tokenizer | N
         request_id=answer.order.request_id, index=answer.index, text=piece.text, token_ids=piece.token_ids,
         finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None,
         logprobs=_scored(piece.token_ids, piece.logprobs, tokenizer), prompt_token_ids=piece.prompt_token_ids,
-        prompt_logprobs=_scored(answer.order.prompt[1:], piece.prompt_logprobs, tokenizer))
+        prompt_logprobs=_scored(answer.order.prompt[1:], piece.prompt_logprobs, tokenizer),
+        tool_call_parser=answer.order.tool_call_parser)
 
 
 def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer | None) -> list[pb.ScoredToken]:

@@ -120,7 +120,8 @@ class Gateway:
                 async for number, chunk in arriving:
                     if not response.prepared:
                         await response.prepare(request)
-                    await _event(response, reply.piece(number, chunk))
+                    if (event := reply.piece(number, chunk)) is not None:
+                        await _event(response, event)
                     if chunk.usage is not None:
                         usages[number].append(chunk.usage)
             except ConnectionError:  # the reader left

@@ -10,13 +10,13 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from blitzjax.errors import BlitzError, InvalidRequest
-from blitzjax.serve.asking import Chunk, Options, Prompt, Result
+from blitzjax.serve import tools
+from blitzjax.serve.asking import JSON, Chunk, Options, Prompt, Result
 from blitzjax.v1 import inference_pb2 as pb
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 T = TypeVar("T")
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
@@ -30,9 +30,10 @@ _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
     "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
-    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "parallel_tool_calls": (True, False),
+    "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "add_special_tokens": (True,), "add_generation_prompt": (True,), "return_token_strs": (False,),
     "modalities": (["text"],), "skip_special_tokens": (True,)}
+_REPLACED = {"functions": "tools", "function_call": "tool_choice"}  # by OpenAI
 _STATUS: Mapping[str, tuple[int, str]] = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
     "UNAUTHENTICATED": (401, "authentication_error"), "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
@@ -49,6 +50,7 @@ class Asked:
     stream: bool
     include_usage: bool
     logprobs: int | None
+    tools: tools.Tools = tools.Tools()
 
     @property
     def answers(self) -> int:
@@ -86,7 +88,9 @@ def chat(body: JSON) -> Asked:
     wanted, top = fields.take("logprobs", bool), fields.take("top_logprobs", int)
     if top is not None and not wanted:
         raise InvalidRequest("top_logprobs needs logprobs: true")
-    return _asked(True, (messages,), options, (top or 0) if wanted else None, fields)
+    wants = tools.asked(fields.take("tools", list), fields.take("tool_choice", str, dict),
+                        fields.take("parallel_tool_calls", bool))
+    return _asked(True, (messages,), options | wants.options, (top or 0) if wanted else None, fields, wants)
 
 
 def tokenize(body: JSON) -> tuple[Prompt, str]:
@@ -109,13 +113,14 @@ def detokenize(body: JSON) -> tuple[Prompt, str]:
     return tokens, model or ""
 
 
-def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields) -> Asked:
+def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields,
+           wants: tools.Tools = tools.Tools()) -> Asked:
     stream = fields.take("stream", bool) or False
     include_usage = (fields.take("stream_options", dict) or {}).get("include_usage", False) is True
     fields.done()
     if logprobs is not None:
         options["logprobs"] = logprobs
-    return Asked(chat, prompts, options, stream, include_usage, logprobs)
+    return Asked(chat, prompts, options, stream, include_usage, logprobs, wants)
 
 
 class _Fields:
@@ -139,8 +144,9 @@ class _Fields:
         """Raises InvalidRequest for what nobody took."""
         for name, value in self._left.items():
             if name not in _IGNORED and value not in _HARMLESS.get(name, ()):
-                known = "is not supported" if name in _HARMLESS else "is no field of this request"
-                raise InvalidRequest(f"{name} {known}; leave it out")
+                known = "is not supported" if name in (*_HARMLESS, *_REPLACED) else "is no field of this request"
+                instead = f"use {_REPLACED[name]}" if name in _REPLACED else "leave it out"
+                raise InvalidRequest(f"{name} {known}; {instead}")
 
 
 def _options(fields: _Fields) -> Options:
@@ -225,12 +231,16 @@ def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
     raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
 
 
-def _messages(given: Sequence[JSON] | None) -> list[dict[str, str]]:
-    out: list[dict[str, str]] = []
+def _messages(given: Sequence[JSON] | None) -> list[dict[str, JSON]]:
+    out: list[dict[str, JSON]] = []
     for k, message in enumerate(given or ()):
         if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
             raise InvalidRequest(f"messages[{k}] must be an object with role and content")
-        out.append({"role": "system" if role == "developer" else role, "content": _content(k, message.get("content"))})
+        calls = tools.calls_of(f"messages[{k}]", role, message)
+        content = message.get("content")
+        silent = content is None and "tool_calls" in calls
+        out.append({"role": "system" if role == "developer" else role,
+                    "content": "" if silent else _content(k, content), **calls})
     if not out:
         raise InvalidRequest("messages must have at least 1 message")
     return out
@@ -258,6 +268,7 @@ class Reply:
     id: str  # of the HTTP request; answers carry it behind what they are
     created: int = field(default_factory=lambda: int(time.time()))
     _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters sent
+    _said: dict[int, tools.Said] = field(default_factory=dict)  # by choice, of a chat
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.asked.chat else 'cmpl'}-{self.id}"
@@ -270,16 +281,21 @@ class Reply:
             "usage": _usage(usages)}
 
     def piece(self, number: int, chunk: Chunk) -> JSON:
-        """A chunk of an answer to prompt `number`."""
+        """A chunk of an answer to prompt `number`; None if it tells nothing yet."""
         asked, index = self.asked, number * self.asked.answers + chunk.index
         at = self._begun.get(index)
+        self._begun[index] = (at or 0) + len(chunk.text)
         choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
                                    "logprobs": self._logprobs(number, chunk, at or 0)}
         if asked.chat:
-            choice["delta"] = ({"role": "assistant"} if at is None else {}) | {"content": chunk.text}
+            answer = self._said.setdefault(index, tools.Said(asked.tools))
+            part = answer.part(chunk.text, chunk.tool_call_parser, last=bool(chunk.finish_reason))
+            choice["finish_reason"] = answer.finish_reason(chunk.finish_reason) or None
+            choice["delta"] = {"role": "assistant", **part} if at is None else part
+            if not any((choice["delta"], choice["finish_reason"], choice["logprobs"])):
+                return None
         else:
             choice["text"] = chunk.text
-        self._begun[index] = (at or 0) + len(chunk.text)
         return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice])
 
     def total(self, usages: Iterable[Sequence[pb.Usage]]) -> JSON:
@@ -294,9 +310,11 @@ class Reply:
         choice: dict[str, JSON] = {
             "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
             "logprobs": self._logprobs(number, result, 0)}
-        if self.asked.chat:
-            return {**choice, "message": {"role": "assistant", "content": result.text}}
-        return {**choice, "text": result.text}
+        if not self.asked.chat:
+            return {**choice, "text": result.text}
+        answer = tools.Said(self.asked.tools)
+        message: JSON = {"role": "assistant", **answer.whole(result.text, result.tool_call_parser)}
+        return {**choice, "message": message, "finish_reason": answer.finish_reason(result.finish_reason)}
 
     def _logprobs(self, number: int, part: Chunk | Result, offset: int) -> JSON:
         if self.asked.logprobs is None:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from blitzjax.control.prefixes import beginnings
 from blitzjax.errors import InvalidRequest
 from blitzjax.serve.answers import Order
-from blitzjax.serve.constraints import grammar_of
+from blitzjax.serve.chats import grammars_of, parser_of, render
+from blitzjax.serve.constraints import grammar_of, grammar_of_calls
 from blitzjax.serve.model import ServedModel
-from blitzjax.serve.tokenizer import Tokenizer
-from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling
+from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling, ToolCallParser
 from blitzjax.v1 import inference_pb2 as pb
 
 DEFAULT_MAX_TOKENS = 128  # shrinks to what fits behind the prompt
@@ -29,7 +29,6 @@ MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_ID_CHARS = 256
-ROLES = ("system", "user", "assistant")
 _MAX_TOKEN_CHARS = 256  # no vocabulary has a longer token, but for runs of spaces
 _LONG_TEXT_CHARS = 4096  # longer texts are tokenized outside the event loop
 _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its defaults
@@ -39,10 +38,10 @@ _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its default
 _OFF = ("top_k", "seed")  # -1 is like none, as in vLLM
 
 
-async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int,
-                   page_size: int) -> Order:
+async def order_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int, page_size: int,
+                   parser: ToolCallParser = "auto") -> Order:
     """Raises InvalidRequest. `context_tokens` bounds prompt and answer together; `page_size` is that of prefix caches,
-    0 if instances have none to choose by.
+    0 if instances have none to choose by; `parser` as configured.
     """
     if len(request.request_id) > MAX_ID_CHARS:
         raise InvalidRequest(f"request_id may have {MAX_ID_CHARS} characters, got {len(request.request_id)}")
@@ -52,14 +51,19 @@ async def order_of(request: pb.GenerateRequest, model: ServedModel, context_toke
         raise InvalidRequest("this model has no tokenizer, so stop strings cannot be found; use stop_token_ids")
     if sampling.WhichOneof("constraint") and model.tokenizer is None:
         raise InvalidRequest("this model has no tokenizer, so its answers cannot follow a schema, a grammar or choices")
-    grammar = await grammar_of(sampling)
     prompt, text = await prompt_of(request, model, context_tokens)
+    grammar, calls = await grammar_of(sampling), ""
+    if model.tokenizer is not None:
+        calls = parser_of(request.chat, model.tokenizer, parser)
+    if model.tokenizer is not None and (request.chat.must_call or calls and grammar):
+        either = grammars_of(request.chat, calls, model.tokenizer)
+        grammar = await grammar_of_calls(*either, "" if request.chat.must_call else grammar)
     cacheable = page_size > 0 and not sampling.HasField("prompt_logprobs")
     return Order(
         request_id=request.request_id or uuid.uuid4().hex, model=model.name, prompt=prompt,
         sampling=_sampling(sampling, len(prompt), context_tokens, grammar), stop=tuple(sampling.stop),
         priority=request.priority, n=sampling.n if sampling.HasField("n") else 1, echo=text if sampling.echo else None,
-        beginnings=beginnings(prompt, page_size) if cacheable else ())
+        tool_call_parser=calls, beginnings=beginnings(prompt, page_size) if cacheable else ())
 
 
 async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tokens: int) -> tuple[tuple[int, ...], str]:
@@ -86,20 +90,11 @@ async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tok
             text = request.text
             ids = await _encode(tokenizer.encode, text, context_tokens) if text else ()
         case "chat":
-            text = _render(request.chat, tokenizer)
+            text = render(request.chat, tokenizer)
             ids = await _encode(tokenizer.encode_rendered, text, context_tokens)
     if not ids:
         raise InvalidRequest("the prompt is empty; it needs at least 1 token")
     return ids, text
-
-
-def _render(chat: pb.Chat, tokenizer: Tokenizer) -> str:
-    if not chat.messages:
-        raise InvalidRequest("the chat is empty; it needs at least 1 message")
-    for message in chat.messages:
-        if message.role not in ROLES:
-            raise InvalidRequest(f"unknown chat role {message.role!r}; roles are {', '.join(ROLES)}")
-    return tokenizer.chat([{"role": m.role, "content": m.content} for m in chat.messages])
 
 
 async def _encode(encode: Callable[[str], tuple[int, ...]], text: str, context_tokens: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -18,6 +18,7 @@ import tokenizers
 
 from blitzjax.errors import CheckpointError, InvalidRequest
 
+_TEMPLATES = ("default", "tool_use")
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
 _MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so a longer run of undecodable tokens is never completed
 _MAX_WINDOW_TOKENS = 64  # of which all but the last few have no text
@@ -39,8 +40,10 @@ class Tokenizer:
         config = _read_json(directory / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         self._names = {name: _token_text(config.get(name)) for name in names}
-        template = _chat_template(directory, config)
-        self._template = None if template is None else _compile(template, directory)
+        self._special = {t for t, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        sources = _chat_templates(directory, config)
+        self.tool_template = sources.get("tool_use", sources.get("default", ""))  # its text; for chats with tools
+        self._templates = {name: _compile(text, directory) for name, text in sources.items() if name in _TEMPLATES}
 
     @staticmethod
     def present(directory: Path) -> bool:
@@ -58,17 +61,23 @@ class Tokenizer:
         """As a batch of one: unlike `encode`, that lets other threads run meanwhile."""
         return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; undecodable bytes become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], shown: Collection[int] = ()) -> str:
+        """Text without special tokens but the `shown` ones; undecodable bytes become U+FFFD."""
+        kept = [token for token in ids if token not in self._special or token in shown] if shown else list(ids)
+        return self._tokenizer.decode(kept, skip_special_tokens=not shown)
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Renders {"role", "content"} messages up to where the assistant speaks. Raises InvalidRequest."""
-        if self._template is None:
+    def ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """Of those texts that are tokens."""
+        return {text: token for text in texts if (token := self._tokenizer.token_to_id(text)) is not None}
+
+    def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
+        """Renders Hugging Face's messages and tools up to where the assistant speaks. Raises InvalidRequest."""
+        template = self._templates.get("tool_use" if tools and "tool_use" in self._templates else "default")
+        if template is None:
             raise InvalidRequest("this model has no chat template; send text or tokens instead of chat")
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, tools=None,
-                                         **self._names)
+            return template.render(messages=list(messages), add_generation_prompt=True, tools=list(tools) or None,
+                                   **self._names)
         except jinja2.TemplateError as e:
             raise InvalidRequest(f"the model's chat template refused the messages: {e}") from e
         except Exception as e:  # the template's own mistakes may raise anything
@@ -82,12 +91,13 @@ class IncrementalDecoder:
     depend on neighbours. `sent` characters of the window's text were emitted.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), shown: Collection[int] = ()):
+        """`shown`: special tokens that are part of the text."""
+        self._decode = lambda ids: tokenizer.decode(ids, shown)
         start, stop = _context(tokenizer, prompt)
         self._ids = list(prompt[start:])
         self._window, self._read = 0, stop - start
-        self._sent = len(tokenizer.decode(prompt[start:stop]).rstrip(_REPLACEMENT))
+        self._sent = len(self._decode(prompt[start:stop]).rstrip(_REPLACEMENT))
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that became final with these tokens, possibly empty."""
@@ -102,15 +112,15 @@ class IncrementalDecoder:
         return self._advance(final=True)
 
     def _advance(self, final: bool) -> str:
-        text = self._tokenizer.decode(self._ids[self._window:])
+        text = self._decode(self._ids[self._window:])
         whole = text if final else text.rstrip(_REPLACEMENT)
         fresh = whole[self._sent:]
         self._sent = max(self._sent, len(whole))
         if whole == text:  # nothing is pending: slide the window
-            if self._tokenizer.decode(self._ids[self._read:]) or len(self._ids) - self._window > _MAX_WINDOW_TOKENS:
+            if self._decode(self._ids[self._read:]) or len(self._ids) - self._window > _MAX_WINDOW_TOKENS:
                 self._window = self._read  # tokens without text are no context: the next one's space would go as first
             self._read = len(self._ids)
-            self._sent = len(self._tokenizer.decode(self._ids[self._window:]))
+            self._sent = len(self._decode(self._ids[self._window:]))
         return fresh
 
 
@@ -149,7 +159,7 @@ class StopStrings:
             self.hit = True
             cut, self._held = self._held[:min(ends)[1]], ""
             return cut
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         out, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
         return out
 
@@ -159,7 +169,7 @@ class StopStrings:
         return out
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that ends `text`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -178,14 +188,14 @@ def _token_text(token: object) -> str:
     return token if isinstance(token, str) else str(token.get("content", "")) if isinstance(token, dict) else ""
 
 
-def _chat_template(directory: Path, config: Mapping[str, object]) -> str | None:
+def _chat_templates(directory: Path, config: Mapping[str, object]) -> dict[str, str]:
+    """By name, of which most models have "default" alone, and some "tool_use"."""
     template = config.get("chat_template")
-    if isinstance(template, list):  # named templates: [{"name": "default", "template": ...}]
-        named = {item["name"]: item["template"] for item in template}
-        template = named.get("default")
+    if isinstance(template, list):  # [{"name": "default", "template": ...}]
+        return {item["name"]: item["template"] for item in template}
     if template is None and (directory / "chat_template.jinja").is_file():
         template = (directory / "chat_template.jinja").read_text()
-    return template if isinstance(template, str) else None
+    return {"default": template} if isinstance(template, str) else {}
 
 
 class _GenerationTag(jinja2.ext.Extension):

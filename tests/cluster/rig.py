@@ -25,6 +25,8 @@ from blitzjax.v1 import inference_pb2 as pb
 
 SPEC = replace(TINY, layers=8)
 POOL = 4
+TEMPLATE = ("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}{{ m.content }};{% endfor %}"
+            """{% if tools %}<tool_call>{"name": , "arguments": }</tool_call>{% endif %}""")
 
 
 class Rig:
@@ -98,7 +100,9 @@ def written(factory: pytest.TempPathFactory, specs: Sequence[ModelSpec]) -> list
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("models") / "tiny"
     write_random(directory, SPEC, seed=3)
-    byte_tokenizer({"<|pad|>": 256, "<|eos|>": SPEC.eos_token_ids[0]}).save(str(directory / "tokenizer.json"))
+    tags = {"<tool_call>": 258, "</tool_call>": 259}
+    byte_tokenizer({"<|pad|>": 256, "<|eos|>": SPEC.eos_token_ids[0], **tags}).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return directory
 
 

