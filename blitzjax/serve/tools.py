@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
 from dataclasses import dataclass, field
+from typing import Any
 
 from blitzjax.errors import InvalidRequest
 from blitzjax.serve.asking import JSON, Options
