@@ -13,6 +13,7 @@ import tomllib
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import blitzjax
 from blitzjax import config as configs
@@ -23,7 +24,11 @@ from blitzjax.errors import BlitzError, CheckpointError
 from blitzjax.serve import access
 from blitzjax.serve.hosts import Launch, WorkerHost, across
 
+if TYPE_CHECKING:
+    from blitzjax.serve.local import LocalCluster
+
 _POOL = 3  # small enough for a laptop, large enough to scale
+_SILENT_S = 15.0  # a start that takes longer says why
 
 _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
@@ -65,11 +70,21 @@ def serve(args: argparse.Namespace) -> int:
     with cluster:
         print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
         try:
-            cluster.wait_ready(float("inf"))
+            wait_ready(cluster)
         except BlitzError:  # the controller has said why; or it was told to go, with code 0
             return cluster.wait(0)
         print(_banner(names or [Path(model).name for model in args.model], cluster.address, config), flush=True)
         return cluster.wait()
+
+
+def wait_ready(cluster: LocalCluster) -> None:
+    """Raises BlitzError if the controller ended."""
+    try:
+        cluster.wait_ready(_SILENT_S)
+    except TimeoutError:
+        print("no instance serves yet: the first start of a model compiles it, for a minute or more; the next one loads that",
+              flush=True)
+        cluster.wait_ready(float("inf"))
 
 
 def _check_free(host: str, port: int) -> None:

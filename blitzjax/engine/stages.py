@@ -130,10 +130,13 @@ class Stages:
 
     # ---- compilation ------------------------------------------------------------------------------------------------
 
-    def load(self) -> None:
-        """Takes from the executable cache what was compiled before. Computes nothing, so it may run on any core."""
+    def load(self) -> int:
+        """Takes from the executable cache what was compiled before. → how many are still to be compiled. Computes nothing,
+        so it may run on any core.
+        """
         names = {_name(*stage): stage for stage in self._all()}
         self._found |= {names[name]: found for name, found in self.cache.load(list(names)).items()}
+        return len(names) - len(self._found)
 
     def compile_all(self, begin: float = 0.0) -> None:
         """Compiles, or loads from the executable cache, every stage at every bucket. `begin` in [0, 1): which part of

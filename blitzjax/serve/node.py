@@ -103,7 +103,9 @@ class Node:
             store = LayerStore(spec, self._devices)
             fetch = self._peers.fetch if self.config.engine.share_executables else lambda name: None
             stages = Stages(spec, self.config.engine, store.mesh, fetch=fetch)
-        stages.load()
+        missing = stages.load()
+        if missing:
+            log.info("%s compiles %d stages for %s, unless others have them", self.name, missing, spec.name)
         with computing_on(self._core):
             stages.compile_all(self._peers.begin)
             if self.config.scale.roles == "split" or store.own_memory and self.config.engine.prefix_caching:

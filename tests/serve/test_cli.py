@@ -104,6 +104,16 @@ def configure(*argv: str):
     return cli_serve.configure(cli.build_parser().parse_args(["serve", "toy", *argv]))
 
 
+def test_a_start_that_takes_long_says_why(capsys: pytest.CaptureFixture[str]):
+    class Slow:
+        def wait_ready(self, timeout_s: float) -> None:
+            if timeout_s < 60:
+                raise TimeoutError
+
+    cli_serve.wait_ready(Slow())
+    assert "the first start of a model compiles it" in capsys.readouterr().out
+
+
 def test_what_the_banner_proposes_can_be_typed():
     for models in (["a"], ["a", "b"]):
         banner = cli_serve._banner(models, "127.0.0.1:7", configure("--pool", "2"))
