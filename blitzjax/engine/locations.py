@@ -20,7 +20,8 @@ FORMAT_VERSION = 3  # one more whenever a field of ModelSpec or Entry changes: c
 CONVERTER_VERSION = 2  # one more whenever a model becomes something else: what was converted before is converted anew
 MANIFEST = "manifest.json"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repository, what is read
+_READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repository
+_UNREAD = ["*/*", "consolidated*.safetensors"]  # the same parameters again, as their authors keep them
 
 
 def default_cache() -> Path:
@@ -89,7 +90,8 @@ def _snapshot(repository: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=not download))
+        return Path(snapshot_download(repository, allow_patterns=_READ, ignore_patterns=_UNREAD,
+                                      local_files_only=not download))
     except (OSError, ValueError) as e:  # what the hub says of a repository or a connection is one of them
         raise CheckpointError(f"no directory {repository!r}, and the Hugging Face hub does not give it: "
                               f"{str(e).splitlines()[0]}") from e

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 import tiny_families
@@ -245,6 +247,22 @@ def test_a_repository_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
     assert second.stdout == first.stdout and Checkpoint.open(Path(first.stdout.strip())).spec == replace(SPEC, name="mine")
     missing = converted("acme/other")
     assert missing.returncode == 2 and "no directory 'acme/other', and the Hugging Face hub does not" in missing.stderr
+
+
+def test_of_a_repository_only_what_is_read_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Some keep the same parameters twice. There is no hub here: it would send what its own filter lets through."""
+    listed = ["README.md", "config.json", "consolidated.safetensors", "model-00001-of-00001.safetensors",
+              "model.safetensors.index.json", "original/model.safetensors", "metal/model.bin", "tokenizer.json"]
+    sent: list[str] = []
+
+    def snapshot(repository: str, allow_patterns: list[str], ignore_patterns: list[str], **_: object) -> str:
+        sent.extend(filter_repo_objects(listed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(CheckpointError):  # nothing came
+        resolve("acme/mine", "float32", tmp_path / "cache")
+    assert sent == ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
