@@ -108,7 +108,7 @@ def test_every_family_is_read_whole(tmp_path: Path, case: str, bare: bool) -> No
 
 
 def differing(path: Path, config: Mapping[str, object], named: Mapping[str, np.ndarray]) -> HuggingFace:
-    """The gemma3 checkpoint as somebody else wrote it."""
+    """A checkpoint as somebody else wrote it."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
     write_shards(path, named, 1)
@@ -150,7 +150,12 @@ def test_buffers_may_have_any_type(tmp_path: Path) -> None:
     named = {n: tiny_families.values("gpt2", n, s) for n, s in FAMILIES["gpt2"]["tensors"].items()}
     masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), bool),
              "transformer.h.0.attn.masked_bias": np.float32([-1e4])}
-    differing(tmp_path / "hf", FAMILIES["gpt2"]["config"], named | masks)
+    plain, masked = (differing(tmp_path / name, FAMILIES["gpt2"]["config"], named | more)
+                     for name, more in (("plain", {}), ("masked", masks)))
+    for want, got in zip(plain.units(), masked.units(), strict=True):
+        assert want.keys() == got.keys()
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name])
 
 
 def test_packed_experts_are_read(tmp_path: Path) -> None:
