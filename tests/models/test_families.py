@@ -214,6 +214,7 @@ def test_attention_of_gpus_matches_reference(case: str, load, monkeypatch: pytes
     def gpus(case: str, tp: int = 1, chunk: int = CHUNK) -> Model:
         return load(case, tp, chunk, fused("xla", "float32"))
 
+    assert gpus(case).runner.stages.attention.fused == "xla" and gpus(case, 2).runner.stages.attention.split is not None
     test_parts_and_whole_match_reference(case, gpus)
     test_decode_matches_reference(case, gpus)
     test_prefix_hits_and_preemption_match_reference(case, gpus, monkeypatch)
