@@ -87,7 +87,7 @@ def test_http_is_encrypted_too(guarded: LocalCluster) -> None:
     def get(path: str, **headers: str) -> int:
         url = f"https://localhost:{guarded.config.serve.http_port}{path}"
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10,
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60,
                                         context=ssl.create_default_context(cafile=CERT)) as answer:
                 return answer.status
         except urllib.error.HTTPError as e:

@@ -45,7 +45,7 @@ def test_version():
 
 def test_a_reader_that_left_is_no_error():
     done = subprocess.run(f"{sys.executable} -m blitzjax.cli sim --list | true", shell=True, capture_output=True,
-                          text=True, timeout=20)
+                          text=True, timeout=120)
     assert done.stderr == ""
 
 

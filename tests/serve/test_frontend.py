@@ -24,6 +24,7 @@ from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 SLOW = 0.05  # seconds per token
+LASTING = {"max_tokens": 400, "temperature": 0.3}  # two minutes: it does not end by itself while a test waits
 
 
 def toy(last: int, n: int) -> tuple[int, ...]:
@@ -46,8 +47,8 @@ def test_text_answer(client):
 
 def test_tokens_arrive_one_by_one(client):
     """A machine that stalls may join some of them."""
-    chunks = list(client.stream([10], max_tokens=10, temperature=SLOW))
-    assert sum((c.token_ids for c in chunks), ()) == toy(10, 10)
+    chunks = list(client.stream([10], max_tokens=30, temperature=SLOW))
+    assert sum((c.token_ids for c in chunks), ()) == toy(10, 30)
     assert len(chunks) > 4 and chunks[-1].at_s - chunks[0].at_s > 5 * SLOW
     assert [c.finish_reason for c in chunks] == [*[""] * (len(chunks) - 1), "length"]
 
@@ -113,23 +114,23 @@ def test_n_answers_come_in_one_stream_each_with_its_end(client):
 
 
 def test_abort_ends_all_n_answers_and_frees_their_id(client):
-    stream = client.stream([1], n=3, max_tokens=400, temperature=SLOW, request_id="all")
+    stream = client.stream([1], n=3, **LASTING, request_id="all")
     chunks = [next(stream)]
     with pytest.raises(InvalidRequest, match="'all' is still running"):
         client.generate([1], request_id="all")
     client.abort("all")
     chunks += stream
     assert [r.finish_reason for r in collect_all(chunks)] == ["abort"] * 3
-    eventually(lambda: quiet(client), 2.0)
+    eventually(lambda: quiet(client))
     assert client.generate([1], request_id="all", max_tokens=1).token_ids == (2,)
 
 
 def test_client_that_leaves_ends_all_n_generations(client):
-    stream = client.stream([1], n=4, max_tokens=400, temperature=SLOW)
+    stream = client.stream([1], n=4, **LASTING)
     next(stream)
-    assert client.status().running_requests == 4
+    eventually(lambda: client.status().running_requests == 4)
     stream.close()
-    eventually(lambda: quiet(client), 2.0)
+    eventually(lambda: quiet(client))
 
 
 def test_echo_begins_the_answer_with_the_prompt(client):
@@ -222,33 +223,33 @@ def test_unknown_model_names_the_served_ones(client):
 
 
 def test_client_that_leaves_ends_its_generation(client):
-    stream = client.stream([1], max_tokens=400, temperature=SLOW)
+    stream = client.stream([1], **LASTING)
     next(stream)
     assert not quiet(client)
     stream.close()
-    eventually(lambda: quiet(client), 2.0)
+    eventually(lambda: quiet(client))
 
 
 def test_deadline_ends_the_generation(client):
     with pytest.raises(BlitzError) as e:
-        client.generate([1], max_tokens=400, temperature=SLOW, timeout_s=0.3)
+        client.generate([1], **LASTING, timeout_s=0.3)
     assert e.value.code == "DEADLINE_EXCEEDED"
-    eventually(lambda: quiet(client), 2.0)
+    eventually(lambda: quiet(client))
 
 
 def test_abort_ends_the_answer_with_what_it_has(client):
-    stream = client.stream([1], max_tokens=400, temperature=SLOW, request_id="mine")
+    stream = client.stream([1], **LASTING, request_id="mine")
     first = next(stream)
     client.abort("mine", "nobody's")
     rest = list(stream)
     assert rest[-1].finish_reason == "abort"
     tokens = first.token_ids + tuple(t for c in rest for t in c.token_ids)
     assert tokens == toy(1, rest[-1].usage.completion_tokens)
-    eventually(lambda: quiet(client), 2.0)
+    eventually(lambda: quiet(client))
 
 
 def test_request_id_is_unique_while_it_runs_and_free_afterwards(client):
-    stream = client.stream([1], max_tokens=400, temperature=SLOW, request_id="mine")
+    stream = client.stream([1], **LASTING, request_id="mine")
     assert next(stream).request_id == "mine"
     with pytest.raises(InvalidRequest, match="'mine' is still running"):
         client.generate([1], request_id="mine")
@@ -305,9 +306,9 @@ def test_status_shows_model_and_instances(client):
 
 
 def test_scale_up_and_down_waits_until_it_is_done(client):
-    reply = client.scale(2, source="disk", wait=True, timeout_s=10)
+    reply = client.scale(2, source="disk", wait=True, timeout_s=60)
     assert (reply.serving, reply.target) == (2, 2) and reply.seconds > 0
-    assert client.scale(1, wait=True, timeout_s=10).serving == 1
+    assert client.scale(1, wait=True, timeout_s=60).serving == 1
     eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
 
 
@@ -317,7 +318,7 @@ def test_scale_back_waits_for_an_instance_that_still_loads(cluster, client):
     cluster.signal_worker(number, signal.SIGSTOP)  # it would be done in no time
     client.scale(2, source="disk")
     with ThreadPoolExecutor(1) as callers:
-        waiting = callers.submit(client.scale, 1, wait=True, timeout_s=10)
+        waiting = callers.submit(client.scale, 1, wait=True, timeout_s=60)
         time.sleep(0.2)
         assert not waiting.done() and "loading" in {i.phase for i in client.status().instances}
         cluster.signal_worker(number, signal.SIGCONT)
@@ -348,23 +349,31 @@ def test_scale_refuses_unknown_modes(client):
         client.scale(1, source="ether")
 
 
-def test_watch_shows_layers_arriving_and_a_picture_per_second(client):
-    pictures, started = [], time.monotonic()
+def test_watch_shows_instances_that_come_and_go_and_what_stays(client):
+    pictures, enough = [], threading.Event()
 
     def look():
-        with pytest.raises(BlitzError, match="DEADLINE"):
-            pictures.extend(client.watch(timeout_s=2.5))
+        for picture in client.watch():
+            pictures.append(picture)
+            if enough.is_set():
+                return
+
+    def seen(serving: int) -> bool:
+        return bool(pictures) and sum(i.phase == "serving" for i in pictures[-1].instances) == serving
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    client.scale(2, wait=True, timeout_s=10)
-    time.sleep(0.2)  # longer than the pause between two pictures
-    client.scale(1, wait=True, timeout_s=10)
+    client.scale(2, wait=True, timeout_s=60)
+    eventually(lambda: seen(2))
+    client.scale(1, wait=True, timeout_s=60)
+    eventually(lambda: seen(1))
+    before = len(pictures)
+    eventually(lambda: len(pictures) > before + 2)  # also when nothing changes
+    enough.set()
     watcher.join()
-    assert time.monotonic() - started < 5
-    assert max(sum(i.phase == "serving" for i in p.instances) for p in pictures) == 2
-    gaps = [b.at - a.at for a, b in zip(pictures, pictures[1:], strict=False)]
-    assert min(gaps) > 0.03 and max(gaps) < 1.3
+    assert min(b.at - a.at for a, b in zip(pictures, pictures[1:], strict=False)) > 0.03
+    with pytest.raises(BlitzError, match="DEADLINE"):
+        list(client.watch(timeout_s=0.1))
 
 
 def test_reflection_lists_services(cluster):

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
-from test_frontend import SLOW, quiet, toy
+from test_frontend import LASTING, SLOW, quiet, toy
 from toy import eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.serve.client import AsyncClient
@@ -32,7 +33,7 @@ class Site:
 
     def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, object, dict[str, str]]:
         """→ status, parsed body or None, headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
             connection.request(method, path, data, {"Content-Type": "application/json", **headers})
@@ -54,7 +55,7 @@ class Site:
 
     def events(self, path: str, **body: object) -> list[dict]:
         """Of a stream that ends as it should, and whose chunks have its request's id."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
@@ -76,7 +77,7 @@ def site(model_dir, tmp_path_factory) -> Iterator[Site]:
         wait_whole(cluster)
         site = Site(port)
         site.cluster = cluster
-        eventually(lambda: site.ask("GET", "/health")[0] == 200, 10)
+        eventually(lambda: site.ask("GET", "/health")[0] == 200)
         yield site
         assert cluster.stop() == 0, cluster.tail("controller")
 
@@ -131,8 +132,9 @@ def test_a_stream_has_what_the_whole_has(site):
 
 
 def test_tokens_are_streamed_as_they_come(site):
-    events = site.events("/v1/completions", prompt="a", max_tokens=4, temperature=SLOW)
-    assert [e["choices"][0]["text"] for e in events] == ["b", "c", "d", "e"]
+    """A machine that stalls may join some of them."""
+    events = site.events("/v1/completions", prompt="A", max_tokens=20, temperature=SLOW)
+    assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(65, 20)) and len(events) > 4
 
 
 def test_sampling_fields_reach_the_model(site):
@@ -247,7 +249,7 @@ def test_a_bug_is_answered_in_openais_form_and_logged_by_request(caplog: pytest.
 def test_a_reader_that_leaves_ends_its_generation(site):
     with site.cluster.client() as client:
         for stream in (True, False):
-            body = json.dumps({"prompt": "a", "max_tokens": 400, "temperature": SLOW, "stream": stream}).encode()
+            body = json.dumps({"prompt": "a", **LASTING, "stream": stream}).encode()
             with socket.create_connection(("127.0.0.1", site.port)) as reader:
                 reader.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                                b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
@@ -257,16 +259,13 @@ def test_a_reader_that_leaves_ends_its_generation(site):
 
 
 def test_an_answer_survives_the_controllers_crash(site):
-    async def answers() -> list[dict]:
-        asked = asyncio.to_thread(site.events, "/v1/completions", prompt="a", max_tokens=20, temperature=SLOW)
-        task = asyncio.create_task(asked)
-        await asyncio.sleep(6 * SLOW)
+    with site.cluster.client() as client, ThreadPoolExecutor(1) as readers:
+        reading = readers.submit(site.events, "/v1/completions", prompt="A", max_tokens=40, temperature=SLOW)
+        eventually(lambda: client.status().running_requests == 1)
         site.cluster.signal_controller()
-        return await task
-
-    events = asyncio.run(answers())
-    assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(97, 20))
-    eventually(lambda: site.ask("GET", "/health")[0] == 200, 10)
+        events = reading.result()
+    assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(65, 40))
+    eventually(lambda: site.ask("GET", "/health")[0] == 200)
 
 
 def test_a_key_is_asked_for(site):
@@ -274,12 +273,12 @@ def test_a_key_is_asked_for(site):
     gateway = subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--address", site.cluster.address,
                                 "--port", str(port)], env=os.environ | {"BLITZJAX_API_KEY": "secret"})
     keyed = Site(port)
-    eventually(lambda: keyed.ask("GET", "/health")[0] == 200, 20)
+    eventually(lambda: keyed.ask("GET", "/health")[0] == 200)
     assert keyed.ask("GET", "/ping")[0] == 200 and keyed.ask("GET", "/v1/models")[0] == 401
     assert keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
     assert keyed.ask("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
     gateway.terminate()
-    assert gateway.wait(10) == 0
+    assert gateway.wait(60) == 0
 
 
 def test_without_a_controller_it_says_so():
@@ -288,12 +287,12 @@ def test_without_a_controller_it_says_so():
                                 "--port", str(port)])
     try:
         alone = Site(port)
-        eventually(lambda: alone.ask("GET", "/health")[0] == 503, 20)
+        eventually(lambda: alone.ask("GET", "/health")[0] == 503)
         status, said, headers = alone.ask("POST", "/v1/completions", {"prompt": "a", "model": "toy"})
         assert status == 503 and said["error"]["code"] == 503 and headers["Retry-After"] == "1"
     finally:
         gateway.terminate()
-        assert gateway.wait(10) == 0
+        assert gateway.wait(60) == 0
 
 
 @pytest.mark.parametrize(("body", "says"), [

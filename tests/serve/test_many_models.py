@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_frontend import LASTING
 from toy import SPEC, eventually, toy_config, toy_launch, write_model
 
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
@@ -26,9 +27,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     config = toy_config("scale.policy=auto", "scale.min_instances=0", "scale.zero_after_s=0.5",
                         "scale.down_after_s=2.0", "scale.max_instances=2")
     with LocalCluster(config, models, toy_launch(root / "run")) as cluster:
-        cluster.wait_ready(30)
+        cluster.wait_ready(60)
         with cluster.client() as client:
-            eventually(lambda: len(kept(client)) == 2, 20)
+            eventually(lambda: len(kept(client)) == 2)
         yield cluster
         assert cluster.stop() == 0, cluster.tail("controller")
 
@@ -46,7 +47,7 @@ def kept(client: Client) -> dict[str, str]:
 
 def blitzjax(cluster: LocalCluster, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv, "--address", cluster.address],
-                          capture_output=True, text=True, timeout=30)
+                          capture_output=True, text=True, timeout=60)
 
 
 def test_models_at_zero_are_kept_by_different_workers_and_answer(client: Client) -> None:
@@ -75,9 +76,9 @@ def test_scaling_is_about_one_model(client: Client) -> None:
         client.scale(3, model="left")
     with pytest.raises(UnknownModel, match="no model 'middle' here; served: left, right"):
         client.scale(1, model="middle")
-    reply = client.scale(2, model="right", wait=True, timeout_s=10)
+    reply = client.scale(2, model="right", wait=True, timeout_s=60)
     assert (reply.serving, reply.target) == (2, 2)
-    assert client.scale(0, model="right", wait=True, timeout_s=10).serving == 0
+    assert client.scale(0, model="right", wait=True, timeout_s=60).serving == 0
     eventually(lambda: len(kept(client)) == 2)
 
 
@@ -99,13 +100,13 @@ def test_a_model_comes_and_goes_while_others_serve(cluster: LocalCluster, client
 
 def test_whoever_waits_for_instances_of_a_model_that_leaves_is_told(client: Client, tmp_path: Path) -> None:
     client.deploy(write_model(tmp_path / "third", spec=replace(SPEC, name="third")))
-    streams = [client.stream("a", model=name, max_tokens=400, temperature=0.05) for name in ("left", "right")]
+    streams = [client.stream("a", model=name, **LASTING) for name in ("left", "right")]
     for stream in streams:
         next(stream)  # no worker is free
     with ThreadPoolExecutor(1) as callers:
-        waiting = callers.submit(client.scale, 1, model="third", wait=True, timeout_s=10)
+        waiting = callers.submit(client.scale, 1, model="third", wait=True, timeout_s=60)
         eventually(lambda: any(m.name == "third" and m.target == 1 for m in client.status().models))
-        client.undeploy("third", timeout_s=10)
+        client.undeploy("third", timeout_s=60)
         with pytest.raises(BlitzError, match="ABORTED: third was undeployed"):
             waiting.result()
     for stream in streams:
@@ -130,4 +131,4 @@ def test_a_killed_keeper_is_replaced(cluster: LocalCluster, client: Client) -> N
     cluster.signal_worker(int(victim[1:]))
     eventually(lambda: kept(client).get("left", victim) != victim)
     assert client.generate("a", model="left", max_tokens=3).text == "bcd"
-    eventually(lambda: len(client.status().instances) == 2 and len(kept(client)) == 2, 20)
+    eventually(lambda: len(client.status().instances) == 2 and len(kept(client)) == 2)

@@ -98,7 +98,7 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
     config = toy_config(f"serve.metrics_port={port}")
 
     def scrape(path: str = "/metrics") -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             return answer.read().decode()
 
@@ -120,4 +120,4 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
         assert read['vllm:e2e_request_latency_seconds_count{model_name="toy"}'] == 1
         again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))
         with again, pytest.raises(BlitzError, match=f"cannot listen on 127.0.0.1:{port} for metrics"):
-            again.wait_ready(20)
+            again.wait_ready(60)

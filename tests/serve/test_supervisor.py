@@ -95,7 +95,7 @@ def test_told_to_go_before_it_began_it_goes(model_dir: Path) -> None:
     cluster = LocalCluster(toy_config(), model_dir, _LAUNCH)
     cluster.terminate()
     with cluster:
-        cluster.wait(5)
+        cluster.wait(60)
         assert cluster.controller_pid() is None
 
 
@@ -103,7 +103,7 @@ def test_told_to_go_while_it_begins_it_goes(model_dir: Path, temporary: Path) ->
     with LocalCluster(toy_config(), model_dir, _LAUNCH) as cluster:
         eventually(lambda: cluster.controller_pid() is not None)
         cluster.terminate()
-        assert cluster.wait(20) == 0
+        assert cluster.wait(60) == 0
     assert list(temporary.iterdir()) == []
 
 
@@ -127,7 +127,7 @@ def test_an_ipv6_address_is_a_host_like_any_other(model_dir: Path) -> None:
 
     def get(port: int, path: str) -> int:
         try:
-            with urllib.request.urlopen(f"http://[::1]:{port}{path}", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://[::1]:{port}{path}", timeout=60) as answer:
                 return answer.status
         except urllib.error.URLError:
             return 0

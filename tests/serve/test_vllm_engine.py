@@ -7,7 +7,7 @@ from itertools import accumulate
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from test_frontend import SLOW, quiet, toy
+from test_frontend import LASTING, SLOW, quiet, toy
 from toy import EOS, VOCAB, eventually
 
 from blitzjax.v1 import vllm_engine_pb2 as vllm
@@ -24,7 +24,7 @@ def ask(stub, prompt, stream=False, request_id="", **sampling) -> list[vllm.Gene
     given = {"text": prompt} if isinstance(prompt, str) else {"tokenized": {"input_ids": prompt}}
     sampling = {"temperature": 0.0, "max_tokens": 5} | sampling
     return list(stub.Generate(vllm.GenerateRequest(
-        request_id=request_id, stream=stream, sampling_params=vllm.SamplingParams(**sampling), **given), timeout=20))
+        request_id=request_id, stream=stream, sampling_params=vllm.SamplingParams(**sampling), **given), timeout=60))
 
 
 def test_whole_answer(stub):
@@ -36,15 +36,15 @@ def test_whole_answer(stub):
 
 
 def test_stream_and_its_end(stub):
-    *chunks, last = ask(stub, [97], stream=True, temperature=SLOW)
-    assert len(chunks) > 1 and sum((tuple(r.chunk.token_ids) for r in chunks), ()) == toy(97, 5)
+    *chunks, last = ask(stub, [97], stream=True, temperature=SLOW, max_tokens=20)
+    assert len(chunks) > 1 and sum((tuple(r.chunk.token_ids) for r in chunks), ()) == toy(97, 20)
     assert [r.chunk.completion_tokens for r in chunks] == list(accumulate(len(r.chunk.token_ids) for r in chunks))
-    assert tuple(last.complete.output_ids) == toy(97, 5)
+    assert tuple(last.complete.output_ids) == toy(97, 20)
 
 
 def test_what_nobody_said_is_vllms_default(stub):
     [response] = list(stub.Generate(vllm.GenerateRequest(
-        text="a", sampling_params=vllm.SamplingParams(temperature=0.0)), timeout=20))
+        text="a", sampling_params=vllm.SamplingParams(temperature=0.0)), timeout=60))
     assert response.complete.finish_reason == "stop"  # the whole context was there, and the toy came to its end
     assert response.complete.matched_token_id == EOS
     assert len(response.complete.output_ids) == EOS - 97
@@ -71,12 +71,12 @@ def test_logprobs_of_answer_and_prompt(stub):
 def test_abort_and_a_caller_that_leaves(stub, client):
     running = stub.Generate(vllm.GenerateRequest(
         request_id="mine", stream=True, tokenized={"input_ids": [97]},
-        sampling_params=vllm.SamplingParams(temperature=SLOW, max_tokens=300)))
+        sampling_params=vllm.SamplingParams(**LASTING)))
     next(running)
     stub.Abort(vllm.AbortRequest(request_ids=["mine", "unknown"]))
     assert list(running)[-1].complete.finish_reason == "abort"
     left = stub.Generate(vllm.GenerateRequest(
-        stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(temperature=SLOW, max_tokens=300)))
+        stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(**LASTING)))
     next(left)
     left.cancel()
     eventually(lambda: quiet(client))
@@ -110,7 +110,7 @@ def test_model_server_and_load(stub, cluster):
         asked = health_pb2.HealthCheckRequest(service="vllm.grpc.engine.VllmEngine")
         assert health_pb2_grpc.HealthStub(channel).Check(asked).status == health_pb2.HealthCheckResponse.SERVING
     running = stub.Generate(vllm.GenerateRequest(
-        stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(temperature=SLOW, max_tokens=100)))
+        stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(**LASTING)))
     next(running)
     eventually(lambda: stub.GetLoads(vllm.GetLoadsRequest()).loads[0].num_running_reqs == 1)
     [load] = stub.GetLoads(vllm.GetLoadsRequest()).loads

@@ -52,12 +52,12 @@ def toy_launch(run_dir: Path, **env: str) -> Launch:
 
 def wait_whole(cluster: LocalCluster) -> None:
     """An instance serves and every worker has joined."""
-    cluster.wait_ready(30)
+    cluster.wait_ready(60)
     with cluster.client() as client:
-        eventually(lambda: len(client.status().instances) == cluster.config.cluster.pool, 20)
+        eventually(lambda: len(client.status().instances) == cluster.config.cluster.pool)
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Waits for what other processes do."""
     deadline = time.monotonic() + timeout_s
     while not condition():

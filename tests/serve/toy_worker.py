@@ -203,7 +203,8 @@ class Toy:
                 self.emit(events.PrefillDone(*at))
             if reason:
                 if os.environ.get("TOY_DIE_AFTER") == str(last):
-                    await asyncio.sleep(0.1)  # what was written is on its way
+                    while self.session._kept:  # what was said has not been heard
+                        await asyncio.sleep(0.01)
                     os._exit(1)
                 break
         self.tasks.pop(work.request.id, None)
