@@ -97,7 +97,7 @@ class LocalCluster:
         atexit.register(self.stop)
         self._thread.start()
 
-    def stop(self, grace_s: float = 5.0) -> int | None:
+    def stop(self, grace_s: float = 20.0) -> int | None:
         """Ends everything: the controller gets SIGTERM and `grace_s` seconds to drain. Returns its exit code."""
         if self._thread is None:
             return self._controller.code
