@@ -36,7 +36,7 @@ def write_source(path: Path, spec: ModelSpec) -> Path:
 
 
 def probe(*args: object) -> int:
-    done = subprocess.run([sys.executable, PROBE, *map(str, args)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, PROBE, *map(str, args)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

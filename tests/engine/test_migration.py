@@ -252,13 +252,15 @@ def test_the_source_decodes_on_when_its_target_is_gone_and_may_send_again(make) 
     rigs = make("p", "d", "e")
     p, d, e = rigs["p"], rigs["d"], rigs["e"]
     wanted = expected(p, WORKS[:3])
-    d.handoff.take = lambda *a, take=d.handoff.take: time.sleep(0.2) or take(*a)
+    closed = threading.Event()
+    d.handoff.take = lambda *a, take=d.handoff.take: closed.wait() and take(*a)
     for item in WORKS[:3]:
         p.instance.post(item)
     wait(lambda: tokens_said(p, "r0") >= 3, "tokens")
     migrate(p, "r0", d)
     wait(lambda: p.session is not None, "the offer")
     p.session.close()  # what a broken connection looks like on both sides
+    closed.set()
     before = tokens_said(p, "r0")
     wait(lambda: tokens_said(p, "r0") > before, "decoding goes on")
     migrate(p, "r0", e)
@@ -319,12 +321,14 @@ def test_release_forgets_what_is_on_its_way(make) -> None:
     for released in ("p", "d"):
         rigs = make("p", "d")
         p, d = rigs["p"], rigs["d"]
-        d.handoff.take = lambda *a, take=d.handoff.take: time.sleep(0.1) or take(*a)
+        told = threading.Event()
+        d.handoff.take = lambda *a, told=told, take=d.handoff.take: told.wait() and take(*a)
         p.instance.post(WORKS[4])
         wait(lambda: tokens_said(p, "r4") >= 1, "tokens")
         migrate(p, "r4", d)
         wait(lambda: p.session is not None, "the offer")
         rigs[released].instance.post(Release(released))
+        told.set()
         rigs[released].wait(lambda events: any(isinstance(e, Drained) for e in events), "Drained")
         if released == "d":  # the worker says so by ending the session
             p.session.close()
