@@ -83,7 +83,7 @@ def ended(*rigs: Rig) -> dict[str, str]:
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, f"not {what}"
         time.sleep(0.002)

@@ -126,7 +126,7 @@ async def ended(*answers: Answer) -> None:
 
 @pytest.fixture
 def toys(model_dir: Path, tmp_path: Path):
-    return lambda *overrides: Toys(toy_config("serve.resume_timeout_s=2.0", *overrides), load_model(model_dir), tmp_path)
+    return lambda *overrides: Toys(toy_config("serve.resume_timeout_s=30.0", *overrides), load_model(model_dir), tmp_path)
 
 
 @in_a_loop
