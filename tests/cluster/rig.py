@@ -38,10 +38,10 @@ class Rig:
         self._senders = ThreadPoolExecutor(32)
 
     def send(self, prompt: list[int], **options) -> Future[Result]:
-        options = {"max_tokens": 8, "ignore_eos": True, "timeout_s": 90.0} | options
+        options = {"max_tokens": 8, "ignore_eos": True, "timeout_s": 300.0} | options
         return self._senders.submit(self.client.generate, prompt, **options)
 
-    def wait(self, condition: Callable[[pb.ClusterStatus], bool], what: str, timeout_s: float = 40.0) -> pb.ClusterStatus:
+    def wait(self, condition: Callable[[pb.ClusterStatus], bool], what: str, timeout_s: float = 120.0) -> pb.ClusterStatus:
         deadline = time.monotonic() + timeout_s
         while not condition(status := self.client.status()):
             assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {describe(status)}"
@@ -68,6 +68,12 @@ class Rig:
     def log(self) -> list[dict[str, object]]:
         """Events and commands so far."""
         return [json.loads(line) for line in self.event_log.read_text().rpartition("\n")[0].splitlines()[1:]]
+
+    def whole_log(self) -> list[dict[str, object]]:
+        """All that was decided before this call: the log is written in blocks."""
+        mark = self.send([1], max_tokens=1).result().request_id
+        self.wait(lambda s: mark in self.event_log.read_text(), "in the event log")
+        return self.log()
 
     def pids(self) -> dict[int, int | None]:
         return {k: self.cluster.worker_pid(k) for k in range(POOL)}
@@ -115,7 +121,7 @@ def rig(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, model_dir) as cluster:
-        cluster.wait_ready(120)
+        cluster.wait_ready(300)
         rig = Rig(cluster)
         rig.settle(1)
         yield rig

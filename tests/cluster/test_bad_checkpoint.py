@@ -30,4 +30,4 @@ def test_damage_is_named_and_ends_the_start(tmp_path, tmp_path_factory, damage, 
         "serve.port=0", "cluster.pool=2", "engine.dtype=float32", "engine.max_model_len=128", "engine.max_num_seqs=2",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, tmp_path / "tiny") as cluster, pytest.raises(BlitzError, match=named):
-        cluster.wait_ready(60)
+        cluster.wait_ready(300)

@@ -51,7 +51,9 @@ def test_priorities_order_what_waits(rig: Rig) -> None:
     busy = [rig.send([n] * 20, max_tokens=200) for n in range(8)]  # every slot
     rig.wait(lambda s: s.running_requests == 8, "busy")
     waiting = [rig.send([n] * 20, max_tokens=200, priority=n % 3) for n in range(24)]
-    answers = [answer.result() for answer in waiting]
-    queued = {p: [a.usage.queue_s for n, a in enumerate(answers) if n % 3 == p] for p in range(3)}
-    assert max(queued[0]) <= min(queued[1]) + 0.5 and max(queued[1]) <= min(queued[2]) + 0.5, queued
+    priority = {answer.result().request_id: n % 3 for n, answer in enumerate(waiting)}
+    log = rig.whole_log()
+    last = max(n for n, r in enumerate(log) if r.get("event") == "RequestArrived" and r["request"]["id"] in priority)
+    begun = [priority[r["request_id"]] for r in log[last:] if r.get("command") == "Assign" and r["request_id"] in priority]
+    assert begun == sorted(begun) and set(begun) == {0, 1, 2}
     assert all(len(answer.result().token_ids) == 200 for answer in busy)

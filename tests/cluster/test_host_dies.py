@@ -13,7 +13,7 @@ from rig import written
 from blitzjax import config as configs
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
-from test_models_from_zero import SPECS, Pool, all_right, ask
+from test_models_from_zero import SPECS, Pool, all_right, ask, in_the_middle_of_a_scale_up
 
 HOSTS = {"127.0.0.1": (0, 1), "127.0.0.2": (2, 3)}
 
@@ -28,7 +28,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     launch = Launch(hosts=tuple(host for host, workers in HOSTS.items() for _ in workers))
     with LocalCluster(config, directories, launch) as cluster:
-        cluster.wait_ready(120)
+        cluster.wait_ready(300)
         pool = Pool(cluster)
         pool.settle_at_zero()
         assert all_right(pool, ask(pool))  # known from instances that nothing happens to
@@ -47,7 +47,7 @@ def copies_apart(pool: Pool) -> dict[str, str]:
     """
     pool.settle_at_zero()
     if host_of(pool.keeper("left")) == host_of(pool.keeper("right")):
-        pool.client.scale(1, model="right", wait=True, timeout_s=30)
+        pool.client.scale(1, model="right", wait=True, timeout_s=120)
         pool.client.scale(0, model="right")
         pool.settle_at_zero()
     hosts = {model: host_of(pool.keeper(model)) for model in ("left", "right")}
@@ -75,12 +75,9 @@ def test_the_copies_of_a_host_are_made_again_on_another(pool: Pool) -> None:
 @pytest.mark.parametrize("holds", ["the source and a target", "a target and the other model's copy"])
 def test_a_host_dies_in_a_scale_up(pool: Pool, holds: str) -> None:
     """Three instances of one model are to come from its copy, two on its host and one on the other."""
-    hosts = copies_apart(pool)
-    victim = hosts["left" if holds == "the source and a target" else "right"]
-    pool.client.scale(3, model="left")
-    answers = ask(pool)
-    pool.wait(lambda: all(loading(pool, host) for host in HOSTS), "loading on both hosts", 20)
-    kill(pool, victim)
+    hosts, answers = in_the_middle_of_a_scale_up(
+        pool, lambda: copies_apart(pool), lambda: all(loading(pool, host) for host in HOSTS))
+    kill(pool, hosts["left" if holds == "the source and a target" else "right"])
     assert all_right(pool, answers)
     pool.back_to_zero()
 

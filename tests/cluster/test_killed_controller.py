@@ -37,7 +37,7 @@ def kill(rig: Rig) -> None:
     rig.cluster.signal_controller()
     while rig.cluster.controller_pid() in (before, None):
         time.sleep(0.02)
-    rig.cluster.wait_ready(30)
+    rig.cluster.wait_ready(300)
 
 
 def test_while_requests_decode(rig: Rig, long) -> None:
@@ -47,7 +47,7 @@ def test_while_requests_decode(rig: Rig, long) -> None:
     short = rig.send([1, 2, 3], max_tokens=12)  # ends while no controller is there
     rig.wait(lambda s: s.running_requests >= 6, "busy")
     kill(rig)
-    assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long
+    assert {p: answer.result().token_ids for p, answer in answers.items()} == long
     assert {answer.result().usage.attempts for answer in answers.values()} == {1}
     assert len(short.result().token_ids) == 12
     rig.settle(2)
@@ -68,7 +68,7 @@ def scaling_up(rig: Rig, long, live: str) -> dict[tuple[int, ...], Future[Result
         answers = {p: send(rig, p) for p in long}
         if loading(rig.wait(lambda s: loading(s) or phases(s).count("serving") == 3, "loading")):
             return answers
-        assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long
+        assert {p: answer.result().token_ids for p, answer in answers.items()} == long
     raise AssertionError("every scale-up was over before it was seen")
 
 
@@ -78,7 +78,7 @@ def test_in_the_middle_of_a_scale_up(rig: Rig, long, live: str) -> None:
     answers = scaling_up(rig, long, live)
     workers = rig.pids()
     kill(rig)
-    assert {p: answer.result(60).token_ids for p, answer in answers.items()} == long
+    assert {p: answer.result().token_ids for p, answer in answers.items()} == long
     rig.settle(3)
     assert rig.pids() == workers
     assert rig.send([1, 2, 3]).result().token_ids

@@ -16,7 +16,7 @@ def burst(rig: Rig, count: int = ANSWERS, **options) -> list:
 
 
 def all_right(answers: list, expected) -> bool:
-    return all(answer.result(90).token_ids == expected(prompt) for prompt, answer in answers)
+    return all(answer.result().token_ids[:8] == expected(prompt) for prompt, answer in answers)
 
 
 def kill(rig: Rig, worker: int) -> None:
@@ -44,7 +44,7 @@ def test_idle_worker(rig: Rig, expected) -> None:
 
 def test_serving_worker(rig: Rig, expected) -> None:
     rig.only(2)
-    answers = burst(rig, 24)
+    answers = burst(rig, 24, max_tokens=100)  # they are not over before it dies
     rig.wait(lambda s: s.running_requests > 4, "busy")
     kill(rig, rig.index("serving"))
     assert all_right(answers, expected)
@@ -55,7 +55,7 @@ def test_serving_worker(rig: Rig, expected) -> None:
 
 def test_the_only_serving_worker(rig: Rig, expected) -> None:
     rig.only(1)
-    answers = burst(rig)
+    answers = burst(rig, max_tokens=100)
     rig.wait(lambda s: s.running_requests > 4, "busy")
     kill(rig, rig.index("serving"))
     assert all_right(answers, expected)
@@ -76,7 +76,7 @@ def test_source_of_a_multicast(rig: Rig, expected, live: str) -> None:
     rig.wait(lambda s: any(i.phase in ("loading", "live") and i.layers_loaded >= 2 for i in s.instances), "loading")
     kill(rig, source)
     assert all_right(answers, expected)
-    assert all(answer.result(90).token_ids[:8] == expected(prompt) for prompt, answer in long)
+    assert all_right(long, expected)
     records = rig.log()[begun:]
     lost = next(n for n, r in enumerate(records) if r.get("event") == "InstanceLost")
     whole = next(n for n, r in enumerate(records) if r.get("event") == "TransferEnded" and not r["error"] and n > lost)

@@ -13,6 +13,7 @@ import own_models
 from blitzjax import config as configs
 from blitzjax.cli_serve import checkpoint
 from blitzjax.models.examples import alternating
+from blitzjax.serve.client import Client
 from blitzjax.serve.local import LocalCluster
 
 
@@ -27,6 +28,10 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return checkpoint("my_package.my_model:build", "float32", tmp_path / "trained")
 
 
+def serving(client: Client) -> int:
+    return sum(i.phase == "serving" for i in client.status().instances)
+
+
 def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     rng, model = random.Random(3), own_models.filled(seed=1)
     asked = [[rng.randrange(256) for _ in range(length)] for length in (5, 40, 90) * 4]
@@ -36,21 +41,24 @@ def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: 
         "engine.max_model_len=128", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
         "transfer.chunk_bytes=512", f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, directory) as cluster, cluster.client() as client:
-        cluster.wait_ready(120)
+        cluster.wait_ready(300)
         answers = [client.generate(prompt, max_tokens=6, ignore_eos=True) for prompt in asked]
         assert [list(a.token_ids) for a in answers[:3]] == expected
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(client.status().instances) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        client.scale(2, live="zigzag")
-        while not any(i.phase == "live" and i.layers_loaded for i in client.status().instances):
+        helped = False
+        while not helped:  # a busy machine may miss it
             assert time.monotonic() < deadline
-            time.sleep(0.01)
-        with ThreadPoolExecutor(len(asked)) as senders:
-            during = list(senders.map(lambda p: client.generate(p, max_tokens=6, ignore_eos=True), asked))
-        assert [a.token_ids for a in during] == [a.token_ids for a in answers]
-        assert any(0 < a.usage.layers_helped < 4 for a in during)  # two kinds of layers, on two instances
-        assert client.scale(2, live="zigzag", wait=True, timeout_s=60).serving == 2
+            client.scale(1, wait=True, timeout_s=60)
+            client.scale(2, live="zigzag")
+            while not any(i.phase == "live" and i.layers_loaded for i in client.status().instances) and serving(client) < 2:
+                time.sleep(0.01)
+            with ThreadPoolExecutor(len(asked)) as senders:
+                during = list(senders.map(lambda p: client.generate(p, max_tokens=6, ignore_eos=True), asked))
+            assert [a.token_ids for a in during] == [a.token_ids for a in answers]
+            helped = any(0 < a.usage.layers_helped < 4 for a in during)  # two kinds of layers, on two instances
+            assert client.scale(2, live="zigzag", wait=True, timeout_s=60).serving == 2
         assert [client.generate(p, max_tokens=6, ignore_eos=True).token_ids for p in asked] == [
             a.token_ids for a in answers]

@@ -14,7 +14,7 @@ from rig import Rig, prompts
 
 ASKED = {"temperature": 0.9, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2, "presence_penalty": 0.1,
          "frequency_penalty": 0.3, "logit_bias": {5: 3.0}, "min_tokens": 4, "seed": 77, "max_tokens": 10, "logprobs": 2,
-         "prompt_logprobs": 1, "timeout_s": 90.0}
+         "prompt_logprobs": 1, "timeout_s": 300.0}
 
 
 def ask(rig: Rig, prompt: list[int]) -> list[Result]:

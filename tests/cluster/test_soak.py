@@ -48,7 +48,7 @@ def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: py
     config = configs.load(None, (*CONFIG, *SETTINGS, f"scale.roles={roles}",
                                  f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, directory) as cluster:
-        cluster.wait_ready(120)
+        cluster.wait_ready(300)
         rig = Rig(cluster)
         asked = [(p, options) for p in PROMPTS for options in ({}, SAMPLED)]
         known = [rig.send(p, max_tokens=LONGEST, **options).result().token_ids for p, options in asked]
