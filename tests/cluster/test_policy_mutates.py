@@ -32,9 +32,9 @@ def of_role(status: pb.ClusterStatus, role: str) -> set[str]:
     return {i.id for i in status.instances if i.role == role and i.phase == "serving"}
 
 
-def states_in(auto: Rig, answers: dict, bursts: int) -> list[pb.ClusterStatus]:
+def states_in(auto: Rig, wanted: dict, bursts: int) -> list[pb.ClusterStatus]:
     """What was seen while so many bursts ran at once, all of whose tokens were right."""
-    results, states = [burst(auto, answers) for _ in range(bursts)], []
+    results, states = [burst(auto, wanted) for _ in range(bursts)], []
     auto.wait(lambda s: s.running_requests > 0, "running")
     auto.wait(lambda s: states.append(s) or not s.running_requests + s.queued_requests, "over", 90)
     for result in results:
