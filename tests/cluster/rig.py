@@ -41,7 +41,8 @@ class Rig:
         options = {"max_tokens": 8, "ignore_eos": True, "timeout_s": 300.0} | options
         return self._senders.submit(self.client.generate, prompt, **options)
 
-    def wait(self, condition: Callable[[pb.ClusterStatus], bool], what: str, timeout_s: float = 120.0) -> pb.ClusterStatus:
+    def wait(self, condition: Callable[[pb.ClusterStatus], bool], what: str,
+             timeout_s: float = 120.0) -> pb.ClusterStatus:
         deadline = time.monotonic() + timeout_s
         while not condition(status := self.client.status()):
             assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {describe(status)}"

@@ -54,6 +54,7 @@ def test_priorities_order_what_waits(rig: Rig) -> None:
     priority = {answer.result().request_id: n % 3 for n, answer in enumerate(waiting)}
     log = rig.whole_log()
     last = max(n for n, r in enumerate(log) if r.get("event") == "RequestArrived" and r["request"]["id"] in priority)
-    begun = [priority[r["request_id"]] for r in log[last:] if r.get("command") == "Assign" and r["request_id"] in priority]
+    assigned = [r["request_id"] for r in log[last:] if r.get("command") == "Assign"]
+    begun = [priority[request_id] for request_id in assigned if request_id in priority]
     assert begun == sorted(begun) and set(begun) == {0, 1, 2}
     assert all(len(answer.result().token_ids) == 200 for answer in busy)

@@ -117,14 +117,14 @@ def all_right(pool: Pool, answers: Answers) -> bool:
 
 
 def in_the_middle_of_a_scale_up(pool: Pool, begin: Callable[[], T], middle: Callable[[], bool]) -> tuple[T, Answers]:
-    """Left scales from zero to three while both are asked. → what `begin` said, and the answers under way. A busy machine
-    may miss the middle: then once more.
+    """Left scales from zero to three while both are asked. → what `begin` said, and the answers under way. A busy
+    machine may miss the middle: then once more.
     """
     for _ in range(10):
         begun = begin()
         pool.client.scale(3, model="left")
         answers = ask(pool)
-        pool.wait(lambda: middle() or not loading(pool) and all(answer.done() for *_, answer in answers), "in the middle")
+        pool.wait(lambda: middle() or not loading(pool) and all(a.done() for *_, a in answers), "in the middle")
         if middle():
             return begun, answers
         assert all_right(pool, answers)

@@ -28,8 +28,9 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return checkpoint("my_package.my_model:build", "float32", tmp_path / "trained")
 
 
-def serving(client: Client) -> int:
-    return sum(i.phase == "serving" for i in client.status().instances)
+def in_phase(client: Client, phase: str) -> int:
+    """Instances with layers."""
+    return sum(i.phase == phase and i.layers_loaded > 0 for i in client.status().instances)
 
 
 def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -53,7 +54,7 @@ def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: 
             assert time.monotonic() < deadline
             client.scale(1, wait=True, timeout_s=60)
             client.scale(2, live="zigzag")
-            while not any(i.phase == "live" and i.layers_loaded for i in client.status().instances) and serving(client) < 2:
+            while not in_phase(client, "live") and in_phase(client, "serving") < 2:
                 time.sleep(0.01)
             with ThreadPoolExecutor(len(asked)) as senders:
                 during = list(senders.map(lambda p: client.generate(p, max_tokens=6, ignore_eos=True), asked))

@@ -308,7 +308,7 @@ def test_a_process_that_has_not_answered_yet_has_longer_than_one_that_has(monkey
 def test_a_controller_may_be_stopped_for_less_than_the_limit(start):
     cluster = start("serve.hang_timeout_s=4.0")
     before = cluster.controller_pid()
-    answer = Background(cluster, [1], max_tokens=400, temperature=SLOW)
+    answer = Background(cluster, [1], max_tokens=120, temperature=SLOW)
     eventually(answer.begun)
     cluster.signal_controller(signal.SIGSTOP)
     time.sleep(2.0)
