@@ -51,7 +51,7 @@ def test_priorities_order_what_waits(rig: Rig) -> None:
     busy = [rig.send([n] * 20, max_tokens=200) for n in range(8)]  # every slot
     rig.wait(lambda s: s.running_requests == 8, "busy")
     waiting = [rig.send([n] * 20, max_tokens=200, priority=n % 3) for n in range(24)]
-    priority = {answer.result().request_id: n % 3 for n, answer in enumerate(waiting)}
+    priority = {f"{answer.result().request_id}#0": n % 3 for n, answer in enumerate(waiting)}
     log = rig.whole_log()
     last = max(n for n, r in enumerate(log) if r.get("event") == "RequestArrived" and r["request"]["id"] in priority)
     assigned = [r["request_id"] for r in log[last:] if r.get("command") == "Assign"]
