@@ -29,7 +29,7 @@ class Grammars:
         """`tokenizer()` is what tokenizer.json says; it may raise CheckpointError."""
         self._spec, self._tokenizer = spec, tokenizer
         self._vocabulary = functools.cache(self._read)
-        self._starts: OrderedDict[str, llguidance.Matcher | str] = OrderedDict()  # at the beginning, or why there is none
+        self._starts: OrderedDict[str, llguidance.Matcher | str] = OrderedDict()  # beginnings, or why there is none
         self._compiling = threading.Lock()
 
     def ready(self, sampling: Sampling) -> bool:

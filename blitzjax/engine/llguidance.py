@@ -1,7 +1,7 @@
-"""llguidance's C interface, which its wheel exports beside the classes for Python: what lets other threads run meanwhile.
+"""What may follow in an answer, and how do others run meanwhile? llguidance's C interface, which its wheel exports, too.
 
-Those classes hold Python's lock while they read a tokenizer: 0.3 s for SmolLM2, 3 s for Gemma's 262,144 tokens. Names and
-fields are those of llguidance.h. Invariant: what was made here is freed once, when nobody can reach it any more.
+Its classes for Python hold Python's lock while they read a tokenizer: 0.3 s for SmolLM2, 3 s for Gemma's 262,144 tokens.
+Names and fields are those of llguidance.h. Invariant: what was made here is freed once, when nobody can reach it any more.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ class _TokenizerInit(ctypes.Structure):
 
     _fields_ = (("struct_size", c_size_t), ("vocab_size", c_uint32), ("tok_eos", c_uint32), ("token_lens", c_void_p),
                 ("token_bytes", c_void_p), ("tokenizer_json", c_char_p), ("tokenize_assumes_string", c_bool),
-                ("tokenize_fn", c_void_p), ("use_approximate_greedy_tokenize_fn", c_bool), ("tokenize_user_data", c_void_p),
-                ("slices", c_void_p), ("tok_eos_extra", ctypes.POINTER(c_uint32)), ("tok_eos_extra_count", c_uint32))
+                ("tokenize_fn", c_void_p), ("use_approximate_greedy_tokenize_fn", c_bool),
+                ("tokenize_user_data", c_void_p), ("slices", c_void_p), ("tok_eos_extra", ctypes.POINTER(c_uint32)),
+                ("tok_eos_extra_count", c_uint32))
 
 
 class _ConstraintInit(ctypes.Structure):
@@ -73,7 +74,8 @@ class Tokenizer:
         first, *more = eos_token_ids or (_NO_TOKEN,)
         init = _TokenizerInit(
             struct_size=ctypes.sizeof(_TokenizerInit), tok_eos=first, tokenizer_json=tokenizer_json.encode(),
-            use_approximate_greedy_tokenize_fn=True, tok_eos_extra=(c_uint32 * len(more))(*more), tok_eos_extra_count=len(more))
+            use_approximate_greedy_tokenize_fn=True,  # only asked where one text must follow, and then not relied on
+            tok_eos_extra=(c_uint32 * len(more))(*more), tok_eos_extra_count=len(more))
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self.handle = _library().new_tokenizer(ctypes.byref(init), error, len(error))
         if not self.handle:

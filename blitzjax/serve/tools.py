@@ -102,7 +102,7 @@ class Said:
         """What is new of its message: content and calls, each with its `index`. `parser`: empty without functions."""
         if not parser:
             return {"content": text}
-        self._reader = self._reader or Reader(FORMATS[parser], sure=bool(self.tools.must_call))
+        self._reader = self._reader or Reader(FORMATS[parser])
         said = self._reader.push(text, last)
         content = "".join(part for part in said if isinstance(part, str))
         calls: dict[int, dict[str, Any]] = {}

@@ -165,7 +165,7 @@ def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop") -> tupl
     return whole, [event["choices"][0] for chunk in chunks if (event := reply.piece(0, chunk)) is not None]
 
 
-def test_calls_of_a_free_answer_are_told_when_they_are_whole() -> None:
+def test_calls_of_a_free_answer_are_told_as_they_are_made() -> None:
     text = ('Well. <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n'
             '<tool_call>{"name": "weather", "arguments": {"city": "Ely"}}\n</tool_call>')
     whole, stream = answer(chat(tools=TOOLS), [*text, ""])
@@ -177,9 +177,12 @@ def test_calls_of_a_free_answer_are_told_when_they_are_whole() -> None:
     told = [choice["delta"] for choice in stream]
     assert "".join(delta.get("content", "") for delta in told) == "Well." and told[0] == {"role": "assistant", "content": "W"}
     made = [call for delta in told for call in delta.get("tool_calls", ())]
-    assert [(c["index"], c["function"]) for c in made] == [(k, c["function"]) for k, c in enumerate(calls)]
+    assert [(c["index"], c["type"], c["function"]) for c in made if "id" in c] == [
+        (k, "function", {"name": c["function"]["name"], "arguments": ""}) for k, c in enumerate(calls)]
+    for k, call in enumerate(calls):
+        assert "".join(c["function"]["arguments"] for c in made if c["index"] == k) == call["function"]["arguments"]
     assert stream[-1]["finish_reason"] == "tool_calls" and not stream[-1]["delta"]
-    assert len(stream) == len("Well.") + 2 + 1, "nothing is sent while nothing is known"
+    assert len(stream) == len("Well.") + 2 + len('}"city": "Ely"}') + 1, "nothing is sent while nothing is known"
     whole, _ = answer(chat(tools=TOOLS, parallel_tool_calls=False), [text])
     assert [c["function"]["name"] for c in whole["message"]["tool_calls"]] == ["now"]
 
