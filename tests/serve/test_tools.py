@@ -15,7 +15,7 @@ from blitzjax.serve import openai
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.asking import Chunk, collect, generate_request
 from blitzjax.serve.model import load_model
-from blitzjax.serve.orders import order_of
+from blitzjax.serve.orders import order_of, prompt_of
 from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -63,6 +63,14 @@ def test_the_template_is_told_of_functions_calls_and_their_results(hermes) -> No
     said = ["user:a;", "assistant:<tool_call>" + '{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>;', "tool(weather):sunny;"]
     assert prompt(hermes, messages=messages, tools=TOOLS) == [json.dumps(weather), json.dumps(now), *said]
     assert prompt(hermes, messages=messages, tools=TOOLS, tool_choice="none") == said
+
+
+def test_a_chat_is_tokenized_as_it_is_asked(hermes) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    said, options = openai.tokenize({"messages": messages, "tools": TOOLS, "add_generation_prompt": True,
+                                     "add_special_tokens": False, "return_token_strs": False, "chat_template_kwargs": {}})
+    ids, _ = asyncio.run(prompt_of(generate_request(said, options), load_model(hermes), 2000))
+    assert ids == order(hermes, request(messages=messages, tools=TOOLS)).prompt and b'"name": "now"' in bytes(ids)
 
 
 def test_a_template_of_its_own_is_used_for_tools(tmp_path) -> None:
