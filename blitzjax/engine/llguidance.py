@@ -1,7 +1,7 @@
-"""What may follow in an answer, and how do others run meanwhile? llguidance's C interface, which its wheel exports, too.
+"""What may follow in an answer, and how do others run meanwhile? llguidance's C interface, in its wheel.
 
-Its classes for Python hold Python's lock while they read a tokenizer: 0.3 s for SmolLM2, 3 s for Gemma's 262,144 tokens.
-Names and fields are those of llguidance.h. Invariant: what was made here is freed once, when nobody can reach it any more.
+Its classes for Python hold Python's lock while they read a tokenizer: 0.3 s for SmolLM2, 3 s for Gemma's 262,144
+tokens. Names and fields are those of llguidance.h. Invariant: what was made here is freed once, when nobody can reach it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How do models write calls of functions? The formats: known by a chat template, put into a grammar, and read again.
 
-A call is told as it comes, once its name is there and its arguments begin. Invariant: the content and calls of an answer
-are the same whatever the pieces that it comes in. What only looks like a call is content; nothing is lost but what stands
-between calls.
+A call is told as it comes, once its name is there and its arguments begin. Invariant: the content and calls of an
+answer are the same whatever the pieces that it comes in. What only looks like a call is content; nothing is lost but what
+stands between calls.
 """
 
 from __future__ import annotations
@@ -46,10 +46,22 @@ FORMATS: Mapping[str, Format] = {
     "mistral": Format(re.compile(r"\A(?s:(?!.*\[ARGS\]).*)\[TOOL_CALLS\]"), "[TOOL_CALLS]", "",
                       ("[TOOL_CALLS] [", ", ", "]"))}
 
+XML = "qwen3_coder"  # no JSON, see calls_xml.py
+XML_TAGS = ("<tool_call>", "</tool_call>")
+PARSERS = (*FORMATS, XML)
+_XML_TEMPLATE = re.compile(r"<function=(?s:.*)<parameter=")
+
+
+def tags_of(parser: str) -> tuple[str, ...]:
+    """What may be a token of its own, and tells where calls are."""
+    return XML_TAGS if parser == XML else FORMATS[parser].tags
+
 
 @functools.cache
 def format_of(template: str) -> str:
     """The name of the format that a chat template teaches, or empty."""
+    if _XML_TEMPLATE.search(template):
+        return XML
     return next((name for name, known in FORMATS.items() if known.template.search(template)), "")
 
 

@@ -203,7 +203,8 @@ class AsyncClient:
     async def tokenize(self, prompt: Prompt, *, model: str = "", tools: Tools = (),
                        timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
         """The prompt as `generate` would have it: token ids and text, whichever was given."""
-        return await self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model, tools=tools)), timeout_s)
+        return await self._unary(
+            self._stub.Tokenize, generate_request(prompt, Options(model=model, tools=tools)), timeout_s)
 
     async def abort(self, *request_ids: str) -> None:
         await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)

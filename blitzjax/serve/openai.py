@@ -34,7 +34,8 @@ _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not
     "add_special_tokens": (True,), "return_token_strs": (False,),
     "modalities": (["text"],), "skip_special_tokens": (True,)}
 _RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
-    "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False, "chat_template_kwargs": {}}
+    "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
+    "chat_template_kwargs": {}}
 _REPLACED = {"functions": "tools", "function_call": "tool_choice"}  # by OpenAI
 _STATUS: Mapping[str, tuple[int, str]] = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
@@ -134,7 +135,7 @@ def _check_rendering(fields: _Fields) -> None:
     """A chat becomes what its model's template says, up to where the assistant speaks, and nothing else."""
     for name, as_here in _RENDERING.items():
         if (value := fields.take(name, type(as_here))) not in (None, as_here):
-            raise InvalidRequest(f"{name} is not supported with messages but as {json.dumps(as_here)}; got {json.dumps(value)}")
+            raise InvalidRequest(f"{name} is not supported with messages but as {json.dumps(as_here)}; leave it out")
 
 
 class _Fields:

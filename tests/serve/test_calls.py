@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from blitzjax.serve.calls import FORMATS, Call, Reader, format_of, grammar
+from blitzjax.serve.calls import FORMATS, PARSERS, Call, Reader, format_of, grammar
 from blitzjax.types import ToolCallParser
 
 ANY = {"type": "object"}
@@ -120,10 +120,11 @@ def test_text_is_kept_no_longer_than_needed_and_calls_come_as_they_are_made() ->
     (r"""{{- "<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>" }}""", "hermes"),
     ("""{{- "<tool_call>\n" }}{{- '{"name": <function-name>, "arguments": <args-dict>}\n' }}""", "hermes"),
     (r"""{{- "<tool_call>\n<function=" + tool_call.name }}{% for name, value in tool_call.arguments|items %}""", ""),
+    ("""{{- "<tool_call>\n<function=example>\n<parameter=a>\n" }}{{- '{"name": <function-name>, "arguments": 1' }}""", "qwen3_coder"),
     ("""{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument name' }}""", "llama3_json"),
     ('{{- "[TOOL_CALLS] [" }}', "mistral"), ('{{- "[TOOL_CALLS]" + name + "[ARGS]" }}', ""), ("{{ messages }}", "")])
 def test_a_template_says_which_format_its_model_writes(template: str, form: str) -> None:
-    assert format_of(template) == form and {"auto", *FORMATS} == set(typing.get_args(ToolCallParser))
+    assert format_of(template) == form and {"auto", *PARSERS} == set(typing.get_args(ToolCallParser))
 
 
 @pytest.mark.parametrize("tokens", [{}, {"<tool_call>": 257, "</tool_call>": 258, "[TOOL_CALLS]": 259}])

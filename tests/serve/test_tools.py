@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_told_of_tools_says_so(model_dir, tmp_path) -> No
     with pytest.raises(InvalidRequest, match="does not mention tools"):
         order(model_dir, request(tools=TOOLS))
     silent = write_model(tmp_path, template="{{ tools }}{{ messages }}")
-    with pytest.raises(InvalidRequest, match="--tool-call-parser, one of hermes, llama3_json, mistral"):
+    with pytest.raises(InvalidRequest, match="--tool-call-parser, one of hermes, llama3_json, mistral, qwen3_coder"):
         order(silent, request(tools=TOOLS))
     assert order(silent, request(tools=TOOLS), "mistral").tool_call_parser == "mistral"
     with pytest.raises(InvalidRequest, match="must call 'f', but tools are none"):
@@ -164,10 +164,10 @@ def test_tags_are_text_for_answers_with_tools_alone(model_dir) -> None:
         assert answer.take().text == shown + "x"
 
 
-def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop") -> tuple[dict, list[dict]]:
+def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop", parser: str = "hermes") -> tuple[dict, list[dict]]:
     """→ the choice of the whole answer, those of its stream."""
     chunks = [Chunk("r", 0, text, (1,), (), reason if k == len(pieces) - 1 else "", pb.Usage() if k == len(pieces) - 1 else None,
-                    (), (), None, "hermes" if asked.tools.functions else "", 0.0) for k, text in enumerate(pieces)]
+                    (), (), None, parser if asked.tools.functions else "", 0.0) for k, text in enumerate(pieces)]
     [whole] = openai.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
     reply = openai.Reply(asked, "m", "r")
     return whole, [event["choices"][0] for chunk in chunks if (event := reply.piece(0, chunk)) is not None]
