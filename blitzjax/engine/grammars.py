@@ -54,16 +54,17 @@ class Grammars:
         return matcher
 
     def _start(self, grammar: str) -> llguidance.Matcher | str:
-        known = self._starts.get(grammar)
-        if known is not None:
-            return known
+        start = self._starts.get(grammar)
+        if start is not None:
+            return start
         with self._compiling:
-            if grammar not in self._starts:
+            start = self._starts.get(grammar)
+            if start is None:
                 start = self._compile(grammar)
                 while len(self._starts) >= _KEPT:
                     self._starts.popitem(last=False)
                 self._starts[grammar] = start
-            return self._starts[grammar]
+            return start
 
     def _compile(self, grammar: str) -> llguidance.Matcher | str:
         try:
@@ -76,7 +77,7 @@ class Grammars:
         """Takes 10 us a token, in which other threads run."""
         try:
             return llguidance.Tokenizer(self._tokenizer(), self._spec.eos_token_ids)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, AttributeError) as e:  # the last: a wheel without the C interface
             raise CheckpointError(f"llguidance cannot read the model's tokenizer: {e}") from e
 
 

@@ -77,8 +77,10 @@ class Instance:
         self._inbox.put(message)
 
     def _prepare(self, work: Work) -> None:
-        self._grammars.prepare(work.sampling)
-        self._inbox.put(m.GrammarReady(work.request.id))
+        try:
+            self._grammars.prepare(work.sampling)
+        finally:
+            self._inbox.put(m.GrammarReady(work.request.id))
 
     def run(self) -> None:
         """Steps until Stop; sleeps in the inbox when there is nothing to compute."""
