@@ -66,11 +66,6 @@ def _library() -> _Library:
     return _Library()
 
 
-def _freed(owner: object, free: Callable[[int], object], handle: int) -> None:
-    """With its owner, but not when the process ends: threads may still be in there."""
-    weakref.finalize(owner, free, handle).atexit = False
-
-
 class Tokenizer:
     """Immutable; any thread may use it."""
 
@@ -79,13 +74,13 @@ class Tokenizer:
         first, *more = eos_token_ids or (_NO_TOKEN,)
         init = _TokenizerInit(
             struct_size=ctypes.sizeof(_TokenizerInit), tok_eos=first, tokenizer_json=tokenizer_json.encode(),
-            use_approximate_greedy_tokenize_fn=True,  # which leaves open what tokens say a text that must follow
+            use_approximate_greedy_tokenize_fn=True,  # only asked where one text must follow, and then not relied on
             tok_eos_extra=(c_uint32 * len(more))(*more), tok_eos_extra_count=len(more))
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self.handle = _library().new_tokenizer(ctypes.byref(init), error, len(error))
         if not self.handle:
             raise ValueError(error.value.decode(errors="replace"))
-        _freed(self, _library().free_tokenizer, self.handle)
+        weakref.finalize(self, _library().free_tokenizer, self.handle)
 
 
 class Matcher:
@@ -93,7 +88,7 @@ class Matcher:
 
     def __init__(self, handle: int):
         self._handle = handle
-        _freed(self, _library().free_matcher, handle)
+        weakref.finalize(self, _library().free_matcher, handle)
 
     @staticmethod
     def begin(tokenizer: Tokenizer, grammar: str) -> Matcher:
