@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import OrderedDict
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from blitzjax.engine import llguidance
 from blitzjax.engine.sampling import mask_words
 from blitzjax.errors import BlitzError, CheckpointError
 from blitzjax.types import ModelSpec, Sampling
+
+if typing.TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 _KEPT = 64  # compiled grammars
 
@@ -29,55 +31,47 @@ class Grammars:
         """`tokenizer()` is what tokenizer.json says; it may raise CheckpointError."""
         self._spec, self._tokenizer = spec, tokenizer
         self._vocabulary = functools.cache(self._read)
-        self._starts: OrderedDict[str, llguidance.Matcher | str] = OrderedDict()  # beginnings, or why there is none
-        self._compiling = threading.Lock()
+        self._compiled = functools.lru_cache(_KEPT)(self._compile)
+        self._preparing = threading.Lock()
 
-    def ready(self, sampling: Sampling) -> bool:
-        """`matcher` will not take long."""
-        return not sampling.grammar or sampling.grammar in self._starts
-
-    def prepare(self, sampling: Sampling) -> None:
+    def prepare(self, grammar: str) -> None:
         """Compiles what will soon be needed, in any thread but the engine's: that one has others to serve."""
-        if sampling.grammar:
-            self._start(sampling.grammar)
+        if grammar:
+            with self._preparing:
+                self._start(grammar)
 
     def matcher(self, sampling: Sampling, answer: Sequence[int]) -> Matcher | None:
         """At the end of the `answer` so far; None for a request without a grammar. Called by the engine thread alone."""
         if not sampling.grammar:
             return None
         start = self._start(sampling.grammar)
-        if isinstance(start, str):
-            self._starts.pop(sampling.grammar, None)  # it may be another's turn to have the tokenizer
-        matcher = Matcher(start if isinstance(start, str) else start.copy(), sampling, self._spec)
+        matcher = Matcher(start if isinstance(start, str) else start.deep_copy(), sampling, self._spec)
         for token in answer:
             matcher.push(token)
         return matcher
 
-    def _start(self, grammar: str) -> llguidance.Matcher | str:
-        start = self._starts.get(grammar)
-        if start is not None:
-            return start
-        with self._compiling:
-            start = self._starts.get(grammar)
-            if start is None:
-                start = self._compile(grammar)
-                while len(self._starts) >= _KEPT:
-                    self._starts.popitem(last=False)
-                self._starts[grammar] = start
-            return start
-
-    def _compile(self, grammar: str) -> llguidance.Matcher | str:
+    def _start(self, grammar: str) -> LLMatcher | str:
+        """At the beginning of the grammar, or why there is none."""
         try:
-            start = llguidance.Matcher.begin(self._vocabulary(), grammar)
+            return self._compiled(grammar)
         except BlitzError as e:
             return str(e)
-        return f"llguidance does not take the grammar: {_first_line(start.error)}" if start.error else start
 
-    def _read(self) -> llguidance.Tokenizer:
-        """Takes 10 us a token, in which other threads run."""
+    def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
+        if matcher.is_error():
+            raise BlitzError(f"llguidance does not take the grammar: {_first_line(matcher.get_error())}")
+        return matcher
+
+    def _read(self) -> LLTokenizer:
+        """Takes 10 us a token, in which no other thread of Python runs."""
+        from llguidance import LLTokenizer
+
         try:
-            return llguidance.Tokenizer(self._tokenizer(), self._spec.eos_token_ids)
-        except (OSError, ValueError, AttributeError) as e:  # the last: a wheel without the C interface
+            return LLTokenizer(self._tokenizer(), eos_token=list(self._spec.eos_token_ids) or None)
+        except (OSError, ValueError) as e:
             raise CheckpointError(f"llguidance cannot read the model's tokenizer: {e}") from e
 
 
@@ -88,9 +82,9 @@ def no_tokenizer() -> str:
 class Matcher:
     """One answer's place in its grammar. Owned by the answer's sequence."""
 
-    def __init__(self, place: llguidance.Matcher | str, sampling: Sampling, spec: ModelSpec):
+    def __init__(self, place: LLMatcher | str, sampling: Sampling, spec: ModelSpec):
         """`place`: at the beginning, or why that cannot be."""
-        self._place: llguidance.Matcher | None = None if isinstance(place, str) else place
+        self._place: LLMatcher | None = None if isinstance(place, str) else place
         self.error = place if isinstance(place, str) else ""
         self._words, self._sampling = mask_words(spec.vocab), sampling
         self._eos = _bits(spec.eos_token_ids, self._words)
@@ -99,13 +93,13 @@ class Matcher:
     @property
     def over(self) -> bool:
         """The answer is whole, and nothing can follow."""
-        return self._place is not None and not self.error and self._place.stopped
+        return self._place is not None and not self.error and self._place.is_stopped()
 
     def push(self, token: int) -> None:
         """Sets `error` if the answer must not have it."""
         if self._place is not None and not self.error:
-            self._place.push(token)
-            self.error = _first_line(self._place.error)
+            self._place.consume_token(token)
+            self.error = _first_line(self._place.get_error())
 
     def allowed(self, step: int) -> np.ndarray:
         """u32[words] for token `step` of the answer, see sampling.Edits. What would end the answer too early, or should
@@ -113,9 +107,9 @@ class Matcher:
         """
         mask = np.zeros(self._words, np.uint32)
         if self._place is not None and not self.error:
-            found = self._place.allowed()[: self._words]
+            found = np.frombuffer(self._place.compute_bitmask(), np.uint32)[: self._words]
             mask[: len(found)] = found
-            self.error = _first_line(self._place.error)
+            self.error = _first_line(self._place.get_error())
         if self.error:
             return ~np.zeros_like(mask)
         early = step < self._sampling.min_tokens

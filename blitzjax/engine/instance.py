@@ -7,7 +7,6 @@ sequence that is here. All state is touched by the thread that calls `run`; othe
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,7 +54,6 @@ class Instance:
         self._stages, self._emit, self._now = stages, emit, now
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._sequences: dict[RequestId, Sequence] = {}
-        self._unready: dict[RequestId, Work] = {}  # whose grammars are being compiled
         self._stopped = False
         self.turns = 0  # how often it has looked into its inbox: between the layers of a prompt, and after every step
         self.rests = False  # there is nothing to compute
@@ -67,20 +65,10 @@ class Instance:
     def post(self, message: object) -> None:
         """Thread-safe: a Work, a Command or one of engine/messages.py."""
         match message:
-            case Work(sampling=sampling) if not self._grammars.ready(sampling):
-                self._inbox.put(m.GrammarAwaited(message))
-                threading.Thread(target=self._prepare, args=(message,), name="grammar", daemon=True).start()
-                return
-            case (m.KVOffered(offer=m.KVOffer(work=Work(sampling=sampling)))
+            case (Work(sampling=sampling) | m.KVOffered(offer=m.KVOffer(work=Work(sampling=sampling)))
                   | m.HandedOver(answer=m.HandOver(work=Work(sampling=sampling)))):
-                self._grammars.prepare(sampling)
+                self._grammars.prepare(sampling.grammar)
         self._inbox.put(message)
-
-    def _prepare(self, work: Work) -> None:
-        try:
-            self._grammars.prepare(work.sampling)
-        finally:
-            self._inbox.put(m.GrammarReady(work.request.id))
 
     def run(self) -> None:
         """Steps until Stop; sleeps in the inbox when there is nothing to compute."""
@@ -90,7 +78,7 @@ class Instance:
     @property
     def idle(self) -> bool:
         """No request is here. For tests and idle moments, like `check`."""
-        return not self._sequences and not self._unready
+        return not self._sequences
 
     def check(self) -> None:
         """Asserts the invariants of the parts; for tests and idle moments."""
@@ -119,11 +107,6 @@ class Instance:
 
     def _handle(self, message: object) -> None:
         match message:
-            case m.GrammarAwaited(work=work):
-                self._unready[work.request.id] = work
-            case m.GrammarReady(request_id=request_id):
-                if request_id in self._unready:
-                    self._accept(self._unready[request_id])
             case Work():
                 self._accept(message)
             case Abort():
@@ -145,7 +128,6 @@ class Instance:
                 raise AssertionError(f"unknown message {message!r}")
 
     def _accept(self, work: Work) -> None:
-        self._unready.pop(work.request.id, None)
         if work.request.id in self._sequences:  # an earlier attempt that is still here is void
             self.leave(self._sequences[work.request.id])
         sequence = self.sequence(work)
@@ -158,18 +140,16 @@ class Instance:
             assert fits, f"{sequence.id} can never fit"
 
     def _abort(self, request_id: RequestId) -> None:
-        sequence, work = self._sequences.get(request_id), self._unready.pop(request_id, None)
+        sequence = self._sequences.get(request_id)
         if sequence is not None:
             self.leave(sequence)
-            work = sequence.work
-        if work is not None:
-            self._emit(RequestFinished(self._now(), self.name, request_id, work.attempt, "abort"))
+            self._emit(RequestFinished(self._now(), self.name, request_id, sequence.work.attempt, "abort"))
 
     def _reset(self) -> None:
         """Forgets every request and pair; parameters stay."""
         self._partners.close()
         self._moves.close()
-        self._sequences, self._unready = {}, {}
+        self._sequences = {}
         self._decode_due = 0.0  # prompt work that may still run before the next decode step, in whole steps
         self._cache = SlotCache(self._stages)
         engine, shapes = self.config.engine, self._stages.shapes

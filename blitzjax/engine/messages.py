@@ -125,20 +125,6 @@ class UnitsArrived:
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarAwaited:
-    """The grammar of this work is being compiled; GrammarReady will follow."""
-
-    work: Work
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarReady:
-    """The grammar of this request is compiled, or known to be wrong."""
-
-    request_id: RequestId
-
-
-@dataclass(frozen=True, slots=True)
 class Borrow:
     """NEW's request for the embedded rows of a prompt that it wants to run before it holds the embedding."""
 
