@@ -51,10 +51,11 @@ def test_priorities_order_what_waits(rig: Rig) -> None:
     busy = [rig.send([n] * 20, max_tokens=200) for n in range(8)]  # every slot
     rig.wait(lambda s: s.running_requests == 8, "busy")
     waiting = [rig.send([n] * 20, max_tokens=200, priority=n % 3) for n in range(24)]
-    priority = {f"{answer.result().request_id}#0": n % 3 for n, answer in enumerate(waiting)}
-    log = rig.whole_log()
-    last = max(n for n, r in enumerate(log) if r.get("event") == "RequestArrived" and r["request"]["id"] in priority)
-    assigned = [r["request_id"] for r in log[last:] if r.get("command") == "Assign"]
-    begun = [priority[request_id] for request_id in assigned if request_id in priority]
+    priority = {answer.result().request_id: n % 3 for n, answer in enumerate(waiting)}
+    told = [(r.get("event") or r.get("command"), r.get("request_id") or r.get("request", {}).get("id") or "")
+            for r in rig.whole_log()]
+    mine = [(kind, request_id.partition("#")[0]) for kind, request_id in told]
+    last = max(n for n, (kind, request_id) in enumerate(mine) if kind == "RequestArrived" and request_id in priority)
+    begun = [priority[request_id] for kind, request_id in mine[last:] if kind == "Assign" and request_id in priority]
     assert begun == sorted(begun) and set(begun) == {0, 1, 2}
     assert all(len(answer.result().token_ids) == 200 for answer in busy)
