@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -14,14 +13,14 @@ import pytest
 
 import tiny_families
 from answering import answer, token_ids, work
+from parity import Model, assert_close, residual
 
 from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
-from blitzjax.engine import modules
 from blitzjax.engine.attention import Attention, fused
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, fill, unit_kind
-from blitzjax.engine.runner import Prefill, Runner
+from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
 from blitzjax.models import FAMILIES, family, read_config
@@ -31,28 +30,6 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 CHECKPOINTS = json.loads((REFERENCE / "families.json").read_text())
 CHUNK = 16  # tokens, so that the prompt of 27 takes two
 PAGE = 4
-
-
-@dataclass(frozen=True)
-class Model:
-    """One family's checkpoint on `tp` devices, and what transformers made of it."""
-
-    runner: Runner
-    expected: dict[str, np.ndarray]
-
-    def prefill(self, tokens: np.ndarray) -> Prefill:
-        return self.runner.begin(tokens.tolist())
-
-    def logits(self, x: jax.Array) -> np.ndarray:
-        """f32[N, D] → f32[N, V]"""
-        store = self.runner.store
-        table = store.params(store.spec.embed_unit)["table"] if store.spec.tied_embeddings else None
-        return np.asarray(_head(store)(store.params(store.spec.head_unit), x, table))
-
-
-@functools.cache
-def _head(store: LayerStore):
-    return jax.jit(lambda weights, x, table: modules.bind(store.spec, "head")(weights)(x, table))
 
 
 @functools.cache
@@ -80,16 +57,6 @@ def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | Non
 def load(tmp_path_factory: pytest.TempPathFactory):
     cache = str(tmp_path_factory.getbasetemp() / "executables")
     return lambda case, tp=1, chunk=CHUNK, attention=None: _load(case, tp, chunk, cache, attention)
-
-
-def assert_close(actual: np.ndarray, wanted: np.ndarray) -> None:
-    assert actual.shape == wanted.shape
-    assert np.linalg.norm(actual - wanted) < 2e-4 * np.linalg.norm(wanted)
-
-
-def residual(prefill: Prefill) -> np.ndarray:
-    """f32[prompt, D] of all chunks."""
-    return np.concatenate([np.asarray(x)[0, :c.stop - c.start] for c, x in zip(prefill.chunks, prefill.x, strict=True)])
 
 
 def test_there_is_a_checkpoint_of_every_family() -> None:
