@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 
 from blitzjax.errors import CheckpointError
 from blitzjax.models import family, mxfp4, read_config
+from blitzjax.models.rope import for_context
 from blitzjax.serve import codec
 from blitzjax.types import ModelSpec
 
@@ -46,6 +47,7 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("gemma3", {"model_type": "gemma3"}, "model_type = 'gemma3' has no text_config"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("phi3", {"attention_bias": True}, "attention_bias = True"),
+    ("phi3", {"head_dim": 16}, "3 short and 3 long rope factors for 6 pairs"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
     ("gpt_oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0 is not supported; supported: 7.0"),
@@ -92,8 +94,19 @@ def test_layers_of_older_configs_follow_the_family() -> None:
         "sliding", "dense", "sliding", "layer")
 
 
-def test_sequences_end_where_short_rope_factors_do() -> None:
-    assert read("phi3", max_position_embeddings=4096).max_len == 64
+def test_long_rope_factors_hold_where_sequences_may_be_longer_than_the_short_ones() -> None:
+    """Of Phi-4-mini's shape: by the length that is served, whatever a sequence's own."""
+    def factors(spec: ModelSpec, tokens: int) -> object:
+        served = for_context(spec, tokens)
+        assert served == replace(spec, options=served.options)
+        return dict(served.options)["rope_factors"]
+
+    spec = read("phi3", max_position_embeddings=4096)
+    assert spec.max_len == 4096 and for_context(spec, 64) == spec
+    assert factors(spec, 64) == (1.0, 1.1, 1.3) and factors(spec, 65) == factors(spec, 8192) == (2.0, 3.0, 4.0)
+    assert dict(for_context(spec, 65).options)["rope_scale"] == dict(spec.options)["rope_scale"] == np.sqrt(1 + 6 / 6)
+    short = read("phi3", max_position_embeddings=64)  # a copy that was cut
+    assert short.max_len == 64 and for_context(short, 8192) == short
 
 
 def test_yarn_reaches_as_far_as_its_factor_where_the_model_card_only_adds_it() -> None:

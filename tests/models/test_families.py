@@ -30,6 +30,7 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 CHECKPOINTS = json.loads((REFERENCE / "families.json").read_text())
 CHUNK = 16  # tokens, so that the prompt of 27 takes two
 PAGE = 4
+CONTEXT = 64  # tokens of prompt and answer; what phi3 was first trained on, and phi3_long was not
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | Non
         fill(store, unit, found.fuse(spec, unit_kind(spec, unit), published))
         store.commit(unit)
     assert not shapes, "tensors that nobody reads"
-    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=chunk,
+    config = EngineConfig(dtype="float32", max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=chunk,
                           executable_cache=cache)
     with np.load(REFERENCE / "families.npz") as file:
         expected = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{case}.")}
@@ -123,7 +124,7 @@ def test_decode_matches_reference(case: str, load) -> None:
 def test_fused_layers_of_several_kinds_decode_as_single_ones(case: str, load, tmp_path_factory) -> None:
     """Bit for bit, what they keep of every layer; two layers a program, of three."""
     runner, tokens = load(case).runner, load(case).expected["tokens"].tolist()
-    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, fused_layers=2,
+    config = EngineConfig(dtype="float32", max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=CHUNK, fused_layers=2,
                           executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
     fused_runner = Runner(Stages(runner.spec, config, runner.store.mesh), runner.store)
     assert len(runner.stages.kinds) == 2 and len(fused_runner.stages.groups) == 2
@@ -150,7 +151,7 @@ def test_prefix_hits_and_preemption_match_reference(case: str, load, monkeypatch
     preempt = Batcher.preempt
     monkeypatch.setattr(Batcher, "preempt", lambda self, i, *args: (preempted.append(i), preempt(self, i, *args)))
     pages = -(-(len(prompt) + len(greedy)) // PAGE) + 1
-    engine = EngineConfig(max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, page_size=PAGE,
+    engine = EngineConfig(max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=CHUNK, page_size=PAGE,
                           kv_pages=pages, answer_share=0.0)
     sampling = Sampling(max_tokens=len(greedy), ignore_eos=True, logprobs=0)
     said = answer(store, stages, engine, [work(name, prompt, sampling) for name in ("first", "second")])

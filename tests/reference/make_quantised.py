@@ -18,7 +18,7 @@ DEQUANTISED = {"mxfp4": Mxfp4Config(dequantize=True)}
 
 def main() -> None:
     outputs = {}
-    for case, (_, _, packing) in tiny_quantised.CASES.items():
+    for case, (_, packing) in tiny_quantised.CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             tiny_quantised.write(case, Path(folder) / "model")
             model = AutoModelForCausalLM.from_pretrained(
