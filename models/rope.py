@@ -65,8 +65,8 @@ def for_context(spec: ModelSpec, tokens: int) -> ModelSpec:
     """The model as it computes where a sequence may have `tokens`: by its long factors, if it has such and the longest
     sequence is beyond the context of the short ones.
 
-    Then they hold for short sequences, too, as in vLLM and llama.cpp: a model that changed with a sequence's length would
-    have to turn all earlier keys again (transformers leaves those as they are).
+    Then they hold for short sequences, too, as in vLLM and llama.cpp: were they chosen by a sequence's own length, all of
+    it would have to be run again where it grows beyond, as transformers does.
     """
     options = dict(spec.options)
     if "long_rope_factors" not in options or min(tokens, spec.max_len) <= options["short_context"]:
