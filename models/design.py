@@ -56,7 +56,6 @@ class Design:
     shared_dim: int = 0  # of an expert that sees every token, behind a gate of its own
     renormalize: bool = True  # the weights of a token's experts add up to 1
     expert_bias: bool = False  # of the experts and their router
-    mxfp4: bool = False  # their published weights are MXFP4 (see mxfp4.py)
 
 
 @functools.cache

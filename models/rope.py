@@ -69,7 +69,8 @@ def for_context(spec: ModelSpec, tokens: int) -> ModelSpec:
     it would have to be run again where it grows beyond, as transformers does.
     """
     options = dict(spec.options)
-    if "long_rope_factors" not in options or min(tokens, spec.max_len) <= options["short_context"]:
+    short = options.get("short_context")
+    if not isinstance(short, int) or min(tokens, spec.max_len) <= short:
         return spec
     options["rope_factors"] = options["long_rope_factors"]
     return replace(spec, options=tuple(sorted(options.items())))

@@ -11,9 +11,9 @@ import numpy as np
 import tiny_quantised
 import torch
 from make_families import run
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-DEQUANTISED = {"mxfp4": Mxfp4Config(dequantize=True)}
+DEQUANTISED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
             tiny_quantised.write(case, Path(folder) / "model")
             model = AutoModelForCausalLM.from_pretrained(
                 Path(folder) / "model", dtype=torch.float32, attn_implementation="eager",
-                quantization_config=DEQUANTISED[str(packing["quant_method"])])
+                quantization_config=DEQUANTISED[str(packing["quant_method"])](dequantize=True))
             assert {p.dtype for p in model.parameters()} == {torch.float32}
             outputs |= {f"{case}.{name}": value for name, value in run(case, model.eval()).items()
                         if name in ("tokens", "logits", "greedy", "steps")}
