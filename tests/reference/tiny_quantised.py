@@ -78,3 +78,5 @@ def _float8(case: str, name: str, shape: list[int]) -> Iterator[tuple[str, np.nd
         yield f"{name}_scale", factors.astype(np.float32)  # of bfloat16 ones, transformers would round the products
     if case == "whole":
         yield f"{name.removesuffix('weight')}input_scale", np.ones(1, BF16)
+    if case == "whole" and "k_proj" in name:
+        yield f"{name.removesuffix('k_proj.weight')}k_scale", np.ones(1, BF16)
