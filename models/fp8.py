@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from blitzjax.errors import CheckpointError
 from blitzjax.models.config import Config
 
-_NUMBERS = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # of every byte
+_BYTES = np.arange(128)  # of numbers that are not negative
+_POSITIVE = np.ldexp((_BYTES & 7) + 8.0 * (_BYTES > 7), np.maximum(_BYTES >> 3, 1) - 10)
+_POSITIVE[127] = np.nan  # there is no infinity
+_NUMBERS = np.concatenate([_POSITIVE, -_POSITIVE]).astype(np.float32)  # of every byte
 _ROWS = 256  # that are dequantised at once
 
 
