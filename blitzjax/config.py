@@ -30,7 +30,7 @@ class ServeConfig:
     ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; a file that is there becomes FILE.1; empty: none
-    hang_timeout_s: float = 10.0  # a controller silent so long (at its start 12 times) is killed and resumed; 0: never
+    hang_timeout_s: float = 10.0  # controller, coordination service: silent so long (a start: 12 times), killed; 0: never
     resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
 
 
@@ -206,7 +206,7 @@ def _check_ranges(c: Config) -> None:
                 "scale.migrate_tokens_per_s"):
         want(_at(c, key) > 0, f"{key} must be above 0")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
-    want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: what hangs stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(c.engine.fused_layers >= 0, "engine.fused_layers must be at least 0 (0: every layer is a program of its own)")
