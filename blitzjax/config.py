@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from blitzjax.errors import ConfigError
+from blitzjax.errors import ConfigError, reason
 from blitzjax.types import LiveMode, Roles, Source, ToolCallParser
 
 
@@ -115,8 +115,8 @@ def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Conf
     if path is not None:
         try:
             tables = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as e:
-            raise ConfigError(f"cannot read config {path}: {e}") from e
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"cannot read config {path}: {reason(e)}") from e
     for text in overrides:
         key, eq, value = text.partition("=")
         table, dot, name = key.strip().partition(".")

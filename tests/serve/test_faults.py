@@ -364,7 +364,7 @@ def test_port_in_use_is_one_line(start):
         taken.listen()
         cluster = start(f"serve.port={taken.getsockname()[1]}", ready=False)
         assert cluster.wait(10) == 1
-        assert "is the port in use?" in cluster.tail("controller")
+        assert "Address already in use" in cluster.tail("controller")
         assert "Traceback" not in cluster.tail("controller")
 
 

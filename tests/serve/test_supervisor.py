@@ -117,7 +117,8 @@ def test_a_life_in_which_nothing_worked_is_a_short_one_however_long(temporary: P
                                                                      ) -> None:
     monkeypatch.setattr(processes, "_HEALTHY_S", 0.0)
     monkeypatch.setattr(pulse, "_MISSED_STARTING", 2)
-    process = processes.Process("sleeper", ("sleep", "60"), dict(os.environ), temporary / "log", pulse.Pulse("127.0.0.1:1", 0.2))
+    process = processes.Process("sleeper", ("sleep", "60"), dict(os.environ), temporary / "log",
+                                pulse.Pulse("127.0.0.1:1", 0.2))
     for worked, short in ((False, 1), (False, 2), (True, 0)):
         process._due = 0.0
         process.start_when_due()
