@@ -36,7 +36,7 @@ def check_free(address: str) -> None:
     if not is_address(address):
         raise BlitzError(f"cannot listen on {address}: a port must be 0-65535")
     try:
-        family, kind, protocol, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(found)
