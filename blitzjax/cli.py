@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blitzjax", allow_abbrev=False,
-        description="A JAX serving engine whose instances work while their parameters still arrive.")
+        description="A JAX serving engine whose instances work while their parameters still arrive.",
+        epilog="Begin with `blitzjax serve smollm2-135m`, and in another terminal `blitzjax chat`.")
     parser.add_argument("--version", action="version", version=f"blitzjax {blitzjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = _command(commands, "serve", "a whole cluster on this machine, or this machine's part of one",
