@@ -2,8 +2,8 @@
 cluster on several machines, what runs on the first.
 
 Invariant: no process outlives its LocalCluster, even when the parent is killed. Workers, the coordination service and a
-controller that was killed, as it is when it hangs, start again; a controller that ends by itself ends the cluster. Used by `blitzjax serve`,
-tests and benchmarks, which are plain clients of the controller.
+controller that was killed, as it is when it hangs, start again; a controller that ends by itself ends the cluster. Used
+by `blitzjax serve`, tests and benchmarks, which are plain clients of the controller.
 """
 
 from __future__ import annotations

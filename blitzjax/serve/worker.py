@@ -186,10 +186,12 @@ def _preload() -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="blitzjax worker", description="One worker process of a blitzjax cluster.")
-    parser.add_argument("--listen", required=True, type=address, metavar="HOST:PORT", help="where the controller and partners connect")
+    parser.add_argument("--listen", required=True, type=address, metavar="HOST:PORT",
+                        help="where the controller and partners connect")
     parser.add_argument("--rank", type=int, required=True, help="this worker's rank in the world")
     parser.add_argument("--world", type=int, required=True, help="number of workers")
-    parser.add_argument("--coordinator", required=True, type=address, metavar="HOST:PORT", help="the coordination service")
+    parser.add_argument("--coordinator", required=True, type=address, metavar="HOST:PORT",
+                        help="the coordination service")
     parser.add_argument("--host-ip", default="", help="address that other workers reach this one at")
     parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
