@@ -135,7 +135,7 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
     parser.add_argument("--http-port", type=int, metavar="PORT",
                         help="OpenAI's interface over HTTP (serve.http_port; default: none)")
-    parser.add_argument("--tool-call-parser", choices=("auto", "hermes", "llama3_json", "mistral"),
+    parser.add_argument("--tool-call-parser", choices=("auto", "hermes", "llama3_json", "mistral", "qwen3_coder"),
                         help="how models write calls of functions (serve.tool_call_parser; as the chat template says)")
     parser.add_argument("--ssl-certfile", metavar="FILE",
                         help="certificate, PEM: gRPC and HTTP over TLS (serve.ssl_certfile; default: in the clear)")

@@ -18,7 +18,7 @@ InstanceId: TypeAlias = str
 LiveMode: TypeAlias = Literal["zigzag", "best_effort", "off"]
 Source: TypeAlias = Literal["multicast", "unicast", "disk"]
 Roles: TypeAlias = Literal["mixed", "split"]
-ToolCallParser: TypeAlias = Literal["auto", "hermes", "llama3_json", "mistral"]
+ToolCallParser: TypeAlias = Literal["auto", "hermes", "llama3_json", "mistral", "qwen3_coder"]
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 

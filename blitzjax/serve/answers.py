@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from blitzjax.serve.calls import FORMATS
+from blitzjax.serve.calls import tags_of
 from blitzjax.serve.model import ServedModel
 from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 from blitzjax.types import FinishReason, Request, Sampling, TokenLogprob, Work
@@ -198,7 +198,7 @@ class Answer:
 
 def _tags(order: Order, tokenizer: Tokenizer) -> Collection[int]:
     """Special tokens that say where calls are."""
-    return tokenizer.ids(FORMATS[order.tool_call_parser].tags).values() if order.tool_call_parser else ()
+    return tokenizer.ids(tags_of(order.tool_call_parser)).values() if order.tool_call_parser else ()
 
 
 def seed_of(seed: int, index: int) -> int:

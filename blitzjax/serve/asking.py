@@ -14,6 +14,7 @@ from blitzjax.v1 import inference_pb2 as pb
 CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, JSON]]  # text, token ids (an array, too), or a chat
+Tools: TypeAlias = Sequence[Mapping[str, JSON]]  # as OpenAI has them
 
 
 class Options(TypedDict, total=False):
@@ -43,7 +44,7 @@ class Options(TypedDict, total=False):
     regex: str
     grammar: str
     choice: Sequence[str]
-    tools: Sequence[Mapping[str, JSON]]  # functions, as OpenAI has them; with a chat
+    tools: Tools  # functions, as OpenAI has them; with a chat
     must_call: Sequence[str]
     one_call: bool
     model: str

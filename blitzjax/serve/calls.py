@@ -1,7 +1,8 @@
 """How do models write calls of functions? The formats: known by a chat template, put into a grammar, and read again.
 
-Invariant: the content and calls of an answer are the same whatever the pieces that it comes in. What only looks like a
-call is content; nothing is lost but what stands between calls.
+A call is told as it comes, once its name is there and its arguments begin. Invariant: the content and calls of an
+answer are the same whatever the pieces that it comes in. What only looks like a call is content; nothing is lost but what
+stands between calls.
 """
 
 from __future__ import annotations
@@ -45,10 +46,22 @@ FORMATS: Mapping[str, Format] = {
     "mistral": Format(re.compile(r"\A(?s:(?!.*\[ARGS\]).*)\[TOOL_CALLS\]"), "[TOOL_CALLS]", "",
                       ("[TOOL_CALLS] [", ", ", "]"))}
 
+XML = "qwen3_coder"  # no JSON, see calls_xml.py
+XML_TAGS = ("<tool_call>", "</tool_call>")
+PARSERS = (*FORMATS, XML)
+_XML_TEMPLATE = re.compile(r"<function=(?s:.*)<parameter=")
+
+
+def tags_of(parser: str) -> tuple[str, ...]:
+    """What may be a token of its own, and tells where calls are."""
+    return XML_TAGS if parser == XML else FORMATS[parser].tags
+
 
 @functools.cache
 def format_of(template: str) -> str:
     """The name of the format that a chat template teaches, or empty."""
+    if _XML_TEMPLATE.search(template):
+        return XML
     return next((name for name, known in FORMATS.items() if known.template.search(template)), "")
 
 
@@ -74,15 +87,14 @@ class Call:
 
     index: int
     name: str
-    arguments: str  # JSON
+    arguments: str  # JSON, as the model has written it
 
 
 class Reader:
     """Owned by one answer. Keeps what may become a call, and the white space before it, until that is known."""
 
-    def __init__(self, known: Format, sure: bool):
-        """`sure`: a grammar made the calls, so they are told as they come; otherwise when they are whole, and valid."""
-        self._format, self._sure = known, sure
+    def __init__(self, known: Format):
+        self._format = known
         self._phase, self._held, self._at = self._content, "", 0  # [0, at) of what is held was looked at
         self._object, self._begin, self._told = _Object(), 0, 0  # that is being read, from where; up to where it is told
         self._bare = not known.written[0]  # an object at the very beginning is a call
@@ -133,31 +145,37 @@ class Reader:
         return True
 
     def _inside(self, said: list[str | Call], last: bool) -> bool:
-        made = self._object
-        while self._at < len(self._held) and (made.depth or not made.size):
-            if not made.take(self._held[self._at]):
+        made, fits = self._object, True
+        while fits and self._at < len(self._held) and (made.depth or not made.size):
+            fits = made.take(self._held[self._at])
+            self._at += fits
+        whole = bool(made.size) and not made.depth
+        over = whole or last or not fits
+        if not self._tell(said, over) and over:
+            call = _valid(self._held[self._begin:self._at]) if whole else None
+            if call is None:
                 return self._no_call(said)
-            self._at += 1
-        whole = made.size and not made.depth
-        if self._sure:
-            self._tell(said)
-        elif whole and (call := _valid(self._held[self._begin:self._at])):
             said.append(Call(self.calls, *call))
-        elif whole:
-            return self._no_call(said)
-        if not whole and not (last and self._told):
-            return last and self._no_call(said)
-        self.calls += 1
-        self._held, self._at, self._bare, self._behind, self._phase = self._held[self._at:], 0, False, True, self._after
-        return True
+        if over:
+            self.calls += 1
+            self._held, self._at, self._bare, self._behind = self._held[self._at:], 0, False, whole
+            self._phase = self._after if whole else self._content
+        return over
 
-    def _tell(self, said: list[str | Call]) -> None:
-        """As much as there is of the arguments, the first object in the object."""
+    def _tell(self, said: list[str | Call], over: bool) -> bool:
+        """As much as there is of the arguments, the first object in the object; the name first, and if there will be more
+        alone. → whether it is a call that is told as it comes: what comes may yet be no JSON.
+        """
         inner, end = (self._begin + at for at in (self._object.inner, self._object.inner_end or self._object.size))
-        if self._object.inner and (end > self._told):
-            name = "" if self._told else json.loads(self._held[self._begin:inner] + "0}")["name"]
-            said.append(Call(self.calls, name, self._held[self._told or inner:end]))
+        if not self._told and self._object.inner and (name := _name(self._held[self._begin:inner])):
+            said.append(Call(self.calls, name, ""))
+            self._told = inner
+            if not over:
+                return True
+        if self._told and end > self._told:
+            said.append(Call(self.calls, "", self._held[self._told:end]))
             self._told = end
+        return bool(self._told)
 
     def _after(self, said: list[str | Call], last: bool) -> bool:
         rest, closing = self._held.lstrip(_BETWEEN), self._format.closing
@@ -194,6 +212,17 @@ class _Object:
                 self.inner_end = self.inner_end or self.size + 1
         self.size += 1
         return True
+
+
+def _name(text: str) -> str:
+    """Of the call whose arguments begin behind this; empty: it does not say, or they are not what begins."""
+    try:
+        match json.loads(text + "0}"):
+            case {"name": str(name), "arguments": 0} | {"name": str(name), "parameters": 0}:
+                return name
+    except (ValueError, RecursionError):
+        pass
+    return ""
 
 
 def _valid(text: str) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ import json
 import re
 
 from blitzjax.errors import InvalidRequest
-from blitzjax.serve.calls import FORMATS, format_of, grammar
+from blitzjax.serve.calls import FORMATS, PARSERS, XML, format_of, grammar
 from blitzjax.serve.tokenizer import Tokenizer
 from blitzjax.types import ToolCallParser
 from blitzjax.v1 import inference_pb2 as pb
@@ -35,7 +35,7 @@ def parser_of(chat: pb.Chat, tokenizer: Tokenizer, configured: ToolCallParser) -
     name = format_of(tokenizer.tool_template) if configured == "auto" else configured
     if not name:
         raise InvalidRequest("the chat template does not say how this model writes calls; the server needs "
-                             f"--tool-call-parser, one of {', '.join(FORMATS)}")
+                             f"--tool-call-parser, one of {', '.join(PARSERS)}")
     return name
 
 
@@ -46,6 +46,9 @@ def grammars_of(chat: pb.Chat, parser: str, tokenizer: Tokenizer) -> tuple[str, 
     schemas = {f.name: _parameters(f) for f in chat.tools}
     if unknown := [name for name in chat.must_call if name not in schemas]:
         raise InvalidRequest(f"the answer must call {unknown[0]!r}, but tools are {', '.join(schemas) or 'none'}")
+    if parser == XML:
+        raise InvalidRequest(f"calls as {parser} has them follow no grammar: tool_choice must be auto or none, and an "
+                             "answer that follows a schema, a grammar or choices may have no tools")
     known, several = FORMATS[parser], not chat.one_call
     if not chat.must_call and not known.written[0]:
         raise InvalidRequest(f"an answer that may be calls as {parser} has them cannot follow a schema, a grammar or "

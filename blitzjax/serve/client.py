@@ -18,7 +18,8 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from blitzjax.serve import access
-from blitzjax.serve.asking import Chunk, Options, Prompt, Result, chunk_of, collect, collect_all, generate_request
+from blitzjax.serve.asking import (Chunk, Options, Prompt, Result, Tools, chunk_of, collect, collect_all,
+                                   generate_request)
 from blitzjax.serve.channels import TO_CONTROLLER
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.types import LiveMode, Source
@@ -76,9 +77,10 @@ class Client:
             time.sleep(pause_s)
             rejoin.restart()
 
-    def tokenize(self, prompt: Prompt, *, model: str = "", timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
+    def tokenize(self, prompt: Prompt, *, model: str = "", tools: Tools = (),
+                 timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
         """The prompt as `generate` would have it: token ids and text, whichever was given."""
-        return self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model)), timeout_s)
+        return self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model, tools=tools)), timeout_s)
 
     def abort(self, *request_ids: str) -> None:
         self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)
@@ -198,9 +200,11 @@ class AsyncClient:
             await asyncio.sleep(pause_s)
             rejoin.restart()
 
-    async def tokenize(self, prompt: Prompt, *, model: str = "", timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
+    async def tokenize(self, prompt: Prompt, *, model: str = "", tools: Tools = (),
+                       timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
         """The prompt as `generate` would have it: token ids and text, whichever was given."""
-        return await self._unary(self._stub.Tokenize, generate_request(prompt, Options(model=model)), timeout_s)
+        return await self._unary(
+            self._stub.Tokenize, generate_request(prompt, Options(model=model, tools=tools)), timeout_s)
 
     async def abort(self, *request_ids: str) -> None:
         await self._unary(self._stub.Abort, pb.AbortRequest(request_ids=request_ids), None)

@@ -81,8 +81,8 @@ class Gateway:
         return await self._reply(request, openai.chat(await _body(request)))
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        prompt, model = openai.tokenize(await _body(request))
-        known = await self._client.tokenize(prompt, model=model)
+        prompt, options = openai.tokenize(await _body(request))
+        known = await self._client.tokenize(prompt, model=options["model"], tools=options.get("tools", ()))
         return web.json_response({"tokens": list(known.token_ids), "count": len(known.token_ids),
                                   "max_model_len": known.max_model_len})
 

@@ -31,8 +31,11 @@ _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "add_special_tokens": (True,), "add_generation_prompt": (True,), "return_token_strs": (False,),
+    "add_special_tokens": (True,), "return_token_strs": (False,),
     "modalities": (["text"],), "skip_special_tokens": (True,)}
+_RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
+    "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
+    "chat_template_kwargs": {}}
 _REPLACED = {"functions": "tools", "function_call": "tool_choice"}  # by OpenAI
 _STATUS: Mapping[str, tuple[int, str]] = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
@@ -79,6 +82,7 @@ def chat(body: JSON) -> Asked:
     """POST /v1/chat/completions. Raises InvalidRequest. Without a limit the answer may fill the context."""
     fields = _Fields(body)
     messages = _messages(fields.take("messages", list))
+    _check_rendering(fields)
     options = _options(fields)
     newer = fields.take("max_completion_tokens", int)
     if newer is not None:
@@ -93,14 +97,18 @@ def chat(body: JSON) -> Asked:
     return _asked(True, (messages,), options | wants.options, (top or 0) if wanted else None, fields, wants)
 
 
-def tokenize(body: JSON) -> tuple[Prompt, str]:
-    """POST /tokenize, as vLLM has it. → prompt, model. Raises InvalidRequest."""
+def tokenize(body: JSON) -> tuple[Prompt, Options]:
+    """POST /tokenize, as vLLM has it. → prompt, its model and tools. Raises InvalidRequest."""
     fields = _Fields(body)
-    model, prompt, messages = fields.take("model", str), fields.take("prompt", str), fields.take("messages", list)
-    fields.done()
+    options = Options(model=fields.take("model", str) or "")
+    prompt, messages = fields.take("prompt", str), fields.take("messages", list)
     if (prompt is None) == (messages is None):
         raise InvalidRequest("give either prompt, a text, or messages")
-    return _messages(messages) if prompt is None else prompt, model or ""
+    if messages is not None:
+        _check_rendering(fields)
+        options |= tools.asked(fields.take("tools", list), None, None).options
+    fields.done()
+    return _messages(messages) if prompt is None else prompt, options
 
 
 def detokenize(body: JSON) -> tuple[Prompt, str]:
@@ -121,6 +129,13 @@ def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: 
     if logprobs is not None:
         options["logprobs"] = logprobs
     return Asked(chat, prompts, options, stream, include_usage, logprobs, wants)
+
+
+def _check_rendering(fields: _Fields) -> None:
+    """A chat becomes what its model's template says, up to where the assistant speaks, and nothing else."""
+    for name, as_here in _RENDERING.items():
+        if (value := fields.take(name, type(as_here))) not in (None, as_here):
+            raise InvalidRequest(f"{name} is not supported with messages but as {json.dumps(as_here)}; leave it out")
 
 
 class _Fields:

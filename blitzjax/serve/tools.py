@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blitzjax.errors import InvalidRequest
+from blitzjax.serve import calls, calls_xml
 from blitzjax.serve.asking import JSON, Options
-from blitzjax.serve.calls import FORMATS, Call, Reader
+from blitzjax.serve.calls import Call
 
 _ID_CHARS = 9  # as many letters and digits as templates of Mistral insist on
 _CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
@@ -70,7 +71,7 @@ def _function(where: str, tool: Any) -> Mapping[str, Any]:
 
 def calls_of(where: str, role: str, message: Mapping[str, JSON]) -> dict[str, JSON]:
     """What a message of a chat tells of calls, checked. Raises InvalidRequest."""
-    calls, answered = message.get("tool_calls"), message.get("tool_call_id")
+    made, answered = message.get("tool_calls"), message.get("tool_call_id")
     if role == "function" or message.get("function_call") is not None:
         raise InvalidRequest(f"{where}: role function and function_call are not supported; use role tool and "
                              "tool_calls")
@@ -78,16 +79,16 @@ def calls_of(where: str, role: str, message: Mapping[str, JSON]) -> dict[str, JS
         if not isinstance(answered, str) or not answered:
             raise InvalidRequest(f"{where} must say which call it answers, with tool_call_id")
         return {"tool_call_id": answered}
-    if role != "assistant" or not calls:
+    if role != "assistant" or not made:
         return {}
-    for k, call in enumerate(calls if isinstance(calls, list) else [None]):
+    for k, call in enumerate(made if isinstance(made, list) else [None]):
         match call:
             case {"id": str(), "type": "function", "function": {"name": str(), "arguments": str()}}:
                 pass
             case _:
                 raise InvalidRequest(f'{where}.tool_calls[{k}] must be {{"id": ..., "type": "function", "function": '
                                      '{"name": ..., "arguments": JSON as a text}}')
-    return {"tool_calls": calls}
+    return {"tool_calls": made}
 
 
 @dataclass(slots=True)
@@ -95,31 +96,37 @@ class Said:
     """One answer on its way out."""
 
     tools: Tools
-    _reader: Reader | None = None
+    _reader: calls.Reader | calls_xml.Reader | None = None
     _ids: list[str] = field(default_factory=list)
 
     def part(self, text: str, parser: str, last: bool) -> dict[str, Any]:
         """What is new of its message: content and calls, each with its `index`. `parser`: empty without functions."""
         if not parser:
             return {"content": text}
-        self._reader = self._reader or Reader(FORMATS[parser], sure=bool(self.tools.must_call))
+        self._reader = self._reader or self._new_reader(parser)
         said = self._reader.push(text, last)
         content = "".join(part for part in said if isinstance(part, str))
-        calls: dict[int, dict[str, Any]] = {}
+        parts: dict[int, dict[str, Any]] = {}
         for call in said:
             if isinstance(call, Call) and (self.tools.parallel or not call.index):
-                self._add(calls, call)
-        return ({"content": content} if content else {}) | ({"tool_calls": list(calls.values())} if calls else {})
+                self._add(parts, call)
+        return ({"content": content} if content else {}) | ({"tool_calls": list(parts.values())} if parts else {})
 
-    def _add(self, calls: dict[int, dict[str, Any]], call: Call) -> None:
+    def _new_reader(self, parser: str) -> calls.Reader | calls_xml.Reader:
+        if parser != calls.XML:
+            return calls.Reader(calls.FORMATS[parser])
+        functions = (tool["function"] for tool in self.tools.functions)
+        return calls_xml.Reader({function["name"]: function.get("parameters") or {} for function in functions})
+
+    def _add(self, parts: dict[int, dict[str, Any]], call: Call) -> None:
         if call.name:
             self._ids.append(uuid.uuid4().hex[:_ID_CHARS])
-            calls[call.index] = {"index": call.index, "id": self._ids[-1], "type": "function",
+            parts[call.index] = {"index": call.index, "id": self._ids[-1], "type": "function",
                                  "function": {"name": call.name, "arguments": call.arguments}}
-        elif call.index in calls:
-            calls[call.index]["function"]["arguments"] += call.arguments
+        elif call.index in parts:
+            parts[call.index]["function"]["arguments"] += call.arguments
         else:
-            calls[call.index] = {"index": call.index, "function": {"arguments": call.arguments}}
+            parts[call.index] = {"index": call.index, "function": {"arguments": call.arguments}}
 
     def whole(self, text: str, parser: str) -> dict[str, Any]:
         """All of its message."""

@@ -15,7 +15,7 @@ from blitzjax.serve import openai
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.asking import Chunk, collect, generate_request
 from blitzjax.serve.model import load_model
-from blitzjax.serve.orders import order_of
+from blitzjax.serve.orders import order_of, prompt_of
 from blitzjax.types import Sampling
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -63,6 +63,14 @@ def test_the_template_is_told_of_functions_calls_and_their_results(hermes) -> No
     said = ["user:a;", "assistant:<tool_call>" + '{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>;', "tool(weather):sunny;"]
     assert prompt(hermes, messages=messages, tools=TOOLS) == [json.dumps(weather), json.dumps(now), *said]
     assert prompt(hermes, messages=messages, tools=TOOLS, tool_choice="none") == said
+
+
+def test_a_chat_is_tokenized_as_it_is_asked(hermes) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    said, options = openai.tokenize({"messages": messages, "tools": TOOLS, "add_generation_prompt": True,
+                                     "add_special_tokens": False, "return_token_strs": False, "chat_template_kwargs": {}})
+    ids, _ = asyncio.run(prompt_of(generate_request(said, options), load_model(hermes), 2000))
+    assert ids == order(hermes, request(messages=messages, tools=TOOLS)).prompt and b'"name": "now"' in bytes(ids)
 
 
 def test_a_template_of_its_own_is_used_for_tools(tmp_path) -> None:
@@ -135,7 +143,7 @@ def test_a_model_that_cannot_be_told_of_tools_says_so(model_dir, tmp_path) -> No
     with pytest.raises(InvalidRequest, match="does not mention tools"):
         order(model_dir, request(tools=TOOLS))
     silent = write_model(tmp_path, template="{{ tools }}{{ messages }}")
-    with pytest.raises(InvalidRequest, match="--tool-call-parser, one of hermes, llama3_json, mistral"):
+    with pytest.raises(InvalidRequest, match="--tool-call-parser, one of hermes, llama3_json, mistral, qwen3_coder"):
         order(silent, request(tools=TOOLS))
     assert order(silent, request(tools=TOOLS), "mistral").tool_call_parser == "mistral"
     with pytest.raises(InvalidRequest, match="must call 'f', but tools are none"):
@@ -156,16 +164,16 @@ def test_tags_are_text_for_answers_with_tools_alone(model_dir) -> None:
         assert answer.take().text == shown + "x"
 
 
-def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop") -> tuple[dict, list[dict]]:
+def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop", parser: str = "hermes") -> tuple[dict, list[dict]]:
     """→ the choice of the whole answer, those of its stream."""
     chunks = [Chunk("r", 0, text, (1,), (), reason if k == len(pieces) - 1 else "", pb.Usage() if k == len(pieces) - 1 else None,
-                    (), (), None, "hermes" if asked.tools.functions else "", 0.0) for k, text in enumerate(pieces)]
+                    (), (), None, parser if asked.tools.functions else "", 0.0) for k, text in enumerate(pieces)]
     [whole] = openai.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
     reply = openai.Reply(asked, "m", "r")
     return whole, [event["choices"][0] for chunk in chunks if (event := reply.piece(0, chunk)) is not None]
 
 
-def test_calls_of_a_free_answer_are_told_when_they_are_whole() -> None:
+def test_calls_of_a_free_answer_are_told_as_they_are_made() -> None:
     text = ('Well. <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n'
             '<tool_call>{"name": "weather", "arguments": {"city": "Ely"}}\n</tool_call>')
     whole, stream = answer(chat(tools=TOOLS), [*text, ""])
@@ -177,9 +185,12 @@ def test_calls_of_a_free_answer_are_told_when_they_are_whole() -> None:
     told = [choice["delta"] for choice in stream]
     assert "".join(delta.get("content", "") for delta in told) == "Well." and told[0] == {"role": "assistant", "content": "W"}
     made = [call for delta in told for call in delta.get("tool_calls", ())]
-    assert [(c["index"], c["function"]) for c in made] == [(k, c["function"]) for k, c in enumerate(calls)]
+    assert [(c["index"], c["type"], c["function"]) for c in made if "id" in c] == [
+        (k, "function", {"name": c["function"]["name"], "arguments": ""}) for k, c in enumerate(calls)]
+    for k, call in enumerate(calls):
+        assert "".join(c["function"]["arguments"] for c in made if c["index"] == k) == call["function"]["arguments"]
     assert stream[-1]["finish_reason"] == "tool_calls" and not stream[-1]["delta"]
-    assert len(stream) == len("Well.") + 2 + 1, "nothing is sent while nothing is known"
+    assert len(stream) == len("Well.") + 2 + len('}"city": "Ely"}') + 1, "nothing is sent while nothing is known"
     whole, _ = answer(chat(tools=TOOLS, parallel_tool_calls=False), [text])
     assert [c["function"]["name"] for c in whole["message"]["tool_calls"]] == ["now"]
 
