@@ -37,7 +37,7 @@ class Client:
         self._channel = access.channel(grpc, address, TO_CONTROLLER, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._server = Server()
+        self._server = Server(address)
         self.address = address
 
     def __enter__(self) -> Client:
@@ -159,7 +159,7 @@ class AsyncClient:
         self._channel = access.channel(grpc.aio, address, TO_CONTROLLER, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._server = Server()
+        self._server = Server(address)
         self.address = address
 
     async def __aenter__(self) -> AsyncClient:

@@ -21,6 +21,7 @@ from pathlib import Path
 from blitzjax import config as configs
 from blitzjax import events, types
 from blitzjax.config import Config
+from blitzjax.addresses import is_address
 from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable, UnknownModel
 from blitzjax.serve import access
 from blitzjax.serve.answers import Answer, Order
@@ -366,8 +367,11 @@ def run(args: argparse.Namespace) -> int:
         workers = _workers(args.workers)
         models = [load_model(directory, name) for directory, name in _named(args.model_dir, args.served_model_name)]
         controller = with_journal(lambda: Controller(config, models, workers), args.journal)
-    except (BlitzError, OSError) as e:
+    except BlitzError as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # event log or journal
+        print(f"blitzjax controller: cannot write {e.filename}: {e.strerror}", file=sys.stderr)
         return 2
     try:
         asyncio.run(serve(controller, key, credentials, args.socket))
@@ -396,7 +400,7 @@ def _named(directories: Sequence[Path], names: Sequence[str]) -> list[tuple[Path
 def _workers(text: str) -> dict[str, str]:
     """"i0=host:port,i1=host:port" -> {"i0": "host:port", ...}."""
     pairs = [item.partition("=") for item in text.split(",") if item]
-    if not pairs or not all(name and port.rpartition(":")[2].isdigit() for name, _, port in pairs):
+    if not pairs or not all(name and is_address(address) for name, _, address in pairs):
         raise ConfigError(f"--workers wants i0=HOST:PORT,i1=HOST:PORT,..., got {text!r}")
     return {name: address for name, _, address in pairs}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unauthenticated, Unavailable, UnknownModel
+from blitzjax.serve.unreached import meant
 from blitzjax.v1 import inference_pb2 as pb
 
 RESUME_KEY = "blitzjax-resume-s"  # initial metadata: for so many seconds a broken stream can be asked for again
@@ -28,6 +29,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 class Server:
     """What a client knows of its server, from one call to the next."""
 
+    address: str = "the server"
     resume_s: float = 0.0  # 0: a stream that breaks is gone
 
     def said(self, metadata: Metadata | None) -> None:
@@ -65,7 +67,7 @@ class Patience:
             self._give_up = now + self.server.resume_s
         late = now >= self._give_up or self.left_s == 0.0
         if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
-            raise error_of(error) from error
+            raise error_of(error, None if final else self.server.address) from error
         return _PAUSE_S
 
 
@@ -116,12 +118,16 @@ class Rejoin:
         self._sent = {}
 
 
-def error_of(error: grpc.RpcError) -> BlitzError:
-    """The exception that the server raised, or a BlitzError with the status as its `code`."""
+def error_of(error: grpc.RpcError, unreached: str | None) -> BlitzError:
+    """The exception that the server raised, or a BlitzError with the status as its `code`.
+
+    `unreached`: the address of a server that has not said so itself.
+    """
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-    name, details = error.code().name, error.details()
+    name, details = error.code().name, error.details() or ""
+    told = None if unreached is None else meant(details, unreached)
     if name in _ERRORS:
-        return _ERRORS[name](details)
-    out = BlitzError(f"{name}: {details}")
+        return _ERRORS[name](told or details)
+    out = BlitzError(told or f"{name}: {details}")
     out.code = name
     return out
