@@ -151,10 +151,11 @@ class NewSide:
     def _offer(self, seq: int, sequence: Sequence, next_layer: int) -> HandOver:
         if next_layer == 0:
             return HandOver(seq, sequence.work)
-        activations = self._handoff.offer(sequence.begun.x)
-        kv = tuple(self._handoff.offer(pair) for pair in sequence.begun.kv[:next_layer] if pair is not None)
-        self._offers[seq] = (activations, *kv)
-        return HandOver(seq, sequence.work, next_layer, self._handoff.address, activations, kv)
+        kv = [pair for pair in sequence.begun.kv[:next_layer] if pair is not None]
+        offered = self._handoff.offer(sequence.begun.x, *kv)
+        self._offers[seq] = offered.uuids
+        activations, *layers = offered.uuids
+        return HandOver(seq, sequence.work, next_layer, offered.address, activations, tuple(layers))
 
 
 class OldSide:

@@ -158,8 +158,8 @@ class Moves:
             group = max(1, _PIECE_BYTES // sum(a.nbytes for a in own[0])) if own else 1
             for at in range(0, len(own), group):
                 pairs = own[at : at + group]
-                uuid = self._handoff.offer([a for pair in pairs for a in pair])
-                yield m.KVPiece(self._handoff.address, uuid, start + at, start + at + len(pairs),
+                offered = self._handoff.offer([a for pair in pairs for a in pair])
+                yield m.KVPiece(offered.address, offered.uuids[0], start + at, start + at + len(pairs),
                                 self._stages.layout.tokens(pairs[0]))
         assert rest is not None or not absent
         if rest is not None:
@@ -198,7 +198,7 @@ class Moves:
 
     def _withdraw(self, pieces: tuple[m.KVPiece, ...]) -> None:
         """Pieces are taken in order: those before one that was taken are gone, too."""
-        own = [piece.uuid for piece in pieces if piece.address == self._handoff.address]
+        own = [piece.uuid for piece in pieces if self._handoff.offers(piece.uuid)]
         for uuid in reversed(own):
             if not self._handoff.withdraw(uuid):
                 return

@@ -189,8 +189,8 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
         got = client(old, new, d, e)["r4"]
         assert got == wanted["r4"] and got[2] and tokens_said(old, "r4") == 1
     if then in ("nothing", "the pair ends"):
-        assert kv_takes["old"].count(new.handoff.address) < SPEC.layers - 1, "OLD took what D should take"
-        assert set(kv_takes["d"]) == {old.handoff.address, new.handoff.address}
+        assert kv_takes["old"].count(new.handoff.offer().address) < SPEC.layers - 1, "OLD took what D should take"
+        assert set(kv_takes["d"]) == {old.handoff.offer().address, new.handoff.offer().address}
         whole = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4 * 256
         assert [moved.kv_bytes for moved in of(d, KVMigrated)] == [whole]
     if then != "the pair ends":

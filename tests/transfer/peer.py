@@ -143,7 +143,8 @@ class Peer:
 
     def offer(self, shapes: list[list[int]], dtype: str, seed: int) -> list[object]:
         arrays = [random_array(s, dtype, seed + i) for i, s in enumerate(shapes)]
-        return [self.handoff.address, self.handoff.offer(arrays)]
+        offered = self.handoff.offer(arrays)
+        return [offered.address, *offered.uuids]
 
     def take(self, address: str, uuid: int, shapes: list[list[int]], dtype: str, seed: int, timeout_s: float) -> bool:
         arrays = self.handoff.take(address, uuid, [spec(s, dtype) for s in shapes], timeout_s)
@@ -153,9 +154,6 @@ class Peer:
 
     def withdraw(self, uuid: int) -> bool:
         return self.handoff.withdraw(uuid)
-
-    def reset(self) -> None:
-        self.handoff.reset()
 
 
 speaking = threading.Lock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from blitzjax.errors import TransferError
 from blitzjax.transfer import staging
 from blitzjax.transfer.handoff import HandOff
 
@@ -48,41 +46,27 @@ def handoff() -> HandOff:
 
 
 def test_an_offer_is_taken_once_or_withdrawn(handoff: HandOff) -> None:
-    arrays = [placed("whole", 2, "float32"), placed("last", 2), placed("first", 2)]
-    uuid = handoff.offer(arrays)
-    for got, sent in zip(handoff.take(handoff.address, uuid, [spec(a) for a in arrays], 10.0), arrays, strict=True):
-        assert got.sharding == sent.sharding
-        np.testing.assert_array_equal(got, sent)
-    assert not handoff.withdraw(uuid)
-    assert handoff.withdraw(handoff.offer(arrays))
+    groups = [[placed("whole", 2, "float32"), placed("last", 2), placed("first", 2)], [placed("whole", 1)]]
+    offered = handoff.offer(*groups)
+    for uuid, arrays in zip(offered.uuids, groups, strict=True):
+        got = handoff.take(offered.address, uuid, [spec(a) for a in arrays], 10.0)
+        for one, sent in zip(got, arrays, strict=True):
+            assert one.sharding == sent.sharding
+            np.testing.assert_array_equal(one, sent)
+        assert handoff.offers(uuid) and not handoff.withdraw(uuid) and not handoff.offers(uuid)
+    assert all(handoff.withdraw(uuid) for uuid in handoff.offer(*groups).uuids)
 
 
 def test_a_withdrawal_in_vain_ends_no_other(handoff: HandOff) -> None:
     """It must not cut one short that frees something: that would stay in memory for ever."""
     array = placed("whole", 1)
-    uuids = [handoff.offer([array]) for _ in range(2)]
+    offered = handoff.offer([array], [array])
+    uuids = offered.uuids
     for uuid in uuids:
-        handoff.take(handoff.address, uuid, [spec(array)], 10.0)
+        handoff.take(offered.address, uuid, [spec(array)], 10.0)
     with ThreadPoolExecutor(1) as beside:
         first = beside.submit(handoff.withdraw, uuids[0])
         time.sleep(0.3)
         began = time.monotonic()
         assert not handoff.withdraw(uuids[1]) and not first.result(5)
     assert time.monotonic() - began > 0.9
-
-
-def test_what_was_reset_while_it_was_copied_is_never_offered(handoff: HandOff, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on, lowered, array = threading.Event(), threading.Event(), staging.lowered, placed("whole", 1)
-
-    def slow(array: jax.Array, host: jax.Device) -> list[jax.Array]:
-        begun.set()
-        assert go_on.wait(10)
-        return lowered(array, host)
-
-    monkeypatch.setattr(staging, "lowered", slow)
-    uuid = handoff.offer([array])
-    assert begun.wait(10)
-    handoff.reset()
-    go_on.set()
-    with pytest.raises(TransferError):
-        handoff.take(handoff.address, uuid, [spec(array)], 1.0)
