@@ -31,7 +31,7 @@ class ServeConfig:
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; a file that is there becomes FILE.1; empty: none
     hang_timeout_s: float = 10.0  # controller, coordination service: silent so long (a start: 12 times), killed; 0: never
-    resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
+    resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, controllers for clients; 0: no
 
 
 @dataclass(frozen=True, slots=True)

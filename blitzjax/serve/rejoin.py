@@ -1,4 +1,4 @@
-"""A client's call that outlives the server: when is it worth making again, and which part of an answer was seen?
+"""A client's call that outlives its connection, or the server: when is it worth making again, and what was seen of it?
 
 A server that resumes says so in a call's initial metadata; what it says itself, errors too, is final. Invariant: the
 chunks that pass `unseen` are each answer once, in order, however often the server sent it.
@@ -45,6 +45,7 @@ class Patience:
     server: Server
     timeout_s: float | None
     started: float = field(default_factory=time.monotonic)
+    over: bool = False  # the server has said its last word
     _give_up: float | None = None  # when to stop; None: the last call was answered
 
     @property
@@ -61,13 +62,13 @@ class Patience:
         self.server.said(initial)
         if initial and any(key == RESUME_KEY for key, _ in initial):
             self.heard()
-        final = any(key == FINAL_KEY for key, _ in trailing or ())
+        self.over = any(key == FINAL_KEY for key, _ in trailing or ())
         now = time.monotonic()
         if self._give_up is None:
             self._give_up = now + self.server.resume_s
         late = now >= self._give_up or self.left_s == 0.0
-        if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
-            raise error_of(error, None if final else self.server.address) from error
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or self.over or late:
+            raise error_of(error, None if self.over else self.server.address) from error
         return _PAUSE_S
 
 
@@ -91,6 +92,7 @@ class Rejoin:
 
     def __post_init__(self) -> None:
         self.request.request_id = self.request.request_id or uuid.uuid4().hex
+        self.request.key = uuid.uuid4().hex
 
     def unseen(self, message: pb.GenerateResponse) -> pb.GenerateResponse | None:
         """What of the message is new; None: nothing. The message is changed."""
