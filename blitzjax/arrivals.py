@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blitzjax.errors import ConfigError
+from blitzjax.errors import ConfigError, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def read(path: Path) -> list[Arrival]:
             rows = list(map(json.loads, file)) if json_lines else list(csv.DictReader(file))
         found = list(_arrivals(rows))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, TypeError, ValueError) as e:
-        raise ConfigError(f"cannot read trace {path}: {e}") from e
+        raise ConfigError(f"cannot read trace {path}: {reason(e)}") from e
     if not found:
         raise ConfigError(f"trace {path} has no requests")
     found.sort(key=lambda arrival: arrival.at)

@@ -28,6 +28,7 @@ _PROGRAMS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters of it, an exception says
     if argv and argv[0] in _PROGRAMS:
         return importlib.import_module(_PROGRAMS[argv[0]][0]).main(argv[1:])
     parser = build_parser()
@@ -48,12 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough; what is still buffered must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # a full disk, say
+        print(f"blitzjax: {e}", file=sys.stderr)
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blitzjax", allow_abbrev=False,
-        description="A JAX serving engine whose instances work while their parameters still arrive.")
+        description="A JAX serving engine whose instances work while their parameters still arrive.",
+        epilog="Begin with `blitzjax serve smollm2-135m`, and in another terminal `blitzjax chat`.")
     parser.add_argument("--version", action="version", version=f"blitzjax {blitzjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = _command(commands, "serve", "a whole cluster on this machine, or this machine's part of one",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from blitzjax.calibrate import Calibration
 from blitzjax.cli_serve import checkpoint, configure
+from blitzjax.cli_sim import check_writable
 from blitzjax.config import Config
-from blitzjax.errors import BlitzError
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
 from blitzjax.serve.model import load_model
@@ -23,10 +23,7 @@ _READY_S = 600.0  # a first start compiles
 
 def calibrate(args: argparse.Namespace) -> int:
     """Writes costs.json and costs.toml."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BlitzError(f"cannot write to {args.out}: {e.strerror}") from e
+    check_writable(args.out)
     with tempfile.TemporaryDirectory(prefix="blitzjax-calibrate-") as directory:
         config = measured(configure(args), Path(directory) / "events.jsonl")
         model = load_model(checkpoint(args.model, config.engine.dtype, args.checkpoint))

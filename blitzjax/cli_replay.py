@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blitzjax import config as configs
 from blitzjax.control.cluster import Cluster
-from blitzjax.errors import ConfigError
+from blitzjax.errors import ConfigError, reason
 from blitzjax.serve import eventlog
 from blitzjax.commands import Command
 from blitzjax.events import Event
@@ -73,7 +73,7 @@ def turns(path: Path) -> Iterator[Turn]:
         if event is not None:
             yield Turn(*event, commands, True)
     except (OSError, KeyError, TypeError, ValueError) as e:
-        raise ConfigError(f"cannot read event log {path}: {e}") from e
+        raise ConfigError(f"cannot read event log {path}: {reason(e)}") from e
 
 
 def fresh(path: Path) -> Cluster:
@@ -82,8 +82,10 @@ def fresh(path: Path) -> Cluster:
         header = eventlog.read_header(path)
         specs = [spec_from(spec) for spec in header["specs"]]
         return Cluster(configs.from_tables(header["config"]), specs)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise ConfigError(f"{path} is no event log of this version of blitzjax: {e!r}") from e
+    except OSError as e:
+        raise ConfigError(f"cannot read event log {path}: {reason(e)}") from e
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ConfigError(f"{path} is no event log of this version of blitzjax: {reason(e)}") from e
 
 
 def main(args: argparse.Namespace) -> int:

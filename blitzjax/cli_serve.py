@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import blitzjax
 from blitzjax import config as configs
-from blitzjax.addresses import joined
+from blitzjax.addresses import check_free, joined
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import locations
 from blitzjax.errors import BlitzError, CheckpointError
@@ -54,13 +53,15 @@ def serve(args: argparse.Namespace) -> int:
     if not args.host_index:  # raise now what the controller would
         access.api_key()
         access.server_context(config.serve.ssl_certfile, config.serve.ssl_keyfile)
-        _check_free(config.serve.host, config.serve.http_port)
     if args.checkpoint is not None and len(args.model) > 1:
         raise BlitzError("--checkpoint belongs to one MODEL; give the others as directories, or deploy them later")
     names = args.served_model_name or []
     if names and len(names) != len(args.model):
         raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
     launch = across(config, hosts, args.host_index) if hosts else Launch()
+    for port in (config.serve.port, config.serve.http_port, config.serve.metrics_port):
+        if not args.host_index:
+            check_free(joined(config.serve.host, port))
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
     if args.host_index:
         return _only_workers(config, launch)
@@ -85,15 +86,6 @@ def wait_ready(cluster: LocalCluster) -> None:
         print("no instance serves yet: the first start of a model compiles it, for a minute or more; the next one loads that",
               flush=True)
         cluster.wait_ready(float("inf"))
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raises BlitzError when nobody can listen there, while a start is still cheap; port 0: nobody wants to."""
-    try:
-        if port:
-            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as e:
-        raise BlitzError(f"cannot listen on {joined(host, port)} for HTTP: {e.strerror}") from e
 
 
 def _only_workers(config: Config, launch: Launch) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,7 @@ def sim(args: argparse.Namespace) -> int:
     if args.duration_s <= 0 or args.load <= 0:
         raise ConfigError("--duration-s and --load must be above 0")
     if args.out:  # found out before the minutes that it takes
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ConfigError(f"cannot write to {args.out}: {e.strerror}") from e
+        check_writable(args.out)
     machine, model = costs.read(args.costs) if args.costs else (
         _named(costs.MACHINES, args.machine, "machine"), _named(costs.MODELS, args.model, "model"))
     most = machine.hosts * (machine.gpus // model.tensor_parallel)
@@ -67,6 +65,15 @@ def sim(args: argparse.Namespace) -> int:
         (args.out / "table.csv").write_text(report.to_csv(rows))
         print(f"wrote {args.out / 'report.html'}, report.json, table.csv")
     return 0
+
+
+def check_writable(directory: Path) -> None:
+    """Makes it, if need be. Raises ConfigError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as e:
+        raise ConfigError(f"cannot write to {directory}: {e.strerror}") from e
 
 
 def _check_begin(args: argparse.Namespace, setups: list[shell.Setup]) -> None:

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from blitzjax.errors import ConfigError
+from blitzjax.errors import ConfigError, reason
 from blitzjax.types import LiveMode, Roles, Source, ToolCallParser
 
 
@@ -30,14 +30,14 @@ class ServeConfig:
     ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
     event_log: str = ""  # JSON lines of every event and command; a file that is there becomes FILE.1; empty: none
-    hang_timeout_s: float = 10.0  # a controller silent so long (at its start 12 times) is killed and resumed; 0: never
-    resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, and that for its clients; 0: no
+    hang_timeout_s: float = 10.0  # controller, coordination service: silent so long (a start: 12 times), killed; 0: never
+    resume_timeout_s: float = 30.0  # workers wait so long for a crashed controller, controllers for clients; 0: no
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals are float32, KV too but on GPUs
-    max_model_len: int = 2048  # prompt + answer, tokens; never above the model's own limit
+    max_model_len: int = 2048  # prompt + answer, tokens; never above the model's limit; chooses LongRoPE's factors
     max_num_seqs: int = 16  # sequences decoding together
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
     page_size: int = 16  # tokens per KV page
@@ -115,8 +115,8 @@ def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Conf
     if path is not None:
         try:
             tables = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as e:
-            raise ConfigError(f"cannot read config {path}: {e}") from e
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"cannot read config {path}: {reason(e)}") from e
     for text in overrides:
         key, eq, value = text.partition("=")
         table, dot, name = key.strip().partition(".")
@@ -206,7 +206,7 @@ def _check_ranges(c: Config) -> None:
                 "scale.migrate_tokens_per_s"):
         want(_at(c, key) > 0, f"{key} must be above 0")
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
-    want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: a hung controller stays)")
+    want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: what hangs stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     want(c.engine.fused_layers >= 0, "engine.fused_layers must be at least 0 (0: every layer is a program of its own)")

@@ -55,3 +55,10 @@ class ConfigError(BlitzError):
 
 class IllegalMove(BlitzError):
     code = "FAILED_PRECONDITION"
+
+
+def reason(error: Exception) -> str:
+    """What else went wrong, in a few words: for a sentence that says where."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

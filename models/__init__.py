@@ -11,8 +11,10 @@ import importlib
 from collections.abc import Mapping
 
 from blitzjax.errors import CheckpointError
-from blitzjax.models import own
+from blitzjax.models import own, packing
+from blitzjax.models.config import Config
 from blitzjax.models.family import Family
+from blitzjax.models.packing import Packing
 from blitzjax.types import ModelSpec
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gpt2", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3",
@@ -28,16 +30,23 @@ def family(name: str) -> Family:
 
 def read_config(values: Mapping[str, object], name: str, dtype: str) -> ModelSpec:
     """The spec of a published config.json. Raises CheckpointError naming what of it is not supported."""
-    if values.get("model_type") in _WITH_IMAGES:
-        values = _text(values)
+    read_packing(values)
+    values = _decoder(values)
     if "model_type" not in values:
         raise CheckpointError("config.json: model_type is missing")
     model_type = str(values["model_type"])
     return _built_in(_MODEL_TYPES.get(model_type, model_type)).spec(values, name, dtype)
 
 
-def _text(values: Mapping[str, object]) -> dict[str, object]:
-    """The settings of the decoder behind a vision tower, which is left out: requests hold no images."""
+def read_packing(values: Mapping[str, object]) -> Packing | None:
+    """How tensors beside a published config.json are quantised, if they are. Raises CheckpointError as `read_config`."""
+    return packing.read(Config(_decoder(values)))
+
+
+def _decoder(values: Mapping[str, object]) -> Mapping[str, object]:
+    """The settings of the decoder, also behind a vision tower, which is left out: requests hold no images."""
+    if values.get("model_type") not in _WITH_IMAGES:
+        return values
     text = values.get("text_config")
     if not isinstance(text, dict):
         raise CheckpointError(f"config.json: model_type = {values['model_type']!r} has no text_config")

@@ -25,10 +25,11 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "ge
 @dataclass(frozen=True, slots=True)
 class Config:
     """The settings of one config.json, over those that the family takes for granted. A null is the lack of something,
-    also of what would be taken for granted.
+    also of what would be taken for granted. Errors say `where` they are.
     """
 
     values: Mapping[str, object]
+    where: str = "config.json"
 
     def get(self, key: str, default: object = None):
         for name in (key, _OLDER.get(key, key)):
@@ -39,14 +40,14 @@ class Config:
     def need(self, key: str):
         value = self.get(key)
         if value is None:
-            raise CheckpointError(f"config.json: {key} is missing")
+            raise CheckpointError(f"{self.where}: {key} is missing")
         return value
 
     def only(self, key: str, *supported: object, instead: str = "") -> None:
         """Raises CheckpointError unless `key` is absent or has one of the supported values."""
         value = self.get(key)
         if value is not None and value not in supported:
-            raise CheckpointError(f"config.json: {key} = {value!r} is not supported; "
+            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; "
                                   f"supported: {instead or ', '.join(map(repr, supported))}")
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
@@ -63,8 +64,6 @@ def read_spec(options: Options, layer_kinds: LayerKinds, defaults: Mapping[str, 
     """The ModelSpec of config.json's `values`. Raises CheckpointError naming what is missing or not supported."""
     config = Config({**defaults, **values})
     added = options(config)
-    for packing in () if added.get("mxfp4") else ("quantization_config", "compression_config"):
-        config.only(packing, instead="a copy of the model in bfloat16, float16 or float32")
     config.only("is_encoder_decoder", False)
     heads, dim = config.need("num_attention_heads"), config.need("hidden_size")
     head_dim, kinds = config.get("head_dim", dim // heads), layer_kinds(config)

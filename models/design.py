@@ -40,6 +40,8 @@ class Design:
     learned_positions: bool = False
     rope_dims: int = 0  # dimensions of a head that turn; 0: all
     rope_factors: tuple[float, ...] = ()  # divide the frequencies; one for each pair of dimensions
+    long_rope_factors: tuple[float, ...] = ()  # instead of them where contexts are longer, see rope.for_context
+    short_context: int = 0  # tokens; what is longer takes the long factors
     rope_scale: float = 1.0  # of the sines and cosines
     sliding_rope_theta: float = 0.0  # SLIDING layers have a rope of their own, without factors
 
@@ -54,7 +56,6 @@ class Design:
     shared_dim: int = 0  # of an expert that sees every token, behind a gate of its own
     renormalize: bool = True  # the weights of a token's experts add up to 1
     expert_bias: bool = False  # of the experts and their router
-    mxfp4: bool = False  # their published weights are MXFP4 (see mxfp4.py)
 
 
 @functools.cache

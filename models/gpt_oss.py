@@ -19,12 +19,11 @@ def options(config: Config) -> dict[str, Option]:
     config.only("hidden_act", "silu")
     config.only("swiglu_limit", 7.0)
     config.only("swiglu_alpha", 1.702)
-    bias, packing = config.get("attention_bias"), Config(config.get("quantization_config", {}))
-    packing.only("quant_method", "mxfp4")
+    bias = config.get("attention_bias")
     return {"activation": "clamped_swiglu", "sinks": True, "window": config.need("sliding_window"), "qkv_bias": bias,
             "o_bias": bias, "experts": config.need("num_local_experts"),
             "experts_per_token": config.get("num_experts_per_tok"), "expert_dim": config.need("intermediate_size"),
-            "expert_bias": True, "mxfp4": bool(packing.values)}
+            "expert_bias": True}
 
 
 FAMILY = decoder_family("gpt_oss", options, layer_kinds=gemma2.layer_kinds, defaults=DEFAULTS, names_table=NAMES)

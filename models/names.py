@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blitzjax.models import mxfp4
 from blitzjax.models.design import DENSE, design
 from blitzjax.types import ModelSpec
 
@@ -58,8 +57,8 @@ class Names:
     in_out: bool = False  # matrices of layers are published [in, out]
 
     def of(self, role: str) -> str:
-        """"q" → its name; also "q_bias", "expert_up 3" for that of an expert, "experts_down_blocks" in MXFP4."""
-        suffix = next((suffix for suffix in ("_bias", "_blocks", "_scales") if role.endswith(suffix)), "")
+        """"q" → its name; also "q_bias", and "expert_up 3" for that of an expert."""
+        suffix = "_bias" if role.endswith("_bias") else ""
         stem, _, expert = role.removesuffix(suffix).partition(" ")
         name = {**LLAMA, **self.own}[stem].format(expert)
         return f"{name.removesuffix('.weight')}.bias" if suffix and name.endswith(".weight") else name + suffix
@@ -135,8 +134,8 @@ def _expert_shapes(names: Names, spec: ModelSpec) -> Shapes:
     traits, dim, inner = design(spec), spec.dim, design(spec).expert_dim
     shapes = _matrices({"router": traits.experts}, dim, traits.expert_bias)
     if "experts_gate_up" in names.own:
-        shapes |= _stacked("experts_gate_up", (traits.experts, 2 * inner, dim), traits.mxfp4)
-        shapes |= _stacked("experts_down", (traits.experts, dim, inner), traits.mxfp4)
+        for role, columns, rows in (("experts_gate_up", dim, 2 * inner), ("experts_down", inner, dim)):
+            shapes |= {role: (traits.experts, columns, rows), f"{role}_bias": (traits.experts, rows)}
     else:
         for expert in range(traits.experts):
             shapes |= {f"expert_gate {expert}": (inner, dim), f"expert_up {expert}": (inner, dim),
@@ -145,16 +144,6 @@ def _expert_shapes(names: Names, spec: ModelSpec) -> Shapes:
         shared = {"shared_gate": traits.shared_dim, "shared_up": traits.shared_dim, "shared_router": 1}
         shapes |= _matrices(shared, dim, bias=False) | {"shared_down": (dim, traits.shared_dim)}
     return shapes
-
-
-def _stacked(role: str, shape: tuple[int, int, int], quantized: bool) -> Shapes:
-    """The tensors that hold matrices [E, out, in] of all experts, and their biases."""
-    experts, out, inner = shape
-    bias: Shapes = {f"{role}_bias": (experts, out)}
-    if not quantized:
-        return {role: (experts, inner, out)} | bias
-    count = inner // mxfp4.BLOCK
-    return {f"{role}_blocks": (experts, out, count, mxfp4.BLOCK // 2), f"{role}_scales": (experts, out, count)} | bias
 
 
 def _attention(spec: ModelSpec, shapes: Shapes, read: Read) -> dict[str, np.ndarray]:
@@ -198,13 +187,9 @@ def _experts(spec: ModelSpec, shapes: Shapes, read: Read) -> dict[str, np.ndarra
     traits = design(spec)
     arrays = {"router": read("router")}
     if "experts_gate_up_bias" in shapes:
-        def stacked(role: str) -> np.ndarray:  # [E, out, in]
-            if traits.mxfp4:
-                return mxfp4.dequantize(read(f"{role}_blocks"), read(f"{role}_scales"))
-            return read(role).swapaxes(1, 2)
-
+        gate_up, down = (read(role).swapaxes(1, 2) for role in ("experts_gate_up", "experts_down"))  # [E, out, in]
         units = (traits.experts, traits.expert_dim, 2)  # gate and up in turns
-        arrays |= {"gate_up": stacked("experts_gate_up").reshape(*units, spec.dim), "down": stacked("experts_down"),
+        arrays |= {"gate_up": gate_up.reshape(*units, spec.dim), "down": down,
                    "gate_up_bias": read("experts_gate_up_bias").reshape(units),
                    "down_bias": read("experts_down_bias"), "router_bias": read("router_bias")}
     else:

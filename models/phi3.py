@@ -1,6 +1,4 @@
-"""Phi-3 and Phi-4-mini (arXiv:2404.14219): merged projections, partial or LongRoPE rotation.
-
-Sequences end at the original context, up to which LongRoPE's short factors hold."""
+"""Phi-3 and Phi-4-mini (arXiv:2404.14219): merged projections, partial or LongRoPE rotation (see rope.for_context)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Rotary frequencies as published configs describe them: a base, and factors that divide the frequencies.
 
-Invariant: whatever the scaling is called, a model runs with `rope_theta` and numbers; nothing is computed per sequence.
-Configs come in two styles, `rope_parameters` and `rope_theta` with `rope_scaling`; both are read.
+Invariant: whatever the scaling is called, a model runs with `rope_theta` and numbers; nothing is computed per sequence,
+so a key turns the same way whatever follows it. Configs come in two styles, `rope_parameters` and `rope_theta` with
+`rope_scaling`; both are read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blitzjax.errors import CheckpointError
-from blitzjax.types import Option
+from blitzjax.types import ModelSpec, Option
 
 if TYPE_CHECKING:
     from blitzjax.models.config import Config
@@ -45,15 +46,34 @@ def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], 
             scale = parameters.get("attention_factor") or _yarn_scale(parameters)
             max_len = max(max_len, int(original * parameters.need("factor")))  # model cards add YaRN and leave the other
         case "longrope" | "su":
-            factors = np.asarray(parameters.need("short_factor"), float)
+            factors, longer = (np.asarray(parameters.need(f"{name}_factor"), float) for name in ("short", "long"))
+            if not len(factors) == len(longer) == dims // 2:
+                raise CheckpointError(f"config.json: {len(factors)} short and {len(longer)} long rope factors for "
+                                      f"{dims // 2} pairs of dimensions")
             stretch = parameters.get("factor") or max_len / original
             scale = parameters.get("attention_factor") or math.sqrt(1 + math.log(max(stretch, 1)) / math.log(original))
-            max_len = original  # beyond it every earlier key would have to turn by the long factors
+            if max_len > original:
+                options |= {"long_rope_factors": tuple(longer.tolist()), "short_context": original}
         case _:
             raise CheckpointError(f"config.json: rope type {kind!r} is not supported; "
                                   "supported: default, dynamic, linear, llama3, yarn, longrope")
     options["rope_factors"] = tuple(factors.tolist())
     return theta, options | ({} if scale == 1.0 else {"rope_scale": scale}), max_len
+
+
+def for_context(spec: ModelSpec, tokens: int) -> ModelSpec:
+    """The model as it computes where a sequence may have `tokens`: by its long factors, if it has such and the longest
+    sequence is beyond the context of the short ones.
+
+    Then they hold for short sequences, too, as in vLLM and llama.cpp: were they chosen by a sequence's own length, all of
+    it would have to be run again where it grows beyond, as transformers does.
+    """
+    options = dict(spec.options)
+    short = options.get("short_context")
+    if not isinstance(short, int) or min(tokens, spec.max_len) <= short:
+        return spec
+    options["rope_factors"] = options["long_rope_factors"]
+    return replace(spec, options=tuple(sorted(options.items())))
 
 
 def _parameters(config: Config) -> Config:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from blitzjax import models
 from blitzjax.errors import CheckpointError
-from blitzjax.models import read_config
+from blitzjax.models.packing import Packing
 from blitzjax.types import ModelSpec
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -23,11 +24,16 @@ def read_spec(path: Path, name: str, dtype: str) -> ModelSpec:
     if config is None:
         raise CheckpointError(f"{path}: {CONFIG} is missing, so the model's sizes are unknown")
     try:
-        spec = read_config(config, name, dtype)
+        spec = models.read_config(config, name, dtype)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     ends = (read_json(path / GENERATION) or {}).get("eos_token_id")
     return spec if ends is None else replace(spec, eos_token_ids=tuple(ends) if isinstance(ends, list) else (ends,))
+
+
+def read_packing(path: Path) -> Packing | None:
+    """How the tensors in directory `path`, whose config.json `read_spec` has read, are quantised, if they are."""
+    return models.read_packing(read_json(path / CONFIG) or {})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

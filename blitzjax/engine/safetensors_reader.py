@@ -1,7 +1,8 @@
 """Reads a Hugging Face directory as a ModelSpec and units of arrays: config.json and one or more .safetensors files.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data
-(https://github.com/huggingface/safetensors#format). Invariant: tensors are mapped one at a time, never read ahead.
+(https://github.com/huggingface/safetensors#format). Quantised matrices are dequantised to the dtype that they will have.
+Invariant: tensors are mapped one at a time, never read ahead.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from blitzjax.engine import published
-from blitzjax.engine.hf_config import read_spec
+from blitzjax.engine.hf_config import read_packing, read_spec
 from blitzjax.errors import CheckpointError
+from blitzjax.models.packing import Packing
 from blitzjax.types import ModelSpec
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_PACKED = ("_blocks", "_scales")  # tensors of MXFP4, in U8; what reads them is models/mxfp4.py
+_STORED = _DTYPES | {"U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # by quantised matrices
 _IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _BEHIND_IMAGES = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.",
                   "model.language_model.": "model."}  # since 2025
@@ -40,6 +43,27 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
 
+    def read(self) -> np.ndarray:
+        return np.memmap(self.file, _STORED[self.dtype], "r", self.offset, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix of `shape` that is stored as values and scales, and will be `dtype`; without scales no directory opens."""
+
+    packing: Packing
+    values: Stored
+    scales: Stored | None
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> np.ndarray:
+        assert self.scales is not None
+        return self.packing.dequantize(self.values.read(), self.scales.read(), np.dtype(self.dtype))
+
+
+Tensors: TypeAlias = Mapping[str, Stored | Quantised]
+
 
 @dataclass(frozen=True, slots=True)
 class HuggingFace:
@@ -47,18 +71,20 @@ class HuggingFace:
 
     path: Path
     spec: ModelSpec
-    tensors: Mapping[str, Stored]
+    tensors: Tensors
 
     @classmethod
     def open(cls, path: Path, name: str, dtype: str) -> HuggingFace:
         """Raises CheckpointError listing every missing, unexpected or misshapen tensor and every missing file."""
         spec = read_spec(path, name, dtype)
         found, problems = _read_headers(path)
-        tensors = _with_prefix(spec, _of_text(found))
+        stored = _with_prefix(spec, _of_text(found))
+        packing = read_packing(path)
+        tensors, unmatched = _unpacked(packing, stored, dtype) if packing else (stored, [])
         spec = replace(spec, tied_embeddings=spec.tied_embeddings and not _has_own_head(spec, tensors))
-        problems += [f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}"
-                     for name, t in tensors.items() if t.dtype not in _DTYPES and not published.harmless(spec, name)
-                     and not (t.dtype == "U8" and name.endswith(_PACKED))]
+        problems += unmatched + [
+            f"{name} has dtype {t.dtype}, supported are {', '.join(_DTYPES)}" for name, t in tensors.items()
+            if isinstance(t, Stored) and t.dtype not in _DTYPES and not published.harmless(spec, name)]
         wanted = published.wanted(spec, partial(published.names, spec))
         published.check(path, spec, wanted, {name: t.shape for name, t in tensors.items()}, problems)
         return cls(path, spec, tensors)
@@ -68,12 +94,8 @@ class HuggingFace:
         return any(path.glob("*.safetensors")) or (path / INDEX).is_file()
 
     def units(self) -> Iterator[dict[str, np.ndarray]]:
-        """The arrays of each unit, in order, as stored: bfloat16, float16 or float32."""
-        return published.units(self.spec, partial(published.names, self.spec), self._map)
-
-    def _map(self, name: str) -> np.ndarray:
-        stored = self.tensors[name]
-        return np.memmap(stored.file, _DTYPES.get(stored.dtype, np.uint8), "r", stored.offset, stored.shape)
+        """The arrays of each unit, in order: bfloat16, float16 or float32, as stored, or dequantised to the spec's."""
+        return published.units(self.spec, partial(published.names, self.spec), lambda name: self.tensors[name].read())
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -95,7 +117,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         stored = tensors[name]
         if end > size:
             raise CheckpointError(f"{file} is truncated at {size} bytes: {name} is incomplete; {_AGAIN}")
-        if stored.dtype in _DTYPES and end - stored.offset != _nbytes(stored):
+        if stored.dtype in _STORED and end - stored.offset != _nbytes(stored):
             raise CheckpointError(f"{file}: {name} has {end - stored.offset} bytes for shape {stored.shape}; {_AGAIN}")
     return tensors
 
@@ -117,10 +139,38 @@ def _of_text(tensors: Mapping[str, Stored]) -> Mapping[str, Stored]:
     return {plain(name): stored for name, stored in tensors.items() if not name.startswith(_IMAGES)}
 
 
-def _has_own_head(spec: ModelSpec, tensors: Mapping[str, Stored]) -> bool:
+def _unpacked(packing: Packing, tensors: Mapping[str, Stored], dtype: str) -> tuple[Tensors, list[str]]:
+    """With every quantised matrix instead of its values and scales; and what is wrong with scales."""
+    found: dict[str, Stored | Quantised] = {n: t for n, t in tensors.items() if not n.endswith(packing.unused)}
+    problems = []
+    for values_name, values in tensors.items():
+        shape = packing.shape(values.shape)
+        if values.dtype != packing.values_type or not values_name.endswith(packing.values_suffix) or shape is None:
+            continue
+        name = values_name.removesuffix(packing.values_suffix)
+        named = [name + suffix for suffix in packing.scale_suffixes]
+        scales_name = next((one for one in named if one in tensors), named[0])
+        scales = tensors.get(scales_name)
+        if scales is None:
+            problems.append(f"{scales_name} is missing (of {values_name})")
+        elif scales.dtype not in packing.scale_types:
+            problems.append(f"{scales_name} has dtype {scales.dtype}, supported are {', '.join(packing.scale_types)}")
+        elif scales.shape not in (fitting := packing.scales_shapes(values.shape)):
+            problems.append(f"{scales_name} has shape {scales.shape}, should be {fitting[0]} (of {values_name})")
+        for used in (values_name, scales_name):
+            found.pop(used, None)
+        found[name] = Quantised(packing, values, scales, shape, dtype)
+    return found, problems
+
+
+def _has_own_head(spec: ModelSpec, tensors: Tensors) -> bool:
     """Whether there is a head that is not the embedding, whatever config.json says; transformers believes it, too."""
     head, table = tensors.get(published.HEAD), tensors.get(next(iter(published.names(spec, spec.embed_unit).values())))
-    if head is None or table is None or head.dtype not in _DTYPES:
+    if head is None or table is None:
+        return False
+    if isinstance(head, Quantised) or isinstance(table, Quantised):
+        return type(head) is not type(table)
+    if head.dtype not in _DTYPES:
         return False
     if (head.shape, head.dtype) != (table.shape, table.dtype):
         return True
@@ -129,7 +179,7 @@ def _has_own_head(spec: ModelSpec, tensors: Mapping[str, Stored]) -> bool:
 
 
 def _nbytes(stored: Stored) -> int:
-    return int(np.prod(stored.shape, dtype=np.int64)) * _DTYPES[stored.dtype].itemsize
+    return int(np.prod(stored.shape, dtype=np.int64)) * _STORED[stored.dtype].itemsize
 
 
 def _read_headers(path: Path) -> tuple[dict[str, Stored], list[str]]:

@@ -29,6 +29,7 @@ from blitzjax.engine.locations import executables_in
 from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.errors import ConfigError
 from blitzjax.models import blocks, family, own
+from blitzjax.models.rope import for_context
 from blitzjax.types import MAX_LOGPROBS, ModelSpec, Span
 
 Params = dict[str, Array]
@@ -42,7 +43,8 @@ class Stages:
     def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None,
                  fetch: Fetch = lambda name: None):
         """`attention`: instead of what the devices get. `fetch`: where executables may be had from."""
-        self.spec, self.mesh, self.rules = spec, mesh, params.ShardingRules(mesh.size)
+        self.spec = spec = for_context(spec, config.max_model_len)
+        self.mesh, self.rules = mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
         self.kinds = tuple(dict.fromkeys(params.unit_kind(spec, layer) for layer in range(spec.layers)))
         self.groups = _groups(spec, max(1, config.fused_layers))

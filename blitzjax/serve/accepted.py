@@ -1,8 +1,9 @@
 """Which answers does the controller owe, and to whom?
 
-An order is known from its admission until its client has had everything and could no longer miss a part of it; while
-the controller is new, that includes the orders of its predecessor, whose clients may come back. Invariant: nothing here
-causes an event; what follows for the brain is returned, so that a journal can be replayed.
+An order is known from its admission until its client has had everything and could no longer miss a part of it. Clients
+whose connections broke may come back for theirs, and while the controller is new those of its predecessor. Invariant:
+who has come back has its answers alone, and nothing here causes an event; what follows for the brain is returned, so
+that a journal can be replayed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from blitzjax import types
 from blitzjax.serve.answers import Answer, Order, Progress
 from blitzjax.serve.model import ServedModel
 
-_DELIVERY_S = 5.0  # the last message of a stream may be on its way for so long
-
 
 @dataclass(slots=True)
 class _Visit:
@@ -25,6 +24,7 @@ class _Visit:
     at: float
     first: int
     answers: tuple[Answer, ...]
+    key: str = ""  # of its client, which may come back at any time; empty: after a crash only
     left_s: float | None = None  # when its stream had ended with everything
 
 
@@ -45,9 +45,10 @@ class Accepted:
     """Owned by the controller."""
 
     models: Mapping[str, ServedModel]
+    keep_s: float  # the last message of a stream may be on its way, or its client, for so long
     _running: dict[types.RequestId, Answer] = field(default_factory=dict)
     _visits: dict[str, _Visit] = field(default_factory=dict)  # by the client's request id
-    _unclaimed: set[str] = field(default_factory=set)
+    _unclaimed: dict[str, float] = field(default_factory=dict)  # whose clients are away, and until when they may be
     next_number: int = 0  # of the next answer
 
     # ---- views
@@ -84,24 +85,36 @@ class Accepted:
                         for index in range(order.n))
         self.next_number = first + order.n
         self._visits[order.request_id] = _Visit(at, first, answers)
-        self._unclaimed.discard(order.request_id)
+        self._unclaimed.pop(order.request_id, None)
         self._running |= {answer.request.id: answer for answer in answers}
         return answers
 
-    def claim(self, order: Order) -> tuple[Answer, ...] | None:
-        """What the order's client was waiting for when the last controller died; None if this is a new order.
+    def claim(self, order: Order, key: str) -> tuple[Answer, ...] | None:
+        """What the order's client was waiting for when the last controller died, or when its connection broke, whether
+        or not that was noticed: all of it, from the first token on. None if this is a new order.
 
         A seed that was drawn then is not drawn again.
         """
-        if order.request_id not in self._unclaimed:
+        visit = self._visits.get(order.request_id)
+        if visit is None or not (visit.key == key if visit.key else order.request_id in self._unclaimed):
             return None
-        visit = self._visits[order.request_id]
         known = visit.answers[0].order
         if replace(order, sampling=replace(order.sampling, seed=known.sampling.seed)) != known:
             return None
-        self._unclaimed.discard(order.request_id)
-        visit.left_s = None
-        return visit.answers
+        self._unclaimed.pop(order.request_id, None)
+        changed, model, earlier = asyncio.Event(), self.models[order.model], visit.answers
+        visit.answers, visit.left_s = tuple(answer.again(model, changed) for answer in earlier), None
+        for answer in visit.answers:
+            if answer.request.id in self._running:
+                self._running[answer.request.id] = answer
+        for answer in earlier:
+            answer.fail("ABORTED", "the client has called again")
+        return self.attend(order.request_id, key)
+
+    def attend(self, request_id: str, key: str) -> tuple[Answer, ...]:
+        """A known order's answers, for who may come back with `key`."""
+        self._visits[request_id].key = key
+        return self._visits[request_id].answers
 
     # ---- going
 
@@ -123,20 +136,28 @@ class Accepted:
     def prune(self, at: float) -> None:
         """Forgets what was delivered for good."""
         for request_id, visit in list(self._visits.items()):
-            if visit.left_s is not None and at - visit.left_s > _DELIVERY_S:
+            if visit.left_s is not None and at - visit.left_s > self.keep_s:
                 del self._visits[request_id]
-                self._unclaimed.discard(request_id)
+                self._unclaimed.pop(request_id, None)
+
+    # ---- clients that are away
+
+    def await_client(self, request_id: str, at: float) -> None:
+        """Its call is broken."""
+        self._unclaimed[request_id] = at + self.keep_s
+
+    def await_clients(self, at: float) -> None:
+        """Those of the last controller: every order that is known may be claimed."""
+        self._unclaimed = dict.fromkeys(self._visits, at + self.keep_s)
+
+    def abandoned(self, at: float) -> list[tuple[Answer, ...]]:
+        """Orders that nobody came for in time; from now on nobody can."""
+        late = sorted(request_id for request_id, until in self._unclaimed.items() if at >= until)
+        for request_id in late:
+            del self._unclaimed[request_id]
+        return [self._visits[request_id].answers for request_id in late]
 
     # ---- after a restart
-
-    def await_clients(self) -> None:
-        """Every order that is known may be claimed by its client."""
-        self._unclaimed = set(self._visits)
-
-    def abandoned(self) -> list[tuple[Answer, ...]]:
-        """Orders that nobody came for; from now on nobody can."""
-        left, self._unclaimed = sorted(self._unclaimed), set()
-        return [self._visits[request_id].answers for request_id in left]
 
     def past(self) -> tuple[list[PastOrder], int]:
         return [PastOrder(v.at, v.answers[0].order, v.first, v.left_s, tuple(a.progress() for a in v.answers),

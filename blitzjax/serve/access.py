@@ -15,7 +15,8 @@ from typing import TypeAlias
 
 import grpc
 
-from blitzjax.errors import ConfigError, Unauthenticated
+from blitzjax.addresses import is_address
+from blitzjax.errors import ConfigError, Unauthenticated, reason
 
 KEY_VARIABLE = "BLITZJAX_API_KEY"
 TLS = "grpcs://"  # an address that begins so is called over TLS
@@ -69,7 +70,7 @@ def server_context(certfile: str, keyfile: str) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(certfile, keyfile, password="")  # never asked for on the terminal
     except OSError as e:
-        raise ConfigError(f"cannot use the certificate {certfile} with the key {keyfile}: {e}") from e
+        raise ConfigError(f"cannot use the certificate {certfile} with the key {keyfile}: {reason(e)}") from e
     return context
 
 
@@ -85,7 +86,7 @@ def channel(library, address: str, options: _ChannelOptions, cacert: Path | None
     gRPC trusts. Raises ConfigError.
     """
     where = address.removeprefix(TLS)
-    if where.startswith(("http://", "https://")) or not (where.startswith("unix:") or where.rpartition(":")[2].isdigit()):
+    if where.startswith(("http://", "https://")) or not (where.startswith("unix:") or is_address(where)):
         raise ConfigError(f"an address is HOST:PORT, or {TLS}HOST:PORT over TLS, got {address!r}")
     if not address.startswith(TLS):
         if cacert is not None:
@@ -93,8 +94,10 @@ def channel(library, address: str, options: _ChannelOptions, cacert: Path | None
         return library.insecure_channel(address, options)
     try:
         roots = None if cacert is None else cacert.read_bytes()
-    except OSError as e:
-        raise ConfigError(f"cannot read the CA certificate {cacert}: {e.strerror}") from e
+        if roots is not None:
+            ssl.create_default_context(cadata=roots.decode())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read the CA certificate {cacert}: {reason(e)}") from e
     return library.secure_channel(where, grpc.ssl_channel_credentials(roots), options)
 
 

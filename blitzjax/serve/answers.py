@@ -93,6 +93,7 @@ class Answer:
         self.gaps_s: list[float] = []  # between one message with tokens and the next, as this process heard them
         self.finish_reason: FinishReason | None = None
         self.failure: Failure | None = None
+        self.counted = False  # by latencies.py
         self._piece = Piece()
         eos = () if order.sampling.ignore_eos else model.spec.eos_token_ids
         self._silent = frozenset(order.sampling.stop_token_ids) | frozenset(eos)
@@ -176,7 +177,15 @@ class Answer:
         self.attempt, self.attempts = past.attempt, past.attempts
         self.layers_helped, self.cached_tokens = past.layers_helped, past.cached_tokens
         self.assigned_s, self.first_token_s, self.last_token_s = past.assigned_s, past.first_token_s, past.last_token_s
-        self.failure = past.failure
+        if past.failure is not None:
+            self.fail(past.failure.code, past.failure.message)
+
+    def again(self, model: ServedModel, changed: asyncio.Event) -> Answer:
+        """The same answer, of which nothing has been taken, in place of this one."""
+        out = Answer(self.request.id, self.order, self.index, model, self.request.arrival_s, changed)
+        out.restore(self.progress())
+        out.gaps_s, out.counted = self.gaps_s, self.counted
+        return out
 
     def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:
         """The first token is here; what is said of the prompt goes with it."""

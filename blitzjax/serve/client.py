@@ -2,12 +2,14 @@
 
 `grpcs://HOST:PORT` is TLS; `cacert`, a PEM file, is of who may have signed the server's certificate. `api_key` None means
 $BLITZJAX_API_KEY. Failures are the exceptions of blitzjax/errors.py; other gRPC statuses (DEADLINE_EXCEEDED, say) are a
-BlitzError with that `code`. A server that crashes and resumes (rejoin.py) is not one: calls go on with its successor.
+BlitzError with that `code`. A connection that breaks, or a server that crashes and resumes (rejoin.py), is not one:
+calls go on. So a server must be told of an answer that nobody wants any more: closing its iterator, or the client, does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 _POLL_S = 0.05
+_LEAVE_S = 1.0  # to tell the server; what it does not hear it ends itself when its patience does
 
 
 class Client:
@@ -37,7 +40,8 @@ class Client:
         self._channel = access.channel(grpc, address, TO_CONTROLLER, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._server = Server()
+        self._server = Server(address)
+        self._running: dict[str, str] = {}  # request ids, by key
         self.address = address
 
     def __enter__(self) -> Client:
@@ -47,7 +51,15 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        self._leave(*self._running)
         self._channel.close()
+
+    def _leave(self, *keys: str) -> None:
+        """Nobody waits for these requests any more."""
+        left = [self._running.pop(key) for key in keys if key in self._running]
+        with contextlib.suppress(grpc.RpcError):
+            if left:
+                self._stub.Abort(pb.AbortRequest(request_ids=left), timeout=_LEAVE_S, metadata=self._metadata)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         """Waits for the whole answer."""
@@ -58,24 +70,31 @@ class Client:
         return collect_all(list(self.stream(prompt, **options)))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Generator[Chunk]:
-        """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
-        and says that it resumes.
+        """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the connection
+        breaks, or the server crashes, and it has said that it resumes.
         """
         patience = Patience(self._server, options.get("timeout_s"))
         rejoin = Rejoin(generate_request(prompt, options), patience)
-        while True:
-            call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
-            try:
-                for message in call:
-                    if (new := rejoin.unseen(message)) is not None:
-                        yield chunk_of(new, patience.started)
-                return self._server.said(call.initial_metadata())
-            except grpc.RpcError as e:
-                pause_s = patience.pause_after(e, call.initial_metadata(), call.trailing_metadata())
-            finally:
-                call.cancel()
-            time.sleep(pause_s)
-            rejoin.restart()
+        self._running[rejoin.request.key] = rejoin.request.request_id
+        try:
+            while not patience.over:
+                call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
+                try:
+                    for message in call:
+                        if (new := rejoin.unseen(message)) is not None:
+                            yield chunk_of(new, patience.started)
+                    self._server.said(call.initial_metadata())
+                    patience.over = True
+                except grpc.RpcError as e:
+                    pause_s = patience.pause_after(e, call.initial_metadata(), call.trailing_metadata())
+                    time.sleep(pause_s)
+                    rejoin.restart()
+                finally:
+                    call.cancel()
+        finally:
+            if not patience.over:
+                self._leave(rejoin.request.key)
+            self._running.pop(rejoin.request.key, None)
 
     def tokenize(self, prompt: Prompt, *, model: str = "", tools: Tools = (),
                  timeout_s: float | None = 10.0) -> pb.TokenizeResponse:
@@ -159,7 +178,8 @@ class AsyncClient:
         self._channel = access.channel(grpc.aio, address, TO_CONTROLLER, cacert)
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._server = Server()
+        self._server = Server(address)
+        self._running: dict[str, str] = {}  # request ids, by key
         self.address = address
 
     async def __aenter__(self) -> AsyncClient:
@@ -169,7 +189,15 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        await self._leave(*self._running)
         await self._channel.close()
+
+    async def _leave(self, *keys: str) -> None:
+        """Nobody waits for these requests any more."""
+        left = [self._running.pop(key) for key in keys if key in self._running]
+        with contextlib.suppress(grpc.RpcError):
+            if left:
+                await self._stub.Abort(pb.AbortRequest(request_ids=left), timeout=_LEAVE_S, metadata=self._metadata)
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         """Waits for the whole answer."""
@@ -180,25 +208,31 @@ class AsyncClient:
         return collect_all([chunk async for chunk in self.stream(prompt, **options)])
 
     async def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGenerator[Chunk]:
-        """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the server crashes
-        and says that it resumes.
+        """Chunks as they come; closing the iterator ends the generation. Goes on where it was if the connection
+        breaks, or the server crashes, and it has said that it resumes.
         """
         patience = Patience(self._server, options.get("timeout_s"))
         rejoin = Rejoin(generate_request(prompt, options), patience)
-        while True:
-            call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
-            try:
-                async for message in call:
-                    if (new := rejoin.unseen(message)) is not None:
-                        yield chunk_of(new, patience.started)
-                self._server.said(await call.initial_metadata())
-                return
-            except grpc.RpcError as e:
-                pause_s = patience.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
-            finally:
-                call.cancel()
-            await asyncio.sleep(pause_s)
-            rejoin.restart()
+        self._running[rejoin.request.key] = rejoin.request.request_id
+        try:
+            while not patience.over:
+                call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
+                try:
+                    async for message in call:
+                        if (new := rejoin.unseen(message)) is not None:
+                            yield chunk_of(new, patience.started)
+                    self._server.said(await call.initial_metadata())
+                    patience.over = True
+                except grpc.RpcError as e:
+                    pause_s = patience.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
+                    await asyncio.sleep(pause_s)
+                    rejoin.restart()
+                finally:
+                    call.cancel()
+        finally:
+            if not patience.over:
+                await self._leave(rejoin.request.key)
+            self._running.pop(rejoin.request.key, None)
 
     async def tokenize(self, prompt: Prompt, *, model: str = "", tools: Tools = (),
                        timeout_s: float | None = 10.0) -> pb.TokenizeResponse:

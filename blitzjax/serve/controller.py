@@ -21,6 +21,7 @@ from pathlib import Path
 from blitzjax import config as configs
 from blitzjax import events, types
 from blitzjax.config import Config
+from blitzjax.addresses import is_address
 from blitzjax.errors import BlitzError, ConfigError, InvalidRequest, Unavailable, UnknownModel
 from blitzjax.serve import access
 from blitzjax.serve.answers import Answer, Order
@@ -54,7 +55,6 @@ class Controller:
         self._served = False  # an instance has served since the cluster's start
         self._event_log: EventLog | None = None
         self.journal: Journal | None = None
-        self._claims_until = 0.0  # clients of the last controller may come back
         self.about: dict[str, object] = {  # what a log of this controller is about
             "specs": [asdict(model.spec) for model in models], "config": configs.to_tables(config),
             "workers": dict(workers)}
@@ -78,7 +78,7 @@ class Controller:
 
     @property
     def resume_s(self) -> float:
-        """So long an answer waits for its client if this process crashes; 0: it goes with it."""
+        """So long an answer waits for its client if its connection breaks or this process crashes; 0: it does not."""
         return 0.0 if self.journal is None else self.config.serve.resume_timeout_s
 
     @property
@@ -135,15 +135,18 @@ class Controller:
 
     # ---- what clients want
 
-    def submit(self, order: Order, resume: bool = False) -> tuple[Answer, ...]:
-        """Starts the order's answers, or goes on with those of a client that comes back and may insist on them.
+    def submit(self, order: Order, resume: bool = False, key: str = "") -> tuple[Answer, ...]:
+        """Starts the order's answers, or goes on with those of a client that comes back and may insist on them; it can
+        come back with `key`.
 
-        Raises InvalidRequest when its id is in use, Unavailable when there is nothing to `resume`, UnknownModel when
-        the model left meanwhile.
+        Raises InvalidRequest when its id is in use, Unavailable when there is nothing to `resume` or this process
+        begins nothing more, UnknownModel when the model left meanwhile.
         """
-        known = self._orders.claim(order)
+        known = self._orders.claim(order, key)
         if known is not None:
             return known
+        if self.draining:
+            raise Unavailable("the server is shutting down; try another one")
         if resume:
             raise Unavailable("this answer is not known any more; ask again without resume")
         if self._orders.running(order.request_id):
@@ -154,11 +157,19 @@ class Controller:
             self.journal.admitted(now, order, first)
         for event in self.replica.admit(order, first, now):
             self.on_event(event)
-        return self._orders.answers(order.request_id)
+        return self._orders.attend(order.request_id, key)
 
-    def leave(self, answers: Sequence[Answer]) -> None:
-        """The stream of an order is over; what still runs of it ends, for nobody waits for it."""
+    def leave(self, answers: Sequence[Answer], broken: bool = False) -> None:
+        """The stream of an order is over; what still runs of it ends, for nobody waits for it. If it is `broken`, that
+        has time until the client comes back.
+        """
+        request_id = answers[0].order.request_id
+        if answers[0] not in self._orders.answers(request_id):
+            return  # another stream has them, or the client's id another order
         running = [answer for answer in answers if self._orders.get(answer.request.id) is not None]
+        if broken and running and self.resume_s:
+            self._orders.await_client(request_id, self.now())
+            return
         first, now, delivered = answers[0].request.id, self.now(), not running and self.journal is not None
         if self.journal is not None:
             self.journal.stream_ended(now, first, delivered)
@@ -272,8 +283,7 @@ class Controller:
             self.on_event(event)
         if resumed:
             self._served = True  # before, as far as one knows: a load that fails is not the end
-            self._orders.await_clients()
-            self._claims_until = at + self.config.serve.resume_timeout_s
+            self._orders.await_clients(at)
 
     async def run(self) -> None:
         """Ticks and talks to workers until cancelled. Raises what broke the brain; BlitzError if no worker serves."""
@@ -307,9 +317,8 @@ class Controller:
             link.confirm()
         self._remove_gone()
         self._orders.prune(self.now())
-        if self.now() >= self._claims_until:
-            for answers in self._orders.abandoned():
-                self.leave(answers)
+        for answers in self._orders.abandoned(self.now()):
+            self.leave(answers)
         if self.journal is not None and self.journal.overgrown:
             compact(self.journal, self.now(), self.replica)
 
@@ -366,8 +375,11 @@ def run(args: argparse.Namespace) -> int:
         workers = _workers(args.workers)
         models = [load_model(directory, name) for directory, name in _named(args.model_dir, args.served_model_name)]
         controller = with_journal(lambda: Controller(config, models, workers), args.journal)
-    except (BlitzError, OSError) as e:
+    except BlitzError as e:
         print(f"blitzjax controller: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # event log or journal
+        print(f"blitzjax controller: cannot write {e.filename}: {e.strerror}", file=sys.stderr)
         return 2
     try:
         asyncio.run(serve(controller, key, credentials, args.socket))
@@ -396,7 +408,7 @@ def _named(directories: Sequence[Path], names: Sequence[str]) -> list[tuple[Path
 def _workers(text: str) -> dict[str, str]:
     """"i0=host:port,i1=host:port" -> {"i0": "host:port", ...}."""
     pairs = [item.partition("=") for item in text.split(",") if item]
-    if not pairs or not all(name and port.rpartition(":")[2].isdigit() for name, _, port in pairs):
+    if not pairs or not all(name and is_address(address) for name, _, address in pairs):
         raise ConfigError(f"--workers wants i0=HOST:PORT,i1=HOST:PORT,..., got {text!r}")
     return {name: address for name, _, address in pairs}
 

@@ -1,8 +1,8 @@
 """The service that clients call: streams answers, shows and scales the cluster.
 
 Invariant: every Generate ends with a final message for each of its answers or a gRPC status that says what to change,
-and whatever ends its stream (abort, deadline, a client that left; not a crash of the server, resume.py) also ends its
-generation.
+and whatever ends its stream (abort, deadline, a client that left; not a crash of the server, resume.py, nor a broken
+connection of who has a key) also ends its generation.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Frontend(rpc.InferenceServicer):
         self._controller = controller
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        await self._promise(context)
         async with answering(lambda: request, self._controller, context) as (answers, model):
-            await self._promise(context)
             await _stream(answers, model, self._controller, context, request.progress)
 
     async def _promise(self, context: grpc.aio.ServicerContext) -> None:
-        """The client may call again if this process crashes."""
+        """The client may call again if the connection breaks or this process crashes."""
         if self._controller.resume_s:
             await context.send_initial_metadata(((RESUME_KEY, f"{self._controller.resume_s:g}"),))
 
@@ -154,23 +154,25 @@ class Superseded(BlitzError):
 async def answering(asked: Callable[[], pb.GenerateRequest], controller: Controller,
                     context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[tuple[Answer, ...], ServedModel]]:
     """Starts what is `asked` for, which may raise. → its answers, their model. They end with the block, and what fails in
-    it ends the call.
+    it ends the call; but who has a key and did not say a last word may come back for them.
     """
     answers: tuple[Answer, ...] = ()
+    broken = False
     try:
-        if controller.draining:
-            raise Unavailable("the server is shutting down; try another one")
         request = asked()
         model = controller.find(request.model)
         order = await order_of(request, model, controller.context_tokens(model), controller.page_size,
                                controller.config.serve.tool_call_parser)
-        answers = controller.submit(order, request.resume)
+        answers = controller.submit(order, request.resume, request.key)
         yield answers, model
     except BlitzError as e:
         await _abort(context, e)
+    except (asyncio.CancelledError, grpc.aio.InternalError):  # the second where it happens during a write
+        broken = bool(request.key) and context.time_remaining() != 0  # at 0 it is the deadline
+        raise
     finally:
         if answers:
-            controller.leave(answers)
+            controller.leave(answers, broken)
 
 
 async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: Controller,

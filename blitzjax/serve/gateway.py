@@ -22,8 +22,8 @@ from pathlib import Path
 from aiohttp import web
 
 import blitzjax
-from blitzjax.addresses import joined
-from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
+from blitzjax.addresses import check_free, joined
+from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel, reason
 from blitzjax.serve import access, openai
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
@@ -243,12 +243,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
+        check_free(joined(args.host, args.port))
         asyncio.run(run(args, access.api_key(), access.server_context(args.ssl_certfile, args.ssl_keyfile)))
     except BlitzError as e:
         print(f"blitzjax gateway: {e}", file=sys.stderr)
         return 2
-    except (OSError, OverflowError) as e:
-        print(f"blitzjax gateway: cannot listen on {joined(args.host, args.port)}: {e}", file=sys.stderr)
+    except OSError as e:  # somebody else was quicker
+        print(f"blitzjax gateway: cannot listen on {joined(args.host, args.port)}: {reason(e)}", file=sys.stderr)
         return 2
     return 0
 

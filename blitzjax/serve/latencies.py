@@ -52,6 +52,9 @@ class Latencies:
     generated_tokens: int = 0
 
     def ended(self, answer: Answer, at: float) -> None:
+        if answer.counted:
+            return
+        answer.counted = True
         arrival_s, tokens = answer.request.arrival_s, len(answer.generated)
         assert answer.finish_reason is not None
         self.reasons[answer.finish_reason] += 1

@@ -2,8 +2,8 @@
 cluster on several machines, what runs on the first.
 
 Invariant: no process outlives its LocalCluster, even when the parent is killed. Workers, the coordination service and a
-controller that was killed start again; a controller that ends by itself ends the cluster. Used by `blitzjax serve`,
-tests and benchmarks, which are plain clients of the controller.
+controller that was killed, as it is when it hangs, start again; a controller that ends by itself ends the cluster. Used
+by `blitzjax serve`, tests and benchmarks, which are plain clients of the controller.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ class LocalCluster:
         self._terminating = False
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()  # guards every process against the supervisor; signal handlers take it again
+        hang_s = config.serve.hang_timeout_s
         self._coordinator = Process("coordinator", (
             *launch.coordinator, "--address", self._workers.coordinator, "--size", str(pool), "--heartbeat-s",
-            str(config.cluster.heartbeat_s)), dict(os.environ), self.run_dir / "coordinator.log")
+            str(config.cluster.heartbeat_s)), dict(os.environ), self.run_dir / "coordinator.log",
+            Pulse(self._workers.coordinator, hang_s))
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
         listen = ("--socket", str(socket)) if tls else ()
@@ -70,13 +72,12 @@ class LocalCluster:
             sys.executable, "-m", "blitzjax.serve.controller", *_model_args(model_dirs, names), "--workers",
             ",".join(f"i{k}={address}" for k, address in enumerate(self.worker_addresses)), "--config-json",
             json.dumps(configs.to_tables(self.config)), *journal, *listen), dict(os.environ),
-            None if launch.console else self.run_dir / "controller.log")
+            None if launch.console else self.run_dir / "controller.log",
+            Pulse(self._inside, hang_s) if config.serve.resume_timeout_s else None)  # else killing it would be the end
         self._gateway = [Process("gateway", (
             sys.executable, "-m", "blitzjax.serve.gateway", "--address", self._inside, "--host", host, "--port",
             str(config.serve.http_port), "--ssl-certfile", config.serve.ssl_certfile, "--ssl-keyfile",
             config.serve.ssl_keyfile), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
-        resumes = config.serve.resume_timeout_s > 0  # else killing it would be the end
-        self._pulse = Pulse(self._inside, config.serve.hang_timeout_s if resumes else 0.0)
 
     # ---- life
 
@@ -178,10 +179,11 @@ class LocalCluster:
                 self._controller.start_when_due()
         while not self._stopping.wait(POLL_S):
             with self._lock:
+                if not self._terminating:
+                    for process in (self._controller, self._coordinator):
+                        process.kill_if_hung()
                 if self._controller.poll():
                     self._controller_died()
-                elif (silent_s := self._pulse.hangs()) and not self._terminating:
-                    self._kill_hung(silent_s)
                 dead = [process for process in supervised if process.poll()]
                 if self._coordinator in dead:  # workers joined the dead service: they must join the next one
                     for worker in workers:
@@ -198,19 +200,10 @@ class LocalCluster:
             gateway.end(_GATEWAY_GRACE_S)
         for process in (self._controller, *supervised):
             process.kill()
-        self._pulse.forget()
         self._controller.ended.set()
-
-    def _kill_hung(self, silent_s: float) -> None:
-        print(f"blitzjax: the controller has not answered for {silent_s:g} s; it is killed", file=sys.stderr)
-        if not self._pulse.answered:
-            self._controller.never_worked()
-        self._pulse.forget()
-        self._controller.signal(signal.SIGKILL)
 
     def _controller_died(self) -> None:
         """Killed, it starts again and resumes. What killed it again and again may be in the journal: that goes."""
-        self._pulse.forget()
         code = self._controller.code or 0
         if self._terminating and code == -signal.SIGTERM:
             code = self._controller.code = 0  # told to go before it could listen

@@ -1,4 +1,5 @@
-"""A supervised process: it starts, dies, and starts again after a pause that grows with short lives.
+"""A supervised process: it starts, dies, or hangs and is killed, and starts again after a pause that grows with short
+lives.
 
 Invariant: no process outlives the thread that started it, even when its parent is killed. Besides, the environment that a
 worker needs.
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 from blitzjax.config import Config
+from blitzjax.serve.pulse import Pulse
 from blitzjax.serve.rundir import PRIVATE, private_file
 
 TELL_AFTER = 3  # short lives in a row before the end of its log is shown
@@ -40,13 +42,15 @@ os.execvp(sys.argv[2], sys.argv[2:])
 class Process:
     """One program and its lives. Owned by the supervisor; others hold its lock."""
 
-    def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], log: Path | None):
+    def __init__(self, name: str, argv: tuple[str, ...], env: dict[str, str], log: Path | None,
+                 pulse: Pulse | None = None):
+        """`pulse`: what tells whether it hangs; None: nobody asks."""
         self.name, self.log = name, log
         self.code: int | None = None  # of the last life
         self.lives = 0  # so far
         self.short_lives = 0  # in a row
         self.ended = threading.Event()  # it will not start again; of the controller only
-        self._argv, self._env = argv, env
+        self._argv, self._env, self._pulse = argv, env, pulse
         self._popen: subprocess.Popen[bytes] | None = None
         self._born = self._due = 0.0
 
@@ -81,13 +85,21 @@ class Process:
         if self._popen is None or self._popen.poll() is None:
             return False
         self.code, self._popen = self._popen.returncode, None
+        if self._pulse is not None:
+            self._pulse.forget()
         self.short_lives = self.short_lives + 1 if time.monotonic() - self._born < _HEALTHY_S else 0
         self._due = time.monotonic() + min(_BACKOFF_S[1], _BACKOFF_S[0] * 2 ** max(0, self.short_lives - 1))
         return True
 
-    def never_worked(self) -> None:
-        """This life is a short one, however long it lasts."""
-        self._born = float("inf")
+    def kill_if_hung(self) -> None:
+        """`poll` finds it dead then. A life without an answer is a short one, however long it lasted."""
+        if self._popen is None or self._pulse is None or not (silent_s := self._pulse.hangs()):
+            return
+        print(f"blitzjax: the {self.name} has not answered for {silent_s:g} s; it is killed", file=sys.stderr)
+        if not self._pulse.answered:
+            self._born = float("inf")
+        self._pulse.forget()
+        self.signal(signal.SIGKILL)
 
     def tell(self) -> None:
         """After a few short lives in a row, once: the end of its log goes to our stderr."""

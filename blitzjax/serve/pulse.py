@@ -1,4 +1,5 @@
-"""Does a process still answer? One health call after another, which nobody waits for.
+"""Does a process still answer? One health call after another, which nobody waits for; that it knows no such call is an
+answer too.
 
 A process that is stopped, or stuck, holds its connections open and looks alive to everybody else. Invariant: only calls
 count that failed one after the other, each after its full time, since the process last answered, or since it started: a
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _MISSED = 5  # calls in a row
 _MISSED_STARTING = 60  # before the first answer: imports and a journal take 2 s, on a slow disk among others much more
+_ANSWERS = (grpc.StatusCode.OK, grpc.StatusCode.UNIMPLEMENTED)  # the latter is the coordination service's
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000))
 
 
@@ -38,7 +40,7 @@ class Pulse:
             return 0.0
         now = time.monotonic()
         if self._call is not None and self._call.done():
-            alive = self._call.code() is grpc.StatusCode.OK
+            alive = self._call.code() in _ANSWERS
             self.answered, self._missed = self.answered or alive, 0 if alive else self._missed + 1
             self._call = None
         if self._call is None and now >= self._next:

@@ -1,4 +1,4 @@
-"""A client's call that outlives the server: when is it worth making again, and which part of an answer was seen?
+"""A client's call that outlives its connection, or the server: when is it worth making again, and what was seen of it?
 
 A server that resumes says so in a call's initial metadata; what it says itself, errors too, is final. Invariant: the
 chunks that pass `unseen` are each answer once, in order, however often the server sent it.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from blitzjax.errors import BlitzError, InvalidRequest, QueueFull, Unauthenticated, Unavailable, UnknownModel
+from blitzjax.serve.unreached import meant
 from blitzjax.v1 import inference_pb2 as pb
 
 RESUME_KEY = "blitzjax-resume-s"  # initial metadata: for so many seconds a broken stream can be asked for again
@@ -28,6 +29,7 @@ Metadata = Sequence[tuple[str, str | bytes]]
 class Server:
     """What a client knows of its server, from one call to the next."""
 
+    address: str = "the server"
     resume_s: float = 0.0  # 0: a stream that breaks is gone
 
     def said(self, metadata: Metadata | None) -> None:
@@ -43,6 +45,7 @@ class Patience:
     server: Server
     timeout_s: float | None
     started: float = field(default_factory=time.monotonic)
+    over: bool = False  # the server has said its last word
     _give_up: float | None = None  # when to stop; None: the last call was answered
 
     @property
@@ -59,13 +62,13 @@ class Patience:
         self.server.said(initial)
         if initial and any(key == RESUME_KEY for key, _ in initial):
             self.heard()
-        final = any(key == FINAL_KEY for key, _ in trailing or ())
+        self.over = any(key == FINAL_KEY for key, _ in trailing or ())
         now = time.monotonic()
         if self._give_up is None:
             self._give_up = now + self.server.resume_s
         late = now >= self._give_up or self.left_s == 0.0
-        if error.code() is not grpc.StatusCode.UNAVAILABLE or final or late:
-            raise error_of(error) from error
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or self.over or late:
+            raise error_of(error, None if self.over else self.server.address) from error
         return _PAUSE_S
 
 
@@ -89,6 +92,7 @@ class Rejoin:
 
     def __post_init__(self) -> None:
         self.request.request_id = self.request.request_id or uuid.uuid4().hex
+        self.request.key = uuid.uuid4().hex
 
     def unseen(self, message: pb.GenerateResponse) -> pb.GenerateResponse | None:
         """What of the message is new; None: nothing. The message is changed."""
@@ -116,12 +120,16 @@ class Rejoin:
         self._sent = {}
 
 
-def error_of(error: grpc.RpcError) -> BlitzError:
-    """The exception that the server raised, or a BlitzError with the status as its `code`."""
+def error_of(error: grpc.RpcError, unreached: str | None) -> BlitzError:
+    """The exception that the server raised, or a BlitzError with the status as its `code`.
+
+    `unreached`: the address of a server that has not said so itself.
+    """
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
-    name, details = error.code().name, error.details()
+    name, details = error.code().name, error.details() or ""
+    told = None if unreached is None else meant(details, unreached)
     if name in _ERRORS:
-        return _ERRORS[name](details)
-    out = BlitzError(f"{name}: {details}")
+        return _ERRORS[name](told or details)
+    out = BlitzError(told or f"{name}: {details}")
     out.code = name
     return out

@@ -48,7 +48,7 @@ class Replica:
         """The links configure their workers for `models`."""
         self.links = links
         self.models = {model.name: model for model in models}
-        self.orders = Accepted(self.models)
+        self.orders = Accepted(self.models, config.serve.resume_timeout_s)
         self.cluster = Cluster(config, [model.spec for model in models])
         self.event_log: EventLog | None = None
         self.prefixes = PrefixCounts()

@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from blitzjax.addresses import joined
+from blitzjax.addresses import check_free, joined
 from blitzjax.errors import BlitzError
 from blitzjax.serve.access import KeyCheck
 from blitzjax.serve.channels import CONTROLLER_SERVER
@@ -78,7 +78,8 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
 def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None,
             path: Path | None) -> str:
     """→ `address` with the port that it has now."""
-    where = f"{address}: is the port in use?"
+    check_free(address)
+    where = address
     try:
         if credentials is None:
             port = server.add_insecure_port(address)

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from blitzjax.addresses import host_of, resolved
+from blitzjax.addresses import address, check_free, host_of, resolved
 from blitzjax.errors import BlitzError
 from blitzjax.serve.channels import WORKER_SERVER
 from blitzjax.serve.peers import Lender
@@ -152,10 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     server = grpc.server(ThreadPoolExecutor(_SESSIONS), options=WORKER_SERVER)
     rpc.add_WorkerServicer_to_server(Worker(args), server)
     try:
-        server.add_insecure_port(args.listen)
-    except RuntimeError as e:
-        print(f"blitzjax worker: cannot listen on {args.listen}: {e}", file=sys.stderr)
+        check_free(args.listen)
+    except BlitzError as e:
+        print(f"blitzjax worker: {e}", file=sys.stderr)
         return 2
+    server.add_insecure_port(args.listen)
     server.start()
     log.info("rank %d of %d listens on %s", args.rank, args.world, args.listen)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # collectives and compiled code cannot be interrupted
@@ -185,13 +186,17 @@ def _preload() -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="blitzjax worker", description="One worker process of a blitzjax cluster.")
-    parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="where the controller and partners connect")
+    parser.add_argument("--listen", required=True, type=address, metavar="HOST:PORT",
+                        help="where the controller and partners connect")
     parser.add_argument("--rank", type=int, required=True, help="this worker's rank in the world")
     parser.add_argument("--world", type=int, required=True, help="number of workers")
-    parser.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="the coordination service")
+    parser.add_argument("--coordinator", required=True, type=address, metavar="HOST:PORT",
+                        help="the coordination service")
     parser.add_argument("--host-ip", default="", help="address that other workers reach this one at")
     parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
+    if not 0 <= args.rank < args.world:
+        parser.error(f"--rank must be in [0, {args.world - 1}] in a --world of {args.world}, got {args.rank}")
     if not args.host_ip:
         try:
             args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")

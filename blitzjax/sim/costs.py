@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from blitzjax.errors import ConfigError
+from blitzjax.errors import ConfigError, reason
 from blitzjax.types import ModelSpec, frozen, spec_from
 
 _GBPS = 1e9 / 8  # bytes per second
@@ -130,7 +130,7 @@ def read(path: Path) -> tuple[MachineCosts, ModelCosts]:
         model = {key: frozen(value) for key, value in row["model"].items()}
         return MachineCosts(**row["machine"]), ModelCosts(spec, **model)  # type: ignore[arg-type]  # as written
     except (OSError, KeyError, TypeError, ValueError) as e:
-        raise ConfigError(f"cannot read costs {path}: {e}") from e
+        raise ConfigError(f"cannot read costs {path}: {reason(e)}") from e
 
 
 def bytes_per_s(gbps: float) -> float:

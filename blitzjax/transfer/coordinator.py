@@ -10,15 +10,24 @@ import argparse
 import signal
 import sys
 
+from blitzjax.addresses import address, check_free
+from blitzjax.errors import BlitzError
 from blitzjax.transfer import compat
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="blitzjax coordinator", description="The service that says who belongs to a cluster.")
-    parser.add_argument("--address", required=True, metavar="HOST:PORT", help="listen here")
+    parser.add_argument("--address", required=True, type=address, metavar="HOST:PORT", help="listen here")
     parser.add_argument("--size", type=int, required=True, help="number of workers")
     parser.add_argument("--heartbeat-s", type=float, default=10.0, help="a silent worker is dead after this")
     args = parser.parse_args(argv)
+    if args.size < 1:
+        parser.error(f"--size must be at least 1, got {args.size}")
+    try:
+        check_free(args.address)
+    except BlitzError as e:
+        print(f"blitzjax coordinator: {e}", file=sys.stderr)
+        return 2
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before the service starts its threads: they inherit the mask
     service = compat.start_coordination_service(args.address, args.size, args.heartbeat_s)

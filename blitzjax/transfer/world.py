@@ -2,7 +2,8 @@
 
 Collectives run on a second CPU client of many virtual devices, beside the process's default client that serves.
 A clique is an ordered list of ranks plus a generation. **A clique is never used again after it failed, nor after one of
-its members restarted**: gloo would hang or refuse it. The planner, which sees all members, picks the generation.
+its members restarted**: gloo would hang or refuse it. The planner, which sees all members, picks the generation, for the
+same ranks never a lower one than before: only the latest of each is remembered here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from blitzjax.transfer.program import Tick
 HOP, LANE = "hop", "lane"  # mesh axes: position in the chain, shard of the parameters
 
 _MAX_TICKS = 64  # compiled programs that are kept
+_MAX_ORDERS = 4096  # of ranks, whose generations are told apart: not fewer than the planner's, which then forgets first
 
 Clique: TypeAlias = tuple[tuple[int, ...], int]  # ordered ranks, generation
 
@@ -50,8 +52,8 @@ class World:
         self._distributed: compat.Distributed | None = None
         self._devices: dict[int, list[jax.Device]] = {}  # rank → its devices by ordinal
         self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → program, used last, last
-        self._met: set[Clique] = set()
-        self._broken: set[Clique] = set()
+        self._latest: dict[tuple[int, ...], tuple[int, bool]] = {}  # ranks → generation in use, and whether it has met
+        self._least = 0  # generation in use of all other ranks
         self._joined = False
         self._lock = threading.Lock()
 
@@ -89,14 +91,16 @@ class World:
 
     def mesh(self, ranks: Sequence[int], generation: int) -> Mesh:
         """Axes ("hop", "lane") over the participants only. Raises TransferError if this clique cannot be used."""
-        clique = (tuple(ranks), generation)
         if not self._devices:
             raise TransferError(f"rank {self.rank} has not joined the world")
         if not 0 <= generation < self._max_generations:
             raise TransferError(f"generation {generation} of ranks {list(ranks)} is not below {self._max_generations}; "
                                 f"restart the members or raise cluster.max_world")
-        if clique in self._broken:
+        if generation < self._latest.get(tuple(ranks), (self._least, False))[0]:
             raise TransferError(f"generation {generation} of ranks {list(ranks)} failed before; use another one")
+        return self._mesh(ranks, generation)
+
+    def _mesh(self, ranks: Sequence[int], generation: int) -> Mesh:
         start = generation * self.lanes
         return Mesh(np.array([self._devices[r][start:start + self.lanes] for r in ranks]), (HOP, LANE))
 
@@ -122,11 +126,10 @@ class World:
 
         Without it a member that died after it prepared costs the others gloo's own fixed 30 s. Raises TransferError.
         """
-        clique = (tuple(ranks), generation)
-        if clique in self._met:
+        if self._latest.get(tuple(ranks)) == (generation, True):
             return
         assert self._distributed is not None
-        self._met.add(clique)
+        self._note(ranks, generation, True)
         name = f"blitzjax/{'-'.join(map(str, ranks))}/{generation}"
         try:
             compat.wait_for_ranks(self._distributed, name, ranks, self.collective_timeout_s)
@@ -136,9 +139,15 @@ class World:
 
     def retire(self, ranks: Sequence[int], generation: int) -> None:
         """Marks a clique as failed: `mesh` refuses it from now on."""
-        clique = (tuple(ranks), generation)
-        self._broken.add(clique)
-        self._ticks = {key: tick for key, tick in self._ticks.items() if key[0] != clique}
+        self._note(ranks, generation + 1, False)
+        self._ticks = {key: tick for key, tick in self._ticks.items() if key[0] != (tuple(ranks), generation)}
+
+    def _note(self, ranks: Sequence[int], generation: int, met: bool) -> None:
+        """Makes room as the planner does, by giving up the oldest generation of all: it forms no clique of it any more."""
+        self._latest[tuple(ranks)] = max(self._latest.get(tuple(ranks), (0, False)), (generation, met))
+        while len(self._latest) > _MAX_ORDERS:
+            self._least += 1
+            self._latest = {r: latest for r, latest in self._latest.items() if latest[0] >= self._least}
 
     def leave(self) -> None:
         """Disconnects; existing meshes must not be used afterwards. Other ranks are not disturbed."""
@@ -154,5 +163,5 @@ class World:
         """The first trace and compile of a process cost 0.2 s more than the next: pay now, not in a scale-up."""
         peer = (self.rank + 1) % self._size
         if peer != self.rank:
-            tick = Tick(self.mesh([self.rank, peer], 0), 0, ALIGNMENT, ring=False)
+            tick = Tick(self._mesh([self.rank, peer], 0), 0, ALIGNMENT, ring=False)
             tick.put([aligned_empty(ALIGNMENT)] * self.lanes)

@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class InferenceStub(object):
     """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that
-    a server that crashes comes back: the same call can be made again, for so many seconds. UNAVAILABLE with trailing
-    metadata "blitzjax-final" is the server's own word; without it the connection broke.
+    a server that crashes comes back, and that it waits for clients whose connection broke: the same call can be made
+    again, for so many seconds. UNAVAILABLE with trailing metadata "blitzjax-final" is the server's own word; without it
+    the connection broke.
     """
 
     def __init__(self, channel):
@@ -81,13 +82,15 @@ class InferenceStub(object):
 
 class InferenceServicer(object):
     """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that
-    a server that crashes comes back: the same call can be made again, for so many seconds. UNAVAILABLE with trailing
-    metadata "blitzjax-final" is the server's own word; without it the connection broke.
+    a server that crashes comes back, and that it waits for clients whose connection broke: the same call can be made
+    again, for so many seconds. UNAVAILABLE with trailing metadata "blitzjax-final" is the server's own word; without it
+    the connection broke.
     """
 
     def Generate(self, request, context):
         """Streams text and token ids as they are generated; the last message has finish_reason set. After a crash the same
-        request, with its request_id and `resume`, gets its whole answer, if it is sent within "blitzjax-resume-s".
+        request, with its request_id and `resume`, gets its whole answer, if it is sent within "blitzjax-resume-s"; with its
+        `key` also after a broken connection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,8 +198,9 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference(object):
     """What clients call: generation, and control of the cluster. Port 50051. Initial metadata "blitzjax-resume-s" says that
-    a server that crashes comes back: the same call can be made again, for so many seconds. UNAVAILABLE with trailing
-    metadata "blitzjax-final" is the server's own word; without it the connection broke.
+    a server that crashes comes back, and that it waits for clients whose connection broke: the same call can be made
+    again, for so many seconds. UNAVAILABLE with trailing metadata "blitzjax-final" is the server's own word; without it
+    the connection broke.
     """
 
     @staticmethod

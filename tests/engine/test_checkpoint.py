@@ -17,6 +17,7 @@ from blitzjax.engine.checkpoint import Checkpoint, with_dtype
 from blitzjax.engine.convert import TINY, random_unit, resolve, write_random
 from blitzjax.engine.params import LayerStore, unit_arrays
 from blitzjax.errors import CheckpointError
+from blitzjax.models.design import Design
 from blitzjax.types import ModelSpec
 
 
@@ -104,8 +105,8 @@ def test_other_format_version_is_refused(path: Path) -> None:
 
 def test_format_version_stands_for_these_fields() -> None:
     """Versions of this program share one cache: when this fails, raise FORMAT_VERSION, then write the new value here."""
-    names = [f.name for kind in (ModelSpec, checkpoint.Entry) for f in fields(kind)]
-    assert (locations.FORMAT_VERSION, zlib.crc32(" ".join(names).encode())) == (3, 1507812568)
+    names = [f.name for kind in (ModelSpec, Design, checkpoint.Entry) for f in fields(kind)]
+    assert (locations.FORMAT_VERSION, zlib.crc32(" ".join(names).encode())) == (4, 3182378473)
 
 
 def test_unknown_family_is_refused(path: Path) -> None:

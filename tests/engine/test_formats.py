@@ -30,7 +30,7 @@ from blitzjax.engine.convert import TINY, resolve
 from blitzjax.engine.params import unit_kind
 from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
-from blitzjax.models import family, read_config
+from blitzjax.models import family
 from blitzjax.types import ModelSpec
 
 SPEC = replace(TINY, layers=3, tied_embeddings=False, vocab=256)
@@ -156,23 +156,6 @@ def test_buffers_may_have_any_type(tmp_path: Path) -> None:
         assert want.keys() == got.keys()
         for name in want:
             np.testing.assert_array_equal(got[name], want[name])
-
-
-def test_packed_experts_are_read(tmp_path: Path) -> None:
-    """gpt-oss publishes its experts as bytes."""
-    config = dict(FAMILIES["gpt_oss"]["config"]) | {"hidden_size": 64, "intermediate_size": 32,
-                                                    "quantization_config": {"quant_method": "mxfp4"}}
-    spec, rng = read_config(config, "m", "float32"), np.random.default_rng(2)
-    shapes = {n: s for unit in published.wanted(spec, partial(published.names, spec)) for n, s in unit.items()}
-    named = {n: rng.integers(100, 140, s, np.uint8) if n.endswith(("_blocks", "_scales"))
-             else rng.standard_normal(s, np.float32) for n, s in shapes.items()}
-    path = tmp_path / "hf"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    write_shards(path, named, 1)
-    layer = next(HuggingFace.open(path, "m", "float32").units())
-    wanted = family("gpt_oss").fuse(spec, unit_kind(spec, 0), {s: named[f] for s, f in published.names(spec, 0).items()})
-    np.testing.assert_array_equal(layer["experts.down"], wanted["experts.down"])
 
 
 def test_changed_directory_is_converted_again(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blitzjax.errors import CheckpointError
-from blitzjax.models import family, mxfp4, read_config
+from blitzjax.models import read_config, read_packing
+from blitzjax.models.fp8 import FP8
+from blitzjax.models.mxfp4 import MXFP4
+from blitzjax.models.rope import for_context
 from blitzjax.serve import codec
 from blitzjax.types import ModelSpec
 
@@ -24,6 +27,16 @@ def read(case: str, *without: str, **settings: object) -> ModelSpec:
     return read_config(config | settings, "m", "float32")
 
 
+def packed(**changes: object) -> dict[str, object]:
+    """A quantization_config of llm-compressor's with some settings changed, at the top or of the weights."""
+    top = {"format": "float-quantized", "quant_method": "compressed-tensors", "transform_config": {},
+           "sparsity_config": {"format": "dense", "global_sparsity": 0.14, "sparsity_structure": "unstructured"}}
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    weights |= {key: value for key, value in changes.items() if key in weights}
+    top |= {key: value for key, value in changes.items() if key not in weights}
+    return {"quantization_config": top | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}}
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_spec_survives_the_manifest(case: str) -> None:
     assert codec.model_spec(json.dumps({"spec": asdict(read(case))})) == read(case)
@@ -34,8 +47,16 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("llama", {"hidden_size": None}, "hidden_size is missing"),
     ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish' is not supported; supported: 'silu'"),
     ("llama", {"num_key_value_heads": 3}, "4 attention heads do not divide into 3"),
-    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.* supported: a copy "),
-    ("llama", {"compression_config": {"format": "int"}}, "compression_config = .* is not supported; supported: a copy"),
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq' is not .*: mxfp4, fp8, .* a copy "),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: quant_method is missing"),
+    ("llama", packed(format="pack-quantized"), "quantization_config: format = 'pack-quantized' is not supported"),
+    ("llama", packed(num_bits=4), "quantization_config: group_0: weights: num_bits = 4 is not supported; supported: 8"),
+    ("llama", packed(type="int"), "group_0: weights: type = 'int' is not supported; supported: 'float'"),
+    ("llama", packed(strategy="group"), "group_0: weights: strategy = 'group' is not supported; supported: tensor, "),
+    ("llama", packed(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config: format = .*24.* supported: 'dense'"),
+    ("llama", packed(transform_config={"config_groups": {}}), "transform_config = .* is not supported; supported: none"),
+    ("qwen3", {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt = 'e5m2' is not .*: 'e4m3'"),
+    ("qwen3", {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, "weight_block_size = 128 is not a"),
     ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope type 'axial' is not supported; supported: default"),
     ("llama", {"rope_parameters": {"attn_factor": 2.0}}, "rope parameter 'attn_factor' = 2.0 is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
@@ -46,10 +67,11 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("gemma3", {"model_type": "gemma3"}, "model_type = 'gemma3' has no text_config"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("phi3", {"attention_bias": True}, "attention_bias = True"),
+    ("phi3", {"head_dim": 16}, "3 short and 3 long rope factors for 6 pairs"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
     ("gpt_oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0 is not supported; supported: 7.0"),
-    ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'.*supported: 'mxfp4'")])
+    ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'.*supported: mxfp4")])
 def test_what_is_not_supported_is_named(case: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read(case, **settings)
@@ -92,8 +114,19 @@ def test_layers_of_older_configs_follow_the_family() -> None:
         "sliding", "dense", "sliding", "layer")
 
 
-def test_sequences_end_where_short_rope_factors_do() -> None:
-    assert read("phi3", max_position_embeddings=4096).max_len == 64
+def test_long_rope_factors_hold_where_sequences_may_be_longer_than_the_short_ones() -> None:
+    """Of Phi-4-mini's shape: by the length that is served, whatever a sequence's own."""
+    def factors(spec: ModelSpec, tokens: int) -> object:
+        served = for_context(spec, tokens)
+        assert served == replace(spec, options=served.options)
+        return dict(served.options)["rope_factors"]
+
+    spec = read("phi3", max_position_embeddings=4096)
+    assert spec.max_len == 4096 and for_context(spec, 64) == spec
+    assert factors(spec, 64) == (1.0, 1.1, 1.3) and factors(spec, 65) == factors(spec, 8192) == (2.0, 3.0, 4.0)
+    assert dict(for_context(spec, 65).options)["rope_scale"] == dict(spec.options)["rope_scale"] == np.sqrt(1 + 6 / 6)
+    short = read("phi3", max_position_embeddings=64)  # a copy that was cut
+    assert short.max_len == 64 and for_context(short, 8192) == short
 
 
 def test_yarn_reaches_as_far_as_its_factor_where_the_model_card_only_adds_it() -> None:
@@ -143,25 +176,21 @@ def test_text_decoder_behind_a_vision_tower_is_read() -> None:
     assert mistral == read("mistral", tie_word_embeddings=True)
 
 
+def test_quantised_weights_are_of_the_same_model() -> None:
+    blocks = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    assert read("llama", **packed()) == read("llama", **blocks) == read("llama")
+    inner = {"model_type": "mistral3", "text_config": CONFIGS["mistral"] | blocks}
+    for values in (inner, {"model_type": "mistral3", "text_config": CONFIGS["mistral"]} | blocks, CONFIGS["mistral"] | blocks):
+        assert read_packing(values) == FP8((128, 128))
+    assert read_packing(CONFIGS["mistral"]) is None and read_packing(CONFIGS["llama"] | packed()).block == (1, 0)
+    both = packed()["quantization_config"]
+    both["config_groups"]["group_1"] = {"weights": both["config_groups"]["group_0"]["weights"] | {"strategy": "tensor"}}
+    with pytest.raises(CheckpointError, match="config_groups share scales in 2 ways"):
+        read("llama", quantization_config=both)
+
+
 def test_mxfp4_experts_are_what_transformers_unpacks() -> None:
     with np.load(REFERENCE / "families.npz") as file:
         blocks, scales, weights = (file[f"mxfp4.{name}"] for name in ("blocks", "scales", "weights"))
-    np.testing.assert_array_equal(mxfp4.dequantize(blocks, scales).swapaxes(1, 2), weights)
-
-
-def test_mxfp4_checkpoint_gives_the_arrays_of_a_plain_one() -> None:
-    plain = read("gpt_oss", hidden_size=64, intermediate_size=32)
-    packed = read("gpt_oss", hidden_size=64, intermediate_size=32, quantization_config={"quant_method": "mxfp4"})
-    found, rng = family("gpt_oss"), np.random.default_rng(0)
-    published = {name: rng.integers(0, 256, shape, np.uint8) if name.endswith("_blocks")
-                 else rng.integers(120, 130, shape).astype(np.uint8) if name.endswith("_scales")
-                 else rng.standard_normal(shape, np.float32)
-                 for name, shape in found.tensors(packed, "layer").items()}
-    unpacked = {name: value for name, value in published.items() if not name.endswith(("_blocks", "_scales"))}
-    for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
-        values = mxfp4.dequantize(published[f"{name}_blocks"], published[f"{name}_scales"])
-        unpacked[name] = values.swapaxes(1, 2)  # as transformers publishes what it has unpacked: [E, in, out]
-    assert {name: value.shape for name, value in unpacked.items()} == found.tensors(plain, "layer")
-    expected = found.fuse(plain, "layer", unpacked)
-    for name, array in found.fuse(packed, "layer", published).items():
-        np.testing.assert_array_equal(array, expected[name])
+    for dtype in ("float32", "bfloat16"):
+        np.testing.assert_array_equal(MXFP4().dequantize(blocks, scales, np.dtype(dtype)).astype(np.float32), weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -14,14 +13,14 @@ import pytest
 
 import tiny_families
 from answering import answer, token_ids, work
+from parity import Model, assert_close, residual
 
 from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
-from blitzjax.engine import modules
 from blitzjax.engine.attention import Attention, fused
 from blitzjax.engine.kvcache import SlotCache
 from blitzjax.engine.params import LayerStore, fill, unit_kind
-from blitzjax.engine.runner import Prefill, Runner
+from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
 from blitzjax.models import FAMILIES, family, read_config
@@ -31,28 +30,7 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 CHECKPOINTS = json.loads((REFERENCE / "families.json").read_text())
 CHUNK = 16  # tokens, so that the prompt of 27 takes two
 PAGE = 4
-
-
-@dataclass(frozen=True)
-class Model:
-    """One family's checkpoint on `tp` devices, and what transformers made of it."""
-
-    runner: Runner
-    expected: dict[str, np.ndarray]
-
-    def prefill(self, tokens: np.ndarray) -> Prefill:
-        return self.runner.begin(tokens.tolist())
-
-    def logits(self, x: jax.Array) -> np.ndarray:
-        """f32[N, D] → f32[N, V]"""
-        store = self.runner.store
-        table = store.params(store.spec.embed_unit)["table"] if store.spec.tied_embeddings else None
-        return np.asarray(_head(store)(store.params(store.spec.head_unit), x, table))
-
-
-@functools.cache
-def _head(store: LayerStore):
-    return jax.jit(lambda weights, x, table: modules.bind(store.spec, "head")(weights)(x, table))
+CONTEXT = 64  # tokens of prompt and answer; what phi3 was first trained on, and phi3_long was not
 
 
 @functools.cache
@@ -69,7 +47,7 @@ def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | Non
         fill(store, unit, found.fuse(spec, unit_kind(spec, unit), published))
         store.commit(unit)
     assert not shapes, "tensors that nobody reads"
-    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=chunk,
+    config = EngineConfig(dtype="float32", max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=chunk,
                           executable_cache=cache)
     with np.load(REFERENCE / "families.npz") as file:
         expected = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{case}.")}
@@ -80,16 +58,6 @@ def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | Non
 def load(tmp_path_factory: pytest.TempPathFactory):
     cache = str(tmp_path_factory.getbasetemp() / "executables")
     return lambda case, tp=1, chunk=CHUNK, attention=None: _load(case, tp, chunk, cache, attention)
-
-
-def assert_close(actual: np.ndarray, wanted: np.ndarray) -> None:
-    assert actual.shape == wanted.shape
-    assert np.linalg.norm(actual - wanted) < 2e-4 * np.linalg.norm(wanted)
-
-
-def residual(prefill: Prefill) -> np.ndarray:
-    """f32[prompt, D] of all chunks."""
-    return np.concatenate([np.asarray(x)[0, :c.stop - c.start] for c, x in zip(prefill.chunks, prefill.x, strict=True)])
 
 
 def test_there_is_a_checkpoint_of_every_family() -> None:
@@ -156,7 +124,7 @@ def test_decode_matches_reference(case: str, load) -> None:
 def test_fused_layers_of_several_kinds_decode_as_single_ones(case: str, load, tmp_path_factory) -> None:
     """Bit for bit, what they keep of every layer; two layers a program, of three."""
     runner, tokens = load(case).runner, load(case).expected["tokens"].tolist()
-    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, fused_layers=2,
+    config = EngineConfig(dtype="float32", max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=CHUNK, fused_layers=2,
                           executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
     fused_runner = Runner(Stages(runner.spec, config, runner.store.mesh), runner.store)
     assert len(runner.stages.kinds) == 2 and len(fused_runner.stages.groups) == 2
@@ -183,7 +151,7 @@ def test_prefix_hits_and_preemption_match_reference(case: str, load, monkeypatch
     preempt = Batcher.preempt
     monkeypatch.setattr(Batcher, "preempt", lambda self, i, *args: (preempted.append(i), preempt(self, i, *args)))
     pages = -(-(len(prompt) + len(greedy)) // PAGE) + 1
-    engine = EngineConfig(max_model_len=128, max_num_seqs=2, max_num_batched_tokens=CHUNK, page_size=PAGE,
+    engine = EngineConfig(max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=CHUNK, page_size=PAGE,
                           kv_pages=pages, answer_share=0.0)
     sampling = Sampling(max_tokens=len(greedy), ignore_eos=True, logprobs=0)
     said = answer(store, stages, engine, [work(name, prompt, sampling) for name in ("first", "second")])

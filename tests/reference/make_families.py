@@ -45,6 +45,9 @@ CASES = {  # case → (model type, what its config has besides SIZES)
                                "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
         "original_max_position_embeddings": 64, "short_factor": [1.0, 1.1, 1.3], "long_factor": [2.0, 3.0, 4.0]}}),
+    "phi3_long": ("phi3", {"head_dim": 8, "original_max_position_embeddings": 16, "pad_token_id": 0, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+        "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}}),  # the prompt is beyond 16 tokens
     "olmo2": ("olmo2", {"head_dim": 8}),
     "granite": ("granite", {"head_dim": 8, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
                             "residual_multiplier": 0.4, "logits_scaling": 2.0}),
@@ -53,7 +56,7 @@ CASES = {  # case → (model type, what its config has besides SIZES)
     "qwen2_moe": ("qwen2_moe", MOE | {"head_dim": 8, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "qwen3_moe": ("qwen3_moe", MOE | {"num_experts_per_tok": 3, "norm_topk_prob": True}),
     "gpt_oss": ("gpt_oss", WIDE | WINDOW | LAYERS | {"num_local_experts": 4, "num_experts_per_tok": 2,
-                                                     "rope_parameters": {
+                                                     "intermediate_size": 64, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
         "truncate": False, "original_max_position_embeddings": 32}}),
 }

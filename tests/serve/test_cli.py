@@ -6,14 +6,19 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import grpc
 import pytest
 from toy import write_model
 
 from blitzjax import cli, cli_serve
 from blitzjax import config as configs
-from blitzjax.errors import BlitzError, ConfigError
+from blitzjax.errors import BlitzError, ConfigError, Unavailable
+from blitzjax.serve.client import Client
 
 _HEAVY = ("jax", "jaxlib", "flax", "numpy", "torch", "orbax")
 
@@ -78,12 +83,67 @@ def test_a_reader_that_left_is_no_error():
     (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
     (("controller", "--workers", "i0=h:1", "--model-dir", "/nonexistent"), "not a blitzjax checkpoint"),
     (("controller", "--workers", "i0=h:1", "--model-dir", ".", "--config-json", "{"), "not JSON"),
+    (("worker", "--listen", "h:99999", "--rank", "0", "--world", "1", "--coordinator", "h:1"), "--listen: wants HOST:PORT"),
+    (("worker", "--listen", "h:1", "--rank", "0", "--world", "1", "--coordinator", "h"), "--coordinator: wants HOST:PORT"),
+    (("worker", "--listen", "h:1", "--rank", "2", "--world", "2", "--coordinator", "h:1"), "--rank must be in [0, 1]"),
+    (("coordinator", "--address", "h", "--size", "1"), "wants HOST:PORT"),
+    (("coordinator", "--address", "no.such.host.invalid:1", "--size", "1"), "cannot listen on no.such.host.invalid:1"),
 ])
 def test_mistakes_get_one_line_and_code_2(argv, says):
     done = run(*argv)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command, says", [
+    ("replay {}/none", "cannot read event log {}/none: No such file or directory"),
+    ("replay {}", "cannot read event log {}: Is a directory"),
+    ("replay {}/text", "{}/text is no event log of this version of blitzjax"),
+    ("replay {}/binary", "{}/binary is no event log of this version of blitzjax"),
+    ("sim --trace {}", "cannot read trace {}: Is a directory"),
+    ("sim --trace {}/text", "trace {}/text has no requests"),
+    ("sim --costs {}/none", "cannot read costs {}/none: No such file or directory"),
+    ("sim --costs {}/json", "cannot read costs {}/json: it has no 'model'"),
+    ("sim --out {}/text", "cannot write to {}/text"),
+    ("bench calibrate toy --out {}/text", "cannot write to {}/text"),
+    ("serve toy --config {}", "cannot read config {}: Is a directory"),
+    ("serve toy --config {}/text", "cannot read config {}/text: Expected"),
+    ("serve toy --config {}/binary", "cannot read config {}/binary: 'utf-8'"),
+    ("serve toy --host no.such.host.invalid", "cannot listen on no.such.host.invalid:50051: "),
+    ("serve toy --host 192.0.2.1 --port 1234", "cannot listen on 192.0.2.1:1234: "),
+    ("serve toy --ssl-certfile {} --ssl-keyfile {}", "cannot use the certificate {} with the key {}: Is a directory"),
+    ("gateway --host no.such.host.invalid", "cannot listen on no.such.host.invalid:8000: "),
+    ("status --address 127.0.0.1:99999", "an address is HOST:PORT"),
+    ("status --address grpcs://h:1 --cacert {}", "cannot read the CA certificate {}: Is a directory"),
+    ("status --address grpcs://h:1 --cacert {}/text", "cannot read the CA certificate {}/text: "),
+    ("cache --prune -1", "--prune wants days"),
+])
+def test_what_cannot_be_used_is_named_in_one_line(command: str, says: str, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("binary", b"\0\xff\xfe")):
+        (tmp_path / name).write_bytes(content)
+    assert cli.main([word.replace("{}", str(tmp_path)) for word in command.split()]) == 2
+    said = capsys.readouterr().err
+    assert says.replace("{}", str(tmp_path)) in said and said.count("\n") == 1
+
+
+def test_what_listens_is_told_from_what_does_not() -> None:
+    others = grpc.server(ThreadPoolExecutor(1))
+    ports = {"no controller of blitzjax": others.add_insecure_port("127.0.0.1:0")}
+    others.start()
+    web = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    ports["does not speak gRPC"] = web.server_port
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ports["has not answered in time"] = silent.getsockname()[1]
+        for says, port in ports.items():
+            with Client(f"127.0.0.1:{port}") as client, pytest.raises(BlitzError, match=f"127.0.0.1:{port} {says}|is {says}"):
+                client.status(timeout_s=1.0 if "time" in says else 30.0)
+    with Client(f"grpcs://127.0.0.1:{web.server_port}") as client, pytest.raises(Unavailable, match="does not speak TLS"):
+        client.status()
+    web.shutdown()
+    others.stop(None)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -93,11 +153,13 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     assert done.returncode == 2 and "BLITZJAX_CACHE may name another directory" in done.stderr
 
 
-def test_a_port_that_is_taken_is_said_before_anything_starts(model_dir: Path):
+def test_a_port_that_is_taken_is_said_before_anything_starts(model_dir: Path, capsys: pytest.CaptureFixture[str]):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("serve", str(model_dir), "--http-port", str(port))
-    assert (done.returncode, done.stdout) == (2, "") and f"cannot listen on 127.0.0.1:{port} for HTTP" in done.stderr
+        for flag in ("--port", "--http-port", "--metrics-port"):
+            assert cli.main(["serve", str(model_dir), "--port", "0", flag, str(port)]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and said.err == f"blitzjax: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 def configure(*argv: str):

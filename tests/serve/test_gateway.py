@@ -234,6 +234,16 @@ def test_tokens_of_a_prompt_and_back(site):
         assert got == status and says in said["error"]["message"], said
 
 
+def test_a_cluster_that_is_away_is_said_so() -> None:
+    async def ask() -> tuple[int, str, dict]:
+        async with AsyncClient("127.0.0.1:1") as client, TestServer(Gateway(client, "").application()) as server:
+            async with aiohttp.ClientSession(server.make_url("/")) as session, session.get("/v1/models") as answer:
+                return answer.status, answer.headers["Retry-After"], await answer.json()
+
+    status, retry, said = asyncio.run(ask())
+    assert (status, retry, said["error"]["message"]) == (503, "1", "nothing listens on 127.0.0.1:1")
+
+
 def test_a_bug_is_answered_in_openais_form_and_logged_by_request(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(AsyncClient):
         async def status(self, timeout_s: float | None = None) -> pb.ClusterStatus:

@@ -22,7 +22,7 @@ from toy_worker import ToyWorker
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
 from blitzjax.events import TransferEnded
-from blitzjax.serve import accepted, deployments
+from blitzjax.serve import deployments
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
@@ -167,7 +167,7 @@ async def test_crashes_at_any_moment(toys, seed: int):
             if rng.random() < 0.5:
                 await world.restart()
         known = world.controller.replica.orders
-        answers = [(o, known.claim(o) or known.answers(o.request_id)) for o in orders]
+        answers = [(o, known.claim(o, "") or known.answers(o.request_id)) for o in orders]
         await ended(*(a for _, group in answers for a in group))
         for o, group in answers:
             assert len(group) == o.n
@@ -200,8 +200,8 @@ async def test_a_client_may_come_back_for_what_it_could_have_missed(toys):
             assert after.take().text == ("once more" if o.echo else "") + "".join(map(chr, before.generated))
         with pytest.raises(Unavailable, match="not known any more"):  # another client has claimed it
             world.controller.submit(orders[0], resume=True)
-        world.controller.leave([had])
-        world.controller.replica.orders.prune(world.controller.now() + 6.0)
+        world.controller.leave([after])
+        world.controller.replica.orders.prune(world.controller.now() + 3.0)
         assert world.controller.replica.orders.answers("had") == ()
 
 
@@ -319,8 +319,7 @@ def test_a_snapshot_changes_nothing_of_what_workers_are_told(model_dir, name):
 @in_a_loop
 async def test_a_journal_does_not_grow_for_ever(toys, monkeypatch):
     monkeypatch.setattr(journals, "_SHORT_BYTES", 20_000)
-    monkeypatch.setattr(accepted, "_DELIVERY_S", 0.0)
-    async with toys() as world:
+    async with toys("serve.resume_timeout_s=0.01") as world:
         world.start()
         await world.serving(1)
         for k in range(30):

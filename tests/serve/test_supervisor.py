@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import tempfile
 import urllib.error
@@ -16,7 +17,7 @@ from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch,
 
 from blitzjax import config as configs
 from blitzjax.errors import ConfigError, UnknownModel
-from blitzjax.serve import processes
+from blitzjax.serve import processes, pulse
 from blitzjax.serve.client import Client
 from blitzjax.serve.hosts import Launch, Workers, across, free_ports
 from blitzjax.serve.journal import Journal
@@ -107,16 +108,24 @@ def test_told_to_go_while_it_begins_it_goes(model_dir: Path, temporary: Path) ->
     assert list(temporary.iterdir()) == []
 
 
+def looked(process: processes.Process) -> processes.Process:
+    process.kill_if_hung()
+    return process
+
+
 def test_a_life_in_which_nothing_worked_is_a_short_one_however_long(temporary: Path, monkeypatch: pytest.MonkeyPatch
                                                                      ) -> None:
     monkeypatch.setattr(processes, "_HEALTHY_S", 0.0)
-    process = processes.Process("sleeper", ("sleep", "60"), dict(os.environ), temporary / "log")
+    monkeypatch.setattr(pulse, "_MISSED_STARTING", 2)
+    process = processes.Process("sleeper", ("sleep", "60"), dict(os.environ), temporary / "log",
+                                pulse.Pulse("127.0.0.1:1", 0.2))
     for worked, short in ((False, 1), (False, 2), (True, 0)):
         process._due = 0.0
         process.start_when_due()
-        if not worked:
-            process.never_worked()
-        process.kill()
+        if worked:
+            process.kill()
+        else:
+            eventually(lambda: looked(process).poll())
         assert process.short_lives == short
 
 
@@ -157,3 +166,17 @@ def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
         assert [client.generate("a", model=name, max_tokens=2).text for name in ("chat", "base")] == ["bc", "bc"]
         with pytest.raises(UnknownModel, match="served: chat, base"):
             client.generate("a", model="toy")
+
+
+def test_the_coordination_service_answers_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "_MISSED_STARTING", 600)
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    asking = pulse.Pulse(address, 1.0)
+    service = processes.Process("coordinator", (*Launch().coordinator, "--address", address, "--size", "1"),
+                                dict(os.environ), tmp_path / "log", asking)
+    service.start_when_due()
+    eventually(lambda: looked(service) and asking.answered, 60)
+    assert not service.poll()
+    service.signal(signal.SIGSTOP)
+    eventually(lambda: looked(service).poll(), 60)
+    assert service.code == -signal.SIGKILL

@@ -25,7 +25,14 @@ SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1,
 TEMPLATE = ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
             "{% if add_generation_prompt %}a{% endif %}")
 TOY_WORKER = (sys.executable, str(Path(__file__).with_name("toy_worker.py")))
-TOY_COORDINATOR = (sys.executable, "-c", "import signal; signal.pause()")
+TOY_COORDINATOR = (sys.executable, "-c", """
+import signal, sys, grpc
+from concurrent.futures import ThreadPoolExecutor
+server = grpc.server(ThreadPoolExecutor(1))
+server.add_insecure_port(sys.argv[sys.argv.index("--address") + 1])
+server.start()
+signal.pause()
+""")
 
 
 def write_model(directory: Path, tokenizer: bool = True, template: str | None = TEMPLATE,
