@@ -134,7 +134,7 @@ def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: 
 def _check_rendering(fields: _Fields) -> None:
     """A chat becomes what its model's template says, up to where the assistant speaks, and nothing else."""
     for name, as_here in _RENDERING.items():
-        if (value := fields.take(name, type(as_here))) not in (None, as_here):
+        if fields.take(name, type(as_here)) not in (None, as_here):
             raise InvalidRequest(f"{name} is not supported with messages but as {json.dumps(as_here)}; leave it out")
 
 
