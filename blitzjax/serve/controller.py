@@ -201,7 +201,7 @@ class Controller:
             if self.journal is not None:
                 self.journal.removed(self.now(), name)
             self.replica.remove(name)
-            self._flush()
+            self.flush()
             self._changed()
 
     def _changed(self) -> None:
@@ -220,7 +220,7 @@ class Controller:
             due = [event]
             while due:
                 due = [*self._handle(due[0]), *due[1:]]
-            self._flush()  # before the links send what was commanded
+            self.flush()  # before the links send what was commanded
         except Exception as e:
             if self._broken is None or self._broken.done():
                 raise
@@ -298,7 +298,7 @@ class Controller:
             self._keep()
             await asyncio.sleep(_TICK_S)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """What was told to the replica can be told again to another one."""
         if self.journal is not None:
             try:
@@ -312,7 +312,7 @@ class Controller:
 
     def _keep(self) -> None:
         """All that was heard is written down: workers may forget it. What nobody came back for ends."""
-        self._flush()
+        self.flush()
         for link in self.links.values():
             link.confirm()
         self._remove_gone()

@@ -1,7 +1,7 @@
 """The controller's session with one worker: redials for ever, never blocks the brain, notices a lost worker.
 
-Invariant: every InstanceJoined that a link reports is followed by `lost` before the next session of that link begins; a
-session that the last controller left behind is resumed, and if it cannot be, `lost` as well.
+Invariant: every InstanceJoined that a link reports is followed by `lost` before the next session of that link begins. A
+session whose connection broke, or that the last controller left behind, is resumed, and if it cannot be, `lost` as well.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from blitzjax.v1 import worker_pb2_grpc as rpc
 
 _log = logging.getLogger("blitzjax.controller")
 _REDIAL_S = 0.2
+_RESUME_S = 1.0  # from a broken connection to the next one that works; a dead worker refuses that at once
 _REFUSED_REDIAL_S = 5.0  # the worker needs an operator first
 _MAX_UNSENT = 4096  # commands; a worker that lets so many pile up is as good as lost
 
@@ -41,6 +42,9 @@ class Shell(Protocol):
     def on_refused(self, instance: types.InstanceId, message: str, model: str = "") -> None: ...
 
     def on_lost(self, instance: types.InstanceId, reason: str) -> None: ...
+
+    def flush(self) -> None:
+        """Writes down all that was heard."""
 
     def now(self) -> float: ...
 
@@ -70,6 +74,8 @@ class WorkerLink:
         self._sent = 0  # commands of this session
         self._unconfirmed: deque[pb.WorkerCommand] = deque()  # the last of them: the worker may not have them
         self._open = False  # the worker listens to this session
+        self._broken = False  # only the connection ended
+        self._patience: asyncio.Timeout  # with a worker that has not answered this connection
         self._confirmed = 0  # messages that the worker knows to be written down
         self.configure = configure  # the next session begins with it
         self._shell = shell
@@ -122,12 +128,26 @@ class WorkerLink:
     async def run(self) -> None:
         """Holds a session until cancelled."""
         while True:
-            reason = await self._session()
+            reason = await self._connection(None)
+            while self._broken:
+                _log.warning("the connection to %s broke: %s", self.instance, reason)
+                self._shell.flush()  # the worker forgets what it hears was received
+                reason = await self._connection(_RESUME_S)
             self._lost(reason)
             await asyncio.sleep(_REFUSED_REDIAL_S if self.refused else _REDIAL_S)
 
+    async def _connection(self, patience_s: float | None) -> str:
+        """From dial to end; returns why it ended. `_broken` afterwards says whether the session may go on with another;
+        `patience_s` is how long the worker may take to answer.
+        """
+        try:
+            async with asyncio.timeout(patience_s) as self._patience:
+                return await self._session()
+        except TimeoutError:
+            return f"the worker has not answered for {patience_s:g} s"
+
     async def _session(self) -> str:
-        """One connection from dial to end; returns why it ended."""
+        self._broken = False
         configure = self._next_configure()
         async with grpc.aio.insecure_channel(self.address, options=TO_WORKER) as channel:
             self._call = rpc.WorkerStub(channel).Run()
@@ -144,6 +164,7 @@ class WorkerLink:
             except asyncio.CancelledError:
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
+                self._broken = False
                 return "the session was dropped"  # by us
 
     @contextlib.asynccontextmanager
@@ -153,6 +174,7 @@ class WorkerLink:
         try:
             yield
         finally:
+            self._broken = self._open and self.joined and bool(self._journal)
             self._unsent, self._open = None, False
             task.cancel()
 
@@ -196,7 +218,7 @@ class WorkerLink:
         """A session begins with InstanceJoined; what comes after the loss of an instance is dropped."""
         if isinstance(event, events.InstanceJoined):
             self.begin()
-            self._open = True
+            self._answered()
         if self.joined:
             self._shell.on_event(event)
 
@@ -209,9 +231,13 @@ class WorkerLink:
             return
         _log.info("%s resumes its session: %d commands again", self.instance, self._sent - taken)
         self._forget(taken)
-        self._open = True
+        self._answered()
         for command in self._unconfirmed:
             self._put(command)
+
+    def _answered(self) -> None:
+        self._open = True
+        self._patience.reschedule(None)
 
     def _forget(self, taken: int) -> None:
         """The worker has obeyed its first `taken` commands."""

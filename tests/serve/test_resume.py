@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from proxy import Proxy
 from toy import SPEC, toy_config, write_model
 from toy_worker import ToyWorker
 
@@ -59,6 +60,7 @@ class Toys:
         self._addresses: dict[str, str] = {}
         self._servers: list[grpc.aio.Server] = []
         self._running: asyncio.Task[None] | None = None
+        self._proxies: list[Proxy] = []
 
     async def __aenter__(self) -> Toys:
         for k, worker in enumerate(self.workers):
@@ -69,7 +71,18 @@ class Toys:
             self._servers.append(server)
         return self
 
+    def proxied(self) -> None:
+        """Controllers that start now reach the workers through proxies."""
+        self._proxies = [Proxy(address) for address in self._addresses.values()]
+        self._addresses = dict(zip(self._addresses, (proxy.address for proxy in self._proxies), strict=True))
+
+    def cut(self, silent: bool) -> None:
+        for proxy in self._proxies:
+            proxy.cut(silent)
+
     async def __aexit__(self, *exc) -> None:
+        for proxy in self._proxies:
+            proxy.close()
         if self._running is not None:
             await self.crash()
         for server in self._servers:
@@ -182,6 +195,27 @@ async def test_crashes_at_any_moment(toys, seed: int):
                 world.controller.replica.links[instance].state(), unconfirmed=())
 
 
+@pytest.mark.parametrize("silent", [False, True])
+@in_a_loop
+async def test_a_worker_is_not_lost_with_its_connection(toys, silent: bool):
+    """`silent`: the worker does not hear that it broke."""
+    async with toys() as world:
+        world.proxied()
+        controller = world.start()
+        await world.serving(1)
+        orders = [order(f"r{k}", k) for k in range(6)]
+        answers = [controller.submit(o)[0] for o in orders]
+        for tokens in (1, 10, 25):
+            await eventually(lambda: len(answers[0].generated) >= tokens)
+            world.cut(silent)
+        controller.scale("toy", 2, None, None)  # a command meanwhile is not lost
+        await ended(*answers)
+        await world.serving(2)
+        for k, answer in enumerate(answers):
+            assert (answer.generated, answer.attempts) == (answered(k, 40), 1)
+        assert "InstanceLost" not in (world.journal.read_text(errors="replace")), "nobody was lost"
+
+
 @in_a_loop
 async def test_a_client_may_come_back_for_what_it_could_have_missed(toys):
     async with toys() as world:
@@ -201,7 +235,7 @@ async def test_a_client_may_come_back_for_what_it_could_have_missed(toys):
         with pytest.raises(Unavailable, match="not known any more"):  # another client has claimed it
             world.controller.submit(orders[0], resume=True)
         world.controller.leave([after])
-        world.controller.replica.orders.prune(world.controller.now() + 3.0)
+        world.controller.replica.orders.prune(world.controller.now() + 31.0)
         assert world.controller.replica.orders.answers("had") == ()
 
 
