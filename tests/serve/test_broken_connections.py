@@ -6,10 +6,7 @@ Between them is a real proxy, which a test cuts. What a worker says can be compu
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
-import socket
-import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
