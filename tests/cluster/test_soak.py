@@ -31,6 +31,7 @@ SEED = int(os.environ.get("BLITZJAX_SOAK_SEED", "0")) or random.randrange(1, 1 <
 PROMPTS = prompts(24, seed=4, longest=120)
 LONGEST, SENDERS = 60, 6
 OTHERS = ("controller", "coordinator")
+PATIENCE_S = 15.0  # a controller that dies young again and again loses its journal, for that may be what kills it
 VISITOR = replace(TINY, name="visitor", layers=5)
 SETTINGS = os.environ.get("BLITZJAX_SOAK_SET", "").split()
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.2}
@@ -175,7 +176,7 @@ def asked_in_one_way(rig: Rig, chooser: random.Random, prompt: list[int], **opti
 
 def disturb(rig: Rig, chooser: random.Random) -> list[str]:
     """For DURATION_S. → what was done. Nothing is left stopped."""
-    happened, began = [], time.monotonic()
+    happened, began, begun_anew = [], time.monotonic(), 0.0
     stopped: dict[int | str, float] = {}  # until when
     while (now := time.monotonic() - began) < DURATION_S:
         for process in [k for k, until in stopped.items() if until <= now]:
@@ -203,8 +204,11 @@ def disturb(rig: Rig, chooser: random.Random) -> list[str]:
                     send_signal(rig, worker, signal.SIGSTOP)
                     stopped[worker] = now + seconds
                     what = f"{what} for {seconds} s"
+            case "controller" if now < begun_anew + PATIENCE_S:
+                continue
             case "controller" | "coordinator":
                 send_signal(rig, what, signal.SIGKILL)
+                begun_anew = now if what == "controller" else begun_anew
         happened.append(f"{now:.1f} {what} {worker}")
         time.sleep(chooser.choice((0.1, 0.5, 1.5, 3.0)))
     for process in stopped:
