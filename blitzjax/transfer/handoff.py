@@ -114,7 +114,6 @@ class HandOff:
             return self._taken(connection, address, uuid, specs, timeout_s)
         except TransferError:
             self._drop(address, connection)
-            self._try_server()
             raise
 
     def _taken(self, connection: compat.TransferConnection, address: str, uuid: int,
@@ -124,6 +123,7 @@ class HandOff:
                 return self._pulled(connection, uuid, specs)
             except compat.ERRORS as e:
                 compat.poison(connection)
+                self._try_server()
                 why = f"nothing came within {timeout_s:g} s" if guard.fired else str(e)
                 raise TransferError(f"hand-off {uuid} from {address} failed: {why}") from e
 
@@ -152,7 +152,6 @@ class HandOff:
         try:
             self._taken(self._connected(address), address, uuid, offer.specs, _WITHDRAW_TIMEOUT_S)
         except TransferError:
-            self._try_server()
             return False
         return True
 

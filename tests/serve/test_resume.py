@@ -1,4 +1,4 @@
-"""A controller dies and another one takes over: nothing is lost, nothing comes twice, nobody else notices.
+"""A controller dies and another one takes over, or goes on over new connections: nothing is lost, nothing comes twice.
 
 Controllers and toy workers run in this process. A dead controller is one whose tasks were cancelled and whose journal
 is what had reached the file by then.
