@@ -15,7 +15,7 @@ import grpc
 import pytest
 from proxy import Proxy
 from test_frontend import LASTING, quiet, toy
-from toy import eventually, toy_config, toy_launch, wait_whole
+from toy import AT_ONCE_S, eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.errors import BlitzError, Unavailable
 from blitzjax.serve.asking import collect_all
@@ -25,7 +25,6 @@ from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 SLOW = 0.02  # pause of a toy worker before a token, in seconds
-AT_ONCE_S = 15.0  # for a slow machine; the server waits 30 s for who may come back
 
 
 @pytest.fixture
@@ -205,6 +204,6 @@ def test_what_nobody_comes_back_for_ends(model_dir, tmp_path):
             proxy.close()
             with pytest.raises(Unavailable):
                 answer.result(20)
-            eventually(lambda: quiet(client))
+            eventually(lambda: quiet(client), AT_ONCE_S)
             assert client.generate([1], max_tokens=2, request_id="mine").token_ids == toy(1, 2)
         assert cluster.stop() == 0, cluster.tail("controller")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
-from toy import EOS, VOCAB, eventually
+from toy import AT_ONCE_S, EOS, VOCAB, eventually
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, given, settings
@@ -73,7 +73,7 @@ def test_stop_string_is_cut_and_frees_the_worker(client):
     result = client.generate("a", max_tokens=400, temperature=0.01, stop=["zz", "def"])
     assert (result.text, result.finish_reason) == ("bc", "stop")
     assert result.usage.completion_tokens == 5
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
 
 
 def test_one_stop_string_needs_no_list(client):
@@ -121,7 +121,7 @@ def test_abort_ends_all_n_answers_and_frees_their_id(client):
     client.abort("all")
     chunks += stream
     assert [r.finish_reason for r in collect_all(chunks)] == ["abort"] * 3
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
     assert client.generate([1], request_id="all", max_tokens=1).token_ids == (2,)
 
 
@@ -130,7 +130,7 @@ def test_client_that_leaves_ends_all_n_generations(client):
     next(stream)
     eventually(lambda: client.status().running_requests == 4)
     stream.close()
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
 
 
 def test_echo_begins_the_answer_with_the_prompt(client):
@@ -227,14 +227,14 @@ def test_client_that_leaves_ends_its_generation(client):
     next(stream)
     assert not quiet(client)
     stream.close()
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
 
 
 def test_deadline_ends_the_generation(client):
     with pytest.raises(BlitzError) as e:
         client.generate([1], **LASTING, timeout_s=0.3)
     assert e.value.code == "DEADLINE_EXCEEDED"
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
 
 
 def test_abort_ends_the_answer_with_what_it_has(client):
@@ -245,7 +245,7 @@ def test_abort_ends_the_answer_with_what_it_has(client):
     assert rest[-1].finish_reason == "abort"
     tokens = first.token_ids + tuple(t for c in rest for t in c.token_ids)
     assert tokens == toy(1, rest[-1].usage.completion_tokens)
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
 
 
 def test_request_id_is_unique_while_it_runs_and_free_afterwards(client):
@@ -255,7 +255,7 @@ def test_request_id_is_unique_while_it_runs_and_free_afterwards(client):
         client.generate([1], request_id="mine")
     stream.close()
     for _ in range(20):
-        eventually(lambda: quiet(client))
+        eventually(lambda: quiet(client), AT_ONCE_S)
         assert client.generate([1], request_id="mine", max_tokens=1).token_ids == (2,)
 
 

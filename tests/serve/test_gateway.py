@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
 from test_frontend import LASTING, SLOW, quiet, toy
-from toy import eventually, toy_config, toy_launch, wait_whole
+from toy import AT_ONCE_S, eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.gateway import Gateway
@@ -268,7 +268,7 @@ def test_a_reader_that_leaves_ends_its_generation(site):
                 reader.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                                b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
                 eventually(lambda: client.status().running_requests == 1)
-            eventually(lambda: quiet(client))
+            eventually(lambda: quiet(client), AT_ONCE_S)
             assert not client.status().running_requests
 
 

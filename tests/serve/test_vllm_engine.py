@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_frontend import LASTING, SLOW, quiet, toy
-from toy import EOS, VOCAB, eventually
+from toy import AT_ONCE_S, EOS, VOCAB, eventually
 
 from blitzjax.v1 import vllm_engine_pb2 as vllm
 from blitzjax.v1 import vllm_engine_pb2_grpc as rpc
@@ -79,7 +79,7 @@ def test_abort_and_a_caller_that_leaves(stub, client):
         stream=True, tokenized={"input_ids": [97]}, sampling_params=vllm.SamplingParams(**LASTING)))
     next(left)
     left.cancel()
-    eventually(lambda: quiet(client))
+    eventually(lambda: quiet(client), AT_ONCE_S)
 
 
 @pytest.mark.parametrize(("sampling", "says"), [

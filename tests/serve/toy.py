@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "reference"))  # children import
 from byte_tokenizer import byte_tokenizer  # noqa: E402
 
 EOS, BOS, VOCAB = 256, 257, 258
+AT_ONCE_S = 15.0  # for a slow machine; a server waits 30 s for clients that may come back
 SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1, head_dim=1, ffn_dim=1, vocab=VOCAB,
                  max_len=4096, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=False, dtype="float32",
                  eos_token_ids=(EOS,), bos_token_id=BOS)
