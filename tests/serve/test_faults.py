@@ -134,7 +134,9 @@ def test_hung_worker_is_lost_to_pings(start):
     cluster.signal_worker(0, signal.SIGSTOP)
     with cluster.client() as client:
         eventually(lambda: not client.ready(), 20.0)
-    cluster.signal_worker(0, signal.SIGCONT)
+        cluster.signal_worker(0, signal.SIGCONT)
+        eventually(client.ready)
+        assert client.generate([1], max_tokens=3).token_ids == (2, 3, 4)
 
 
 def test_full_queue_is_refused(start):
