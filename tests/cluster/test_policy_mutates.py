@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from blitzjax.cli_replay import fresh, turns
+from blitzjax.control.fleet import Phase
 from blitzjax.serve.local import LocalCluster
+from blitzjax.types import Role
 from blitzjax.v1 import inference_pb2 as pb
 from rig import Rig
 from test_prefill_and_decode import answers, burst, received, roles  # noqa: F401
@@ -42,20 +45,42 @@ def states_in(auto: Rig, wanted: dict, bursts: int) -> list[pb.ClusterStatus]:
     return states
 
 
+def decided(log: Path) -> list[tuple[str, str]]:
+    """Instances that "mutated" from prefill to decode while they served, and those "recruited" for prompts, in order.
+
+    From the brain's history: between two looks at the cluster an instance may leave and come back as another.
+    """
+    brain, story = fresh(log), []
+    were = {i.id: i for i in brain.status().instances}
+    for turn in turns(log):
+        brain.handle(turn.event)
+        now = {i.id: i for i in brain.status().instances}
+        for name, was in were.items():
+            match was.phase, was.role, now[name].phase, now[name].role:
+                case Phase.SERVING, Role.PREFILL, Phase.SERVING, Role.DECODE:
+                    story.append((name, "mutated"))
+                case Phase.IDLE, _, Phase.LOADING, Role.PREFILL:
+                    story.append((name, "recruited"))
+        were = now
+    return story
+
+
 def test_a_burst_makes_a_prefill_instance_decode_and_recruits_another(auto: Rig, answers) -> None:  # noqa: F811
+    log = Path(auto.cluster.config.serve.event_log)
     for bursts in (1, 2, 3, 4):  # how many it takes to fill the pages depends on how fast prompts are
-        begun, before = len(auto.whole_log()), auto.settle(3)
+        before = auto.settle(3)
         assert roles(before) == ["decode", "prefill", "prefill"]
+        auto.whole_log()
+        told = len(decided(log))
         states = states_in(auto, answers, bursts)
-        grown = [s for s in states if len(of_role(s, "prefill")) == len(of_role(s, "decode")) == 2]
-        if grown:
+        if any(len(of_role(s, "prefill")) == len(of_role(s, "decode")) == 2 for s in states):
             break
-    assert grown, "no burst made two instances of each role"
-    loaded = {line["instance"] for line in auto.whole_log()[begun:] if line.get("event") == "LayerLoaded"}
-    mutated = of_role(before, "prefill") & of_role(grown[0], "decode")
-    assert mutated and not mutated & loaded, "no parameters move for a new role"
-    recruited = of_role(grown[0], "prefill") - of_role(before, "prefill")
-    assert recruited and recruited <= loaded, "an idle worker runs prompts instead"
+    else:
+        pytest.fail("no burst made two instances of each role")
     after = auto.settle(3)
     assert roles(after) == ["decode", "prefill", "prefill"] and received(after) > received(before)
-    assert not any(line.get("event") == "InstanceLost" for line in auto.whole_log())
+    auto.whole_log()
+    story = decided(log)[told:]
+    assert "mutated" in (did := {what for _, what in story}), f"no prefill instance decoded in place: {story}"
+    assert "recruited" in did, f"nobody runs prompts instead: {story}"
+    assert not any(line.get("event") == "InstanceLost" for line in auto.log())
