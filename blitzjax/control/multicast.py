@@ -25,7 +25,7 @@ class _Draft:
 
 
 def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Held], topology: Topology,
-         stop_unit: int, generation_of: Callable[[tuple[InstanceId, ...]], int],
+         stop_unit: int, generation_of: Callable[[Collection[InstanceId]], int],
          local: Collection[InstanceId] = ()) -> MulticastPlan:
     """Chains that give every target units [its watermark, stop_unit).
 
@@ -55,7 +55,7 @@ def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Hel
 
 def _finish(ticket: int, model: str, drafts: list[_Draft], rings: list[tuple[InstanceId, ...]],
             units: dict[InstanceId, int], stop_unit: int,
-            generation_of: Callable[[tuple[InstanceId, ...]], int]) -> MulticastPlan:
+            generation_of: Callable[[Collection[InstanceId]], int]) -> MulticastPlan:
     """A chain begins where its least complete target does; lanes, which are gathered unit by unit, begin together."""
     start = {id(draft): min(units[i] for i in draft.members[1:]) for draft in drafts}
     together = min((start[id(draft)] for draft in drafts if draft.lanes > 1), default=0)

@@ -56,7 +56,7 @@ class Transfers:
     topology: Topology
     max_generations: int  # cliques that one set of members may form
     _flights: dict[int, _Flight] = field(default_factory=dict)
-    _generations: dict[tuple[InstanceId, ...], int] = field(default_factory=dict)  # the next clique of these members
+    _generations: dict[frozenset[InstanceId], int] = field(default_factory=dict)  # the next clique of these members
     _least: int = 0  # the next clique of all others; above all that they ever formed
     _last_ticket: int = 0
     _in: dict[InstanceId, Run] = field(default_factory=dict)  # the run that the instance has not left
@@ -176,7 +176,8 @@ class Transfers:
         for run in runs:
             self.leave(run, instance)
             commands += self.break_off(run)
-        broken = {run.chain.instances for run in runs} | {ring.instances for run in runs for ring in run.rings}
+        broken = {frozenset(run.chain.instances) for run in runs}
+        broken |= {frozenset(ring.instances) for run in runs for ring in run.rings}
         for members in self._generations:
             if instance in members and members not in broken:
                 self._renew(members)
@@ -198,15 +199,17 @@ class Transfers:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _generation_of(self, members: tuple[InstanceId, ...]) -> int:
+    def _generation_of(self, instances: Collection[InstanceId]) -> int:
         """Makes room for one more by forgetting the oldest generation of all: nobody forms a clique of it any more."""
+        members = frozenset(instances)
         while members not in self._generations and len(self._generations) >= _MAX_CLIQUES:
             self._least += 1
             self._generations = {m: g for m, g in self._generations.items() if g >= self._least}
         return self._generations.setdefault(members, self._least)
 
-    def _renew(self, members: tuple[InstanceId, ...]) -> None:
+    def _renew(self, instances: Collection[InstanceId]) -> None:
         """Their clique is never used again. Alone they form none, and forgotten ones form another in any case."""
+        members = frozenset(instances)
         if members in self._generations:
             self._generations[members] += 1
 

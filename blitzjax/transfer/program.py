@@ -1,4 +1,4 @@
-"""The one program of a multicast: every member passes a chunk per lane to the next hop, and around in a ring.
+"""The one program of a multicast: every member passes a chunk per lane to the next one of its chain or ring.
 
 It moves bytes, whatever the parameters are: bfloat16 would travel as float32 on CPU.
 """
@@ -16,22 +16,23 @@ from blitzjax.transfer import compat
 
 
 class Tick:
-    """A compiled `y = ppermute(x, hop → hop + 1)` over uint8[hop, lane, chunk] for one clique.
+    """A compiled `y = ppermute(x, hops)` over uint8[member, lane, chunk] for one clique.
 
-    Called by all members the same number of times, each from one thread. Hop 0 of a chain receives zeros, that of a
-    ring what the last hop sends.
+    Called by all members the same number of times, each from one thread. Whom no hop leads to receives zeros.
     """
 
-    def __init__(self, mesh: Mesh, hop: int, chunk_bytes: int, ring: bool) -> None:
-        """Traces and compiles (about 20 ms); runs nothing, so the other members need not be there."""
-        hops, lanes = mesh.devices.shape
+    def __init__(self, mesh: Mesh, member: int, chunk_bytes: int, hops: list[tuple[int, int]]) -> None:
+        """Traces and compiles (about 20 ms); runs nothing, so the other members need not be there.
+
+        `hops` are pairs of places in the mesh, from whom to whom; `member` is this process's place.
+        """
+        members, lanes = mesh.devices.shape
         spec = PartitionSpec(*mesh.axis_names)
         self._sharding = NamedSharding(mesh, spec)
-        self._shape = (hops, lanes, chunk_bytes)
-        self._devices = list(mesh.devices[hop])
-        pairs = [(h, (h + 1) % hops) for h in range(hops if ring else hops - 1)]
+        self._shape = (members, lanes, chunk_bytes)
+        self._devices = list(mesh.devices[member])
         x = jax.ShapeDtypeStruct(self._shape, jnp.uint8, sharding=self._sharding)
-        self._executable = _compile(mesh, spec, x, pairs)
+        self._executable = _compile(mesh, spec, x, hops)
 
     def put(self, chunks: Sequence[np.ndarray]) -> jax.Array:
         """One uint8[chunk] per lane → the input of a tick; zero-copy: `chunks` must not change before it is over."""
@@ -48,12 +49,12 @@ def chunks_of(y: jax.Array) -> list[np.ndarray]:
     return [np.asarray(shard.data).reshape(-1) for shard in y.addressable_shards]
 
 
-def _compile(mesh: Mesh, spec: PartitionSpec, x: jax.ShapeDtypeStruct, pairs: list[tuple[int, int]]
+def _compile(mesh: Mesh, spec: PartitionSpec, x: jax.ShapeDtypeStruct, hops: list[tuple[int, int]]
              ) -> jax.stages.Compiled:
-    hop_axis = mesh.axis_names[0]
+    member_axis = mesh.axis_names[0]
 
     def forward(chunk: jax.Array) -> jax.Array:  # [1, 1, chunk]
-        return jax.lax.ppermute(chunk, hop_axis, pairs)
+        return jax.lax.ppermute(chunk, member_axis, hops)
 
     with compat.without_persistent_cache():
         return jax.jit(jax.shard_map(forward, mesh=mesh, in_specs=spec, out_specs=spec)).lower(x).compile()

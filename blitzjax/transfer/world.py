@@ -1,16 +1,17 @@
-"""Who can take part in collectives: one rank per worker, and a mesh for any ordered set of ranks.
+"""Who can take part in collectives: one rank per worker, and a mesh for any set of ranks.
 
 Collectives run on a second CPU client of many virtual devices, beside the process's default client that serves.
-A clique is an ordered list of ranks plus a generation. **A clique is never used again after it failed, nor after one of
-its members restarted**: gloo would hang or refuse it. The planner, which sees all members, picks the generation, for the
-same ranks never a lower one than before: only the latest of each is remembered here.
+A clique is a set of ranks plus a generation; gloo keeps its sockets, so chains of the same ranks in any order share it.
+**A clique is never used again after it failed, nor after one of its members restarted**: gloo would hang or refuse it.
+The planner, which sees all members, picks the generation, for the same ranks never a lower one than before: only the
+latest of each is remembered here.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -21,12 +22,10 @@ from blitzjax.transfer import compat
 from blitzjax.transfer.pieces import ALIGNMENT, aligned_empty
 from blitzjax.transfer.program import Tick
 
-HOP, LANE = "hop", "lane"  # mesh axes: position in the chain, shard of the parameters
+MEMBER, LANE = "member", "lane"  # mesh axes: a rank, a shard of the parameters
 
 _MAX_TICKS = 64  # compiled programs that are kept
-_MAX_ORDERS = 4096  # of ranks, whose generations are told apart: not fewer than the planner's, which then forgets first
-
-Clique: TypeAlias = tuple[tuple[int, ...], int]  # ordered ranks, generation
+_MAX_SETS = 4096  # of ranks, whose generations are told apart: not fewer than the planner's, which then forgets first
 
 _CONNECT_TIMEOUT_S = 7 * 24 * 3600  # the library aborts the process when it gives up, so it must not
 
@@ -35,7 +34,7 @@ class World:
     """This process's place among `size` ranks. `join` once, from a thread; the rest from the dispatcher thread.
 
     Generation g of a rank owns the devices [g * lanes, (g + 1) * lanes), so `max_generations` bounds how often one
-    ordered set of members can fail before its processes must restart.
+    set of members can fail before its processes must restart.
     """
 
     def __init__(self, coordinator: str, rank: int, size: int, host_ip: str, lanes: int, max_generations: int,
@@ -51,8 +50,8 @@ class World:
         self._heartbeat_s = heartbeat_s
         self._distributed: compat.Distributed | None = None
         self._devices: dict[int, list[jax.Device]] = {}  # rank → its devices by ordinal
-        self._ticks: dict[tuple[Clique, int, bool], Tick] = {}  # (clique, chunk bytes, ring) → program, used last, last
-        self._latest: dict[tuple[int, ...], tuple[int, bool]] = {}  # ranks → generation in use, and whether it has met
+        self._ticks: dict[tuple[tuple[int, ...], int, int, bool], Tick] = {}  # by `tick`'s arguments; used last, last
+        self._latest: dict[frozenset[int], tuple[int, bool]] = {}  # ranks → generation in use, and whether it has met
         self._least = 0  # generation in use of all other ranks
         self._joined = False
         self._lock = threading.Lock()
@@ -89,24 +88,25 @@ class World:
             self._warm_up()
             self._joined = True
 
-    def mesh(self, ranks: Sequence[int], generation: int) -> Mesh:
-        """Axes ("hop", "lane") over the participants only. Raises TransferError if this clique cannot be used."""
+    def mesh(self, ranks: Collection[int], generation: int) -> Mesh:
+        """Axes ("member", "lane") over the participants only, by rank. Raises TransferError if this clique cannot be used.
+        """
         if not self._devices:
             raise TransferError(f"rank {self.rank} has not joined the world")
         if not 0 <= generation < self._max_generations:
             raise TransferError(f"generation {generation} of ranks {list(ranks)} is not below {self._max_generations}; "
                                 f"restart the members or raise cluster.max_world")
-        if generation < self._latest.get(tuple(ranks), (self._least, False))[0]:
+        if generation < self._latest.get(frozenset(ranks), (self._least, False))[0]:
             raise TransferError(f"generation {generation} of ranks {list(ranks)} failed before; use another one")
         return self._mesh(ranks, generation)
 
-    def _mesh(self, ranks: Sequence[int], generation: int) -> Mesh:
+    def _mesh(self, ranks: Collection[int], generation: int) -> Mesh:
         start = generation * self.lanes
-        return Mesh(np.array([self._devices[r][start:start + self.lanes] for r in ranks]), (HOP, LANE))
+        return Mesh(np.array([self._devices[r][start:start + self.lanes] for r in sorted(ranks)]), (MEMBER, LANE))
 
     def tick(self, ranks: Sequence[int], generation: int, chunk_bytes: int, ring: bool = False) -> Tick:
-        """The clique's program, compiled unless one of its last uses is recent; a ring's moves one lane. Raises
-        TransferError like `mesh`.
+        """The program that passes chunks on in the order of `ranks`, compiled unless its last use is recent; a ring's
+        moves one lane. Raises TransferError like `mesh`.
 
         With one device it runs in the calling thread; with several, the library runs one program at a time, which
         would make a chain wait for a ring.
@@ -114,38 +114,45 @@ class World:
         mesh = self.mesh(ranks, generation)
         if ring:
             mesh = Mesh(mesh.devices[:, :1], mesh.axis_names)
-        key = ((tuple(ranks), generation), chunk_bytes, ring)
-        tick = self._ticks.pop(key, None) or Tick(mesh, list(ranks).index(self.rank), chunk_bytes, ring)
+        key = (tuple(ranks), generation, chunk_bytes, ring)
+        tick = self._ticks.pop(key, None) or self._compiled(mesh, ranks, chunk_bytes, ring)
         self._ticks[key] = tick
         if len(self._ticks) > _MAX_TICKS:
             del self._ticks[next(iter(self._ticks))]
         return tick
 
-    def meet(self, ranks: Sequence[int], generation: int) -> None:
+    def _compiled(self, mesh: Mesh, ranks: Sequence[int], chunk_bytes: int, ring: bool) -> Tick:
+        place = {rank: k for k, rank in enumerate(sorted(ranks))}
+        hops = pairwise([*ranks, ranks[0]] if ring else ranks)
+        return Tick(mesh, place[self.rank], chunk_bytes, [(place[a], place[b]) for a, b in hops])
+
+    def meet(self, ranks: Collection[int], generation: int) -> None:
         """Before a clique's first collective: waits for all members, for at most the collective timeout.
 
         Without it a member that died after it prepared costs the others gloo's own fixed 30 s. Raises TransferError.
         """
-        if self._latest.get(tuple(ranks)) == (generation, True):
+        if self._latest.get(frozenset(ranks)) == (generation, True):
             return
         assert self._distributed is not None
         self._note(ranks, generation, True)
-        name = f"blitzjax/{'-'.join(map(str, ranks))}/{generation}"
+        name = f"blitzjax/{'-'.join(map(str, sorted(ranks)))}/{generation}"
         try:
-            compat.wait_for_ranks(self._distributed, name, ranks, self.collective_timeout_s)
+            compat.wait_for_ranks(self._distributed, name, sorted(ranks), self.collective_timeout_s)
         except compat.ERRORS as e:
             self.retire(ranks, generation)
-            raise TransferError(f"ranks {list(ranks)} did not meet in generation {generation}: {e}") from e
+            raise TransferError(f"ranks {sorted(ranks)} did not meet in generation {generation}: {e}") from e
 
-    def retire(self, ranks: Sequence[int], generation: int) -> None:
+    def retire(self, ranks: Collection[int], generation: int) -> None:
         """Marks a clique as failed: `mesh` refuses it from now on."""
         self._note(ranks, generation + 1, False)
-        self._ticks = {key: tick for key, tick in self._ticks.items() if key[0] != (tuple(ranks), generation)}
+        failed = (frozenset(ranks), generation)
+        self._ticks = {key: tick for key, tick in self._ticks.items() if (frozenset(key[0]), key[1]) != failed}
 
-    def _note(self, ranks: Sequence[int], generation: int, met: bool) -> None:
+    def _note(self, ranks: Collection[int], generation: int, met: bool) -> None:
         """Makes room as the planner does, by giving up the oldest generation of all: it forms no clique of it any more."""
-        self._latest[tuple(ranks)] = max(self._latest.get(tuple(ranks), (0, False)), (generation, met))
-        while len(self._latest) > _MAX_ORDERS:
+        members = frozenset(ranks)
+        self._latest[members] = max(self._latest.get(members, (0, False)), (generation, met))
+        while len(self._latest) > _MAX_SETS:
             self._least += 1
             self._latest = {r: latest for r, latest in self._latest.items() if latest[0] >= self._least}
 
@@ -163,5 +170,6 @@ class World:
         """The first trace and compile of a process cost 0.2 s more than the next: pay now, not in a scale-up."""
         peer = (self.rank + 1) % self._size
         if peer != self.rank:
-            tick = Tick(self._mesh([self.rank, peer], 0), 0, ALIGNMENT, ring=False)
+            pair = [self.rank, peer]
+            tick = self._compiled(self._mesh(pair, 0), pair, ALIGNMENT, ring=False)
             tick.put([aligned_empty(ALIGNMENT)] * self.lanes)

@@ -80,16 +80,17 @@ def test_the_ledger_does_not_grow_for_ever_and_forgets_no_clique_that_failed(mon
     for name in pool:
         topology.add(name, Port(name, name, "", 1.0))
     transfers = Transfers(topology, max_generations=64)
-    formed: set[tuple[tuple[str, ...], int]] = set()
-    dead: set[tuple[tuple[str, ...], int]] = set()
+    formed: set[tuple[frozenset[str], int]] = set()
+    dead: set[tuple[frozenset[str], int]] = set()
     for number, (source, target) in enumerate(list(itertools.permutations(pool, 2)) * 3):
         commands, _ = transfers.plan("toy", [(source, UNITS)], [(target, 0)], UNITS, "off")
         assert isinstance(commands[0], PrepareTransfer)
         (chain,) = commands[0].plan.chains
-        assert (chain.instances, chain.generation) not in dead and chain.generation < 64
-        formed.add((chain.instances, chain.generation))
+        clique = (frozenset(chain.instances), chain.generation)
+        assert clique not in dead and chain.generation < 64
+        formed.add(clique)
         if number % 2:
             transfers.lose(target)
-            dead |= {clique for clique in formed if target in clique[0]}
+            dead |= {other for other in formed if target in other[0]}
         leave(transfers, *(i for i in (source, target) if transfers.busy(i)))
         assert len(transfers._generations) <= 3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ def cluster(request: pytest.FixtureRequest, tmp_module: Path) -> Iterator[Cluste
         yield cluster
 
 
-def multicast(cluster: Cluster, ranks: list[int], start: int = 0, stop: int = UNITS, **more: object) -> list[dict]:
-    generation = cluster.generation()
+def multicast(cluster: Cluster, ranks: list[int], start: int = 0, stop: int = UNITS, generation: int | None = None,
+              **more: object) -> list[dict]:
+    generation = cluster.generation() if generation is None else generation
     for rank in ranks:
         cluster.peers[rank].send("multicast", ranks=ranks, generation=generation, start=start, stop=stop, **more)
     return [cluster.peers[rank].answer() for rank in ranks]
@@ -45,6 +48,23 @@ def test_receivers_get_the_source_bytes_while_others_serve(cluster: Cluster, ran
         assert cluster.peers[rank].ask("crcs") == wanted
     after = [peer.ask("count") for peer in bystanders]
     assert all(b > a for a, b in zip(before, after, strict=True)), (before, after)
+
+
+def test_chains_of_the_same_ranks_in_any_order_share_their_connections(cluster: Cluster) -> None:
+    generation, counts = cluster.generation(), []
+    for seed, ranks in enumerate(permutations((0, 1, 3))):
+        for rank in ranks:
+            cluster.peers[rank].ask("fill", units=0, seed=0)
+        wanted = cluster.peers[ranks[0]].ask("fill", units=UNITS, seed=seed)
+        multicast(cluster, list(ranks), generation=generation)
+        assert [cluster.peers[rank].ask("crcs") for rank in ranks] == [wanted] * 3
+        counts.append([sockets(cluster.peers[rank].process.pid) for rank in sorted(ranks)])
+    assert counts[1:] == counts[:1] * 5, counts
+
+
+def sockets(pid: int) -> int:
+    directory = f"/proc/{pid}/fd"
+    return sum(os.readlink(f"{directory}/{fd}").startswith("socket:") for fd in os.listdir(directory))
 
 
 @pytest.mark.parametrize("chunk", [64 + 64, 200_064, 1 << 20])

@@ -46,13 +46,15 @@ def test_a_generation_that_failed_or_was_followed_is_refused(met: list[str]) -> 
     for generation in (0, 1):
         with pytest.raises(TransferError, match="failed before"):
             world.mesh([0, 1], generation)
+    with pytest.raises(TransferError, match="failed before"):
+        world.mesh([1, 0], 1)
     world.mesh([0, 1], 2)
-    world.mesh([1, 0], 0)
+    world.mesh([0, 2], 0)
 
 
 def test_members_remember_enough_of_whatever_the_planner_forms(met: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worlds._MAX_ORDERS >= planner._MAX_CLIQUES
-    monkeypatch.setattr(worlds, "_MAX_ORDERS", 3)
+    assert worlds._MAX_SETS >= planner._MAX_CLIQUES
+    monkeypatch.setattr(worlds, "_MAX_SETS", 3)
     monkeypatch.setattr(planner, "_MAX_CLIQUES", 3)
     chance, topology = random.Random(0), Topology()
     names = [f"i{k}" for k in range(RANKS)]
