@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from blitzjax.control.fleet import Fleet, Member
 from blitzjax.control.requests import Entry, RequestBook
-from blitzjax.commands import Command, Migrate
+from blitzjax.commands import Abort, Command, Migrate
 from blitzjax.types import InstanceId, Phase, Role
 
 
@@ -24,6 +24,7 @@ class _Move:
     entry: Entry
     attempt: int
     source: InstanceId
+    begun: bool = False  # its KV was sent once, to an instance that may have taken it before it died
 
 
 class Migrations:
@@ -59,8 +60,7 @@ class Migrations:
         """Begins every move that can begin now."""
         if not self._waiting and not self._inbound:
             return []
-        self._notice()
-        commands: list[Command] = []
+        commands = self._notice()
         while not self._stuck and (move := self._first()) is not None:
             target = self._choose(move.entry)
             if target is None:
@@ -78,8 +78,9 @@ class Migrations:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _notice(self) -> None:
+    def _notice(self) -> list[Command]:
         """Moves that arrived or became void; those whose target is gone wait again, before all others."""
+        commands: list[Command] = []
         left = self._book.left
         if left:
             for source in left & self._sending.keys():
@@ -94,9 +95,10 @@ class Migrations:
             self._targets.clear()
             for m in self._fleet.serving(Role.DECODE):
                 self._welcome(m.id)
-            for source in [i for i in self._waiting if not self._must_leave(i)]:
-                del self._waiting[source]
             self._again([self._arrived(i) for i in list(self._inbound) if not self._may_decode(self._fleet.members[i])])
+            for source in [i for i in self._waiting if self._fleet.members[i].role is not Role.PREFILL]:
+                commands += self._kept(self._waiting.pop(source))
+        return commands
 
     def _arrived(self, target: InstanceId) -> _Move:
         """Nothing is on its way to `target` any more."""
@@ -108,11 +110,20 @@ class Migrations:
 
     def _again(self, moves: list[_Move]) -> None:
         for move in reversed(moves):
-            if self._must_leave(move.source):
-                self._first_turn -= 1
-                self._waiting.setdefault(move.source, deque()).appendleft(replace(move, turn=self._first_turn))
-                self._offer(move.source)
-                self._stuck = False
+            self._first_turn -= 1
+            again = replace(move, turn=self._first_turn, begun=True)
+            self._waiting.setdefault(move.source, deque()).appendleft(again)
+            self._offer(move.source)
+            self._stuck = False
+
+    def _kept(self, moves: deque[_Move]) -> list[Command]:
+        """Their source became a decode instance and keeps what it has. What was sent may be there no more: it runs again."""
+        commands: list[Command] = []
+        for move in moves:
+            if move.begun and self._holds(move):
+                request = move.entry.request.id
+                commands += [Abort(move.source, request), *self._book.lose(move.entry, "where its KV went died")]
+        return commands
 
     def _offer(self, source: InstanceId) -> None:
         """The first of `source` may go, unless it sends already."""
@@ -144,10 +155,6 @@ class Migrations:
     def _holds(self, move: _Move) -> bool:
         """The request is still where it was."""
         return move.entry.owner == move.source and move.entry.attempt == move.attempt and move.entry.answered
-
-    def _must_leave(self, source: InstanceId) -> bool:
-        """An instance that became a decode instance keeps what it has."""
-        return self._fleet.members[source].role is Role.PREFILL
 
     def _may_decode(self, m: Member) -> bool:
         return (m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,6 +75,8 @@ def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> No
     with Client(start.address) as client:
         client.wait_ready(300)
         expected = tokens(answers(client))
+        while len(client.status().instances) < 2:  # the other host's worker has not come yet
+            time.sleep(0.1)
         client.scale(2, wait=True, timeout_s=300)
         for path in {"/metrics", *re.findall(r"httpGet: {path: (\S+), port: metrics}", MANIFEST.read_text())}:
             for host in start.probes:

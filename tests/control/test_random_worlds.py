@@ -86,6 +86,9 @@ def run(world: World, steps: list[tuple[str, int]], start: int) -> None:
 @settings(max_examples=WORLDS, deadline=None)
 @given(steps=STEPS, policy=st.sampled_from(["auto", "manual"]), start=st.integers(0, 4),
        roles=st.sampled_from(["mixed", "split"]))
+@example(steps=[*[("work", 0)] * 11, ("arrive", 1), ("join", 2), ("scale", 2), *[("work", 0)] * 10, ("compute", 1),
+                ("arrive", 1), ("work", 0), ("work", 0), ("migrate", 1), ("crash", 0)],
+         policy="auto", start=2, roles="split")  # who took the KV dies before it says so, and who sent it decodes instead
 def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int, roles: str) -> None:
     world = World(len(NAMES), config(policy=policy, prefill_tokens_per_s=100.0, max_instances=4, roles=roles))
     run(world, steps, start)
