@@ -3,14 +3,17 @@ stopped and go on, in an order that the seed chooses, and a second model is depl
 has the tokens of a single, undisturbed instance.
 
 `BLITZJAX_SOAK_S=600 BLITZJAX_SOAK_SEED=7 bash launch/test.sh -m slow tests/cluster/test_soak.py`, with, say,
-`BLITZJAX_SOAK_SET="engine.kv_pages=24 engine.max_num_seqs=3"` for answers that lose their pages and prompts that wait.
+`BLITZJAX_SOAK_SET="engine.kv_pages=24 engine.max_num_seqs=3"` for answers that lose their pages and prompts that wait,
+and `BLITZJAX_SOAK_FAMILY=gpt_oss` for layers of another kind: any case of tests/reference/families.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,13 +22,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rig import POOL, SPEC, Rig, prompts, written
+import rig as rigs
+from rig import POOL, Rig, prompts, written
 
 from blitzjax import config as configs
+from blitzjax.engine import hf_config
 from blitzjax.engine.convert import TINY
 from blitzjax.errors import BlitzError
 from blitzjax.serve.local import LocalCluster
+from blitzjax.types import ModelSpec
 
+
+def read(case: str) -> ModelSpec:
+    """A spec of the family, as large as the rig's."""
+    known = json.loads((Path(__file__).parents[1] / "reference" / "families.json").read_text())[case]["config"]
+    same, length = rigs.SPEC, "n_positions" if "n_positions" in known else "max_position_embeddings"
+    larger = {"num_hidden_layers": same.layers, "vocab_size": same.vocab, length: same.max_len, "eos_token_id": [257]}
+    if "layer_types" in known:
+        larger["layer_types"] = [known["layer_types"][k % 2] for k in range(same.layers)]
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / hf_config.CONFIG).write_text(json.dumps(known | larger))
+        return hf_config.read_spec(Path(directory), same.name, same.dtype)
+
+
+FAMILY = os.environ.get("BLITZJAX_SOAK_FAMILY")
+SPEC = read(FAMILY) if FAMILY else rigs.SPEC
 DURATION_S = float(os.environ.get("BLITZJAX_SOAK_S", "120"))
 SEED = int(os.environ.get("BLITZJAX_SOAK_SEED", "0")) or random.randrange(1, 1 << 31)
 PROMPTS = prompts(24, seed=4, longest=120)
