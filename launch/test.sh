@@ -13,7 +13,7 @@ fi
 # All of them: those that compute in one process run beside those that start processes and often wait, and give way.
 computing=(tests/control tests/engine tests/models tests/sim)
 said=$(mktemp)
-trap 'kill "$beside" 2>/dev/null; rm -f "$said"' EXIT
+trap 'kill "$beside" 2>/dev/null || true; rm -f "$said"' EXIT
 nice -n 10 "${tests[@]}" "${computing[@]}" >"$said" 2>&1 &
 beside=$!
 failed=0

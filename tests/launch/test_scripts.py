@@ -53,6 +53,20 @@ def test_missing_python_is_said_clearly(tmp_path: Path) -> None:
     assert "needs Python 3.11" in done.stderr and "apt install" in done.stderr
 
 
+@pytest.mark.parametrize("failing", ["", "--ignore=tests/engine", "tests/engine"])
+def test_a_failure_in_either_half_is_one_of_the_whole(tmp_path: Path, failing: str) -> None:
+    """With a Python that says what it is asked to run, and fails where `failing` is an argument."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "test.sh", tmp_path / "launch")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "ran $*"\ncase " $* " in *" {failing or "nothing"} "*) exit 1;; esac\n')
+    python.chmod(0o755)
+    (tmp_path / "launch" / "venv.sh").write_text(f"root={tmp_path} python={python}\nensure_venv() {{ :; }}\n")
+    done = subprocess.run(["bash", tmp_path / "launch" / "test.sh"], capture_output=True, text=True)
+    assert done.returncode == bool(failing), done.stdout + done.stderr
+    assert done.stdout.count("ran -m pytest") == 2
+
+
 def _which(tool: str) -> str:
     found = shutil.which(tool)
     assert found is not None, tool
