@@ -44,7 +44,6 @@ _MODEL = "smollm2-135m"
 _POOL = 4
 _SERVING = 2  # at most: there are two cores
 _LINK_MBIT = 1000
-_TRACES = Path(__file__).parent / "traces"
 _TABLES = {"engine": {"max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 8}}
 _SYSTEMS = {"zigzag": "blitz", "best_effort": "blitz-best-effort", "off": "multicast"}
 _DOWN_AFTER_S = 3.0
@@ -104,7 +103,7 @@ class Load:
 
     def arrivals(self, model: ModelCosts) -> list[Arrival]:
         """As many requests as the measured costs say that `load` is."""
-        cut = arrivals.window(arrivals.read(_TRACES / f"{self.trace}.csv.gz"), self.start_s, self.duration_s)
+        cut = arrivals.window(arrivals.read(arrivals.find(self.trace)), self.start_s, self.duration_s)
         longest = model.chunk_s[-1][0]
         small = [Arrival(a.at, min(max(1, a.prompt_tokens // self.shrink), longest),
                          min(max(2, a.answer_tokens // self.shrink), 64)) for a in cut]
@@ -275,7 +274,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.agreement", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="45 s of the trace")
-    parser.add_argument("--trace", default="azure_code_2023", help="in bench/traces (default: %(default)s)")
+    parser.add_argument("--trace", default="azure_code_2023", help="a file, or a name as for `blitzjax sim` (default: %(default)s)")
     parser.add_argument("--start-s", type=float, default=300.0, help="of the window (default 300)")
     parser.add_argument("--duration-s", type=float, default=100.0, help="of the window (default 100)")
     parser.add_argument("--shrink", type=int, default=16, help="divides prompts and answers (default 16)")

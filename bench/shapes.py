@@ -35,7 +35,6 @@ from blitzjax.sim.shell import Setup, simulate
 from blitzjax.sim.systems import SYSTEMS
 from blitzjax.types import Roles
 
-_TRACES = Path(__file__).parent / "traces"
 _SYSTEMS = ("full", "blitz", "blitz-best-effort", "multicast", "lambda-scale", "network", "allcache", "sllm")
 _HOST_GBPS = (256, 128, 64, 32, 16, 8, 4)  # of criterion viii
 _CHAIN = (1, 2, 4, 8, 16, 32, 63)  # targets, of criterion iii
@@ -54,7 +53,7 @@ class Row:
     load: float
 
     def trace_of(self, seconds: float) -> list[Arrival]:
-        cut = arrivals.window(arrivals.read(_TRACES / f"{self.trace}.csv.gz"), 0, min(seconds, self.seconds))
+        cut = arrivals.window(arrivals.read(arrivals.find(self.trace)), 0, min(seconds, self.seconds))
         small = arrivals.truncate(cut, 4095, 12000)
         return list(arrivals.scale(small, scale_factor(small, self.model, self.instances, self.load), 1))
 

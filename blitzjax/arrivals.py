@@ -24,6 +24,7 @@ class Arrival:
     model: int = 0  # which of several
 
 
+TRACES = Path(__file__).with_name("traces")  # what comes with the package; README.md there says where it is from
 _SPREAD_S = 0.1  # bursts and silences are patterns of seconds; copies at one instant would be bursts of their own
 
 # Column names of (time, prompt, answer), and how many of its time units a second has.
@@ -33,6 +34,18 @@ _COLUMNS = (
     (("timestamp", "input_length", "output_length"), 1000.0),  # Mooncake
     (("timestamp_ms", "prefill", "decode"), 1000.0),  # BlitzScale's own
 )
+
+
+def find(name: str) -> Path:
+    """A file, or one of TRACES by how its name begins. Raises ConfigError."""
+    path = Path(name)
+    if path.exists():
+        return path
+    known = sorted(TRACES.glob("*.csv.gz"))
+    found = next((p for p in known if p.name.startswith(name)), None)
+    if found is None:
+        raise ConfigError(f"no trace {name!r}; give a file, or one of {', '.join(p.name[:-7] for p in known)}")
+    return found
 
 
 def read(path: Path) -> list[Arrival]:

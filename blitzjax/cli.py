@@ -210,7 +210,7 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
 def _add_sim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", default="full,blitz,multicast,network,sllm,allcache,half", metavar="A,B,...",
                         help="rows to compare; see --list")
-    parser.add_argument("--trace", default="azure_conv", help="a file, or a name in bench/traces (default azure_conv)")
+    parser.add_argument("--trace", default="azure_conv", help="a file, or a trace of ours by its name (default azure_conv)")
     parser.add_argument("--start-s", type=float, default=0.0, help="of the window (default 0)")
     parser.add_argument("--duration-s", type=float, default=480.0, help="of the window (default 480)")
     parser.add_argument("--load", type=float, default=0.5, help="mean rate as a share of the cluster's (default 0.5)")

@@ -18,7 +18,6 @@ from blitzjax.sim import costs, report, shell
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.systems import SYSTEMS
 
-_TRACES = Path(__file__).parent.parent / "bench" / "traces"
 _LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones
 
 
@@ -39,7 +38,7 @@ def sim(args: argparse.Namespace) -> int:
                           roles=args.roles, scale=ScaleConfig(zero_after_s=args.zero_after_s), models=args.models)
               for name in args.systems.split(",")]
     _check_begin(args, setups)
-    trace = arrivals.truncate(arrivals.window(arrivals.read(_trace(args.trace)), args.start_s, args.duration_s),
+    trace = arrivals.truncate(arrivals.window(arrivals.read(arrivals.find(args.trace)), args.start_s, args.duration_s),
                               _LONGEST_PROMPT, model.spec.max_len - _LONGEST_PROMPT)
     if not trace:
         raise ConfigError(f"no requests in the {args.duration_s:g} s from second {args.start_s:g} of {args.trace}")
@@ -113,19 +112,6 @@ def _named(rows, name: str, kind: str):
     if name not in rows:
         raise ConfigError(f"no {kind} {name!r}; there are {', '.join(rows)}")
     return rows[name]
-
-
-def _trace(name: str) -> Path:
-    """A file, or the name of one in bench/traces."""
-    path = Path(name)
-    if path.exists():
-        return path
-    known = sorted(_TRACES.glob("*.csv.gz"))
-    found = next((p for p in known if p.name.startswith(name)), None)
-    if found is None:
-        names = ", ".join(p.name[:-7] for p in known)
-        raise ConfigError(f"no trace {name!r}; give a file, or {f'one of {names}' if names else 'work in a checkout'}")
-    return found
 
 
 def _list() -> int:

@@ -10,7 +10,6 @@ from blitzjax import arrivals
 from blitzjax.arrivals import Arrival
 from blitzjax.errors import ConfigError
 
-TRACES = Path(__file__).parents[2] / "bench" / "traces"
 FORMATS = {
     "burst.csv": "Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
                  "5,a,1.5,ChatGPT,472,18,490,Conversation log\n45,b,1,GPT-4,1087,0,1087,API log\n"
@@ -30,7 +29,7 @@ def test_published_formats_are_read(tmp_path: Path, name: str) -> None:
 
 
 def test_the_azure_traces_are_the_published_ones() -> None:
-    code, conv = (arrivals.read(TRACES / f"azure_{kind}_2023.csv.gz") for kind in ("code", "conv"))
+    code, conv = (arrivals.read(arrivals.find(f"azure_{kind}")) for kind in ("code", "conv"))
     assert (len(code), len(conv)) == (8819, 19366)
     assert round(sum(a.prompt_tokens for a in code) / len(code)) == 2048
     assert round(sum(a.answer_tokens for a in conv) / len(conv)) == 211
@@ -45,7 +44,7 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_scaling_keeps_the_pattern_and_the_sizes() -> None:
-    trace = arrivals.window(arrivals.read(TRACES / "azure_code_2023.csv.gz"), 600, 600)
+    trace = arrivals.window(arrivals.read(arrivals.find("azure_code")), 600, 600)
     scaled = list(arrivals.scale(trace, 2.5, seed=1))
     assert scaled == list(arrivals.scale(trace, 2.5, seed=1)) != list(arrivals.scale(trace, 2.5, seed=2))
     assert len(scaled) / len(trace) == pytest.approx(2.5, rel=0.05)

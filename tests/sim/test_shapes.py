@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from blitzjax.sim.shell import Setup, simulate
 from blitzjax.sim.systems import SYSTEMS
 from blitzjax.types import Roles
 
-TRACES = Path(__file__).parents[2] / "bench" / "traces"
 # trace, model, machine, instances, seconds, mean rate as a share of capacity. At half of capacity AzureCode's bursts
 # exceed even full provision several times, and queueing for minutes hides every difference between systems.
 ROWS = {
@@ -33,7 +31,7 @@ def outcome(row: str, system: str, host_gbps: float | None = None, roles: Roles 
     model, machine = costs.MODELS[model_name], costs.MACHINES[machine_name]
     if host_gbps is not None:
         machine = replace(machine, host_gbps=host_gbps)
-    cut = arrivals.truncate(arrivals.window(arrivals.read(TRACES / f"{trace}_2023.csv.gz"), 0, seconds), 4095, 12000)
+    cut = arrivals.truncate(arrivals.window(arrivals.read(arrivals.find(trace)), 0, seconds), 4095, 12000)
     factor = scale_factor(cut, model, instances, load)
     return simulate(Setup(machine, model, SYSTEMS[system], instances, roles=roles), arrivals.scale(cut, factor, seed=1))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,6 @@ from blitzjax.sim.systems import SYSTEMS
 
 A, M8, M24 = costs.MACHINES["A"], costs.MODELS["llama3-8b"], costs.MODELS["mistral-24b"]
 PAIR = replace(A, hosts=2, gpus=2)  # one 24B instance a host
-TRACE = Path(__file__).parents[2] / "bench" / "traces" / "azure_code_2023.csv.gz"
 MANY = 6
 
 
@@ -59,7 +57,7 @@ def test_where_the_keeper_is_busy_prompts_run_behind_the_layers_that_it_sends() 
 @cache
 def many(system: str, gpus: int) -> Outcome:
     """40 s of AzureCode for six models on 32 GPUs, `gpus` a host."""
-    cut = arrivals.truncate(arrivals.window(arrivals.read(TRACE), 0, 40), 4095, 100)
+    cut = arrivals.truncate(arrivals.window(arrivals.read(arrivals.find("azure_code")), 0, 40), 4095, 100)
     trace = list(arrivals.scale(arrivals.deal(cut, MANY, seed=1), 6, seed=1))
     return run(system, trace, replace(A, hosts=32 // gpus, gpus=gpus), M8, instances=32, models=MANY)
 
