@@ -179,9 +179,12 @@ def test_a_call_without_a_key_ends_with_its_connection(cluster, client, proxy):
     sampling = pb.SamplingParams(**LASTING)
     request = pb.GenerateRequest(tokens=pb.TokenIds(ids=[1]), sampling=sampling)
     with grpc.insecure_channel(proxy.address) as channel:
-        next(rpc.InferenceStub(channel).Generate(request))
+        call = rpc.InferenceStub(channel).Generate(request)  # kept: gRPC cancels a call that nobody holds
+        next(call)
+        assert seats(client) == 1
         proxy.cut()
         eventually(lambda: quiet(client), AT_ONCE_S)
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_scale_goes_on_over_a_new_connection(cluster, client, proxy):

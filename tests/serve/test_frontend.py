@@ -131,6 +131,7 @@ def test_client_that_leaves_ends_all_n_generations(client):
     eventually(lambda: client.status().running_requests == 4)
     stream.close()
     eventually(lambda: quiet(client), AT_ONCE_S)
+    assert client.generate([1], max_tokens=1).token_ids == (2,)
 
 
 def test_echo_begins_the_answer_with_the_prompt(client):
