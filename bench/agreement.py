@@ -274,7 +274,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.agreement", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="45 s of the trace")
-    parser.add_argument("--trace", default="azure_code_2023", help="a file, or a name as for `blitzjax sim` (default: %(default)s)")
+    parser.add_argument("--trace", default="azure_code_2023", help="as for `blitzjax sim` (default: %(default)s)")
     parser.add_argument("--start-s", type=float, default=300.0, help="of the window (default 300)")
     parser.add_argument("--duration-s", type=float, default=100.0, help="of the window (default 100)")
     parser.add_argument("--shrink", type=int, default=16, help="divides prompts and answers (default 16)")

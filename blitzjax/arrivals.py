@@ -24,7 +24,7 @@ class Arrival:
     model: int = 0  # which of several
 
 
-TRACES = Path(__file__).with_name("traces")  # what comes with the package; README.md there says where it is from
+_TRACES = Path(__file__).with_name("traces")  # they come with the package; README.md there says where they are from
 _SPREAD_S = 0.1  # bursts and silences are patterns of seconds; copies at one instant would be bursts of their own
 
 # Column names of (time, prompt, answer), and how many of its time units a second has.
@@ -37,11 +37,11 @@ _COLUMNS = (
 
 
 def find(name: str) -> Path:
-    """A file, or one of TRACES by how its name begins. Raises ConfigError."""
+    """A file, or one of the package's own traces by how its name begins. Raises ConfigError."""
     path = Path(name)
     if path.exists():
         return path
-    known = sorted(TRACES.glob("*.csv.gz"))
+    known = sorted(_TRACES.glob("*.csv.gz"))
     found = next((p for p in known if p.name.startswith(name)), None)
     if found is None:
         raise ConfigError(f"no trace {name!r}; give a file, or one of {', '.join(p.name[:-7] for p in known)}")

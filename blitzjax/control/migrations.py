@@ -117,12 +117,12 @@ class Migrations:
             self._stuck = False
 
     def _kept(self, moves: deque[_Move]) -> list[Command]:
-        """Their source became a decode instance and keeps what it has. What was sent may be there no more: it runs again."""
+        """Their source decodes now and keeps what it has. What was sent once may be gone: it runs again."""
         commands: list[Command] = []
         for move in moves:
             if move.begun and self._holds(move):
-                request = move.entry.request.id
-                commands += [Abort(move.source, request), *self._book.lose(move.entry, "where its KV went died")]
+                commands.append(Abort(move.source, move.entry.request.id))
+                commands += self._book.lose(move.entry, "the instance that its KV went to died")
         return commands
 
     def _offer(self, source: InstanceId) -> None:

@@ -89,8 +89,7 @@ class World:
             self._joined = True
 
     def mesh(self, ranks: Collection[int], generation: int) -> Mesh:
-        """Axes ("member", "lane") over the participants only, by rank. Raises TransferError if this clique cannot be used.
-        """
+        """Axes ("member", "lane") over the participants only, by rank. Raises TransferError if it cannot be used."""
         if not self._devices:
             raise TransferError(f"rank {self.rank} has not joined the world")
         if not 0 <= generation < self._max_generations:

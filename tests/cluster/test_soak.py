@@ -33,7 +33,7 @@ from blitzjax.serve.local import LocalCluster
 from blitzjax.types import ModelSpec
 
 
-def read(case: str) -> ModelSpec:
+def spec_of(case: str) -> ModelSpec:
     """A spec of the family, as large as the rig's."""
     known = json.loads((Path(__file__).parents[1] / "reference" / "families.json").read_text())[case]["config"]
     same, length = rigs.SPEC, "n_positions" if "n_positions" in known else "max_position_embeddings"
@@ -46,7 +46,7 @@ def read(case: str) -> ModelSpec:
 
 
 FAMILY = os.environ.get("BLITZJAX_SOAK_FAMILY")
-SPEC = read(FAMILY) if FAMILY else rigs.SPEC
+SPEC = spec_of(FAMILY) if FAMILY else rigs.SPEC
 DURATION_S = float(os.environ.get("BLITZJAX_SOAK_S", "120"))
 SEED = int(os.environ.get("BLITZJAX_SOAK_SEED", "0")) or random.randrange(1, 1 << 31)
 PROMPTS = prompts(24, seed=4, longest=120)
