@@ -47,7 +47,7 @@ class Rig:
         self.events: list[object] = []
         self.changed = threading.Condition()
         self.partner: DirectPartner | None = None  # of an OLD side
-        self.session: DirectSession | None = None  # the last one in which it sent KV
+        self.session: DirectSession | None = None  # the last one in which it sent KV, once the target knows
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
                                  lambda partner: DirectPartner(self, rigs[partner]),
                                  lambda target, offer: DirectSession(self, rigs[target], offer), checkpoint=checkpoint,
@@ -119,8 +119,8 @@ class DirectSession:
 
     def __init__(self, source: Rig, target: Rig, offer: m.KVOffer):
         self.source, self.target, self.offer = source, target, offer
-        source.session = self
         target.instance.post(m.KVOffered(offer, self))
+        source.session = self
 
     def answer(self, error: str) -> None:
         self.source.instance.post(m.KVAnswered(self.offer, error))

@@ -59,8 +59,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
     for rig in made.values():
         rig.stop()
         assert rig.instance.idle, f"{rig.instance.name} keeps a request"
+    nothing_is_taken()
+
+
+def nothing_is_taken() -> None:
     for thread in [t for t in threading.enumerate() if t.name in ("take-moved-kv", "withdraw-kv")]:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive(), "somebody waits for KV that never comes"
 
 
@@ -287,13 +291,17 @@ def test_a_full_target_declines_and_disturbs_nobody(make) -> None:
     p, d = rigs["p"], rigs["d"]
     long = [work(n, 10, max_tokens=240, ignore_eos=True) for n in (1, 2)]
     wanted = reference(d, long)
-    expected(p, WORKS[:1])  # compiles
-    for item in long:
-        d.instance.post(item)
-    wait(lambda: tokens_said(d, "r1") and tokens_said(d, "r2"), "tokens")
+    held: list[m.KVArrived] = []
+    post = d.instance.post
+    d.instance.post = lambda message: held.append(message) if isinstance(message, m.KVArrived) else post(message)
     p.instance.post(WORKS[0])
     wait(lambda: tokens_said(p, "r0") >= 1, "tokens")
     migrate(p, "r0", d)
+    wait(lambda: held, "its KV")
+    for item in long:
+        d.instance.post(item)
+    wait(lambda: tokens_said(d, "r1") and tokens_said(d, "r2"), "tokens")
+    post(held[0])
     wait(lambda: of(p, RequestFailed), "the refusal")
     assert "no room" in of(p, RequestFailed)[0].message and not of(d, KVMigrated)
     wait(lambda: len(ended(d)) == 2, "ends")
@@ -328,14 +336,14 @@ def test_release_forgets_what_is_on_its_way(make) -> None:
         migrate(p, "r4", d)
         wait(lambda: p.session is not None, "the offer")
         rigs[released].instance.post(Release(released))
-        told.set()
         rigs[released].wait(lambda events: any(isinstance(e, Drained) for e in events), "Drained")
+        told.set()
         if released == "d":  # the worker says so by ending the session
             p.session.close()
             wait(lambda: "r4" in ended(p), "the end at its source")
-        time.sleep(0.3)
+        nothing_is_taken()
+        p.stop(), d.stop()  # after whatever was on its way to them
         assert p.instance.idle and d.instance.idle and not of(d, KVMigrated)
-        p.stop(), d.stop()
 
 
 def test_migrate_of_a_request_that_is_not_here_is_answered(make) -> None:
