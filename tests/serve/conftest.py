@@ -12,7 +12,11 @@ sys.path.append(str(Path(__file__).parents[1] / "reference"))
 
 from toy import toy_config, toy_launch, wait_whole, write_model  # noqa: E402
 
+from blitzjax.serve import client as clients  # noqa: E402
 from blitzjax.serve.local import LocalCluster  # noqa: E402
+
+clients.Client.status.__defaults__ = (300.0,)  # a controller that gets no time answers later, not wrongly
+clients._LEAVE_S = 60.0
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +30,7 @@ def cluster(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with LocalCluster(toy_config(), model_dir, toy_launch(tmp_path_factory.mktemp("run"))) as cluster:
         wait_whole(cluster)
         yield cluster
-        assert cluster.stop() == 0, cluster.tail("controller")
+        assert cluster.stop(300) == 0, cluster.tail("controller")
 
 
 @pytest.fixture

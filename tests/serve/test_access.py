@@ -43,11 +43,11 @@ def guarded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             wait_whole(cluster)
             patch.delenv(access.KEY_VARIABLE)
             yield cluster
-            assert cluster.stop() == 0, cluster.tail("controller")
+            assert cluster.stop(300) == 0, cluster.tail("controller")
 
 
 def blitzjax(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=60,
+    return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv], capture_output=True, text=True, timeout=300,
                           env=os.environ | env)
 
 
@@ -87,7 +87,7 @@ def test_http_is_encrypted_too(guarded: LocalCluster) -> None:
     def get(path: str, **headers: str) -> int:
         url = f"https://localhost:{guarded.config.serve.http_port}{path}"
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60,
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=300,
                                         context=ssl.create_default_context(cafile=CERT)) as answer:
                 return answer.status
         except urllib.error.HTTPError as e:

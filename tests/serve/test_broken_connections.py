@@ -6,7 +6,6 @@ Between them is a real proxy, which a test cuts. What a worker says can be compu
 from __future__ import annotations
 
 import asyncio
-import signal
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,15 +85,14 @@ def test_an_answer_is_whole_whenever_the_connection_breaks(cluster, client, prox
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_connection_breaks_before_the_first_token(cluster, client, proxy, asynchronous: bool):
+    others = client.stream([1], n=4, **LASTING)  # every slot
+    next(others)
     with ThreadPoolExecutor(1) as caller:
-        for worker in range(2):
-            cluster.signal_worker(worker, signal.SIGSTOP)
         answer = caller.submit(streamed, proxy.address, proxy, set(), asynchronous, False, max_tokens=3)
-        eventually(lambda: seats(client) == 1)
+        eventually(lambda: client.status().queued_requests == 1)
         proxy.cut()
-        for worker in range(2):
-            cluster.signal_worker(worker, signal.SIGCONT)
-        chunks = answer.result(20)
+        others.close()
+        chunks = answer.result(300)
     assert tokens_of(chunks) == toy(1, 3) and chunks[-1].usage.attempts == 1
 
 
@@ -127,7 +125,7 @@ def test_many_clients_behind_one_proxy_that_restarts(cluster, client, proxy):
 def test_who_has_come_back_has_the_answer_alone(cluster):
     """A call that still lives ends when another one comes with its key, and leaves nothing to miss."""
     request = pb.GenerateRequest(request_id=uuid.uuid4().hex, key="mine", tokens=pb.TokenIds(ids=[1]),
-                                 sampling=pb.SamplingParams(max_tokens=400, temperature=SLOW))
+                                 sampling=pb.SamplingParams(**LASTING))
     with grpc.insecure_channel(cluster.address) as channel:
         stub = rpc.InferenceStub(channel)
         early = stub.Generate(request)
@@ -190,10 +188,10 @@ def test_a_call_without_a_key_ends_with_its_connection(cluster, client, proxy):
 def test_scale_goes_on_over_a_new_connection(cluster, client, proxy):
     with Client(proxy.address) as behind, ThreadPoolExecutor(1) as caller:
         behind.status()
-        scaled = caller.submit(behind.scale, 2, wait=True, timeout_s=20)
+        scaled = caller.submit(behind.scale, 2, wait=True, timeout_s=300)
         proxy.cut()
-        assert scaled.result(20).serving == 2
-        client.scale(1, wait=True, timeout_s=20)
+        assert scaled.result(300).serving == 2
+        client.scale(1, wait=True, timeout_s=300)
 
 
 def test_what_nobody_comes_back_for_ends(model_dir, tmp_path):
@@ -206,7 +204,7 @@ def test_what_nobody_comes_back_for_ends(model_dir, tmp_path):
             eventually(lambda: seats(client) == 1)
             proxy.close()
             with pytest.raises(Unavailable):
-                answer.result(20)
+                answer.result(300)
             eventually(lambda: quiet(client), AT_ONCE_S)
             assert client.generate([1], max_tokens=2, request_id="mine").token_ids == toy(1, 2)
-        assert cluster.stop() == 0, cluster.tail("controller")
+        assert cluster.stop(300) == 0, cluster.tail("controller")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ from blitzjax.serve.hosts import free_ports
 
 PEER = (sys.executable, str(Path(__file__).with_name("channel_peer.py")))
 ALL = {f"gone {end} of a {name}" for end in ("client", "server") for name in ("worker", "controller")}
-SILENT_S = 3.0  # five pings of the slowest end
-WHOLE_S = 2.5  # longer than it needs to notice
+FASTER = (20, 5, 1)  # than ours; the first is for a machine on which nothing waits for a core for 0.2 s
+SILENT_S = 60.0  # some pings of every end, if they were ours
+WHOLE_S = 60.0  # nothing but a ping notices so soon
 
 
 class Peer:
@@ -42,23 +43,22 @@ class Peer:
             return True
 
 
-@pytest.fixture(params=["stopped", "cut off"])
-def two(request: pytest.FixtureRequest) -> Iterator[tuple[Peer, Callable[[], None]]]:
-    """One of two peers, and what makes the other vanish."""
+@contextmanager
+def two(how: str, faster: int) -> Iterator[tuple[list[Peer], Callable[[], None]]]:
+    """Two peers, and what makes the second one vanish."""
+    peer = (*PEER, str(faster))
     with ExitStack() as stack:
-        if request.param == "cut off":
-            if why := netns.missing():
-                pytest.skip(why)
+        if how == "cut off":
             hosts = stack.enter_context(netns.hosts(2, 1000))
             here, there = (f"{host.ip}:6000,{host.ip}:6001" for host in hosts)
-            commands = [hosts[0].command([*PEER, here, there]), hosts[1].command([*PEER, there, here])]
+            commands = [hosts[0].command([*peer, here, there]), hosts[1].command([*peer, there, here])]
 
             def vanish() -> None:
                 subprocess.run(["ip", "link", "set", f"{hosts[1].namespace}h", "down"], check=True)
         else:
             addresses = [f"127.0.0.1:{port}" for port in free_ports(4)]
             here, there = ",".join(addresses[:2]), ",".join(addresses[2:])
-            commands = [[*PEER, here, there], [*PEER, there, here]]
+            commands = [[*peer, here, there], [*peer, there, here]]
 
             def vanish() -> None:
                 peers[1].process.send_signal(signal.SIGSTOP)
@@ -66,12 +66,18 @@ def two(request: pytest.FixtureRequest) -> Iterator[tuple[Peer, Callable[[], Non
         for peer in peers:
             stack.callback(peer.process.wait)
             stack.callback(peer.process.kill)
-        assert [peer.line(20) for peer in peers] == ["open", "open"]
-        yield peers[0], vanish
+        yield peers, vanish
 
 
-def test_both_ends_notice(two: tuple[Peer, Callable[[], None]]) -> None:
-    peer, vanish = two
-    assert peer.silent(SILENT_S), "pings are allowed"
-    vanish()
-    assert {peer.line(WHOLE_S) for _ in ALL} == ALL
+@pytest.mark.parametrize("how", ["stopped", "cut off"])
+def test_both_ends_notice(how: str) -> None:
+    if how == "cut off" and (why := netns.missing()):
+        pytest.skip(why)
+    for faster in FASTER:
+        with two(how, faster) as (peers, vanish):
+            here, _ = peers
+            if [peer.line(300) for peer in peers] == ["open", "open"] and here.silent(SILENT_S / faster):
+                vanish()
+                assert {here.line(WHOLE_S) for _ in ALL} == ALL
+                return
+    raise AssertionError("pings are not allowed, whatever their pace")

@@ -17,7 +17,7 @@ from blitzjax.v1 import inference_pb2
 
 @pytest.fixture
 def toys(model_dir, tmp_path):
-    return lambda *overrides: Toys(toy_config("serve.resume_timeout_s=30.0", *overrides), load_model(model_dir), tmp_path)
+    return lambda *overrides: Toys(toy_config(*overrides), load_model(model_dir), tmp_path)
 
 
 @in_a_loop
@@ -84,7 +84,7 @@ async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, ful
 @in_a_loop
 async def test_a_model_keeps_the_name_that_it_is_served_by(model_dir, tmp_path):
     model = load_model(model_dir, "mine")
-    async with Toys(toy_config("serve.resume_timeout_s=30.0"), model, tmp_path) as world:
+    async with Toys(toy_config(), model, tmp_path) as world:
         controller = world.start()
         await world.serving(1)
         with pytest.raises(UnknownModel, match="no model 'toy' here; served: mine"):

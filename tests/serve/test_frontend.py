@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
 import pytest
-from toy import AT_ONCE_S, EOS, VOCAB, eventually
+from toy import AT_ONCE_S, EOS, RESUME_S, VOCAB, eventually, held
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +22,7 @@ from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 SLOW = 0.05  # seconds per token
-LASTING = {"max_tokens": 400, "temperature": 0.3}  # two minutes: it does not end by itself while a test waits
+LASTING = {"max_tokens": 500, "temperature": 0.5}  # 250 s: it does not end by itself while a test waits for AT_ONCE_S
 
 
 def toy(last: int, n: int) -> tuple[int, ...]:
@@ -46,11 +44,14 @@ def test_text_answer(client):
 
 
 def test_tokens_arrive_one_by_one(client):
-    """A machine that stalls may join some of them."""
-    chunks = list(client.stream([10], max_tokens=30, temperature=SLOW))
-    assert sum((c.token_ids for c in chunks), ()) == toy(10, 30)
-    assert len(chunks) > 4 and chunks[-1].at_s - chunks[0].at_s > 5 * SLOW
-    assert [c.finish_reason for c in chunks] == [*[""] * (len(chunks) - 1), "length"]
+    """A machine that stalls may join some of them, but not every time."""
+    for _ in range(5):
+        chunks = list(client.stream([10], max_tokens=30, temperature=SLOW))
+        assert sum((c.token_ids for c in chunks), ()) == toy(10, 30)
+        assert [c.finish_reason for c in chunks] == [*[""] * (len(chunks) - 1), "length"]
+        if len(chunks) > 4 and chunks[-1].at_s - chunks[0].at_s > 5 * SLOW:
+            return
+    raise AssertionError("they arrived together")
 
 
 def test_chat_is_rendered_with_the_template(client):
@@ -70,7 +71,7 @@ def test_stop_token_ids(client):
 
 
 def test_stop_string_is_cut_and_frees_the_worker(client):
-    result = client.generate("a", max_tokens=400, temperature=0.01, stop=["zz", "def"])
+    result = client.generate("a", max_tokens=500, temperature=0.3, stop=["zz", "def"])
     assert (result.text, result.finish_reason) == ("bc", "stop")
     assert result.usage.completion_tokens == 5
     eventually(lambda: quiet(client), AT_ONCE_S)
@@ -265,7 +266,7 @@ def test_the_server_says_what_a_client_needs_to_come_back(cluster):
     with grpc.insecure_channel(cluster.address) as channel:
         generate = rpc.InferenceStub(channel).Generate
         call = generate(pb.GenerateRequest(tokens=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(max_tokens=1)))
-        assert dict(call.initial_metadata())["blitzjax-resume-s"] == "30"
+        assert dict(call.initial_metadata())["blitzjax-resume-s"] == f"{RESUME_S}"
         assert [m.token_ids for m in call] == [[2]]
         for wrong, code in ((pb.GenerateRequest(text="a", request_id="nobody's", resume=True), "UNAVAILABLE"),
                             (pb.GenerateRequest(), "INVALID_ARGUMENT")):
@@ -307,22 +308,20 @@ def test_status_shows_model_and_instances(client):
 
 
 def test_scale_up_and_down_waits_until_it_is_done(client):
-    reply = client.scale(2, source="disk", wait=True, timeout_s=60)
+    reply = client.scale(2, source="disk", wait=True, timeout_s=300)
     assert (reply.serving, reply.target) == (2, 2) and reply.seconds > 0
-    assert client.scale(1, wait=True, timeout_s=60).serving == 1
+    assert client.scale(1, wait=True, timeout_s=300).serving == 1
     eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
 
 
 def test_scale_back_waits_for_an_instance_that_still_loads(cluster, client):
-    [idle] = [i.id for i in client.status().instances if i.phase == "idle"]
-    number = int(idle.removeprefix("i"))
-    cluster.signal_worker(number, signal.SIGSTOP)  # it would be done in no time
-    client.scale(2, source="disk")
     with ThreadPoolExecutor(1) as callers:
-        waiting = callers.submit(client.scale, 1, wait=True, timeout_s=60)
-        time.sleep(0.2)
-        assert not waiting.done() and "loading" in {i.phase for i in client.status().instances}
-        cluster.signal_worker(number, signal.SIGCONT)
+        with held(cluster):  # it would be done in no time
+            client.scale(2, source="disk")
+            waiting = callers.submit(client.scale, 1, wait=True, timeout_s=300)
+            eventually(lambda: client.status().target_instances == 1)
+            assert "loading" in {i.phase for i in client.status().instances}
+            assert not waiting.done()
         assert waiting.result().serving == 1
     assert "loading" not in {i.phase for i in client.status().instances}
     eventually(lambda: sorted(i.phase for i in client.status().instances) == ["idle", "serving"])
@@ -364,9 +363,9 @@ def test_watch_shows_instances_that_come_and_go_and_what_stays(client):
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    client.scale(2, wait=True, timeout_s=60)
+    client.scale(2, wait=True, timeout_s=300)
     eventually(lambda: seen(2))
-    client.scale(1, wait=True, timeout_s=60)
+    client.scale(1, wait=True, timeout_s=300)
     eventually(lambda: seen(1))
     before = len(pictures)
     eventually(lambda: len(pictures) > before + 2)  # also when nothing changes

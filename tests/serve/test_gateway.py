@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
 from test_frontend import LASTING, SLOW, quiet, toy
-from toy import AT_ONCE_S, eventually, toy_config, toy_launch, wait_whole
+from toy import AT_ONCE_S, eventually, held, toy_config, toy_launch, wait_whole
 
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.gateway import Gateway
@@ -33,7 +33,7 @@ class Site:
 
     def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, object, dict[str, str]]:
         """→ status, parsed body or None, headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
             connection.request(method, path, data, {"Content-Type": "application/json", **headers})
@@ -55,7 +55,7 @@ class Site:
 
     def events(self, path: str, **body: object) -> list[dict]:
         """Of a stream that ends as it should, and whose chunks have its request's id."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         connection.request("POST", path, json.dumps({**body, "stream": True}), {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
@@ -79,7 +79,7 @@ def site(model_dir, tmp_path_factory) -> Iterator[Site]:
         site.cluster = cluster
         eventually(lambda: site.ask("GET", "/health")[0] == 200)
         yield site
-        assert cluster.stop() == 0, cluster.tail("controller")
+        assert cluster.stop(300) == 0, cluster.tail("controller")
 
 
 def test_completion(site):
@@ -132,9 +132,13 @@ def test_a_stream_has_what_the_whole_has(site):
 
 
 def test_tokens_are_streamed_as_they_come(site):
-    """A machine that stalls may join some of them."""
-    events = site.events("/v1/completions", prompt="A", max_tokens=20, temperature=SLOW)
-    assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(65, 20)) and len(events) > 4
+    """A machine that stalls may join some of them, but not every time."""
+    for _ in range(5):
+        events = site.events("/v1/completions", prompt="A", max_tokens=20, temperature=SLOW)
+        assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(65, 20))
+        if len(events) > 4:
+            return
+    raise AssertionError("they came together")
 
 
 def test_sampling_fields_reach_the_model(site):
@@ -274,9 +278,10 @@ def test_a_reader_that_leaves_ends_its_generation(site):
 
 def test_an_answer_survives_the_controllers_crash(site):
     with site.cluster.client() as client, ThreadPoolExecutor(1) as readers:
-        reading = readers.submit(site.events, "/v1/completions", prompt="A", max_tokens=40, temperature=SLOW)
-        eventually(lambda: client.status().running_requests == 1)
-        site.cluster.signal_controller()
+        with held(site.cluster):
+            reading = readers.submit(site.events, "/v1/completions", prompt="A", max_tokens=40)
+            eventually(lambda: client.status().running_requests == 1)
+            site.cluster.signal_controller()
         events = reading.result()
     assert "".join(e["choices"][0]["text"] for e in events).encode() == bytes(toy(65, 40))
     eventually(lambda: site.ask("GET", "/health")[0] == 200)
@@ -292,7 +297,7 @@ def test_a_key_is_asked_for(site):
     assert keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
     assert keyed.ask("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
     gateway.terminate()
-    assert gateway.wait(60) == 0
+    assert gateway.wait(300) == 0
 
 
 def test_without_a_controller_it_says_so():
@@ -306,7 +311,7 @@ def test_without_a_controller_it_says_so():
         assert status == 503 and said["error"]["code"] == 503 and headers["Retry-After"] == "1"
     finally:
         gateway.terminate()
-        assert gateway.wait(60) == 0
+        assert gateway.wait(300) == 0
 
 
 @pytest.mark.parametrize(("body", "says"), [

@@ -98,7 +98,7 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
     config = toy_config(f"serve.metrics_port={port}")
 
     def scrape(path: str = "/metrics") -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=300) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             return answer.read().decode()
 
@@ -106,6 +106,7 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
         wait_whole(cluster)
         with socket.create_connection(("127.0.0.1", port)):  # says nothing, and is in nobody's way
             client.generate([1, 2, 3, 4, 5], max_tokens=3)
+            eventually(lambda: samples(scrape()).get('vllm:e2e_request_latency_seconds_count{model_name="toy"}') == 1)
             eventually(lambda: samples(scrape())['vllm:num_requests_running{model_name="toy"}'] == 0)
         read = samples(scrape())
         assert read['vllm:prefix_cache_queries_total{model_name="toy"}'] == 5
@@ -117,7 +118,6 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
             scrape("/")
         assert scrape("/health") == scrape("/ping") == "" and scrape("/metrics?name=x").startswith("# HELP")
         assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 1
-        assert read['vllm:e2e_request_latency_seconds_count{model_name="toy"}'] == 1
         again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))
         with again, pytest.raises(BlitzError, match=f"cannot listen on 127.0.0.1:{port} for metrics"):
-            again.wait_ready(60)
+            again.wait_ready(300)

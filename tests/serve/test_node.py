@@ -29,7 +29,7 @@ from blitzjax.transfer import compat
 from blitzjax.v1 import worker_pb2 as pb
 
 CONFIG = ("engine.dtype=float32", "engine.max_model_len=16", "engine.max_num_seqs=1", "engine.share_executables=false",
-          "engine.max_num_batched_tokens=16", "engine.prefix_caching=false")
+          "engine.max_num_batched_tokens=16", "engine.prefix_caching=false", "cluster.heartbeat_s=600")
 
 
 def configured(tmp_path: Path, *overrides: str) -> pb.Configure:
@@ -47,7 +47,7 @@ def worker(configure: pb.Configure) -> Iterator[Node]:
     """The only one of its world."""
     [port] = free_ports(1)
     address = f"127.0.0.1:{port}"
-    service = compat.start_coordination_service(address, 1, 10.0)
+    service = compat.start_coordination_service(address, 1, 600.0)
     node = Node(configure, Namespace(host_ip="127.0.0.1", core=None, coordinator=address, rank=0, world=1))
     try:
         yield node
@@ -89,15 +89,15 @@ def test_a_worker_whose_engine_is_stuck_ends(tmp_path: Path, monkeypatch: pytest
     """It would answer pings for ever. An engine that rests, or is busy, is not stuck."""
     ended, go_on = threading.Event(), threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
-    configure = configured(tmp_path, "engine.step_timeout_s=0.5")
+    configure = configured(tmp_path, "engine.step_timeout_s=1.0")
     del configure.models[0]
     with worker(configure) as node:
         engine = node._models["m1"].instance
-        assert not ended.wait(1.0)
-        monkeypatch.setattr(engine, "_step", lambda: time.sleep(0.05) or True)
+        assert not ended.wait(1.3)
+        monkeypatch.setattr(engine, "_step", lambda: time.sleep(0.01) or True)
         engine.post(messages.ForgetRequests())
-        assert not ended.wait(1.0)
+        assert not ended.wait(1.3)
         monkeypatch.setattr(engine, "_step", lambda: not go_on.wait())  # a device that hangs, say
-        assert ended.wait(60)
+        assert ended.wait(300)
         go_on.set()
-    assert "a step of m1 has taken more than 0.5 s" in caplog.text
+    assert "a step of m1 has taken more than 1 s" in caplog.text

@@ -17,13 +17,13 @@ from pathlib import Path
 import grpc
 import pytest
 from proxy import Proxy
-from toy import SPEC, toy_config, write_model
+from toy import RESUME_S, SPEC, toy_config, write_model
 from toy_worker import ToyWorker
 
 from blitzjax.config import Config
 from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
 from blitzjax.events import TransferEnded
-from blitzjax.serve import deployments
+from blitzjax.serve import deployments, links
 from blitzjax.serve import journal as journals
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.controller import Controller
@@ -127,7 +127,7 @@ def in_a_loop(test):
     return functools.wraps(test)(lambda *args, **kwargs: asyncio.run(test(*args, **kwargs)))
 
 
-async def eventually(condition, timeout_s: float = 30.0) -> None:
+async def eventually(condition, timeout_s: float = 300.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)
@@ -138,8 +138,10 @@ async def ended(*answers: Answer) -> None:
 
 
 @pytest.fixture
-def toys(model_dir: Path, tmp_path: Path):
-    return lambda *overrides: Toys(toy_config("serve.resume_timeout_s=30.0", *overrides), load_model(model_dir), tmp_path)
+def toys(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Workers that live answer, if late."""
+    monkeypatch.setattr(links, "_RESUME_S", 100.0)
+    return lambda *overrides: Toys(toy_config(*overrides), load_model(model_dir), tmp_path)
 
 
 @in_a_loop
@@ -166,7 +168,7 @@ async def test_requests_run_on_while_no_controller_is_there(toys):
 @in_a_loop
 async def test_crashes_at_any_moment(toys, seed: int):
     rng = random.Random(seed)
-    async with toys("serve.resume_timeout_s=5.0") as world:
+    async with toys() as world:
         world.start()
         orders = [order(f"r{k}", k, tokens=rng.randrange(1, 60), n=rng.choice((1, 1, 3))) for k in range(16)]
         for o in orders:
@@ -235,7 +237,7 @@ async def test_a_client_may_come_back_for_what_it_could_have_missed(toys):
         with pytest.raises(Unavailable, match="not known any more"):  # another client has claimed it
             world.controller.submit(orders[0], resume=True)
         world.controller.leave([after])
-        world.controller.replica.orders.prune(world.controller.now() + 31.0)
+        world.controller.replica.orders.prune(world.controller.now() + RESUME_S + 1)
         assert world.controller.replica.orders.answers("had") == ()
 
 
@@ -261,7 +263,7 @@ async def test_nobody_comes_back(toys):
     async with toys("serve.resume_timeout_s=0.3") as world:
         world.start()
         await world.serving(1)
-        world.controller.submit(order("r", 1, 400, step=0.1))  # 40 s
+        world.controller.submit(order("r", 1, 400, step=1.0))  # longer than `eventually` waits
         await eventually(lambda: world.workers[0].busy or world.workers[1].busy)
         await world.restart()
         assert world.controller.busy

@@ -28,13 +28,17 @@ def test_emoji_split_over_tokens_comes_whole(toy):
 
 
 def test_others_work_while_a_long_text_is_tokenized(toy):
-    text, pauses = "abcd " * 100_000, 0
+    """Some ten times at least; a thread that gets no time itself may miss that once, but not every time."""
+    text, pauses = "abcd " * 100_000, []
     with ThreadPoolExecutor(1) as pool:
-        ids = pool.submit(toy.encode, text)
-        while not ids.done():
-            time.sleep(0.001)
-            pauses += 1
-    assert len(ids.result()) == len(text) and pauses > 10
+        while max(pauses, default=0) <= 10 and len(pauses) < 5:
+            ids = pool.submit(toy.encode, text)
+            pauses.append(0)
+            while not ids.done():
+                time.sleep(0.001)
+                pauses[-1] += 1
+            assert len(ids.result()) == len(text)
+    assert max(pauses) > 10
 
 
 def test_special_tokens_are_skipped(toy):

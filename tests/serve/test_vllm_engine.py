@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from test_frontend import LASTING, SLOW, quiet, toy
-from toy import AT_ONCE_S, EOS, VOCAB, eventually
+from test_frontend import LASTING, quiet, toy
+from toy import AT_ONCE_S, EOS, VOCAB, eventually, held
 
 from blitzjax.v1 import vllm_engine_pb2 as vllm
 from blitzjax.v1 import vllm_engine_pb2_grpc as rpc
@@ -20,11 +21,15 @@ def stub(cluster):
         yield rpc.VllmEngineStub(channel)
 
 
-def ask(stub, prompt, stream=False, request_id="", **sampling) -> list[vllm.GenerateResponse]:
+def call(stub, prompt, stream=False, **sampling) -> Iterator[vllm.GenerateResponse]:
     given = {"text": prompt} if isinstance(prompt, str) else {"tokenized": {"input_ids": prompt}}
     sampling = {"temperature": 0.0, "max_tokens": 5} | sampling
-    return list(stub.Generate(vllm.GenerateRequest(
-        request_id=request_id, stream=stream, sampling_params=vllm.SamplingParams(**sampling), **given), timeout=60))
+    return stub.Generate(vllm.GenerateRequest(
+        stream=stream, sampling_params=vllm.SamplingParams(**sampling), **given), timeout=300)
+
+
+def ask(stub, prompt, **sampling) -> list[vllm.GenerateResponse]:
+    return list(call(stub, prompt, **sampling))
 
 
 def test_whole_answer(stub):
@@ -35,8 +40,10 @@ def test_whole_answer(stub):
     assert ask(stub, "a") == [response]
 
 
-def test_stream_and_its_end(stub):
-    *chunks, last = ask(stub, [97], stream=True, temperature=SLOW, max_tokens=20)
+def test_stream_and_its_end(cluster, stub):
+    with held(cluster):
+        first = next(running := call(stub, [97], stream=True, max_tokens=20))
+    *chunks, last = first, *running
     assert len(chunks) > 1 and sum((tuple(r.chunk.token_ids) for r in chunks), ()) == toy(97, 20)
     assert [r.chunk.completion_tokens for r in chunks] == list(accumulate(len(r.chunk.token_ids) for r in chunks))
     assert tuple(last.complete.output_ids) == toy(97, 20)
@@ -44,7 +51,7 @@ def test_stream_and_its_end(stub):
 
 def test_what_nobody_said_is_vllms_default(stub):
     [response] = list(stub.Generate(vllm.GenerateRequest(
-        text="a", sampling_params=vllm.SamplingParams(temperature=0.0)), timeout=60))
+        text="a", sampling_params=vllm.SamplingParams(temperature=0.0)), timeout=300))
     assert response.complete.finish_reason == "stop"  # the whole context was there, and the toy came to its end
     assert response.complete.matched_token_id == EOS
     assert len(response.complete.output_ids) == EOS - 97

@@ -3,7 +3,8 @@
 `python toy_worker.py --listen HOST:PORT ...` speaks the Worker protocol over a real socket and imports no jax.
 With the byte tokenizer of toy.py, "a" continues "bcde...". Sampling is misused as a remote control:
 temperature is the pause before each token in seconds. A token's logprob is minus its id. TOY_REFUSE makes it refuse with
-that message; TOY_DIE_AFTER kills it when an answer ends with that token, before it reports RequestFinished.
+that message; TOY_DIE_AFTER kills it when an answer ends with that token, before it reports RequestFinished. While the file
+TOY_GATE is there, no answer gets beyond the first token that this worker adds, and no load begins.
 """
 
 from __future__ import annotations
@@ -172,6 +173,7 @@ class Toy:
 
     async def load(self, ticket: int, model: str) -> None:
         """Every unit that is missing, of the instance or of the copy."""
+        await opened()
         while self.holds(model) < self.specs[model].units:
             await asyncio.sleep(UNIT_S)
             if self.model != model:
@@ -189,9 +191,11 @@ class Toy:
         stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(spec.eos_token_ids))
         for index in range(len(work.generated), sampling.max_tokens):
             await asyncio.sleep(sampling.temperature)
+            first = index == len(work.generated)
+            if not first:
+                await opened()
             last = (last + 1) % spec.vocab
             reason = "stop" if last in stops else "length" if index == sampling.max_tokens - 1 else ""
-            first = index == len(work.generated)
             if first or reason or sampling.logprobs >= 0:
                 self.session.put(pb.WorkerEvent(tokens=pb.Tokens(
                     request_id=work.request.id, attempt=work.attempt, start=index, token_ids=[last],
@@ -222,6 +226,11 @@ class Toy:
     def step_done(self) -> None:
         self.session.put(pb.WorkerEvent(decoded=self.step))
         self.step = pb.Decoded()
+
+
+async def opened() -> None:
+    while (gate := os.environ.get("TOY_GATE")) and os.path.exists(gate):
+        await asyncio.sleep(0.01)
 
 
 def logprobs(tokens, top: int) -> list[pb.TokenLogprob]:
