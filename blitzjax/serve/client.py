@@ -29,7 +29,7 @@ from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
 _POLL_S = 0.05
-_LEAVE_S = 1.0  # to tell the server; what it does not hear it ends itself when its patience does
+_LEAVE_S = 5.0  # to tell the server; what it does not hear it ends itself when its patience does
 
 
 class Client:
