@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from blitzjax.v1 import inference_pb2 as pb
 
 SPEC = replace(TINY, layers=8)
 POOL = 4
+PATIENT = ("transfer.handoff_timeout_s=60", "cluster.heartbeat_s=120", "serve.hang_timeout_s=120",
+           "serve.resume_timeout_s=300")  # with who gets no time
 TEMPLATE = ("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for m in messages %}{{ m.content }};{% endfor %}"
             """{% if tools %}<tool_call>{"name": , "arguments": }</tool_call>{% endif %}""")
 
@@ -42,7 +45,7 @@ class Rig:
         return self._senders.submit(self.client.generate, prompt, **options)
 
     def wait(self, condition: Callable[[pb.ClusterStatus], bool], what: str,
-             timeout_s: float = 120.0) -> pb.ClusterStatus:
+             timeout_s: float = 300.0) -> pb.ClusterStatus:
         deadline = time.monotonic() + timeout_s
         while not condition(status := self.client.status()):
             assert time.monotonic() < deadline, f"not {what} after {timeout_s:g} s: {describe(status)}"
@@ -76,8 +79,29 @@ class Rig:
         self.wait(lambda s: mark in self.event_log.read_text(), "in the event log")
         return self.log()
 
+    def lost(self) -> list[str]:
+        return lost(self.event_log)
+
+    def kill(self, worker: int) -> None:
+        """SIGKILL. Returns when the controller has noticed, and another process is there."""
+        name, before = f"i{worker}", self.cluster.worker_pid(worker)
+        told = self.lost().count(name)
+        self.cluster.signal_worker(worker)
+        self.wait(lambda s: self.lost().count(name) > told and self.cluster.worker_pid(worker) not in (None, before),
+                  f"noticed that {name} died")
+
     def pids(self) -> dict[int, int | None]:
         return {k: self.cluster.worker_pid(k) for k in range(POOL)}
+
+
+def lost(event_log: Path) -> list[str]:
+    """Instances, as often as they were lost so far."""
+    return re.findall(r'"event":"InstanceLost","at":[^,]*,"instance":"(i\d+)"', event_log.read_text())
+
+
+def until_caught(once: Callable[[], bool]) -> None:
+    """A busy machine may miss the moment that a test is about. `once` is all of the test, and says whether it caught it."""
+    assert any(once() for _ in range(10)), "every time it was over too early"
 
 
 def phases(status: pb.ClusterStatus) -> list[str]:
@@ -118,7 +142,7 @@ def rig(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", f"cluster.pool={POOL}", "cluster.threads=1", "engine.dtype=float32",
         "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64",
-        "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", "transfer.handoff_timeout_s=5.0",
+        "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", *PATIENT,
         f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     with LocalCluster(config, model_dir) as cluster:

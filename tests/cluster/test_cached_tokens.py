@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from rig import Rig, prompts
 
 
@@ -48,9 +50,13 @@ def test_each_prefix_goes_to_the_instance_that_has_it(rig: Rig) -> None:
 
 def test_priorities_order_what_waits(rig: Rig) -> None:
     rig.only(1)
+    stopped = rig.index("serving")
+    rig.cluster.signal_worker(stopped, signal.SIGSTOP)  # nobody begins before all have come
     busy = [rig.send([n] * 20, max_tokens=200) for n in range(8)]  # every slot
-    rig.wait(lambda s: s.running_requests == 8, "busy")
+    rig.wait(lambda s: s.running_requests + s.queued_requests == 8, "busy")
     waiting = [rig.send([n] * 20, max_tokens=200, priority=n % 3) for n in range(24)]
+    rig.wait(lambda s: s.running_requests + s.queued_requests == 32, "waiting")
+    rig.cluster.signal_worker(stopped, signal.SIGCONT)
     priority = {answer.result().request_id: n % 3 for n, answer in enumerate(waiting)}
     told = [(r.get("event") or r.get("command"), r.get("request_id") or r.get("request", {}).get("id") or "")
             for r in rig.whole_log()]

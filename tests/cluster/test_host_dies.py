@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from rig import written
+from rig import PATIENT, written
 
 from blitzjax import config as configs
 from blitzjax.serve.local import LocalCluster
@@ -24,7 +24,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", "scale.min_instances=0", "cluster.pool=4", "cluster.threads=1",
         "engine.dtype=float32", "engine.max_model_len=64", "engine.max_num_seqs=2", "engine.max_num_batched_tokens=32",
-        "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", "transfer.handoff_timeout_s=5.0",
+        "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", *PATIENT,
+        f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
     launch = Launch(hosts=tuple(host for host, workers in HOSTS.items() for _ in workers))
     with LocalCluster(config, directories, launch) as cluster:
@@ -47,7 +48,7 @@ def copies_apart(pool: Pool) -> dict[str, str]:
     """
     pool.settle_at_zero()
     if host_of(pool.keeper("left")) == host_of(pool.keeper("right")):
-        pool.client.scale(1, model="right", wait=True, timeout_s=120)
+        pool.client.scale(1, model="right", wait=True, timeout_s=300)
         pool.client.scale(0, model="right")
         pool.settle_at_zero()
     hosts = {model: host_of(pool.keeper(model)) for model in ("left", "right")}
@@ -55,17 +56,9 @@ def copies_apart(pool: Pool) -> dict[str, str]:
     return hosts
 
 
-def kill(pool: Pool, host: str) -> None:
-    before = [pool.cluster.worker_pid(k) for k in HOSTS[host]]
-    for worker in HOSTS[host]:
-        pool.cluster.signal_worker(worker)
-    pool.wait(lambda: [i.phase for i in pool.client.status().instances if int(i.id[1:]) in HOSTS[host]]
-              == ["failed"] * len(before), "down")
-
-
 def test_the_copies_of_a_host_are_made_again_on_another(pool: Pool) -> None:
     hosts = copies_apart(pool)
-    kill(pool, hosts["left"])
+    pool.kill(*HOSTS[hosts["left"]])
     pool.wait(lambda: all(m.host_copy and not m.copying for m in pool.client.status().models), "kept again")
     assert {host_of(pool.keeper(model)) for model in ("left", "right")} == {hosts["right"]}
     assert all_right(pool, ask(pool))
@@ -77,7 +70,7 @@ def test_a_host_dies_in_a_scale_up(pool: Pool, holds: str) -> None:
     """Three instances of one model are to come from its copy, two on its host and one on the other."""
     hosts, answers = in_the_middle_of_a_scale_up(
         pool, lambda: copies_apart(pool), lambda: all(loading(pool, host) for host in HOSTS))
-    kill(pool, hosts["left" if holds == "the source and a target" else "right"])
+    pool.kill(*HOSTS[hosts["left" if holds == "the source and a target" else "right"]])
     assert all_right(pool, answers)
     pool.back_to_zero()
 

@@ -6,6 +6,7 @@ branches of GPUs: parameters are copied to devices, and copies read back from th
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +35,13 @@ class Pair:
         return [self._senders.submit(self.client.generate, prompt, model=model, max_tokens=6, ignore_eos=True,
                                      timeout_s=300.0) for prompt in PROMPTS]
 
+    def all_wait(self) -> None:
+        """The requests that were sent."""
+        while self.client.status().queued_requests < len(PROMPTS):
+            time.sleep(0.01)
+
     def scale(self, target: int, model: str) -> None:
-        self.client.scale(target, model=model, live="off", wait=True, timeout_s=120)
+        self.client.scale(target, model=model, live="off", wait=True, timeout_s=300)
 
     def kept_by(self, worker: str) -> str:
         return next(m.name for m in self.client.status().models if m.host_copy == worker)
@@ -76,8 +82,9 @@ def test_prompts_run_behind_the_loader_where_nobody_serves(pair: Pair, expected,
     pair.scale(2, busy)
     pair.scale(1, busy)  # i0 drains: i1 serves one model and keeps the other
     begun = len(pair.log())
-    pair.client.scale(1, model=woken, live=live)
     answers = pair.ask(woken)
+    pair.all_wait()
+    pair.client.scale(1, model=woken, live=live)
     assert [answer.result().token_ids for answer in answers] == expected[woken]
     records = pair.log()[begun:]
     loaded = [r["units"] for r in records if r.get("event") == "LayerLoaded" and r["instance"] == "i0"]

@@ -52,7 +52,7 @@ def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: 
         helped = False
         while not helped:  # a busy machine may miss it
             assert time.monotonic() < deadline
-            client.scale(1, wait=True, timeout_s=60)
+            client.scale(1, wait=True, timeout_s=300)
             client.scale(2, live="zigzag")
             while not in_phase(client, "live") and in_phase(client, "serving") < 2:
                 time.sleep(0.01)
@@ -60,6 +60,6 @@ def test_own_model_is_served_and_scaled_live(directory: Path, tmp_path_factory: 
                 during = list(senders.map(lambda p: client.generate(p, max_tokens=6, ignore_eos=True), asked))
             assert [a.token_ids for a in during] == [a.token_ids for a in answers]
             helped = any(0 < a.usage.layers_helped < 4 for a in during)  # two kinds of layers, on two instances
-            assert client.scale(2, live="zigzag", wait=True, timeout_s=60).serving == 2
+            assert client.scale(2, live="zigzag", wait=True, timeout_s=300).serving == 2
         assert [client.generate(p, max_tokens=6, ignore_eos=True).token_ids for p in asked] == [
             a.token_ids for a in answers]

@@ -14,7 +14,7 @@ from blitzjax.cli_replay import fresh, turns
 from blitzjax.serve.local import LocalCluster
 from blitzjax.types import Phase, Role
 from rig import Rig
-from test_prefill_and_decode import answers, burst, received, roles  # noqa: F401
+from test_prefill_and_decode import Burst, answers, received, roles  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def auto(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     config = replace(mixed, scale=replace(mixed.scale, roles="split", policy="auto", min_instances=2, down_after_s=2.0),
                      serve=replace(mixed.serve, port=0, event_log=str(log)))
     with LocalCluster(config, model_dir) as cluster:
-        cluster.wait_ready(120)
+        cluster.wait_ready(300)
         auto = Rig(cluster)
         auto.settle(3)
         yield auto
@@ -58,7 +58,7 @@ def test_a_burst_makes_a_prefill_instance_decode_and_recruits_another(auto: Rig,
         assert roles(before) == ["decode", "prefill", "prefill"]
         auto.whole_log()
         told = len(decided(log))
-        for result in [burst(auto, answers) for _ in range(bursts)]:
+        for result in [Burst(auto, answers) for _ in range(bursts)]:
             result()
         after = auto.settle(3)
         assert roles(after) == ["decode", "prefill", "prefill"] and received(after) > received(before)

@@ -80,7 +80,7 @@ def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> No
         client.scale(2, wait=True, timeout_s=300)
         for path in {"/metrics", *re.findall(r"httpGet: {path: (\S+), port: metrics}", MANIFEST.read_text())}:
             for host in start.probes:
-                with urllib.request.urlopen(f"{host}{path}", timeout=60) as answer:
+                with urllib.request.urlopen(f"{host}{path}", timeout=300) as answer:
                     assert answer.status == 200
         assert tokens(answers(client)) == expected
         killing = threading.Timer(0.1, second.kill)  # and with it its worker
@@ -93,6 +93,6 @@ def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> No
         assert tokens(answers(client)) == expected
     for process in (second, first):
         process.send_signal(signal.SIGTERM)
-    assert "starting workers i1 at 127.0.0.2:" in second.communicate(timeout=120)[0]
-    said = first.communicate(timeout=120)[0]
+    assert "starting workers i1 at 127.0.0.2:" in second.communicate(timeout=300)[0]
+    said = first.communicate(timeout=300)[0]
     assert "1 of 2 instances" in said and (second.returncode, first.returncode) == (0, 0), said

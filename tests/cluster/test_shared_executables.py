@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rig import until_caught
 
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
@@ -63,15 +65,19 @@ def test_cold_workers_divide_the_work_and_a_new_one_compiles_nothing(model: Path
         assert sum(cold[1]) == stages
         assert sum(compiled for compiled, _, _ in cold) < 2 * stages
 
-        restart_without_cache(cluster, tmp_path, 1)
-        assert ready(cluster, 1, 2) == (0, 0, stages)
+        lives = itertools.count(2)
+
+        def again() -> tuple[int, int, int]:
+            restart_without_cache(cluster, tmp_path, 1)
+            return ready(cluster, 1, next(lives))
+
+        until_caught(lambda: again() == (0, 0, stages))  # a peer that gets no time for 5 s is not waited for
         (damaged, *_) = sorted((tmp_path / "home-0" / "executables").glob("*.xla"))
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-        restart_without_cache(cluster, tmp_path, 1)
-        assert ready(cluster, 1, 3) == (1, 0, stages - 1)  # what came damaged is compiled
+        until_caught(lambda: again() == (1, 0, stages - 1))  # what came damaged is compiled
         assert f"{damaged.name} came damaged" in cluster.tail("worker-1", 10_000)
 
-        assert client.scale(2, wait=True, timeout_s=120).serving == 2
+        assert client.scale(2, wait=True, timeout_s=300).serving == 2
         cluster.signal_worker(0)  # the other one answers with what it was given
         assert client.generate([1, 2, 3], max_tokens=6, ignore_eos=True).token_ids == before.token_ids
 
