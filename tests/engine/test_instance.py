@@ -314,12 +314,8 @@ def test_live_pair_gives_the_tokens_of_one_instance(rigs, mode: str, units_at_st
     expected = reference(old, WORKS)
     new.load(units_at_start)
     pair = LivePair("old", "new", mode)
-    for item in WORKS[:5]:
-        new.instance.post(item) if units_at_start == 6 else None
-    new.instance.post(StartLive("new", pair))
-    if units_at_start < 6:
-        for item in WORKS[:5]:
-            new.instance.post(item)
+    start = StartLive("new", pair)
+    new.post(*WORKS[:5], start) if units_at_start == 6 else new.post(start, *WORKS[:5])
     old.instance.post(StartLive("old", pair))
     if units_at_start in (1, 3):  # NEW has layers to run and no embedding
         wait(lambda: old.partner is not None and old.partner.loans, "embedded rows of OLD's")
@@ -327,8 +323,7 @@ def test_live_pair_gives_the_tokens_of_one_instance(rigs, mode: str, units_at_st
         time.sleep(0.05)
         new.load(units)
         if units == 4:
-            for item in WORKS[5:]:
-                new.instance.post(item)
+            new.post(*WORKS[5:])
     old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
     for rig in (old, new):
         rig.instance.post(EndLive(rig.instance.name, pair))
@@ -396,8 +391,7 @@ def test_new_goes_on_alone_behind_the_loader_when_old_is_gone(rigs, tmp_path) ->
     new.load(1)
     session.close()
     new.instance.post(EndLive("alone", pair))
-    for item in WORKS[2:]:
-        new.instance.post(item)
+    new.post(*WORKS[2:])
     new.load(SPEC.embed_unit)
     wait_for_depth(new, SPEC.layers - 1)
     assert not answers(new)
@@ -419,8 +413,7 @@ def test_an_instance_that_loads_alone_runs_its_prompts_behind_the_loader(rigs, t
             file.seek(entry.offset)
             file.write(bytes(4))
     rigs["alone"] = rig = Rig("alone", rigs["old"].instance.config, rigs, None if damage == "absent" else directory)
-    for item in WORKS:
-        rig.instance.post(item)
+    rig.post(*WORKS)
     rig.load(SPEC.embed_unit)
     ran = SPEC.layers - 1 if damage is None else 0  # the last layer is run once the head is here
     wait_for_depth(rig, ran)
