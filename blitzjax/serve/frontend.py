@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import grpc
 
-from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.errors import BlitzError, InvalidRequest, Unavailable, brief
 from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of, prompt_of
@@ -198,7 +198,7 @@ async def pieces(answers: tuple[Answer, ...], controller: Controller,
             piece, last = answer.take(), answer.ended
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
-                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message, _FINAL)
+                await context.abort(grpc.StatusCode[answer.failure.code], brief(which + answer.failure.message), _FINAL)
             yield answer, piece, last
             if last:
                 left.remove(answer)
@@ -297,5 +297,5 @@ def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, in
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
-    await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)
+    await context.abort(grpc.StatusCode[error.code], brief(str(error)), _FINAL)
     raise AssertionError  # abort has raised

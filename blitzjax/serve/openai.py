@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from blitzjax.errors import BlitzError, InvalidRequest
+from blitzjax.errors import BlitzError, InvalidRequest, brief
 from blitzjax.serve import tools
 from blitzjax.serve.asking import JSON, Chunk, Options, Prompt, Result
 from blitzjax.v1 import inference_pb2 as pb
@@ -383,4 +383,4 @@ def model(known: pb.ModelStatus, created: int) -> JSON:
 def failure(error: BlitzError) -> tuple[int, JSON]:
     """→ HTTP status and body."""
     status, kind = _STATUS.get(error.code, (500, "internal_error"))
-    return status, {"error": {"message": str(error), "type": kind, "param": None, "code": status}}
+    return status, {"error": {"message": brief(str(error)), "type": kind, "param": None, "code": status}}
