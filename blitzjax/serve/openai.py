@@ -217,7 +217,7 @@ def _constraint(fields: _Fields) -> Options:
 def _bias(given: Mapping[str, Any]) -> dict[int, float]:
     try:
         return {int(token): float(value) for token, value in given.items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequest("logit_bias must map token ids to numbers") from None
 
 

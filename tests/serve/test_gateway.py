@@ -314,6 +314,8 @@ def test_without_a_controller_it_says_so():
 @pytest.mark.parametrize(("body", "says"), [
     ({"prompt": "a", "n": 1 << 40}, "out of range"),
     ({"prompt": "a", "seed": 1 << 70}, "out of range"),
+    ({"prompt": "a", "temperature": 10**400}, "too large"),
+    ({"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias must map"),
     ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "out of range"),
     ({"prompt": "a", "priority": 1 << 40}, "out of range"),
     ({"prompt": "a\ud800", "max_tokens": 1}, "surrogates"),
