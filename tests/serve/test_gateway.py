@@ -162,6 +162,7 @@ def test_models(site):
     status, said, _ = site.ask("GET", "/v1/models")
     assert status == 200 and [(m["id"], m["max_model_len"]) for m in said["data"]] == [("toy", 512)]
     assert site.ask("GET", "/v1/models/toy")[1]["id"] == "toy"
+    assert site.ask("GET", "/v1/models/of/many")[1]["error"]["message"] == "no model 'of/many' is served; see /v1/models"
     assert site.ask("GET", "/version")[1].keys() == {"version"}
 
 
