@@ -46,10 +46,12 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
 
 
 async def undeploy(controller: Controller, name: str, resume: bool = False) -> pb.UndeployResponse:
-    """Returns once its requests have ended and its parameters are dropped. Raises UnknownModel, unless it was asked for
-    before and may be done.
+    """Returns once its requests have ended and its parameters are dropped. Raises InvalidRequest without a name, for it
+    cannot be undone, and UnknownModel, unless it was asked for before and may be done.
     """
     started = controller.now()
+    if not name:
+        raise InvalidRequest(f"say which model to undeploy: {', '.join(controller.models) or 'none is deployed'}")
     if resume and name not in controller.models:
         return pb.UndeployResponse()
     name = controller.find(name).name
