@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,10 @@ from toy import SPEC, toy_config, write_model
 
 from blitzjax.errors import UnknownModel
 from blitzjax.serve import deployments
+from blitzjax.serve.controller import Controller
 from blitzjax.serve.model import load_model
+from blitzjax.serve.resume import with_journal
+from blitzjax.serve.server import serve
 from blitzjax.v1 import inference_pb2
 
 
@@ -96,3 +101,17 @@ async def test_a_model_keeps_the_name_that_it_is_served_by(model_dir, tmp_path):
         [answer] = world.controller.submit(order("r", 1, 20, model="mine"), resume=True)
         await ended(answer)
         assert answer.generated == answered(1, 20) and list(world.controller.models) == ["mine"]
+
+
+@in_a_loop
+async def test_a_brain_that_breaks_ends_a_controller_that_drains(model_dir):
+    config = toy_config("serve.shutdown_timeout_s=600.0")
+    controller = with_journal(lambda: Controller(config, [load_model(model_dir)], {"i0": "127.0.0.1:1"}), None)
+    controller.submit(order("r", 1))  # waits for a worker
+    serving = asyncio.create_task(serve(controller, "", None, None))
+    await asyncio.sleep(0)  # it listens to signals
+    os.kill(os.getpid(), signal.SIGTERM)
+    await eventually(lambda: controller.draining)
+    controller.on_event("no event")
+    with pytest.raises(AttributeError):
+        await asyncio.wait_for(serving, 30)
