@@ -20,6 +20,7 @@ from blitzjax.v1 import inference_pb2 as pb
 T = TypeVar("T")
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
+_MAX_PROMPTS = 2048  # of one body: each is a request of its own, and others wait while so many begin
 _TEMPERATURE = 1.0  # likewise; our own requests are greedy by default
 _NUMBER = (int, float)
 _SAMPLING: Mapping[str, tuple[type, ...]] = {
@@ -239,6 +240,8 @@ def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
             return (given,)
         case [*ids] if ids and all(_is_id(t) for t in ids):
             return (tuple(ids),)
+        case [*several] if len(several) > _MAX_PROMPTS:
+            raise InvalidRequest(f"prompt may have {_MAX_PROMPTS} texts or lists of token ids, got {len(several)}")
         case [*several] if several and all(isinstance(p, str) for p in several):
             return tuple(several)
         case [*several] if several and all(isinstance(p, list) and p and all(_is_id(t) for t in p) for p in several):

@@ -171,6 +171,7 @@ def test_models(site):
     ("/v1/completions", [], 400, "must be a JSON object"),
     ("/v1/completions", {}, 400, "prompt must be"),
     ("/v1/completions", {"prompt": [1, "a"]}, 400, "prompt must be"),
+    ("/v1/completions", {"prompt": ["a"] * 2049}, 400, "prompt may have 2048 texts"),
     ("/v1/completions", {"prompt": "a", "temprature": 1}, 400, "temprature is no field"),
     ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature must be int or float, got 'hot'"),
     ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be int, got True"),
