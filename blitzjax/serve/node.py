@@ -356,8 +356,10 @@ def computing_on(core: int | None) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     if core is not None:
         os.sched_setaffinity(0, {core})
-    yield
-    os.sched_setaffinity(0, before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _devices(engine: configs.EngineConfig) -> list[jax.Device]:
