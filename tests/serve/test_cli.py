@@ -109,6 +109,7 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("bench calibrate toy --out {}/text", "cannot write to {}/text"),
     ("serve toy --config {}", "cannot read config {}: Is a directory"),
     ("serve toy --config {}/text", "cannot read config {}/text: Expected"),
+    ("serve toy --config {}/scalar", "[scale] must be a table"),
     ("serve toy --config {}/binary", "cannot read config {}/binary: 'utf-8'"),
     ("serve toy --host no.such.host.invalid", "cannot listen on no.such.host.invalid:50051: "),
     ("serve toy --host 192.0.2.1 --port 1234", "cannot listen on 192.0.2.1:1234: "),
@@ -121,7 +122,7 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
 ])
 def test_what_cannot_be_used_is_named_in_one_line(command: str, says: str, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("binary", b"\0\xff\xfe")):
+    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("scalar", b"scale = 1"), ("binary", b"\0\xff\xfe")):
         (tmp_path / name).write_bytes(content)
     assert cli.main([word.replace("{}", str(tmp_path)) for word in command.split()]) == 2
     said = capsys.readouterr().err
