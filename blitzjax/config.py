@@ -211,6 +211,8 @@ def _check_ranges(c: Config) -> None:
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: what hangs stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
+    ports = [port for port in (c.serve.port, c.serve.http_port, c.serve.metrics_port) if port]
+    want(len(set(ports)) == len(ports), "serve.port, serve.http_port and serve.metrics_port must be different ports")
     want(c.engine.fused_layers >= 0, "engine.fused_layers must be at least 0 (0: every layer is a program of its own)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")
