@@ -112,6 +112,8 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("serve toy --config {}/scalar", "[scale] must be a table"),
     ("serve toy --config {}/binary", "cannot read config {}/binary: 'utf-8'"),
     ("serve toy --http-port 50051", "serve.port, serve.http_port and serve.metrics_port must be different ports"),
+    ("serve toy --pool 3 --hosts a,,b", "--hosts wants HOST,HOST,..., each of them once, got 'a,,b'"),
+    ("serve toy --pool 2 --hosts a,a", "--hosts wants HOST,HOST,..., each of them once, got 'a,a'"),
     ("serve toy --host no.such.host.invalid", "cannot listen on no.such.host.invalid:50051: "),
     ("serve toy --host 192.0.2.1 --port 1234", "cannot listen on 192.0.2.1:1234: "),
     ("serve toy --ssl-certfile {} --ssl-keyfile {}", "cannot use the certificate {} with the key {}: Is a directory"),
