@@ -81,6 +81,7 @@ def test_a_reader_that_left_is_no_error():
     (("convert", "no_such_package:build"), "--checkpoint DIR"),
     (("convert", "no_such_package:build", "--checkpoint", "."), "ModuleNotFoundError"),
     (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
+    (("controller", "--workers", "i0=h:1,i0=h:2", "--model-dir", "."), "--workers wants"),
     (("controller", "--workers", "i0=h:1", "--model-dir", "/nonexistent"), "not a blitzjax checkpoint"),
     (("controller", "--workers", "i0=h:1", "--model-dir", ".", "--config-json", "{"), "not JSON"),
     (("worker", "--listen", "h:99999", "--rank", "0", "--world", "1", "--coordinator", "h:1"), "--listen: wants HOST:PORT"),
