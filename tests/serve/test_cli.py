@@ -123,6 +123,8 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("status --address grpcs://h:1 --cacert {}", "cannot read the CA certificate {}: Is a directory"),
     ("status --address grpcs://h:1 --cacert {}/text", "cannot read the CA certificate {}/text: "),
     ("cache --prune -1", "--prune wants days"),
+    ("scale --to 9999999999", "Value out of range: 9999999999"),
+    ("undeploy \udcff", "surrogates not allowed"),
 ])
 def test_what_cannot_be_used_is_named_in_one_line(command: str, says: str, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
