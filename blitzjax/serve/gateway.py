@@ -204,7 +204,7 @@ def _failed(error: BlitzError) -> web.Response:
 async def _body(request: web.Request) -> openai.JSON:
     try:
         return await request.json()
-    except (ValueError, LookupError, RecursionError) as e:  # LookupError: in an encoding that is none
+    except (ValueError, LookupError, RecursionError, web.RequestPayloadError) as e:  # LookupError: in an encoding that is none
         raise InvalidRequest(f"the body is not JSON: {e}") from e
 
 
