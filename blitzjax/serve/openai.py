@@ -26,13 +26,13 @@ _NUMBER = (int, float)
 _SAMPLING: Mapping[str, tuple[type, ...]] = {
     "temperature": _NUMBER, "top_p": _NUMBER, "top_k": (int,), "min_p": _NUMBER, "repetition_penalty": _NUMBER,
     "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER, "seed": (int,), "n": (int,), "min_tokens": (int,),
-    "stop_token_ids": (list,), "ignore_eos": (bool,), "prompt_logprobs": (int,), "priority": (int,)}
+    "stop_token_ids": (list,), "ignore_eos": (bool,), "priority": (int,)}
 _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
     "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "add_special_tokens": (True,), "return_token_strs": (False,),
+    "add_special_tokens": (True,), "return_token_strs": (False,), "prompt_logprobs": (),
     "modalities": (["text"],), "skip_special_tokens": (True,)}
 _RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
     "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
@@ -72,7 +72,7 @@ def completion(body: JSON) -> Asked:
     if fields.take("echo", bool):
         options["echo"] = True
         if logprobs is not None:
-            options.setdefault("prompt_logprobs", logprobs)
+            options["prompt_logprobs"] = logprobs
     best_of = fields.take("best_of", int)
     if best_of not in (None, options.get("n", 1)):
         raise InvalidRequest(f"best_of is not supported beyond n; got best_of={best_of} and n={options.get('n', 1)}")

@@ -177,6 +177,7 @@ def test_models(site):
     ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be int, got True"),
     ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be in"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    ("/v1/completions", {"prompt": "a", "prompt_logprobs": 1}, 400, "prompt_logprobs is not supported"),  # echo shows them
     ("/v1/completions", {"prompt": "a", "suffix": "z"}, 400, "suffix is not supported"),
     ("/v1/completions", {"prompt": "a" * 600}, 400, "exceeds the context of 512"),
     ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "other"),
