@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _MAX_PROMPTS = 2048  # of one body: each is a request of its own, and others wait while so many begin
+_MAX_PARTS = 1 << 14  # messages or tools of a chat: others wait while a million is read
 _TEMPERATURE = 1.0  # likewise; our own requests are greedy by default
 _NUMBER = (int, float)
 _SAMPLING: Mapping[str, tuple[type, ...]] = {
@@ -82,7 +83,7 @@ def completion(body: JSON) -> Asked:
 def chat(body: JSON) -> Asked:
     """POST /v1/chat/completions. Raises InvalidRequest. Without a limit the answer may fill the context."""
     fields = _Fields(body)
-    messages = _messages(fields.take("messages", list))
+    messages = _messages(fields.parts("messages"))
     _check_rendering(fields)
     options = _options(fields)
     newer = fields.take("max_completion_tokens", int)
@@ -93,7 +94,7 @@ def chat(body: JSON) -> Asked:
     wanted, top = fields.take("logprobs", bool), fields.take("top_logprobs", int)
     if top is not None and not wanted:
         raise InvalidRequest("top_logprobs needs logprobs: true")
-    wants = tools.asked(fields.take("tools", list), fields.take("tool_choice", str, dict),
+    wants = tools.asked(fields.parts("tools"), fields.take("tool_choice", str, dict),
                         fields.take("parallel_tool_calls", bool))
     return _asked(True, (messages,), options | wants.options, (top or 0) if wanted else None, fields, wants)
 
@@ -102,12 +103,12 @@ def tokenize(body: JSON) -> tuple[Prompt, Options]:
     """POST /tokenize, as vLLM has it. → prompt, its model and tools. Raises InvalidRequest."""
     fields = _Fields(body)
     options = Options(model=fields.take("model", str) or "")
-    prompt, messages = fields.take("prompt", str), fields.take("messages", list)
+    prompt, messages = fields.take("prompt", str), fields.parts("messages")
     if (prompt is None) == (messages is None):
         raise InvalidRequest("give either prompt, a text, or messages")
     if messages is not None:
         _check_rendering(fields)
-        options |= tools.asked(fields.take("tools", list), None, None).options
+        options |= tools.asked(fields.parts("tools"), None, None).options
     fields.done()
     return _messages(messages) if prompt is None else prompt, options
 
@@ -155,6 +156,13 @@ class _Fields:
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
+
+    def parts(self, name: str) -> list[JSON] | None:
+        """Of a chat. Raises InvalidRequest."""
+        given = self.take(name, list)
+        if given is not None and len(given) > _MAX_PARTS:
+            raise InvalidRequest(f"at most {_MAX_PARTS} {name}, got {len(given)}")
+        return given
 
     def done(self) -> None:
         """Raises InvalidRequest for what nobody took."""
