@@ -77,9 +77,7 @@ async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tok
         case "tokens":
             _check_length(len(request.tokens.ids), "tokens", context_tokens)
             ids = tuple(request.tokens.ids)
-            wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
-            if wrong is not None:
-                raise InvalidRequest(f"token id {wrong} is outside the vocabulary [0, {model.spec.vocab})")
+            _check_ids(ids, model.spec.vocab)
             text = ""
             if tokenizer is not None and request.sampling.echo:
                 text = tokenizer.decode(ids).rstrip("\ufffd")  # the answer completes a character
@@ -95,6 +93,7 @@ async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tok
             ids = await _encode(tokenizer.encode_rendered, text, context_tokens)
     if not ids:
         raise InvalidRequest("the prompt is empty; it needs at least 1 token")
+    _check_ids(ids, model.spec.vocab)  # a tokenizer may know tokens that the model has no embedding of
     return ids, text
 
 
@@ -105,6 +104,11 @@ async def _rendered(chat: pb.Chat, tokenizer: Tokenizer, context_tokens: int) ->
     _want(parts <= context_tokens, f"the chat has {parts} messages and tools, more than the context of {context_tokens} "
                                    "tokens can hold")
     return render(chat, tokenizer) if size < _LONG_TEXT_CHARS else await asyncio.to_thread(render, chat, tokenizer)
+
+
+def _check_ids(ids: tuple[int, ...], vocab: int) -> None:
+    for token in (min(ids), max(ids)) if ids else ():
+        _want(0 <= token < vocab, f"token id {token} is outside the vocabulary [0, {vocab})")
 
 
 async def _encode(encode: Callable[[str], tuple[int, ...]], text: str, context_tokens: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import pytest
 from test_resume import Toys, answered, ended, eventually, in_a_loop, order
 from toy import SPEC, toy_config, write_model
 
-from blitzjax.errors import UnknownModel
+from blitzjax.errors import InvalidRequest, UnknownModel
 from blitzjax.serve import deployments
 from blitzjax.serve.controller import Controller
 from blitzjax.serve.model import load_model
@@ -66,6 +66,17 @@ async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(t
         request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
         controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
         assert (await deployments.deploy(controller, request)).model == "2nd"
+
+
+@in_a_loop
+async def test_with_split_roles_a_model_gets_instances_of_both_or_is_refused(toys, tmp_path):
+    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
+    async with toys("cluster.pool=2", "scale.roles=split") as world:
+        controller = world.start()
+        for bounds, says in (({"min_instances": 0}, "1 <= min"), ({"max_instances": 1}, r"max \(1\) - 1 that decode"),
+                             ({}, "2 workers, 2 of them promised")):
+            with pytest.raises(InvalidRequest, match=says):
+                await deployments.deploy(controller, inference_pb2.DeployRequest(directory=str(directory), **bounds))
 
 
 @in_a_loop
