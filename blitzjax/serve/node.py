@@ -193,7 +193,7 @@ class Node:
     def _renewed(self) -> pb.WorkerEvent:
         self._forget_requests()
         copies = []
-        for name, served in self._models.items():
+        for name, served in list(self._models.items()):
             if served.store.is_copy and served.store.units == served.store.spec.units:
                 copies.append(name)
             elif served.store.is_copy:
