@@ -114,7 +114,7 @@ def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Conf
     tables: dict[str, dict[str, object]] = {}
     if path is not None:
         try:
-            tables = tomllib.loads(path.read_text())
+            tables = tomllib.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as e:
             raise ConfigError(f"cannot read config {path}: {reason(e)}") from e
     for text in overrides:
