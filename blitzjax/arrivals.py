@@ -54,7 +54,7 @@ def read(path: Path) -> list[Arrival]:
     Raises ConfigError when the file cannot be read or its columns are unknown.
     """
     try:
-        with (gzip.open(path, "rt") if path.suffix == ".gz" else path.open()) as file:
+        with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")) as file:
             json_lines = path.name.removesuffix(".gz").endswith(".jsonl")
             rows = list(map(json.loads, file)) if json_lines else list(csv.DictReader(file))
         found = list(_arrivals(rows))

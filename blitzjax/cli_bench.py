@@ -34,7 +34,7 @@ def calibrate(args: argparse.Namespace) -> int:
                 calibration = Calibration(client, config, model, lambda text: print(f"  {text}", flush=True))
                 machine, costed = calibration.run(platform.node() or "here")
     costs.write(args.out / "costs.json", machine, costed)
-    (args.out / "costs.toml").write_text(to_toml(machine, costed))
+    (args.out / "costs.toml").write_text(to_toml(machine, costed), "utf-8")
     print(f"one instance: {costed.prefill_tokens_per_s:.0f} prompt tokens/s, decode step {costed.step_s * 1e3:.1f} ms "
           f"+ {costed.sequence_s * 1e3:.2f} ms a sequence + {costed.kv_token_s * 1e6:.2f} us a token of KV\n"
           f"between instances: {machine.nic_gbps * costed.tensor_parallel:.2f} Gbit/s after {machine.setup_s:.3f} s\n"

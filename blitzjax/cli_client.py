@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.errors import InvalidRequest, Unavailable
 from blitzjax.serve.asking import Options, Prompt
 from blitzjax.serve.client import Client
 from blitzjax.v1 import inference_pb2 as pb
@@ -109,14 +109,14 @@ class _Change(threading.Thread):
     def __init__(self, client: Client, args: argparse.Namespace):
         super().__init__(daemon=True)
         self._client, self._args = client, args
-        self._reply: pb.ScaleResponse | BlitzError
+        self._reply: pb.ScaleResponse | Exception
 
     def run(self) -> None:
         args = self._args
         try:
             self._reply = self._client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=True,
                                              timeout_s=args.timeout_s)
-        except BlitzError as e:
+        except Exception as e:  # the other thread raises it
             self._reply = e
 
     def pictures(self) -> Iterator[pb.ClusterStatus]:
@@ -128,9 +128,9 @@ class _Change(threading.Thread):
                 return
 
     def result(self) -> pb.ScaleResponse:
-        """Raises what the server answered."""
+        """Raises what the server answered, and what went wrong here."""
         self.join()
-        if isinstance(self._reply, BlitzError):
+        if isinstance(self._reply, Exception):
             raise self._reply
         return self._reply
 
@@ -232,3 +232,5 @@ def connected(args: argparse.Namespace) -> Iterator[Client]:
             if not str(e).startswith("nothing listens"):
                 raise
             raise Unavailable(f"{e}; start one with: blitzjax serve MODEL") from None
+        except ValueError as e:  # a number out of range, or a text that is none
+            raise InvalidRequest(str(e)) from e

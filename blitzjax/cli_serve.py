@@ -147,7 +147,7 @@ def _least(scale: ScaleConfig) -> int:
 def _given(path: Path | None) -> set[str]:
     """Keys that a configuration file sets; what is wrong with the file, `configs.load` says."""
     try:
-        tables = {} if path is None else tomllib.loads(path.read_text())
+        tables = {} if path is None else tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return set()
     return {f"{table}.{key}" for table, values in tables.items() if isinstance(values, dict) for key in values}

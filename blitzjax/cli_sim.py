@@ -59,9 +59,9 @@ def sim(args: argparse.Namespace) -> int:
                 "instances": instances, "roles": args.roles, "scaled by": f"{factor:.3g}", "seed": args.seed}
         if args.models > 1:
             said["models"] = args.models
-        (args.out / "report.html").write_text(report.to_html(outcomes, said))
-        (args.out / "report.json").write_text(report.to_json(outcomes, said))
-        (args.out / "table.csv").write_text(report.to_csv(rows))
+        (args.out / "report.html").write_text(report.to_html(outcomes, said), "utf-8")
+        (args.out / "report.json").write_text(report.to_json(outcomes, said), "utf-8")
+        (args.out / "table.csv").write_text(report.to_csv(rows), "utf-8")
         print(f"wrote {args.out / 'report.html'}, report.json, table.csv")
     return 0
 

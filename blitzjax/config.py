@@ -114,7 +114,7 @@ def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Conf
     tables: dict[str, dict[str, object]] = {}
     if path is not None:
         try:
-            tables = tomllib.loads(path.read_text())
+            tables = tomllib.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as e:
             raise ConfigError(f"cannot read config {path}: {reason(e)}") from e
     for text in overrides:
@@ -122,7 +122,9 @@ def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Conf
         table, dot, name = key.strip().partition(".")
         if not eq or not dot:
             raise ConfigError(f"--set wants table.key=value, got {text!r}")
-        tables.setdefault(table, {})[name] = _parse_scalar(value.strip())
+        if not isinstance(tables.setdefault(table, {}), dict):
+            raise ConfigError(f"[{table}] must be a table")
+        tables[table][name] = _parse_scalar(value.strip())
     return from_tables(tables)
 
 
@@ -209,6 +211,8 @@ def _check_ranges(c: Config) -> None:
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: what hangs stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
+    ports = [port for port in (c.serve.port, c.serve.http_port, c.serve.metrics_port) if port]
+    want(len(set(ports)) == len(ports), "serve.port, serve.http_port and serve.metrics_port must be different ports")
     want(c.engine.fused_layers >= 0, "engine.fused_layers must be at least 0 (0: every layer is a program of its own)")
     want(0 <= c.engine.answer_share <= 1, "engine.answer_share must be in [0, 1]")
     want(0 < c.engine.memory_fraction <= 1, "engine.memory_fraction must be in (0, 1]")

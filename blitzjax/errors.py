@@ -14,6 +14,8 @@ BlitzError
 
 from __future__ import annotations
 
+_MOST_BYTES = 2048  # 6 KB percent-encoded; gRPC refuses metadata above 8 KB now and then, above 16 KB always
+
 
 class BlitzError(Exception):
     """Root of everything that is not a bug. `code` is the gRPC status name that the frontend answers with."""
@@ -55,6 +57,12 @@ class ConfigError(BlitzError):
 
 class IllegalMove(BlitzError):
     code = "FAILED_PRECONDITION"
+
+
+def brief(message: str) -> str:
+    """As much of it as a gRPC status may say: longer ones do not arrive, and the caller gets another status instead."""
+    said = message.encode(errors="replace")
+    return said[:_MOST_BYTES].decode(errors="ignore") + "..." * (len(said) > _MOST_BYTES)
 
 
 def reason(error: Exception) -> str:

@@ -90,7 +90,7 @@ def write_json(rounds: Sequence[Round], about: Mapping[str, object], path: Path)
     summaries = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(summarize(r)).items()}
                  for r in rounds]
     data = {"about": about, "summaries": summaries, "rounds": [r.as_json() for r in rounds]}
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def outstanding(answers: Sequence[Answer]) -> tuple[list[float], list[int]]:

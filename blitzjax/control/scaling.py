@@ -221,9 +221,9 @@ class Scaler:
         for member in self._provisioner.stranded():
             if member.failures >= MAX_FAILURES:
                 if member.role is Role.DECODE:
-                    self.goal = replace(self.goal, decode=max(1, self.goal.decode - 1))
+                    self.goal = replace(self.goal, decode=_fewer(self.goal.decode))
                 else:
-                    self.goal = replace(self.goal, prefill=max(1, self.goal.prefill - 1))
+                    self.goal = replace(self.goal, prefill=_fewer(self.goal.prefill))
                 member.failures, member.barred_until[self._fleet.model] = 0, at + RETRY_S
                 commands += self._abandon(member, f"{member.id} could not load the model")
         return commands
@@ -323,6 +323,11 @@ class Scaler:
             member.assume(Role.DECODE if k < decode else self._prefill)
             idle.remove(member)
         return chosen
+
+
+def _fewer(wanted: int) -> int:
+    """One less, but the last one that is wanted."""
+    return max(min(wanted, 1), wanted - 1)
 
 
 def _sign(count: int) -> int:

@@ -119,14 +119,13 @@ class Service:
                 return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
             case events.RequestFinished(reason=reason):
                 return self._finished(member, request_id, attempt, reason)
-            case events.RequestFailed(message=message):
+            case events.RequestFailed() | events.RequestReturned():
                 entry = self.book.current(request_id, attempt)
-                if entry is None or entry.owner is None:
+                if entry is None or entry.owner != member.id:  # it goes on elsewhere
                     return []
-                return self.book.lose(entry, f"{member.id}: {message}")
-            case events.RequestReturned():
-                entry = self.book.current(request_id, attempt)
-                return self.book.give_back(entry) if entry is not None and entry.owner == member.id else []
+                if isinstance(event, events.RequestReturned):
+                    return self.book.give_back(entry)
+                return self.book.lose(entry, f"{member.id}: {event.message}")
 
     def _prefilled(self, member: Member, event: events.PrefillDone) -> list[Command]:
         entry = self.book.current(event.request_id, event.attempt)

@@ -129,7 +129,7 @@ class Attention:
 
     def source(self) -> str:
         """What decides the numbers, for whoever keeps programs that contain it."""
-        return "\n".join([Path(__file__).read_text(), str(self.layout), str(self.fused),
+        return "\n".join([Path(__file__).read_text("utf-8"), str(self.layout), str(self.fused),
                           self.product.source() if self.product else ""])
 
     def _fuses(self, scoring: blocks.Scoring) -> bool:

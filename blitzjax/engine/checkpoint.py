@@ -137,10 +137,10 @@ def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]]
         manifest = {"version": FORMAT_VERSION, "tokenizer": tokenizer is not None, "spec": asdict(spec), "units": [
             {"offset": unit[0].offset, "bytes": unit[-1].offset + unit[-1].nbytes - unit[0].offset,
              "arrays": [asdict(entry) for entry in unit]} for unit in entries]}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         if tokenizer is not None:
-            (temporary / TOKENIZER).write_text(tokenizer.tokenizer)
-            (temporary / TOKENIZER_CONFIG).write_text(tokenizer.config)
+            (temporary / TOKENIZER).write_text(tokenizer.tokenizer, "utf-8")
+            (temporary / TOKENIZER_CONFIG).write_text(tokenizer.config, "utf-8")
         _publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -173,7 +173,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint directory")
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: {MANIFEST} is missing, so this is not a blitzjax checkpoint") from None
     except (OSError, ValueError) as e:

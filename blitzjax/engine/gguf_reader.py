@@ -163,7 +163,9 @@ def _layer_types(pattern: int | list[bool], count: int) -> list[str]:
 def _check_known(reader: gguf.GGUFReader, architecture: str) -> None:
     for key in reader.fields:
         name, value = key.removeprefix(f"{architecture}."), field(reader, key)
-        if name != key and name not in _KNOWN and value != _NEUTRAL.get(name, 0):
+        ignored = name not in _KNOWN and value != _NEUTRAL.get(name, 0)
+        by_layer = isinstance(value, list) and name in _SETTINGS
+        if name != key and (ignored or by_layer):
             raise CheckpointError(f"the setting {key} = {value!r} is not supported; take the model's .safetensors")
 
 

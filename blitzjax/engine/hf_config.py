@@ -39,7 +39,7 @@ def read_packing(path: Path) -> Packing | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """None for a file that is not there. Raises CheckpointError for one that is not a JSON object."""
     try:
-        read = json.loads(path.read_text())
+        read = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:

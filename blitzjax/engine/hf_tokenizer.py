@@ -38,7 +38,7 @@ def read(path: Path) -> Tokenizer | None:
 
 def _checked(path: Path) -> str:
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
         tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the Rust library raises bare Exception
         raise CheckpointError(f"cannot read {path}: {e}") from e
@@ -70,5 +70,5 @@ def _added(path: Path, config: Mapping[str, Any], pieces: int) -> list[AddedToke
 def _chat_template(path: Path, config: Mapping[str, object]) -> object:
     """A file of its own wins over the configuration, as in transformers."""
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text()
+        return (path / "chat_template.jinja").read_text("utf-8")
     return (read_json(path / "chat_template.json") or {}).get("chat_template", config.get("chat_template"))

@@ -50,18 +50,12 @@ class Loader:
         self._emit, self._now = emit, now
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._prepared: dict[int, tuple[broadcast.Session, Chain, Holder]] = {}
-        self._cancelled: set[int] = set()
+        self._cancelled: set[int] = set()  # until their turn comes among the jobs
 
     def post(self, command: Job) -> None:
-        """Thread-safe. A cancellation takes effect inside the job that is under way; a new controller begins with the
-        tickets that the last one had.
-        """
-        match command:
-            case CancelTransfer(ticket=ticket):
-                self._cancelled.add(ticket)
-            case (PrepareTransfer(plan=MulticastPlan(ticket=ticket)) | LoadFromDisk(ticket=ticket)
-                  | KeepCopy(ticket=ticket)):
-                self._cancelled.discard(ticket)
+        """Thread-safe. A cancellation takes effect inside the job that is under way."""
+        if isinstance(command, CancelTransfer):
+            self._cancelled.add(command.ticket)
         self._jobs.put(command)
 
     def run(self) -> None:
@@ -74,6 +68,7 @@ class Loader:
                 case StartTransfer():
                     self._start(job.ticket)
                 case CancelTransfer():
+                    self._cancelled.discard(job.ticket)  # what follows is of a new controller, whose tickets may be the same
                     if (found := self._prepared.pop(job.ticket, None)) is not None:
                         self._ended(job.ticket, found[2].store, "cancelled before it started")
                 case LoadFromDisk() | KeepCopy():

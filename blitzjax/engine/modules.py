@@ -129,4 +129,4 @@ def _digest(spec: ModelSpec, kind: str) -> str:
 def _code() -> str:
     """Of every family, and of what lists its arrays."""
     files = [*sorted(Path(models.__file__).parent.glob("*.py")), Path(__file__)]
-    return "\n".join([jax.__version__, metadata.version("flax"), *(file.read_text() for file in files)])
+    return "\n".join([jax.__version__, metadata.version("flax"), *(file.read_text("utf-8") for file in files)])

@@ -122,7 +122,7 @@ def _target(kind: str, variant: Variant) -> str:
 
 
 def _source(variant: Variant) -> str:
-    return "\n".join([*(source.read_text() for source in _SOURCES), *_FLAGS, *variant.flags])
+    return "\n".join([*(source.read_text("utf-8") for source in _SOURCES), *_FLAGS, *variant.flags])
 
 
 def _library(variant: Variant, directory: Path, fetch: Fetch) -> ctypes.CDLL:

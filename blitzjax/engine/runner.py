@@ -144,6 +144,7 @@ class Runner:
         """Fills the per-step constants of a chunk, and x unless it came from a partner."""
         chunk = prefill.chunks[index]
         positions = np.arange(chunk.start, chunk.start + chunk.width, dtype=np.int32)[None]
+        positions = np.minimum(positions, self.spec.max_len - 1)  # of padding, too: Flax's tables give NaN beyond their end
         if index < len(prefill.x):
             prefill.aux.append(self.stages.aux(positions))
             return

@@ -183,12 +183,14 @@ def _nbytes(stored: Stored) -> int:
 
 
 def _read_headers(path: Path) -> tuple[dict[str, Stored], list[str]]:
-    """Tensors of all shards, and what is wrong with the set of shards."""
-    if not (path / INDEX).is_file():
+    """Tensors of all shards, and what is wrong with the set of shards. As in transformers a file of all goes before an
+    index, which may be left from an earlier save.
+    """
+    if (path / SINGLE).is_file() or not (path / INDEX).is_file():
         files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("*.safetensors"))
         return {name: t for file in files for name, t in read_header(file).items()}, []
     try:
-        placed = dict(json.loads((path / INDEX).read_text())["weight_map"])
+        placed = dict(json.loads((path / INDEX).read_text("utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path / INDEX} is not readable ({e!r}); {_AGAIN}") from e
     tensors: dict[str, Stored] = {}

@@ -400,5 +400,5 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
         family(spec.family)  # imports it
         files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
                   if name == package or name.startswith(f"{package}.")]
-    sources = [Path(file).read_text() for file in files if file and file.endswith(".py")]
+    sources = [Path(file).read_text("utf-8") for file in files if file and file.endswith(".py")]
     return "\n".join([repr(replace(spec, name="")), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])

@@ -104,7 +104,7 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     sampling: dict[str, Any] = {k: v for k, v in options.items() if k not in CONSTRAINTS and k not in outside}
     try:
         return _request(prompt, options, pb.SamplingParams(**sampling, **_constraint(options)))
-    except ValueError as e:  # a number out of range, or half a character
+    except (ValueError, OverflowError) as e:  # a number out of range, or half a character
         raise InvalidRequest(str(e)) from e
 
 

@@ -99,6 +99,7 @@ def _closed(schema: dict[str, object]) -> dict[str, object]:
 def _object(what: str, text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # with an escape JSON may say half a character, which no token can
     except (ValueError, RecursionError) as e:
         raise InvalidRequest(f"{what} are not JSON: {e}") from e
     if not isinstance(value, dict):

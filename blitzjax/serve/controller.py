@@ -408,9 +408,10 @@ def _named(directories: Sequence[Path], names: Sequence[str]) -> list[tuple[Path
 def _workers(text: str) -> dict[str, str]:
     """"i0=host:port,i1=host:port" -> {"i0": "host:port", ...}."""
     pairs = [item.partition("=") for item in text.split(",") if item]
-    if not pairs or not all(name and is_address(address) for name, _, address in pairs):
+    workers = {name: address for name, _, address in pairs}
+    if not pairs or len(workers) < len(pairs) or not all(name and is_address(address) for name, address in workers.items()):
         raise ConfigError(f"--workers wants i0=HOST:PORT,i1=HOST:PORT,..., got {text!r}")
-    return {name: address for name, _, address in pairs}
+    return workers
 
 
 if __name__ == "__main__":

@@ -46,10 +46,12 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
 
 
 async def undeploy(controller: Controller, name: str, resume: bool = False) -> pb.UndeployResponse:
-    """Returns once its requests have ended and its parameters are dropped. Raises UnknownModel, unless it was asked for
-    before and may be done.
+    """Returns once its requests have ended and its parameters are dropped. Raises InvalidRequest without a name, for it
+    cannot be undone, and UnknownModel, unless it was asked for before and may be done.
     """
     started = controller.now()
+    if not name:
+        raise InvalidRequest(f"say which model to undeploy: {', '.join(controller.models) or 'none is deployed'}")
     if resume and name not in controller.models:
         return pb.UndeployResponse()
     name = controller.find(name).name
@@ -66,9 +68,11 @@ def _check_bounds(controller: Controller, least: int | None, most: int | None) -
     scale, pool = controller.config.scale, controller.pool
     least = scale.min_instances if least is None else least
     most = scale.max_instances if most is None else most
-    if not 0 <= least <= most or most < 1:
-        raise InvalidRequest(f"instances must be 0 <= min ({least}) <= max ({most}), max at least 1")
-    promised = sum(m.least for m in controller.status().models)
-    if promised + least > pool:
+    decode = scale.min_decode if scale.roles == "split" else 0  # besides, of each model
+    if not min(decode, 1) <= least <= most - decode or most < 1:
+        besides = f" - {decode} that decode" if decode else ""
+        raise InvalidRequest(f"instances must be {min(decode, 1)} <= min ({least}) <= max ({most}){besides}, max at least 1")
+    promised = sum(m.least + decode for m in controller.status().models)
+    if promised + least + decode > pool:
         raise InvalidRequest(f"the pool has {pool} workers, {promised} of them promised to other models; "
-                             f"min_instances {least} does not fit")
+                             f"min_instances {least}{f' + {decode} that decode' if decode else ''} does not fit")

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import grpc
 
-from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
+from blitzjax.errors import BlitzError, InvalidRequest, Unavailable, brief
 from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of, prompt_of
@@ -57,7 +57,7 @@ class Frontend(rpc.InferenceServicer):
             model = self._controller.find(request.model)
             ids, text = await prompt_of(request, model, self._controller.context_tokens(model))
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
         if request.HasField("tokens") and model.tokenizer is not None:
             text = model.tokenizer.decode(ids)
         return pb.TokenizeResponse(token_ids=ids, text=text, max_model_len=self._controller.context_tokens(model))
@@ -77,21 +77,21 @@ class Frontend(rpc.InferenceServicer):
         try:
             return await self._scale(request)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
 
     async def Deploy(self, request: pb.DeployRequest, context: grpc.aio.ServicerContext) -> pb.DeployResponse:
         await self._promise(context)
         try:
             return await deployments.deploy(self._controller, request)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
 
     async def Undeploy(self, request: pb.UndeployRequest, context: grpc.aio.ServicerContext) -> pb.UndeployResponse:
         await self._promise(context)
         try:
             return await deployments.undeploy(self._controller, request.model, request.resume)
         except BlitzError as e:
-            await _abort(context, e)
+            await abort(context, e)
 
     async def WatchScale(self, request: pb.WatchScaleRequest, context: grpc.aio.ServicerContext) -> None:
         await self._promise(context)
@@ -103,7 +103,7 @@ class Frontend(rpc.InferenceServicer):
                 sent, sent_at = now, now.at
                 await context.write(now)
             await asyncio.sleep(_WATCH_GAP_S)
-        await _abort(context, Unavailable("the server shut down"))
+        await abort(context, Unavailable("the server shut down"))
 
     async def _scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
         controller, started = self._controller, self._controller.now()
@@ -166,7 +166,7 @@ async def answering(asked: Callable[[], pb.GenerateRequest], controller: Control
         answers = controller.submit(order, request.resume, request.key)
         yield answers, model
     except BlitzError as e:
-        await _abort(context, e)
+        await abort(context, e)
     except (asyncio.CancelledError, grpc.aio.InternalError):  # the second where it happens during a write
         broken = bool(request.key) and context.time_remaining() != 0  # at 0 it is the deadline
         raise
@@ -198,7 +198,7 @@ async def pieces(answers: tuple[Answer, ...], controller: Controller,
             piece, last = answer.take(), answer.ended
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
-                await context.abort(grpc.StatusCode[answer.failure.code], which + answer.failure.message, _FINAL)
+                await context.abort(grpc.StatusCode[answer.failure.code], brief(which + answer.failure.message), _FINAL)
             yield answer, piece, last
             if last:
                 left.remove(answer)
@@ -296,6 +296,6 @@ def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, in
     return {"prefix_cache_queries": counts.queries[key], "prefix_cache_hits": counts.hits[key]}
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
-    await context.abort(grpc.StatusCode[error.code], str(error), _FINAL)
+async def abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
+    await context.abort(grpc.StatusCode[error.code], brief(str(error)), _FINAL)
     raise AssertionError  # abort has raised

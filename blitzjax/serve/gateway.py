@@ -48,7 +48,7 @@ class Gateway:
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._answer_errors])
         app.add_routes([
             web.get("/health", self.health), web.get("/ping", self.ping), web.get("/version", self.version),
-            web.get("/v1/models", self.models), web.get("/v1/models/{name}", self.model),
+            web.get("/v1/models", self.models), web.get("/v1/models/{name:.+}", self.model),
             web.post("/v1/completions", self.completions), web.post("/v1/chat/completions", self.chat),
             web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize)])
         return app
@@ -204,7 +204,7 @@ def _failed(error: BlitzError) -> web.Response:
 async def _body(request: web.Request) -> openai.JSON:
     try:
         return await request.json()
-    except (ValueError, LookupError, RecursionError) as e:  # LookupError: in an encoding that is none
+    except (ValueError, LookupError, RecursionError, web.RequestPayloadError) as e:  # LookupError: in an encoding that is none
         raise InvalidRequest(f"the body is not JSON: {e}") from e
 
 

@@ -57,6 +57,8 @@ def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
     pool, base = config.cluster.pool, config.cluster.base_port
     if not 0 <= index < len(hosts):
         raise ConfigError(f"--host-index must be in [0, {len(hosts) - 1}] with {len(hosts)} --hosts, got {index}")
+    if not all(hosts) or len(set(hosts)) < len(hosts):
+        raise ConfigError(f"--hosts wants HOST,HOST,..., each of them once, got {','.join(hosts)!r}")
     if pool % len(hosts):
         raise ConfigError(f"a pool of {pool} workers cannot be divided over {len(hosts)} hosts; give --pool a multiple")
     each = pool // len(hosts)

@@ -33,7 +33,7 @@ def load_model(directory: Path, name: str = "") -> ServedModel:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text("utf-8"))
         manifest["spec"]["name"] = name or manifest["spec"]["name"]
         manifest_json = json.dumps(manifest)
         spec = codec.model_spec(manifest_json)

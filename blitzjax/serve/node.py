@@ -177,21 +177,23 @@ class Node:
 
     def attach(self, configure: pb.Configure, outbox: Outbox) -> None:
         """A controller takes over. Unless it resumes the session, earlier requests are forgotten, as are parts of copies.
+
+        One that does need not wait for what is being deployed: whatever it deployed, it or its predecessor told the session.
         """
         if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
-        with self._deploying:
-            if not configure.resume:
+        if not configure.resume:
+            with self._deploying:
                 self._drop_all_but({model.model_json for model in configure.models})
-            for model in configure.models:
-                self._add(model)
+                for model in configure.models:
+                    self._add(model)
         if self._session.connect(configure, outbox, self._renewed) and self.world.joined:
             self._emit(events.WorldJoined(time.time(), self.name))
 
     def _renewed(self) -> pb.WorkerEvent:
         self._forget_requests()
         copies = []
-        for name, served in self._models.items():
+        for name, served in list(self._models.items()):
             if served.store.is_copy and served.store.units == served.store.spec.units:
                 copies.append(name)
             elif served.store.is_copy:
@@ -354,8 +356,10 @@ def computing_on(core: int | None) -> Iterator[None]:
     before = os.sched_getaffinity(0)
     if core is not None:
         os.sched_setaffinity(0, {core})
-    yield
-    os.sched_setaffinity(0, before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _devices(engine: configs.EngineConfig) -> list[jax.Device]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from blitzjax.errors import BlitzError, InvalidRequest
+from blitzjax.errors import BlitzError, InvalidRequest, brief
 from blitzjax.serve import tools
 from blitzjax.serve.asking import JSON, Chunk, Options, Prompt, Result
 from blitzjax.v1 import inference_pb2 as pb
@@ -20,18 +20,20 @@ from blitzjax.v1 import inference_pb2 as pb
 T = TypeVar("T")
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
+_MAX_PROMPTS = 2048  # of one body: each is a request of its own, and others wait while so many begin
+_MAX_PARTS = 1 << 14  # messages or tools of a chat: others wait while a million is read
 _TEMPERATURE = 1.0  # likewise; our own requests are greedy by default
 _NUMBER = (int, float)
 _SAMPLING: Mapping[str, tuple[type, ...]] = {
     "temperature": _NUMBER, "top_p": _NUMBER, "top_k": (int,), "min_p": _NUMBER, "repetition_penalty": _NUMBER,
     "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER, "seed": (int,), "n": (int,), "min_tokens": (int,),
-    "stop_token_ids": (list,), "ignore_eos": (bool,), "prompt_logprobs": (int,), "priority": (int,)}
+    "stop_token_ids": (list,), "ignore_eos": (bool,), "priority": (int,)}
 _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
     "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "add_special_tokens": (True,), "return_token_strs": (False,),
+    "add_special_tokens": (True,), "return_token_strs": (False,), "prompt_logprobs": (),
     "modalities": (["text"],), "skip_special_tokens": (True,)}
 _RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
     "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
@@ -71,7 +73,7 @@ def completion(body: JSON) -> Asked:
     if fields.take("echo", bool):
         options["echo"] = True
         if logprobs is not None:
-            options.setdefault("prompt_logprobs", logprobs)
+            options["prompt_logprobs"] = logprobs
     best_of = fields.take("best_of", int)
     if best_of not in (None, options.get("n", 1)):
         raise InvalidRequest(f"best_of is not supported beyond n; got best_of={best_of} and n={options.get('n', 1)}")
@@ -81,7 +83,7 @@ def completion(body: JSON) -> Asked:
 def chat(body: JSON) -> Asked:
     """POST /v1/chat/completions. Raises InvalidRequest. Without a limit the answer may fill the context."""
     fields = _Fields(body)
-    messages = _messages(fields.take("messages", list))
+    messages = _messages(fields.parts("messages"))
     _check_rendering(fields)
     options = _options(fields)
     newer = fields.take("max_completion_tokens", int)
@@ -92,7 +94,7 @@ def chat(body: JSON) -> Asked:
     wanted, top = fields.take("logprobs", bool), fields.take("top_logprobs", int)
     if top is not None and not wanted:
         raise InvalidRequest("top_logprobs needs logprobs: true")
-    wants = tools.asked(fields.take("tools", list), fields.take("tool_choice", str, dict),
+    wants = tools.asked(fields.parts("tools"), fields.take("tool_choice", str, dict),
                         fields.take("parallel_tool_calls", bool))
     return _asked(True, (messages,), options | wants.options, (top or 0) if wanted else None, fields, wants)
 
@@ -101,12 +103,12 @@ def tokenize(body: JSON) -> tuple[Prompt, Options]:
     """POST /tokenize, as vLLM has it. → prompt, its model and tools. Raises InvalidRequest."""
     fields = _Fields(body)
     options = Options(model=fields.take("model", str) or "")
-    prompt, messages = fields.take("prompt", str), fields.take("messages", list)
+    prompt, messages = fields.take("prompt", str), fields.parts("messages")
     if (prompt is None) == (messages is None):
         raise InvalidRequest("give either prompt, a text, or messages")
     if messages is not None:
         _check_rendering(fields)
-        options |= tools.asked(fields.take("tools", list), None, None).options
+        options |= tools.asked(fields.parts("tools"), None, None).options
     fields.done()
     return _messages(messages) if prompt is None else prompt, options
 
@@ -154,6 +156,13 @@ class _Fields:
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
+
+    def parts(self, name: str) -> list[JSON] | None:
+        """Of a chat. Raises InvalidRequest."""
+        given = self.take(name, list)
+        if given is not None and len(given) > _MAX_PARTS:
+            raise InvalidRequest(f"at most {_MAX_PARTS} {name}, got {len(given)}")
+        return given
 
     def done(self) -> None:
         """Raises InvalidRequest for what nobody took."""
@@ -217,7 +226,7 @@ def _constraint(fields: _Fields) -> Options:
 def _bias(given: Mapping[str, Any]) -> dict[int, float]:
     try:
         return {int(token): float(value) for token, value in given.items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidRequest("logit_bias must map token ids to numbers") from None
 
 
@@ -239,6 +248,8 @@ def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
             return (given,)
         case [*ids] if ids and all(_is_id(t) for t in ids):
             return (tuple(ids),)
+        case [*several] if len(several) > _MAX_PROMPTS:
+            raise InvalidRequest(f"prompt may have {_MAX_PROMPTS} texts or lists of token ids, got {len(several)}")
         case [*several] if several and all(isinstance(p, str) for p in several):
             return tuple(several)
         case [*several] if several and all(isinstance(p, list) and p and all(_is_id(t) for t in p) for p in several):
@@ -383,4 +394,4 @@ def model(known: pb.ModelStatus, created: int) -> JSON:
 def failure(error: BlitzError) -> tuple[int, JSON]:
     """→ HTTP status and body."""
     status, kind = _STATUS.get(error.code, (500, "internal_error"))
-    return status, {"error": {"message": str(error), "type": kind, "param": None, "code": status}}
+    return status, {"error": {"message": brief(str(error)), "type": kind, "param": None, "code": status}}

@@ -17,6 +17,7 @@ from blitzjax.serve.answers import Order
 from blitzjax.serve.chats import grammars_of, parser_of, render
 from blitzjax.serve.constraints import grammar_of, grammar_of_calls
 from blitzjax.serve.model import ServedModel
+from blitzjax.serve.tokenizer import Tokenizer
 from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling, ToolCallParser
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -30,7 +31,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_ID_CHARS = 256
 _MAX_TOKEN_CHARS = 256  # no vocabulary has a longer token, but for runs of spaces
-_LONG_TEXT_CHARS = 4096  # longer texts are tokenized outside the event loop
+_LONG_TEXT_CHARS = 4096  # longer texts are rendered and tokenized outside the event loop
 _WITH_DEFAULTS = (  # fields of Sampling that a request may leave to its defaults
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
     "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs")
@@ -76,9 +77,7 @@ async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tok
         case "tokens":
             _check_length(len(request.tokens.ids), "tokens", context_tokens)
             ids = tuple(request.tokens.ids)
-            wrong = next((t for t in ids if not 0 <= t < model.spec.vocab), None)
-            if wrong is not None:
-                raise InvalidRequest(f"token id {wrong} is outside the vocabulary [0, {model.spec.vocab})")
+            _check_ids(ids, model.spec.vocab)
             text = ""
             if tokenizer is not None and request.sampling.echo:
                 text = tokenizer.decode(ids).rstrip("\ufffd")  # the answer completes a character
@@ -90,11 +89,26 @@ async def prompt_of(request: pb.GenerateRequest, model: ServedModel, context_tok
             text = request.text
             ids = await _encode(tokenizer.encode, text, context_tokens) if text else ()
         case "chat":
-            text = render(request.chat, tokenizer)
+            text = await _rendered(request.chat, tokenizer, context_tokens)
             ids = await _encode(tokenizer.encode_rendered, text, context_tokens)
     if not ids:
         raise InvalidRequest("the prompt is empty; it needs at least 1 token")
+    _check_ids(ids, model.spec.vocab)  # a tokenizer may know tokens that the model has no embedding of
     return ids, text
+
+
+async def _rendered(chat: pb.Chat, tokenizer: Tokenizer, context_tokens: int) -> str:
+    """Its template says something of every message and tool."""
+    size, parts = chat.ByteSize(), len(chat.messages) + len(chat.tools)
+    _check_length(size, "bytes", context_tokens)
+    _want(parts <= context_tokens, f"the chat has {parts} messages and tools, more than the context of {context_tokens} "
+                                   "tokens can hold")
+    return render(chat, tokenizer) if size < _LONG_TEXT_CHARS else await asyncio.to_thread(render, chat, tokenizer)
+
+
+def _check_ids(ids: tuple[int, ...], vocab: int) -> None:
+    for token in (min(ids), max(ids)) if ids else ():
+        _want(0 <= token < vocab, f"token id {token} is outside the vocabulary [0, {vocab})")
 
 
 async def _encode(encode: Callable[[str], tuple[int, ...]], text: str, context_tokens: int) -> tuple[int, ...]:

@@ -65,9 +65,8 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
     print(f"controller of {', '.join(controller.models)} listens on {address}", flush=True)
     try:
         async with (_metrics(controller, host), background(controller.run(), _keep_health(controller, checker),
-                                                           stop.drain.wait()) as ended):
-            await ended  # raises what broke
-            await _drain(controller, checker, stop)
+                                                           _drain(controller, checker, stop)) as ended):
+            await ended  # raises what broke, while it drains, too
             controller.give_up()
             await server.stop(0 if stop.now.is_set() else _GRACE_S)
     finally:
@@ -100,7 +99,8 @@ def _metrics(controller: Controller, host: str) -> contextlib.AbstractAsyncConte
 
 
 async def _drain(controller: Controller, checker: health.aio.HealthServicer, stop: Stop) -> None:
-    """Unready at once; answers in flight may finish until the timeout or a second signal."""
+    """When signalled: unready at once; answers in flight may finish until the timeout or a second signal."""
+    await stop.drain.wait()
     controller.draining = True
     await checker.enter_graceful_shutdown()
     _log.info("shutting down; a second signal leaves at once")

@@ -176,7 +176,7 @@ def overlap(text: str, stop: str) -> int:
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
@@ -194,7 +194,7 @@ def _chat_templates(directory: Path, config: Mapping[str, object]) -> dict[str, 
     if isinstance(template, list):  # [{"name": "default", "template": ...}]
         return {item["name"]: item["template"] for item in template}
     if template is None and (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text()
+        template = (directory / "chat_template.jinja").read_text("utf-8")
     return {"default": template} if isinstance(template, str) else {}
 
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import grpc
 
 import blitzjax
-from blitzjax.errors import InvalidRequest
+from blitzjax.errors import InvalidRequest, UnknownModel
 from blitzjax.serve.answers import Answer, Piece
-from blitzjax.serve.frontend import answering, pieces
+from blitzjax.serve.frontend import abort, answering, pieces
 from blitzjax.types import Phase, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import vllm_engine_pb2 as vllm
@@ -67,7 +67,10 @@ class VllmEngine(rpc.VllmEngineServicer):
 
     async def GetModelInfo(self, request: vllm.GetModelInfoRequest,
                            context: grpc.aio.ServicerContext) -> vllm.GetModelInfoResponse:
-        model = self._controller.find("")
+        try:
+            model = self._controller.find("")
+        except UnknownModel as e:
+            await abort(context, e)
         spec, room, directory = model.spec, self._controller.context_tokens(model), str(model.directory)
         return vllm.GetModelInfoResponse(
             model_path=directory, tokenizer_path=directory if model.tokenizer is not None else "", is_generation=True,

@@ -119,13 +119,14 @@ MACHINES: Mapping[str, MachineCosts] = MappingProxyType({m.name: m for m in (
 
 def write(path: Path, machine: MachineCosts, model: ModelCosts) -> None:
     """One measured row. JSON writes infinity as `Infinity`, which `read` takes back."""
-    path.write_text(json.dumps({"machine": dataclasses.asdict(machine), "model": dataclasses.asdict(model)}, indent=1))
+    costs = {"machine": dataclasses.asdict(machine), "model": dataclasses.asdict(model)}
+    path.write_text(json.dumps(costs, indent=1), "utf-8")
 
 
 def read(path: Path) -> tuple[MachineCosts, ModelCosts]:
     """A row as `write` leaves it. Raises ConfigError."""
     try:
-        row = json.loads(path.read_text())
+        row = json.loads(path.read_text("utf-8"))
         spec = spec_from(row["model"].pop("spec"))
         model = {key: frozen(value) for key, value in row["model"].items()}
         return MachineCosts(**row["machine"]), ModelCosts(spec, **model)  # type: ignore[arg-type]  # as written

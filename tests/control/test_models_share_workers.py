@@ -298,6 +298,19 @@ def test_a_model_at_zero_is_undeployed() -> None:
     assert [m.name for m in world.brain.status().models] == ["big"] and not copies(world, "toy")
 
 
+def test_a_model_that_is_undeployed_while_it_fails_to_load_is_tried_nowhere_else() -> None:
+    world = World(2, config(host_copies=False))
+    world.disk_fails = {"i0"}
+    world.join("i0")
+    for _ in range(2):
+        world.obey("i0"), world.load("i0"), world.deliver("i0")
+    world.join("i1"), world.obey("i0")
+    world.send(events.ModelUndeployed(0.0, "toy"))
+    world.load("i0"), world.settle()
+    assert world.sent(Release) == [Release("i0")] and {c.instance for c in world.sent(LoadFromDisk)} == {"i0"}
+    assert not world.brain.models
+
+
 # ---- sharing
 
 

@@ -111,9 +111,9 @@ def test_a_thousand_targets_are_planned_in_50_ms() -> None:
 
 
 def _timed(top: Topology, held: dict[str, int], missing: dict[str, int]) -> float:
-    started = time.process_time()
+    started = time.thread_time()
     made = chains(top, held, missing)
-    took = time.process_time() - started
+    took = time.thread_time() - started
     assert sorted(itertools.chain(*(c[1:] for c in made))) == sorted(missing)
     return took
 

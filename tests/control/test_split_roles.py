@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from fake_world import PAGE_SIZE, PAGES, SPEC, World, config
@@ -105,6 +106,24 @@ def test_kv_that_died_with_its_target_before_it_said_so_is_made_again() -> None:
     world.log.clear()
     world.settle(compute=True)
     assert world.ended == {"r": "length"} and [c.attempt for c in world.sent(Assign)] == [2]
+
+
+def test_a_source_that_is_asked_again_takes_nothing_from_the_target_that_has_it() -> None:
+    """The target drains, and is revived for prompts before it says that the KV came: it decodes what it has."""
+    world = split(3, 1, 2)
+    prefilled(world, "r")
+    (first,) = world.sent(Migrate)
+    world.obey("i0")
+    scaler = world.brain._services["toy"].scaler
+    for prefill in (1, 2):
+        scaler.goal = replace(scaler.goal, prefill=prefill, decode=1)
+        world.tick()
+    assert [c.target == first.target for c in world.sent(Migrate)] == [True, False]
+    world.migrate("i0"), world.deliver(first.target)
+    world.exchange()
+    assert world.of(first.target).running == 1 and world.sent(Assign) == [Assign("i0", "r", 1)]
+    world.settle(compute=True)
+    assert world.ended == {"r": "length"}
 
 
 def test_the_source_decodes_on_when_nobody_else_can() -> None:

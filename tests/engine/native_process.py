@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from blitzjax.config import EngineConfig
+from blitzjax.engine import native
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
 from blitzjax.engine.stages import Stages
 from blitzjax.types import ModelSpec, Span
@@ -20,6 +21,7 @@ SPEC = ModelSpec("tiny", "llama", 1, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5,
 ROWS, CONTEXT = 4, 512
 
 if __name__ == "__main__":
+    native._BUILD_S = 600.0
     config = EngineConfig(dtype="bfloat16", max_model_len=CONTEXT, max_num_seqs=ROWS, executable_cache=sys.argv[1])
     store = LayerStore(SPEC, jax.devices()[:1])
     rng = np.random.default_rng(0)

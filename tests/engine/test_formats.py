@@ -164,8 +164,16 @@ def test_changed_directory_is_converted_again(tmp_path: Path) -> None:
     first = resolve(str(path), "float32", cache)
     assert resolve(str(path), "float32", cache) == first
     changed = tensors() | {HIDDEN: np.ones((SPEC.dim, SPEC.ffn_dim), np.float32)}
+    (path / "model.safetensors").unlink()
     write_shards(path, changed, 2)
     assert_converted(path, cache, changed)
+
+
+def test_a_file_of_all_tensors_goes_before_shards_of_an_earlier_save(tmp_path: Path) -> None:
+    path = directory(tmp_path / "hf")
+    write_shards(path, {name: np.zeros_like(array) for name, array in tensors().items()}, 2)
+    write_shards(path, tensors(), 1)
+    assert_converted(path, tmp_path / "cache", tensors())
 
 
 def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
@@ -183,7 +191,6 @@ def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
                  "extra.bias is unexpected"):
         assert text in str(caught.value)
     write_shards(path, named, 1)
-    (path / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         resolve(str(path), "float32", tmp_path / "cache")
     for text in ("model.norm.weight has shape (7,), should be (64,) (head)", "lm_head.weight has dtype I8",

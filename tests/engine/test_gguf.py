@@ -29,7 +29,7 @@ FAMILIES = json.loads((Path(__file__).parents[1] / "reference" / "families.json"
 
 def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str = "llama", merge: str = "a b",
                raw: Mapping[str, np.ndarray] = {}, kind: str = "F32", pre: str = "gpt-2",
-               settings: Mapping[str, float | str] = {}) -> None:
+               settings: Mapping[str, float | str | list[int]] = {}) -> None:
     """A one-layer GGUF file whose q and k rows are interleaved as llama.cpp stores them; `rename` gets a suffix.
 
     `raw` replaces tensors by the bytes of blocks of type `kind`, `settings` are more metadata of the architecture.
@@ -44,7 +44,7 @@ def write_gguf(path: Path, drop: str = "", rename: str = "", architecture: str =
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(5000.0)
     for name, value in settings.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add = {str: writer.add_string, float: writer.add_float32, list: writer.add_array}[type(value)]
         add(f"{architecture}.{name}", value)
     vocab = json.loads(gguf_tokenizer.bytes_only(272).tokenizer)["model"]["vocab"]
     tokens = sorted(vocab, key=vocab.__getitem__)
@@ -299,10 +299,12 @@ def test_a_factor_without_a_kind_of_scaling_is_a_linear_one(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("settings", "says"), [
     ({"expert_count": 8.0}, "llama.expert_count = 8.0 is not supported"),
+    ({"attention.key_length": [16]}, r"llama.attention.key_length = \[16\] is not supported"),
     ({"rope.scale_linear": 4.0}, "llama.rope.scale_linear = 4.0 is not supported"),
     ({"attention.causal": 0.0}, "llama.attention.causal = 0.0 is not supported; take the model's .safetensors"),
     ({"rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope' is not supported; supported: none")])
-def test_settings_that_nobody_reads_are_refused(tmp_path: Path, settings: dict[str, float | str], says: str) -> None:
+def test_settings_that_nobody_reads_are_refused(tmp_path: Path, settings: dict[str, float | str | list[int]],
+                                                says: str) -> None:
     write_gguf(tmp_path / "m.gguf", settings=settings)
     with pytest.raises(CheckpointError, match=says):
         GGUF.open(tmp_path / "m.gguf", "m", "float32")

@@ -5,6 +5,7 @@ The reference is one instance alone; a live pair must give its tokens whatever t
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from blitzjax.config import Config, EngineConfig
+from blitzjax.config import Config, EngineConfig, TransferConfig
 from blitzjax.engine import checkpoint, messages as m
 from blitzjax.engine.instance import Instance
 from blitzjax.engine.live import OldSide
@@ -26,6 +27,7 @@ from blitzjax.commands import Abort, EndLive, Release, StartLive
 from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestFinished, RequestHanded, RequestReturned
 from blitzjax.types import LivePair, LogitBias, ModelSpec, Request, Sampling, Span, Work
 
+PATIENT = replace(Config(), transfer=TransferConfig(handoff_timeout_s=60.0))  # on a machine that is busy with other things
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32", eos_token_ids=(7,))
 
 
@@ -36,7 +38,11 @@ def weights(unit: int) -> dict[str, np.ndarray]:
 
 
 class Rig:
-    """An Instance with its thread; collects what it emits."""
+    """An Instance with its thread; collects what it emits.
+
+    `acts[r] = (n, act)`: that thread calls `act` when it has said n tokens of r's answer. To a test's own thread all may be
+    over by then.
+    """
 
     def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"], checkpoint: Path | None = None,
                  own_memory: bool = False):
@@ -46,6 +52,7 @@ class Rig:
         self.handoff = HandOff("127.0.0.1", devices, own_memory)
         self.events: list[object] = []
         self.changed = threading.Condition()
+        self.acts: dict[str, tuple[int, Callable[[], object]]] = {}
         self.partner: DirectPartner | None = None  # of an OLD side
         self.session: DirectSession | None = None  # the last one in which it sent KV, once the target knows
         self.instance = Instance(name, config, self.store, stages, self.handoff, self._collect,
@@ -56,9 +63,22 @@ class Rig:
         self.thread.start()
 
     def _collect(self, output: object) -> None:
+        said = apart(output)
         with self.changed:
-            self.events += apart(output)
+            self.events += said
             self.changed.notify_all()
+        for event in said:
+            if isinstance(event, m.Tokens) and event.request_id in self.acts:
+                after, act = self.acts[event.request_id]
+                if event.start + len(event.token_ids) >= after:
+                    del self.acts[event.request_id]
+                    act()
+
+    def post(self, *messages: object) -> None:
+        """It says nothing more before all of them are in its inbox, however long this takes."""
+        with self.changed:
+            for message in messages:
+                self.instance.post(message)
 
     def load(self, units: int) -> None:
         for unit in range(self.store.units, units):
@@ -68,11 +88,12 @@ class Rig:
 
     def wait(self, condition, what: str) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: condition(self.events), 180), f"no {what}: {self.events[-5:]}"
+            assert self.changed.wait_for(lambda: condition(self.events), 300), f"no {what}: {self.events[-5:]}"
 
     def stop(self) -> None:
         self.instance.post(m.Stop())
-        self.thread.join(20)
+        self.thread.join(300)
+        assert not self.thread.is_alive()
         self.instance.check()
 
 
@@ -136,7 +157,7 @@ def rigs(tmp_path_factory):
                           executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
     made: dict[str, Rig] = {}
     for name in ("old", "new"):  # what they say to each other is the same whatever memory they have
-        made[name] = Rig(name, replace(Config(), engine=engine), made, own_memory=name == "new")
+        made[name] = Rig(name, replace(PATIENT, engine=engine), made, own_memory=name == "new")
     yield made
     for rig in made.values():
         rig.stop()
@@ -168,10 +189,16 @@ def finished(events: list[object]) -> set[str]:
     return {e.request_id for e in events if isinstance(e, RequestFinished)}
 
 
+def wait(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, f"not {what}"
+        time.sleep(0.002)
+
+
 def reference(rig: Rig, works: list[Work]) -> dict[str, list[int]]:
     rig.load(SPEC.units)
-    for item in works:
-        rig.instance.post(item)
+    rig.post(*works)
     rig.wait(lambda events: finished(events) >= {w.request.id for w in works}, "reference")
     expected = answers(rig)
     with rig.changed:
@@ -272,13 +299,11 @@ def messages(rig: Rig, item: Work) -> list[m.Tokens]:
 def test_abort_frees_everything(rigs) -> None:
     rig = rigs["old"]
     rig.load(SPEC.units)
-    for n in range(4):
-        rig.instance.post(work(n, 100, max_tokens=100, ignore_eos=True))
-    rig.wait(lambda events: len(answers(rig)) == 4, "tokens")
-    for n in range(4):
-        rig.instance.post(Abort("old", f"r{n}"))
+    rig.acts["r3"] = (1, lambda: rig.post(*[Abort("old", f"r{n}") for n in range(4)]))  # the last prompt
+    rig.post(*[work(n, 100, max_tokens=100, ignore_eos=True) for n in range(4)])
     rig.wait(lambda events: len(finished(events)) == 4, "aborts")
-    rig.instance.check()
+    assert {e.reason for e in rig.events if isinstance(e, RequestFinished)} == {"abort"} and len(answers(rig)) == 4
+    rig.stop()
     assert rig.instance.idle
 
 
@@ -289,26 +314,21 @@ def test_live_pair_gives_the_tokens_of_one_instance(rigs, mode: str, units_at_st
     expected = reference(old, WORKS)
     new.load(units_at_start)
     pair = LivePair("old", "new", mode)
-    for item in WORKS[:5]:
-        new.instance.post(item) if units_at_start == 6 else None
-    new.instance.post(StartLive("new", pair))
-    if units_at_start < 6:
-        for item in WORKS[:5]:
-            new.instance.post(item)
+    start = StartLive("new", pair)
+    new.post(*WORKS[:5], start) if units_at_start == 6 else new.post(start, *WORKS[:5])
     old.instance.post(StartLive("old", pair))
+    if units_at_start in (1, 3):  # NEW has layers to run and no embedding
+        wait(lambda: old.partner is not None and old.partner.loans, "embedded rows of OLD's")
     for units in range(units_at_start + 1, SPEC.units + 1):
         time.sleep(0.05)
         new.load(units)
         if units == 4:
-            for item in WORKS[5:]:
-                new.instance.post(item)
+            new.post(*WORKS[5:])
     old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
     for rig in (old, new):
         rig.instance.post(EndLive(rig.instance.name, pair))
     sent = {w.request.id for w in (WORKS if units_at_start < 4 else WORKS[:5])}
-    deadline = time.monotonic() + 300
-    while finished(old.events) | finished(new.events) < sent and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait(lambda: finished(old.events) | finished(new.events) == sent, "answers")
     merged = answers(new)
     for request, tokens in answers(old).items():
         assert request not in merged, "a request ran on both sides"
@@ -318,8 +338,6 @@ def test_live_pair_gives_the_tokens_of_one_instance(rigs, mode: str, units_at_st
     assert handed == set(answers(old)), "old answers exactly what it was handed"
     for rig in (old, new):
         assert rig.instance.idle
-    if units_at_start in (1, 3):  # NEW had layers to run and no embedding
-        assert old.partner.loans, "NEW ran layers with embedded rows of OLD's"
 
 
 def test_a_loan_is_as_narrow_as_it_can_be_without_losing_a_bit(rigs) -> None:
@@ -348,20 +366,15 @@ def test_a_loan_is_as_narrow_as_it_can_be_without_losing_a_bit(rigs) -> None:
 def test_old_leaves_what_it_has_not_begun_to_the_pair_and_finishes_the_rest(rigs) -> None:
     old, new = rigs["old"], rigs["new"]
     expected = reference(old, WORKS[:1])
-    slow = work(0, 5, max_tokens=200, ignore_eos=True)  # decodes for a while
-    old.instance.post(slow)
-    old.wait(lambda events: len(answers(old).get("r0", ())) >= 3, "first tokens")
-    for item in WORKS[1:4]:
-        old.instance.post(item)
     pair = LivePair("old", "new", "zigzag")
     new.instance.post(StartLive("new", pair))
-    old.instance.post(StartLive("old", pair))
-    old.wait(lambda events: "r0" in finished(events), "the answer that was begun")
-    returned = [e.request_id for e in old.events if isinstance(e, RequestReturned)]
-    begun = [e.request_id for e in old.events if isinstance(e, PrefillDone)]
-    assert sorted(returned + begun) == ["r0", "r1", "r2", "r3"] and returned
+    old.acts["r0"] = (3, lambda: old.post(*WORKS[1:4]))  # a step has room for the first of their prompts only
+    old.acts["r1"] = (1, lambda: old.post(StartLive("old", pair)))
+    old.post(work(0, 5, max_tokens=200, ignore_eos=True))
+    old.wait(lambda events: finished(events) == {"r0", "r1"}, "the answers that were begun")
+    assert [e.request_id for e in old.events if isinstance(e, PrefillDone)] == ["r0", "r1"]
+    assert [e.request_id for e in old.events if isinstance(e, RequestReturned)] == ["r2", "r3"]
     assert answers(old)["r0"][: len(expected["r0"])] == expected["r0"]
-    old.wait(lambda events: finished(events) >= set(begun), "what was begun")
     assert old.instance.idle
 
 
@@ -378,8 +391,7 @@ def test_new_goes_on_alone_behind_the_loader_when_old_is_gone(rigs, tmp_path) ->
     new.load(1)
     session.close()
     new.instance.post(EndLive("alone", pair))
-    for item in WORKS[2:]:
-        new.instance.post(item)
+    new.post(*WORKS[2:])
     new.load(SPEC.embed_unit)
     wait_for_depth(new, SPEC.layers - 1)
     assert not answers(new)
@@ -401,12 +413,11 @@ def test_an_instance_that_loads_alone_runs_its_prompts_behind_the_loader(rigs, t
             file.seek(entry.offset)
             file.write(bytes(4))
     rigs["alone"] = rig = Rig("alone", rigs["old"].instance.config, rigs, None if damage == "absent" else directory)
-    for item in WORKS:
-        rig.instance.post(item)
+    rig.post(*WORKS)
     rig.load(SPEC.embed_unit)
     ran = SPEC.layers - 1 if damage is None else 0  # the last layer is run once the head is here
     wait_for_depth(rig, ran)
-    time.sleep(0.1)
+    wait(lambda: rig.instance.rests, "the end of what it can run")
     assert {depth(rig, item) for item in WORKS} == {ran} and not answers(rig)
     rig.load(SPEC.units)
     rig.wait(lambda events: finished(events) >= set(expected), "answers")
@@ -415,10 +426,7 @@ def test_an_instance_that_loads_alone_runs_its_prompts_behind_the_loader(rigs, t
 
 def wait_for_depth(rig: Rig, layers: int) -> None:
     """Until so many layers were run over every prompt."""
-    deadline = time.monotonic() + 300
-    while any(depth(rig, item) < layers for item in WORKS):
-        assert time.monotonic() < deadline, [depth(rig, item) for item in WORKS]
-        time.sleep(0.01)
+    wait(lambda: all(depth(rig, item) >= layers for item in WORKS), f"layer {layers} of every prompt")
 
 
 def depth(rig: Rig, item: Work) -> int:

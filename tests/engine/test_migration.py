@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from blitzjax.config import Config, EngineConfig, TransferConfig
+from blitzjax.config import EngineConfig
 from blitzjax.engine import messages as m
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
 from blitzjax.types import LivePair, TokenLogprob, Work
-from test_instance import LETTERS, PENALISED, SPEC, DirectPartner, Rig, answers, apart, finished, reference, work
+from test_instance import (LETTERS, PATIENT, PENALISED, SPEC, DirectPartner, Rig, answers, depth, finished, reference, wait,
+                           work)
 
 WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tokens, sampling) in enumerate([
     (5, {}), (40, PENALISED), (64, {"temperature": 0.8, "seed": 5, "top_k": 40}),
@@ -22,36 +22,19 @@ WORKS = [work(n, tokens, max_tokens=24, ignore_eos=True, **sampling) for n, (tok
     (33, {"temperature": 1.1, "seed": 1 << 40}), (20, {"logprobs": 1, **LETTERS})])]
 
 
-class Mover(Rig):
-    """Is told to migrate a request the moment it has said so many tokens of the answer."""
-
-    def __init__(self, name: str, config: Config, rigs: dict[str, Rig]):
-        self.moves: dict[str, tuple[int, Rig]] = {}
-        super().__init__(name, config, rigs)
-
-    def _collect(self, output: object) -> None:
-        super()._collect(output)
-        for said in apart(output):
-            if isinstance(said, m.Tokens) and said.request_id in self.moves:
-                after, target = self.moves[said.request_id]
-                if said.start + len(said.token_ids) >= after:
-                    del self.moves[said.request_id]
-                    migrate(self, said.request_id, target)
-
-
 @pytest.fixture
-def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Mover]]]:
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Rig]]]:
     """Complete instances by name, with `engine` options. No prefix cache: it would cut a prompt's second run elsewhere,
     and every bit is compared."""
-    made: dict[str, Mover] = {}
+    made: dict[str, Rig] = {}
 
-    def rigs(*names: str, units: int = SPEC.units, **engine: int) -> dict[str, Mover]:
+    def rigs(*names: str, units: int = SPEC.units, **engine: int) -> dict[str, Rig]:
         options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
                    "prefix_caching": False,
                    "executable_cache": str(tmp_path_factory.getbasetemp() / "executables")} | engine
-        config = Config(engine=EngineConfig(**options), transfer=TransferConfig(handoff_timeout_s=2.0))
+        config = replace(PATIENT, engine=EngineConfig(**options))
         for name in names:
-            made[name] = Mover(name, config, made)
+            made[name] = Rig(name, config, made)
             made[name].load(units)
         return made
 
@@ -64,7 +47,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
 
 def nothing_is_taken() -> None:
     for thread in [t for t in threading.enumerate() if t.name in ("take-moved-kv", "withdraw-kv")]:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive(), "somebody waits for KV that never comes"
 
 
@@ -86,13 +69,6 @@ def ended(*rigs: Rig) -> dict[str, str]:
     return {e.request_id: e.reason for rig in rigs for e in list(rig.events) if isinstance(e, RequestFinished)}
 
 
-def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, f"not {what}"
-        time.sleep(0.002)
-
-
 def tokens_said(rig: Rig, request_id: str) -> int:
     return sum(len(e.token_ids) for e in list(rig.events) if isinstance(e, m.Tokens) and e.request_id == request_id)
 
@@ -101,13 +77,37 @@ def migrate(source: Rig, request_id: str, target: Rig) -> None:
     source.instance.post(Migrate(source.instance.name, request_id, 1, target.instance.name))
 
 
+def migrate_after(tokens: int, source: Rig, request_id: str, target: Rig) -> None:
+    """The moment the source has said so many of the answer."""
+    source.acts[request_id] = (tokens, lambda: migrate(source, request_id, target))
+
+
+def catch_up(rig: Rig) -> None:
+    """It handles all that it was told so far."""
+    migrate(rig, "nobody", rig)
+    wait(lambda: "nobody" in [e.request_id for e in of(rig, RequestFailed)], "an answer")
+
+
+def held(rig: Rig, begin: Callable[[], object], timeout_s: float = 60.0) -> list[str]:
+    """It takes KV once `begin`; give a short timeout if that is there no more by then. → where it was taken from."""
+    take, addresses = rig.handoff.take, []
+
+    def later(address, uuid, specs, _):
+        if len(specs) >= 2 and specs[0].shape != specs[1].shape:  # keys and values, no residuals
+            addresses.append(address)
+            wait(begin, "begun")
+        return take(address, uuid, specs, timeout_s)
+
+    rig.handoff.take = later
+    return addresses
+
+
 def of(rig: Rig, kind: type) -> list:
     return [e for e in list(rig.events) if isinstance(e, kind)]
 
 
 def expected(rig: Rig, works: list[Work]) -> dict[str, tuple]:
-    for item in works:
-        rig.instance.post(item)
+    rig.post(*works)
     rig.wait(lambda events: finished(events) >= {w.request.id for w in works}, "reference")
     out = client(rig)
     with rig.changed:
@@ -122,7 +122,7 @@ def test_a_moved_request_goes_on_as_if_it_had_stayed(make, after: int, tp: int) 
     for item in WORKS if tp == 1 else WORKS[1:2]:  # alone: the shapes are the same, and so is every bit of the logprobs
         alone = expected(p, [item])
         request_id = item.request.id
-        p.moves[request_id] = (after, d)
+        migrate_after(after, p, request_id, d)
         p.instance.post(item)
         wait(lambda: request_id in ended(p, d), "the end")
         assert client(p, d) == alone
@@ -135,7 +135,7 @@ def test_a_moved_request_goes_on_as_if_it_had_stayed(make, after: int, tp: int) 
 def test_kv_travels_without_the_empty_rest_of_a_cache(make) -> None:
     rigs = make("p", "d")
     for tokens, width in ((5, 32), (40, 64), (150, 256)):
-        rigs["p"].moves["r1"] = (1, rigs["d"])
+        migrate_after(1, rigs["p"], "r1", rigs["d"])
         rigs["p"].instance.post(work(1, tokens, max_tokens=20, ignore_eos=True))
         wait(lambda: "r1" in ended(rigs["d"]), "the end")
         (moved,) = of(rigs["d"], KVMigrated)
@@ -149,9 +149,9 @@ def test_many_requests_move_on_twice_while_others_are_decoded(make) -> None:
     works = WORKS[:4]
     wanted = expected(p, works)
     for n, item in enumerate(works):
-        p.moves[item.request.id], d.moves[item.request.id] = (1 + n, d), (12, e)
-    for item in works:
-        p.instance.post(item)
+        migrate_after(1 + n, p, item.request.id, d)
+        migrate_after(12, d, item.request.id, e)
+    p.post(*works)
     wait(lambda: len(ended(p, d, e)) == len(works), "ends")
     assert {i: t for i, (t, _, _) in client(p, d, e).items()} == {i: t for i, (t, _, _) in wanted.items()}
     assert {len(of(rig, KVMigrated)) for rig in (d, e)} == {len(works)} and not of(p, RequestFinished)
@@ -165,34 +165,42 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
     old, d, e = rigs["old"], rigs["d"], rigs["e"]
     new = make("new", units=0)["new"]
     wanted = expected(old, WORKS[4:5])
-    kv_takes = {rig.instance.name: slowed(rig, lambda: tokens_said(old, "r4")) for rig in (old, d)}
+    moves = then in ("nothing", "the pair ends")
+    acted = threading.Event()
+    kv_takes = {"old": held(old, lambda: leaves(old, "r4")), "d": held(d, acted.is_set, 60.0 if moves else 1.0)}
     pair = LivePair("old", "new", "zigzag")
-    new.instance.post(StartLive("new", pair))
-    new.instance.post(WORKS[4])
+    new.post(StartLive("new", pair), WORKS[4])
     new.load(SPEC.units - 1)  # all but the head
-    wait(lambda: (s := new.instance.find("r4")) and s.prefill and s.prefill.next_layer == SPEC.layers - 1, "layers")
-    old.moves["r4"] = (1, d)
+    wait(lambda: depth(new, WORKS[4]) == SPEC.layers - 1, "layers")
+    migrate_after(1, old, "r4", d)
     old.instance.post(StartLive("old", pair))
     wait(lambda: old.session is not None, "the offer")
+    offered = old.session
     if then == "the pair ends":
         old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
+        wait(lambda: old.instance._partners.old is None and not new.instance._partners.new.open, "the end of the pair")
     elif then == "another target":
         migrate(old, "r4", e)
+        wait(lambda: old.session is not offered, "the other offer")
+        catch_up(d)
     elif then == "the target is gone":
-        old.session.close()
+        offered.close()
+        wait(lambda: of(old, RequestFailed), "its end at the source")
     elif then == "abort":
         old.instance.post(Abort("old", "r4"))
+        wait(lambda: of(old, RequestFinished), "its end at the source")
+    acted.set()
     new.load(SPEC.units)
     if then in ("the target is gone", "abort"):
-        wait(lambda: of(old, RequestFailed) if then != "abort" else of(old, RequestFinished), "its end at the source")
-        assert not of(d, KVMigrated) and old.instance.idle
+        nothing_is_taken()
+        assert not ended(d) and old.instance.idle
     else:
-        wait(lambda: "r4" in ended(old, new, d, e) or of(old, RequestFailed), "the end")
-    if ended(d, e):
+        wait(lambda: "r4" in ended(d if moves else e), "the end")
         got = client(old, new, d, e)["r4"]
         assert got == wanted["r4"] and got[2] and tokens_said(old, "r4") == 1
-    if then in ("nothing", "the pair ends"):
-        assert kv_takes["old"].count(new.handoff.offer().address) < SPEC.layers - 1, "OLD took what D should take"
+    assert bool(of(d, KVMigrated)) == moves
+    if moves:
+        assert kv_takes["old"] in ([], [new.handoff.offer().address]), "OLD took what D should take"
         assert set(kv_takes["d"]) == {old.handoff.offer().address, new.handoff.offer().address}
         whole = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4 * 256
         assert [moved.kv_bytes for moved in of(d, KVMigrated)] == [whole]
@@ -207,28 +215,23 @@ def test_the_next_attempt_of_a_request_that_did_not_get_away_has_all_of_its_kv(m
     rigs = make("old", "d")
     old, new = rigs["old"], make("new", units=0)["new"]
     wanted = expected(old, WORKS[4:5])
-    slowed(old, lambda: tokens_said(old, "r4"))
+    held(old, lambda: leaves(old, "r4") or of(old, RequestFailed))
+    held(rigs["d"], lambda: of(old, RequestFailed), 1.0)
     pull, later, pair = DirectPartner.pull, threading.Event(), LivePair("old", "new", "zigzag")
-    held: list[Callable[[], None]] = []
+    pulls: list[Callable[[], None]] = []
     monkeypatch.setattr(DirectPartner, "pull", lambda link, seq: pull(link, seq) if seq == 1 or later.is_set()
-                        else held.append(lambda: pull(link, seq)))
-
-    def layers() -> bool:
-        sequence = new.instance.find("r4")
-        return sequence is not None and sequence.prefill is not None and sequence.prefill.next_layer == SPEC.layers - 1
-
-    new.instance.post(StartLive("new", pair))
-    new.instance.post(WORKS[4])
+                        else pulls.append(lambda: pull(link, seq)))
+    new.post(StartLive("new", pair), WORKS[4])
     new.load(SPEC.units - 1)
-    wait(layers, "layers")
-    old.moves["r4"] = (1, rigs["d"])
+    wait(lambda: depth(new, WORKS[4]) == SPEC.layers - 1, "layers")
+    migrate_after(1, old, "r4", rigs["d"])
     old.instance.post(StartLive("old", pair))
     wait(lambda: old.session is not None, "the offer")
     old.session.close()
-    wait(lambda: of(old, RequestFailed) and held, "the end of the first attempt, and another pull")
+    wait(lambda: of(old, RequestFailed) and pulls, "the end of the first attempt, and another pull")
     new.instance.post(replace(WORKS[4], attempt=2))
-    wait(layers, "layers once more")
-    later.set(), held.pop()()
+    wait(lambda: depth(new, WORKS[4]) == SPEC.layers - 1, "layers once more")
+    later.set(), pulls.pop()()
     wait(lambda: "r4" in ended(old), "the answer")
     assert client(old)["r4"] == wanted["r4"]
     new.load(SPEC.units)
@@ -236,19 +239,10 @@ def test_the_next_attempt_of_a_request_that_did_not_get_away_has_all_of_its_kv(m
     old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
 
 
-def slowed(rig: Rig, begin: Callable[[], object]) -> list[str]:
-    """KV is taken after `begin` only, and each piece takes its time. → where they were taken from."""
-    take, addresses = rig.handoff.take, []
-
-    def slow(address, uuid, specs, timeout_s):
-        if len(specs) >= 2 and specs[0].shape != specs[1].shape:  # keys and values, no residuals
-            addresses.append(address)
-            wait(begin, "begun")
-            time.sleep(0.2)
-        return take(address, uuid, specs, timeout_s)
-
-    rig.handoff.take = slow
-    return addresses
+def leaves(rig: Rig, request_id: str) -> bool:
+    """It has handled a Migrate."""
+    sequence = rig.instance.find(request_id)
+    return sequence is not None and rig.instance._moves.leaving(sequence)
 
 
 def test_the_source_decodes_on_when_its_target_is_gone_and_may_send_again(make) -> None:
@@ -256,12 +250,11 @@ def test_the_source_decodes_on_when_its_target_is_gone_and_may_send_again(make) 
     p, d, e = rigs["p"], rigs["d"], rigs["e"]
     wanted = expected(p, WORKS[:3])
     closed = threading.Event()
-    d.handoff.take = lambda *a, take=d.handoff.take: closed.wait() and take(*a)
-    p.moves["r0"] = (3, d)
-    for item in WORKS[:3]:
-        p.instance.post(item)
+    held(d, closed.is_set, 1.0)
+    migrate_after(3, p, "r0", d)
+    p.post(*WORKS[:3])
     wait(lambda: p.session is not None, "the offer")
-    p.moves["r0"] = (6, e)  # decoding goes on
+    migrate_after(6, p, "r0", e)  # decoding goes on
     p.session.close()  # what a broken connection looks like on both sides
     closed.set()
     wait(lambda: len(ended(p, d, e)) == 3, "ends")
@@ -273,9 +266,8 @@ def test_a_later_migrate_replaces_one_that_hangs(make) -> None:
     rigs = make("p", "d", "e")
     p, d, e = rigs["p"], rigs["d"], rigs["e"]
     wanted = expected(p, WORKS[:1])
-    d.instance.post(m.Stop())  # never answers
-    d.thread.join(20)
-    p.moves["r0"] = (1, d)
+    d.stop()  # never answers
+    migrate_after(1, p, "r0", d)
     p.instance.post(WORKS[0])
     wait(lambda: p.session is not None, "the offer")
     migrate(p, "r0", e)
@@ -288,37 +280,49 @@ def test_a_full_target_declines_and_disturbs_nobody(make) -> None:
     p, d = rigs["p"], rigs["d"]
     long = [work(n, 10, max_tokens=240, ignore_eos=True) for n in (1, 2)]
     wanted = reference(d, long)
-    held: list[m.KVArrived] = []
+    arrived: list[m.KVArrived] = []
     post = d.instance.post
-    d.instance.post = lambda message: held.append(message) if isinstance(message, m.KVArrived) else post(message)
-    p.moves["r0"] = (1, d)
+    d.instance.post = lambda message: arrived.append(message) if isinstance(message, m.KVArrived) else post(message)
+    migrate_after(1, p, "r0", d)
     p.instance.post(WORKS[0])
-    wait(lambda: held, "its KV")
-    for item in long:
-        d.instance.post(item)
-    wait(lambda: tokens_said(d, "r1") and tokens_said(d, "r2"), "tokens")
-    post(held[0])
+    wait(lambda: arrived, "its KV")
+    d.acts["r2"] = (1, lambda: post(arrived[0]))  # they came together, so both are there
+    d.post(*long)
     wait(lambda: of(p, RequestFailed), "the refusal")
     assert "no room" in of(p, RequestFailed)[0].message and not of(d, KVMigrated)
     wait(lambda: len(ended(d)) == 2, "ends")
     assert answers(d) == wanted and p.instance.idle
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.002, 0.01, 0.05])
-def test_a_request_that_is_aborted_on_its_way_is_nowhere(make, seconds: float) -> None:
+@pytest.mark.parametrize(("when", "ends"), [("offered", "p"), ("taken", "p"), ("adopted", "pd"), ("answered", "d")])
+def test_a_request_that_is_aborted_on_its_way_is_nowhere(make, when: str, ends: str) -> None:
     rigs = make("p", "d")
     p, d = rigs["p"], rigs["d"]
+    take = d.handoff.take
+
+    def abort_if(moment: str) -> None:
+        if moment == when:
+            p.instance.post(Abort("p", "r4"))
+            wait(lambda: ended(p), "the abort")
+
+    def taken(address, uuid, specs, timeout_s):
+        abort_if("offered")
+        arrays = take(address, uuid, specs, 1.0 if when == "offered" else timeout_s)
+        abort_if("taken")
+        return arrays
+
+    def abort_both() -> None:  # as the brain does when it hears that a request that is over has a new owner
+        p.instance.post(Abort("p", "r4")), d.instance.post(Abort("d", "r4"))
+
+    d.handoff.take = taken
+    if "d" in ends:
+        d.acts["r4"] = (1 if when == "adopted" else 2, abort_both)
+    migrate_after(1, p, "r4", d)
     p.instance.post(WORKS[4])
-    wait(lambda: tokens_said(p, "r4") >= 1, "tokens")
-    migrate(p, "r4", d)
-    time.sleep(seconds)
-    p.instance.post(Abort("p", "r4"))
-    wait(lambda: "r4" in ended(p) or of(d, KVMigrated), "an end, or a new owner")
-    time.sleep(0.3)
-    if of(d, KVMigrated):  # as the brain does when it hears of a request that is over
-        d.instance.post(Abort("d", "r4"))
-    wait(lambda: p.instance.idle and d.instance.idle, "idle")
-    assert len(of(p, RequestFinished)) + len(of(d, RequestFinished)) >= 1
+    wait(lambda: [rig.instance.name for rig in (p, d) if ended(rig)] == list(ends), "all ends")
+    nothing_is_taken()
+    catch_up(d)
+    assert set(ended(p, d).values()) == {"abort"} and bool(of(d, KVMigrated)) == ("d" in ends)
 
 
 def test_release_forgets_what_is_on_its_way(make) -> None:
@@ -326,8 +330,8 @@ def test_release_forgets_what_is_on_its_way(make) -> None:
         rigs = make("p", "d")
         p, d = rigs["p"], rigs["d"]
         told = threading.Event()
-        d.handoff.take = lambda *a, told=told, take=d.handoff.take: told.wait() and take(*a)
-        p.moves["r4"] = (1, d)
+        held(d, told.is_set, 1.0)
+        migrate_after(1, p, "r4", d)
         p.instance.post(WORKS[4])
         wait(lambda: p.session is not None, "the offer")
         rigs[released].instance.post(Release(released))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from blitzjax.config import Config, EngineConfig
+from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
 from blitzjax.engine import messages as m
 from blitzjax.engine.decoding import DecodeBatch
@@ -17,7 +17,8 @@ from blitzjax.engine.stages import Stages
 from blitzjax.commands import Abort, EndLive, Release, StartLive
 from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestHanded
 from blitzjax.types import LivePair, Work
-from test_instance import LETTERS, PENALISED, SPEC, Rig, answers, finished, messages, reference, work
+from test_instance import (LETTERS, PATIENT, PENALISED, SPEC, Rig, answers, depth, finished, messages, reference, wait,
+                           work)
 
 ENGINE = EngineConfig(dtype="float32", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=64)
 NUMBERS = itertools.count(100)
@@ -29,7 +30,7 @@ def rig_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., R
     made: dict[str, Rig] = {}
 
     def make(name: str = "one", own_memory: bool = False, **knobs: object) -> Rig:
-        config = replace(Config(), engine=replace(ENGINE, executable_cache=cache, **knobs))
+        config = replace(PATIENT, engine=replace(ENGINE, executable_cache=cache, **knobs))
         made[name] = Rig(name, config, made, own_memory=own_memory)
         return made[name]
 
@@ -116,13 +117,12 @@ def test_memory_that_runs_out_changes_no_answer(rig_of, monkeypatch: pytest.Monk
         tight = rig_of(f"tight {caching}", max_num_seqs=4, kv_pages=16, answer_share=0.0, prefix_caching=caching)
         tight.load(SPEC.units)
         preempted.clear()
-        for item in items:
-            tight.instance.post(item)
+        tight.post(*items)
         tight.wait(lambda events: len(finished(events)) == len(items), "answers")
         assert answers(tight) == expected and preempted
         assert items[0].request.id not in preempted, "the first always gets on"
         assert sum(isinstance(e, PrefillDone) for e in tight.events) == len(items)
-        tight.instance.check()
+        tight.stop()
         assert tight.instance.idle
 
 
@@ -130,10 +130,9 @@ def test_lower_priority_values_go_first(rig_of) -> None:
     rig = rig_of(max_num_seqs=1)
     rig.load(SPEC.units)
     items = [asking(tokens_of(50 + n, 30), max_tokens=20) for n in range(4)]
-    for item, priority in zip(items, (0, 2, 1, -1), strict=True):
-        rig.instance.post(replace(item, request=replace(item.request, priority=priority)))
-        if priority == 0:
-            rig.wait(lambda events: answers(rig), "a first token")
+    ranked = [replace(item, request=replace(item.request, priority=p)) for item, p in zip(items, (0, 2, 1, -1), strict=True)]
+    rig.acts[items[0].request.id] = (1, lambda: rig.post(*ranked[1:]))
+    rig.post(ranked[0])
     rig.wait(lambda events: len(finished(events)) == 4, "answers")
     begun = [e.request_id for e in rig.events if isinstance(e, PrefillDone)]
     assert begun == [items[n].request.id for n in (0, 3, 2, 1)]
@@ -165,9 +164,12 @@ def test_an_aborted_prompt_leaves_the_cache_whole(rig_of) -> None:
     rig.load(SPEC.units)
     for number in range(6):
         item = asking(tokens_of(7, 300), max_tokens=100)
+        abort = Abort("one", item.request.id)
+        if number % 2 == 0:
+            rig.acts[item.request.id] = (1, lambda abort=abort: rig.post(abort))
         rig.instance.post(item)
-        rig.wait(lambda events, i=item: number % 2 or i.request.id in answers(rig), "a first token")
-        rig.instance.post(Abort("one", item.request.id))
+        if number % 2:
+            rig.instance.post(abort)
         rig.wait(lambda events, i=item: i.request.id in finished(events), "the abort")
         rig.instance.check()
     assert rig.instance.idle
@@ -178,11 +180,10 @@ def test_what_a_live_pair_has_split_may_be_hit_afterwards(rig_of) -> None:
     items = [asking(tokens_of(60 + n, 70 + n)) for n in range(4)]
     expected = reference(plain, items)
     old.load(SPEC.units)
-    new.load(3)
+    new.load(SPEC.units - 1)  # all but the head
     pair = LivePair("old", "new", "zigzag")
-    new.instance.post(StartLive("new", pair))
-    for item in items:
-        new.instance.post(item)
+    new.post(StartLive("new", pair), *items)
+    wait(lambda: all(depth(new, i) == SPEC.layers - 1 for i in items), "NEW's layers of every prompt")
     old.instance.post(StartLive("old", pair))
     old.wait(lambda events: finished(events) >= {i.request.id for i in items}, "answers")
     assert answers(old) == expected and any(e.layers_helped for e in old.events if isinstance(e, m.Tokens))
@@ -205,8 +206,7 @@ def test_nothing_compiles_once_everything_was_compiled(rig_of) -> None:
     stages.compile_all()
     known = len(stages._found)
     items = [asking(tokens_of(8, size), max_tokens=40) for size in (150, 40, 200, 97, 180, 129)]
-    for item in items:
-        rig.instance.post(item)
+    rig.post(*items)
     rig.wait(lambda events: len(finished(events)) == len(items), "answers")
     assert len(stages._found) == known
 

@@ -18,7 +18,7 @@ from blitzjax.config import EngineConfig
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import resolve
 from blitzjax.engine.kvcache import SlotCache
-from blitzjax.engine.params import LayerStore, unit_arrays
+from blitzjax.engine.params import LayerStore, fill, unit_arrays
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
@@ -71,21 +71,38 @@ def test_engine_gives_the_tokens_of_the_plain_modules(tmp_path: Path, tmp_path_f
     store = LayerStore(checkpoint.spec, jax.devices()[:tp])
     for unit in range(checkpoint.spec.units):
         checkpoint.load_unit(unit, store)
+    assert served(store, tmp_path_factory, len(answer)) == answer
+
+
+def test_padding_beyond_the_last_position_changes_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+                                                          answer: list[int]) -> None:
+    """The last chunk of the prompt is padded to 96 tokens."""
+    checkpoint, max_len, table = opened(tmp_path, NNX, save_nnx), 85, "positions.embedding"
+    store = LayerStore(replace(checkpoint.spec, max_len=max_len), jax.devices()[:1])
+    for unit in range(checkpoint.spec.units):
+        arrays = checkpoint.read_unit(unit)
+        fill(store, unit, arrays | ({table: arrays[table][:max_len]} if table in arrays else {}))
+        store.commit(unit)
+    assert served(store, tmp_path_factory, len(answer)) == answer
+
+
+def served(store: LayerStore, tmp_path_factory: pytest.TempPathFactory, count: int) -> list[int]:
+    """The first tokens that the engine answers PROMPT with."""
     config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=32,
                           executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
-    runner = Runner(Stages(checkpoint.spec, config, store.mesh), store)
+    runner = Runner(Stages(store.spec, config, store.mesh), store)
     prefill = runner.begin(PROMPT)
     runner.run_span(prefill, Span(0, 3))
     runner.run_span(prefill, Span(3, 4))
     tokens = [int(runner.first_token(prefill, Sampling(), 0).tokens[0])]
     cache = SlotCache(runner.stages)
     slot = cache.place("a", prefill.kv)
-    while len(tokens) < len(answer):
+    while len(tokens) < count:
         cache.reserve(len(PROMPT) + len(tokens))
         step, lengths = np.zeros(cache.batch, np.int32), np.zeros(cache.batch, np.int32)
         step[slot], lengths[slot] = tokens[-1], len(PROMPT) + len(tokens) - 1
         tokens.append(int(runner.decode(cache, step, lengths, greedy_draws(cache.batch)).tokens[slot]))
-    assert tokens == answer
+    return tokens
 
 
 def test_windows_and_positions_matter(answer: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 from bench import netns
 
+from blitzjax.serve.channels import CONTROLLER_SERVER
 from blitzjax.serve.hosts import free_ports
 
 PEER = (sys.executable, str(Path(__file__).with_name("channel_peer.py")))
@@ -81,3 +84,21 @@ def test_both_ends_notice(how: str) -> None:
                 assert {here.line(WHOLE_S) for _ in ALL} == ALL
                 return
     raise AssertionError("pings are not allowed, whatever their pace")
+
+
+def test_of_a_burst_no_call_is_cancelled() -> None:
+    async def echo(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return request
+
+    async def burst(calls: int) -> None:
+        server = grpc.aio.server(options=CONTROLLER_SERVER)
+        method = grpc.unary_unary_rpc_method_handler(echo)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("service", {"Echo": method})])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/service/Echo")
+            await asyncio.gather(*(call(b"") for _ in range(calls)))
+        await server.stop(0)
+
+    asyncio.run(burst(2500))

@@ -81,6 +81,7 @@ def test_a_reader_that_left_is_no_error():
     (("convert", "no_such_package:build"), "--checkpoint DIR"),
     (("convert", "no_such_package:build", "--checkpoint", "."), "ModuleNotFoundError"),
     (("controller", "--workers", "i0", "--model-dir", "."), "--workers wants"),
+    (("controller", "--workers", "i0=h:1,i0=h:2", "--model-dir", "."), "--workers wants"),
     (("controller", "--workers", "i0=h:1", "--model-dir", "/nonexistent"), "not a blitzjax checkpoint"),
     (("controller", "--workers", "i0=h:1", "--model-dir", ".", "--config-json", "{"), "not JSON"),
     (("worker", "--listen", "h:99999", "--rank", "0", "--world", "1", "--coordinator", "h:1"), "--listen: wants HOST:PORT"),
@@ -109,7 +110,11 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("bench calibrate toy --out {}/text", "cannot write to {}/text"),
     ("serve toy --config {}", "cannot read config {}: Is a directory"),
     ("serve toy --config {}/text", "cannot read config {}/text: Expected"),
+    ("serve toy --config {}/scalar", "[scale] must be a table"),
     ("serve toy --config {}/binary", "cannot read config {}/binary: 'utf-8'"),
+    ("serve toy --http-port 50051", "serve.port, serve.http_port and serve.metrics_port must be different ports"),
+    ("serve toy --pool 3 --hosts a,,b", "--hosts wants HOST,HOST,..., each of them once, got 'a,,b'"),
+    ("serve toy --pool 2 --hosts a,a", "--hosts wants HOST,HOST,..., each of them once, got 'a,a'"),
     ("serve toy --host no.such.host.invalid", "cannot listen on no.such.host.invalid:50051: "),
     ("serve toy --host 192.0.2.1 --port 1234", "cannot listen on 192.0.2.1:1234: "),
     ("serve toy --ssl-certfile {} --ssl-keyfile {}", "cannot use the certificate {} with the key {}: Is a directory"),
@@ -118,10 +123,12 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("status --address grpcs://h:1 --cacert {}", "cannot read the CA certificate {}: Is a directory"),
     ("status --address grpcs://h:1 --cacert {}/text", "cannot read the CA certificate {}/text: "),
     ("cache --prune -1", "--prune wants days"),
+    ("scale --to 9999999999", "Value out of range: 9999999999"),
+    ("undeploy \udcff", "surrogates not allowed"),
 ])
 def test_what_cannot_be_used_is_named_in_one_line(command: str, says: str, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("binary", b"\0\xff\xfe")):
+    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("scalar", b"scale = 1"), ("binary", b"\0\xff\xfe")):
         (tmp_path / name).write_bytes(content)
     assert cli.main([word.replace("{}", str(tmp_path)) for word in command.split()]) == 2
     said = capsys.readouterr().err

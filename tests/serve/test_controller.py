@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 from test_resume import Toys, answered, ended, eventually, in_a_loop, order
 from toy import SPEC, toy_config, write_model
 
-from blitzjax.errors import UnknownModel
+from blitzjax.errors import InvalidRequest, UnknownModel
 from blitzjax.serve import deployments
+from blitzjax.serve.controller import Controller
 from blitzjax.serve.model import load_model
+from blitzjax.serve.resume import with_journal
+from blitzjax.serve.server import serve
 from blitzjax.v1 import inference_pb2
 
 
@@ -64,6 +69,17 @@ async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(t
 
 
 @in_a_loop
+async def test_with_split_roles_a_model_gets_instances_of_both_or_is_refused(toys, tmp_path):
+    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
+    async with toys("cluster.pool=2", "scale.roles=split") as world:
+        controller = world.start()
+        for bounds, says in (({"min_instances": 0}, "1 <= min"), ({"max_instances": 1}, r"max \(1\) - 1 that decode"),
+                             ({}, "2 workers, 2 of them promised")):
+            with pytest.raises(InvalidRequest, match=says):
+                await deployments.deploy(controller, inference_pb2.DeployRequest(directory=str(directory), **bounds))
+
+
+@in_a_loop
 @pytest.mark.parametrize("full", ["events", "journal"])
 async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, full: str):
     async with toys(f"serve.event_log={tmp_path / 'events'}") as world:
@@ -96,3 +112,17 @@ async def test_a_model_keeps_the_name_that_it_is_served_by(model_dir, tmp_path):
         [answer] = world.controller.submit(order("r", 1, 20, model="mine"), resume=True)
         await ended(answer)
         assert answer.generated == answered(1, 20) and list(world.controller.models) == ["mine"]
+
+
+@in_a_loop
+async def test_a_brain_that_breaks_ends_a_controller_that_drains(model_dir):
+    config = toy_config("serve.shutdown_timeout_s=600.0")
+    controller = with_journal(lambda: Controller(config, [load_model(model_dir)], {"i0": "127.0.0.1:1"}), None)
+    controller.submit(order("r", 1))  # waits for a worker
+    serving = asyncio.create_task(serve(controller, "", None, None))
+    await asyncio.sleep(0)  # it listens to signals
+    os.kill(os.getpid(), signal.SIGTERM)
+    await eventually(lambda: controller.draining)
+    controller.on_event("no event")
+    with pytest.raises(AttributeError):
+        await asyncio.wait_for(serving, 30)

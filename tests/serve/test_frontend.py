@@ -168,6 +168,8 @@ def test_default_max_tokens_shrinks_to_what_fits(client):
     ([1] * 512, {}, r"512 tokens\) \+ max_tokens \(1\)"),
     ("a" * (512 * 256 + 1), {}, "131073 characters, far more than the context of 512 tokens can hold"),
     ([1] * (512 * 256 + 1), {}, "131073 tokens, far more than the context of 512 tokens can hold"),
+    ([{"role": "user", "content": "x"}] * 513, {}, "513 messages and tools, more than the context of 512 tokens can hold"),
+    ([{"role": "user", "content": "ü" * 65536}], {}, "bytes, far more than the context of 512 tokens can hold"),
     ([VOCAB], {}, f"token id {VOCAB} is outside the vocabulary"),
     ([-1], {}, "token id -1 is outside"),
     ("a", {"temperature": -0.1}, r"temperature must be in \[0, 100\]"),

@@ -111,6 +111,8 @@ def test_what_cannot_be_deployed_is_refused(client: Client, tmp_path: Path) -> N
         client.deploy(greedy, min_instances=2, max_instances=1)
     with pytest.raises(UnknownModel):
         client.undeploy("greedy")
+    with pytest.raises(InvalidRequest, match="say which model to undeploy: left, right"):
+        client.undeploy("")
 
 
 def test_a_killed_keeper_is_replaced(cluster: LocalCluster, client: Client) -> None:

@@ -19,6 +19,7 @@ import pytest
 from blitzjax import commands, config as configs, events
 from blitzjax.engine import messages
 from blitzjax.engine.convert import TINY, write_random
+from blitzjax.engine.stages import Stages
 from blitzjax.serve import codec
 from blitzjax.serve.hosts import free_ports
 from blitzjax.serve.model import load_model
@@ -82,6 +83,32 @@ def test_a_worker_forgets_what_was_undeployed_while_it_had_no_controller(tmp_pat
             if isinstance(event := said(outbox), events.TransferEnded):
                 ended[event.ticket] = event.units, event.error
     assert ended == {1: (0, "m0 is not here"), 2: (2 + 2, "")}
+
+
+def test_a_session_is_resumed_while_a_model_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure = configured(tmp_path)
+    configure.session = "journal/1"
+    later = configure.models.pop()
+    compiling, compiled = threading.Event(), threading.Event()
+    with worker(configure) as node:
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        assert said(outbox).models == ("m0",)
+        monkeypatch.setattr(Stages, "compile_all", lambda *_: compiling.set() or compiled.wait())
+        node.take(pb.WorkerCommand(deploy=later), outbox)
+        compiling.wait()
+        node.detach(outbox)
+        configure.models.append(later)
+        configure.resume, configure.received = True, 1
+        outbox = Outbox()
+        attaching = threading.Thread(target=node.attach, args=(configure, outbox))
+        attaching.start()
+        attaching.join(30)
+        resumed = not attaching.is_alive()
+        compiled.set()
+        attaching.join()
+        assert resumed and next(iter(outbox)).resumed.taken == 1
+        monkeypatch.undo()
 
 
 def test_a_worker_whose_engine_is_stuck_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -11,6 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from blitzjax.errors import CheckpointError, InvalidRequest
+from blitzjax.serve.asking import generate_request
+from blitzjax.serve.model import load_model
+from blitzjax.serve.orders import prompt_of
 from blitzjax.serve.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
 
 _TOY: list[Tokenizer] = []
@@ -39,6 +44,19 @@ def test_others_work_while_a_long_text_is_tokenized(toy):
                 pauses[-1] += 1
             assert len(ids.result()) == len(text)
     assert max(pauses) > 10
+
+
+def test_text_of_tokens_that_the_model_lacks_is_refused(model_dir, toy):
+    """As "<image_soft_token>" is for Gemma 3's smaller models, whose tokenizer is that of the larger ones."""
+    model, ids = load_model(model_dir), toy.encode("ab")
+
+    def prompt(vocab: int) -> tuple[int, ...]:
+        smaller = replace(model, spec=replace(model.spec, vocab=vocab))
+        return asyncio.run(prompt_of(generate_request("ab", {}), smaller, 2000))[0]
+
+    assert prompt(max(ids) + 1) == ids
+    with pytest.raises(InvalidRequest, match=f"token id {max(ids)} is outside the vocabulary"):
+        prompt(max(ids))
 
 
 def test_special_tokens_are_skipped(toy):

@@ -114,6 +114,8 @@ def told(**message: object) -> dict[str, object]:
     (told(content=None, tool_calls={}), "content must be a text"),
     (told(content=None, tool_calls=[{**CALL, "function": {"name": "f", "arguments": "{"}}]), "call '123456789' are not JSON"),
     (told(content=None, tool_calls=[{**CALL, "function": {"name": "f", "arguments": "1"}}]), "must be a JSON object"),
+    (told(content=None, tool_calls=[{**CALL, "function": {"name": "f", "arguments": r'{"a": "\ud800"}'}}]), "surrogates"),
+    (function(parameters={"title": "\ud800"}), "surrogates"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "with tool_call_id")])
 def test_mistakes_are_named(hermes, body, says) -> None:
     with pytest.raises(InvalidRequest, match=says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -9,8 +10,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_frontend import LASTING, quiet, toy
-from toy import AT_ONCE_S, EOS, VOCAB, eventually, held
+from toy import AT_ONCE_S, EOS, VOCAB, eventually, held, toy_config
 
+from blitzjax.serve.controller import Controller
+from blitzjax.serve.resume import with_journal
+from blitzjax.serve.vllm_engine import VllmEngine
 from blitzjax.v1 import vllm_engine_pb2 as vllm
 from blitzjax.v1 import vllm_engine_pb2_grpc as rpc
 
@@ -124,3 +128,21 @@ def test_model_server_and_load(stub, cluster):
     assert (load.num_running_reqs, load.num_total_reqs, load.max_running_requests) == (1, 1, 4)
     assert 0 < load.num_used_tokens <= load.max_total_num_tokens and 0 < load.token_usage < 1
     running.cancel()
+
+
+def test_without_a_model_it_says_so() -> None:
+    async def ask() -> None:
+        controller = with_journal(lambda: Controller(toy_config(), [], {"i0": "127.0.0.1:1"}), None)
+        server = grpc.aio.server()
+        rpc.add_VllmEngineServicer_to_server(VllmEngine(controller), server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            try:
+                await rpc.VllmEngineStub(channel).GetModelInfo(vllm.GetModelInfoRequest())
+            finally:
+                await server.stop(0)
+
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        asyncio.run(ask())
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND

@@ -45,10 +45,13 @@ THREE_LANES = Plan([[0, 3, 6], [1, 4], [2, 5]], [[3, 4, 5, 6]])
 
 
 def begin(cluster: Cluster, plan: Plan, start: int = 0, stop: int = UNITS, paces: tuple[float, ...] = (0.0,) * 3,
-          **more: object) -> None:
-    for rank, order in plan.orders(cluster.generation()).items():
-        pace_s = paces[plan.lane(rank)] if rank in [chain[0] for chain in plan.chains] else 0.0
-        cluster.peers[rank].send("multicast", start=start, stop=stop, pace_s=pace_s, **order, **more)
+          holds: tuple[int, ...] = (0,) * 3, generation: int | None = None, **more: object) -> None:
+    """Sources have a pace, and may hold, each lane's its own."""
+    generation = cluster.generation() if generation is None else generation
+    for rank, order in plan.orders(generation).items():
+        lane = plan.lane(rank)
+        source = {"pace_s": paces[lane], "hold": holds[lane]} if rank == plan.chains[lane][0] else {}
+        cluster.peers[rank].send("multicast", start=start, stop=stop, **source, **order, **more)
 
 
 def answers(cluster: Cluster, ranks: list[int]) -> dict[int, dict]:

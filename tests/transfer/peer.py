@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ parser.add_argument("--coordinator", default="")
 parser.add_argument("--rank", type=int, default=0)
 parser.add_argument("--size", type=int, default=1)
 parser.add_argument("--lanes", type=int, default=1)
-parser.add_argument("--timeout-s", type=float, default=3.0)
+parser.add_argument("--timeout-s", type=float, default=100.0)  # of a collective
 args = parser.parse_args()
 
 faulthandler.register(signal.SIGUSR1)  # where does it hang?
@@ -33,10 +34,11 @@ import numpy as np  # noqa: E402
 
 from blitzjax.errors import TransferError  # noqa: E402
 from blitzjax.transfer.broadcast import Part, Share, prepare  # noqa: E402
-from blitzjax.transfer.handoff import HandOff  # noqa: E402
+from blitzjax.transfer import handoff  # noqa: E402
 from blitzjax.transfer.pieces import aligned_empty, digest  # noqa: E402
 from blitzjax.transfer.world import World  # noqa: E402
 
+PATIENCE_S = 100.0  # nobody else's silence for less is a failure here
 UNIT_BYTES = [300_001, 200_000, 200_000, 200_000, 200_000, 200_000, 64]
 
 
@@ -84,11 +86,12 @@ def random_array(shape: list[int], dtype: str, seed: int) -> jax.Array:
 
 class Peer:
     def __init__(self) -> None:
-        self.world = World(args.coordinator, args.rank, args.size, "127.0.0.1", args.lanes, 32, args.timeout_s, 3.0)
+        self.world = World(args.coordinator, args.rank, args.size, "127.0.0.1", args.lanes, 32, PATIENCE_S, PATIENCE_S)
         self.slabs = ToySlabs(args.lanes)
-        self.handoff = HandOff("127.0.0.1", jax.devices())
+        self.handoff = handoff.HandOff("127.0.0.1", jax.devices())
         self.steps = 0
         self.cancel = threading.Event()
+        self.go = threading.Event()
 
     def serve(self) -> None:
         step = jax.jit(lambda x: jnp.tanh(x @ x))
@@ -119,10 +122,13 @@ class Peer:
         return self.slabs.crcs()
 
     def multicast(self, ranks: list[int], generation: int, start: int, stop: int, chunk: int = 65536,
-                  pace_s: float = 0.0, part: tuple[int, int] = (0, 1), ring: tuple[int, ...] = (),
-                  parts: tuple[int, ...] = (), ring_generation: int = 0) -> dict[str, object]:
-        self.cancel.clear()
+                  pace_s: float = 0.0, hold: int = 0, meet_s: float = PATIENCE_S, part: tuple[int, int] = (0, 1),
+                  ring: tuple[int, ...] = (), parts: tuple[int, ...] = (), ring_generation: int = 0) -> dict[str, object]:
+        """A source that must `hold` waits before the end of that unit, the first being 1, until told to go on."""
+        self.cancel.clear(), self.go.clear()
+        self.world.collective_timeout_s = meet_s
         touched: list[int] = []
+        asked = itertools.count(1)
         began = time.perf_counter()
         share = Share(Part(*part), tuple(ring), tuple(parts), ring_generation)
         session = prepare(self.world, ranks, generation, args.lanes, chunk, share)
@@ -135,6 +141,8 @@ class Peer:
 
         def cancelled() -> bool:
             time.sleep(pace_s)
+            if next(asked) == hold:
+                self.go.wait()
             return self.cancel.is_set()
 
         reached = session.run(self.slabs, start, stop, on_unit, cancelled)
@@ -152,7 +160,8 @@ class Peer:
         return all(a.dtype == w.dtype and np.asarray(a).tobytes() == np.asarray(w).tobytes()
                    for a, w in zip(arrays, wanted, strict=True))
 
-    def withdraw(self, uuid: int) -> bool:
+    def withdraw(self, uuid: int, timeout_s: float) -> bool:
+        handoff._WITHDRAW_TIMEOUT_S = timeout_s
         return self.handoff.withdraw(uuid)
 
 
@@ -183,8 +192,10 @@ def main() -> None:
     threading.Thread(target=obey, daemon=True).start()
     for line in sys.stdin:
         order = json.loads(line)
-        if order["op"] == "cancel":
-            peer.cancel.set()
+        if order["op"] in ("go", "cancel"):
+            if order["op"] == "cancel":
+                peer.cancel.set()
+            peer.go.set()
         else:
             work.append(order)
             arrived.release()

@@ -9,24 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from transfer_peers import Cluster, cluster_of
+from transfer_peers import HEARTBEAT_S, Cluster, cluster_of
 
 UNITS = 7
-TIMEOUT_S = 3.0  # peer.py's collective timeout
+TIMEOUT_S = 10.0  # of a collective: long for one that gets on, and the test waits for it
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_module: Path) -> Iterator[Cluster]:
-    with cluster_of(tmp_module, 4, 1) as cluster:
+    with cluster_of(tmp_module, 4, 1, TIMEOUT_S) as cluster:
         cluster.join()
         yield cluster
 
 
-def begin(cluster: Cluster, ranks: list[int], start: int = 0, pace_s: float = 0.0) -> None:
+def begin(cluster: Cluster, ranks: list[int], start: int = 0, hold: int = 0) -> None:
     generation = cluster.generation()
     for rank in ranks:
         cluster.peers[rank].send("multicast", ranks=ranks, generation=generation, start=start, stop=UNITS,
-                                 pace_s=pace_s if rank == ranks[0] else 0)
+                                 hold=hold if rank == ranks[0] else 0)
 
 
 def empty(cluster: Cluster, ranks: list[int]) -> None:
@@ -34,13 +34,16 @@ def empty(cluster: Cluster, ranks: list[int]) -> None:
         cluster.peers[rank].ask("fill", units=0, seed=0)
 
 
-def errors(cluster: Cluster, ranks: list[int]) -> None:
-    """All of `ranks` report a failure in time and live on."""
-    began = time.monotonic()
-    for rank in ranks:
-        assert "error" in cluster.peers[rank].answer()
-    assert time.monotonic() - began < TIMEOUT_S + 3
+def errors(cluster: Cluster, ranks: list[int]) -> list[str]:
+    """All of `ranks` report a failure, though the library itself would wait for half an hour, and live on."""
+    found = [cluster.peers[rank].answer()["error"] for rank in ranks]
     assert all(cluster.peers[rank].alive() for rank in ranks)
+    return found
+
+
+def come_back(cluster: Cluster, rank: int) -> None:
+    cluster.peers[rank].start()
+    assert cluster.peers[rank].ask("join") < HEARTBEAT_S / 2, "nobody need notice that it was gone"
 
 
 def finish(cluster: Cluster, ranks: list[int], start: int, wanted: object) -> None:
@@ -57,9 +60,11 @@ def test_killed_member_costs_only_its_chain(cluster: Cluster, victim: int) -> No
     empty(cluster, [1, 2])
     wanted = cluster.peers[3].ask("fill", units=UNITS, seed=7)
     assert cluster.peers[0].ask("fill", units=UNITS, seed=7) == wanted
-    begin(cluster, [0, 1, 2], pace_s=0.2)
+    begin(cluster, [0, 1, 2], hold=4)
     assert [cluster.peers[2].wait_unit() for _ in range(2)] == [0, 1]
     cluster.peers[victim].kill()
+    if victim != 0:
+        cluster.peers[0].send("go")
     errors(cluster, survivors)
     held = cluster.peers[2].ask("crcs")
     assert 2 <= len(held) < UNITS and held == wanted[:len(held)]
@@ -67,22 +72,22 @@ def test_killed_member_costs_only_its_chain(cluster: Cluster, victim: int) -> No
     receivers = [rank for rank in survivors if rank != 0]
     start = min(len(cluster.peers[rank].ask("crcs")) for rank in receivers)
     finish(cluster, [3, *receivers], start, wanted)
-    cluster.peers[victim].start()
-    assert cluster.peers[victim].ask("join") < 10
+    come_back(cluster, victim)
     finish(cluster, [2, victim], 0, wanted)
     assert all(peer.alive() for peer in cluster.peers)
 
 
-def test_member_that_died_before_the_first_tick_is_reported_in_time(cluster: Cluster) -> None:
+def test_member_that_died_before_the_first_tick_is_reported(cluster: Cluster) -> None:
+    """By those who wait for it before they begin: gloo would take its own 30 s."""
     cluster.peers[0].ask("fill", units=UNITS, seed=7)
     empty(cluster, [1])
     cluster.peers[2].kill()
     generation = cluster.generation()
     for rank in (0, 1):
-        cluster.peers[rank].send("multicast", ranks=[0, 1, 2], generation=generation, start=0, stop=UNITS)
-    errors(cluster, [0, 1])
-    cluster.peers[2].start()
-    assert cluster.peers[2].ask("join") < 10
+        cluster.peers[rank].send("multicast", ranks=[0, 1, 2], generation=generation, start=0, stop=UNITS,
+                                 meet_s=3.0)
+    assert all("did not meet" in error for error in errors(cluster, [0, 1]))
+    come_back(cluster, 2)
 
 
 def test_stopped_member_times_out_and_a_failed_generation_is_refused(cluster: Cluster) -> None:
@@ -90,11 +95,12 @@ def test_stopped_member_times_out_and_a_failed_generation_is_refused(cluster: Cl
     empty(cluster, [1, 2])
     generation = cluster.generation()
     order = {"ranks": [0, 1, 2], "generation": generation, "start": 0, "stop": UNITS}
-    cluster.peers[0].send("multicast", pace_s=0.2, **order)
+    cluster.peers[0].send("multicast", hold=4, **order)
     for rank in (1, 2):
         cluster.peers[rank].send("multicast", **order)
     cluster.peers[2].wait_unit()
     cluster.peers[1].process.send_signal(signal.SIGSTOP)
+    cluster.peers[0].send("go")
     errors(cluster, [0, 2])
     cluster.peers[1].process.send_signal(signal.SIGCONT)
     assert "error" in cluster.peers[1].answer()

@@ -14,12 +14,12 @@ from blitzjax.transfer import compat
 
 def test_one_rank_world_runs_a_jit_on_its_own_client_beside_the_default_one() -> None:
     address = f"127.0.0.1:{free_port()}"
-    service = compat.start_coordination_service(address, 1, 5.0)
-    distributed = compat.connect_distributed(address, 0, 5.0, 10.0)
+    service = compat.start_coordination_service(address, 1, 100.0)
+    distributed = compat.connect_distributed(address, 0, 100.0, 300.0)
     try:
         client = compat.make_comm_client(distributed, 0, 1, "127.0.0.1", 3)
         assert len(client.devices()) == 3 and client is not jax.devices("cpu")[0].client
-        compat.wait_for_ranks(distributed, "alone", [0], 1.0)
+        compat.wait_for_ranks(distributed, "alone", [0], 100.0)
         with compat.without_persistent_cache():
             x = jax.device_put(np.ones(4, np.float32), client.devices()[1])
             assert float(jax.jit(lambda v: v.sum())(x)) == 4.0

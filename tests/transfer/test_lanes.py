@@ -67,16 +67,15 @@ def test_lanes_of_different_bytes_are_refused(cluster: Cluster) -> None:
 def test_cancelled_sources_end_all_lanes_at_one_unit(cluster: Cluster) -> None:
     wanted = fill(cluster, TWO_DOMAINS, seed=1)
     plan, generation = TWO_DOMAINS, cluster.generation()
-    for _ in range(2):  # the cliques stay usable
-        for rank, order in plan.orders(generation).items():
-            cluster.peers[rank].send("multicast", start=0, stop=UNITS, pace_s={0: 0.1, 1: 0.2}.get(rank, 0), **order)
-        cluster.peers[4].wait_unit()
-        for rank in plan.ranks:
+    for holds, cancelled in (((4, 4), plan.ranks), ((5, 4), SOURCES)):  # the cliques stay usable
+        begin(cluster, plan, holds=holds, generation=generation)
+        for rank in plan.targets:
+            assert [cluster.peers[rank].wait_unit() for _ in range(3)] == [0, 1, 2]
+        for rank in cancelled:
             cluster.peers[rank].send("cancel")
         done = answers(cluster, plan.ranks)
-        reached = min(done[rank]["done"]["reached"] for rank in SOURCES)
-        assert 1 <= reached < UNITS
+        assert tuple(done[rank]["done"]["reached"] for rank in SOURCES) == holds
         for rank in plan.targets:
-            assert done[rank]["done"]["reached"] == reached
-            assert cluster.peers[rank].ask("crcs") == wanted[:reached]
+            assert done[rank]["done"]["reached"] == 4
+            assert cluster.peers[rank].ask("crcs") == wanted[:4]
             cluster.peers[rank].ask("fill", units=0, seed=0)

@@ -45,15 +45,16 @@ def handoff() -> HandOff:
     return HandOff("127.0.0.1", jax.devices()[:2], own_memory=True)
 
 
-def test_an_offer_is_taken_once_or_withdrawn(handoff: HandOff) -> None:
+def test_an_offer_is_taken_once_or_withdrawn(handoff: HandOff, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [[placed("whole", 2, "float32"), placed("last", 2), placed("first", 2)], [placed("whole", 1)]]
     offered = handoff.offer(*groups)
     for uuid, arrays in zip(offered.uuids, groups, strict=True):
-        got = handoff.take(offered.address, uuid, [spec(a) for a in arrays], 10.0)
+        got = handoff.take(offered.address, uuid, [spec(a) for a in arrays], 60.0)
         for one, sent in zip(got, arrays, strict=True):
             assert one.sharding == sent.sharding
             np.testing.assert_array_equal(one, sent)
         assert handoff.offers(uuid) and not handoff.withdraw(uuid) and not handoff.offers(uuid)
+    monkeypatch.setattr("blitzjax.transfer.handoff._WITHDRAW_TIMEOUT_S", 60.0)
     assert all(handoff.withdraw(uuid) for uuid in handoff.offer(*groups).uuids)
 
 
@@ -63,10 +64,10 @@ def test_a_withdrawal_in_vain_ends_no_other(handoff: HandOff) -> None:
     offered = handoff.offer([array], [array])
     uuids = offered.uuids
     for uuid in uuids:
-        handoff.take(offered.address, uuid, [spec(array)], 10.0)
+        handoff.take(offered.address, uuid, [spec(array)], 60.0)
     with ThreadPoolExecutor(1) as beside:
         first = beside.submit(handoff.withdraw, uuids[0])
         time.sleep(0.3)
         began = time.monotonic()
-        assert not handoff.withdraw(uuids[1]) and not first.result(5)
+        assert not handoff.withdraw(uuids[1]) and not first.result(60)
     assert time.monotonic() - began > 0.9

@@ -12,8 +12,8 @@ from blitzjax.transfer.world import World
 def test_programs_of_cliques_that_nobody_forms_any_more_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worlds, "_MAX_TICKS", 2)
     address = f"127.0.0.1:{free_port()}"
-    service = compat.start_coordination_service(address, 1, 5.0)
-    world = World(address, 0, 1, "127.0.0.1", 1, 4, 5.0, 5.0)
+    service = compat.start_coordination_service(address, 1, 100.0)
+    world = World(address, 0, 1, "127.0.0.1", 1, 4, 100.0, 100.0)
     try:
         world.join()
         first, second = world.tick([0], 0, 64), world.tick([0], 1, 64)

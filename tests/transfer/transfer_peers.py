@@ -16,7 +16,8 @@ from pathlib import Path
 
 PEER = Path(__file__).with_name("peer.py")
 ROOT = Path(__file__).parents[2]
-ANSWER_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 300.0
+HEARTBEAT_S = 100.0
 
 
 def free_port() -> int:
@@ -90,7 +91,7 @@ class Peer:
 class Cluster:
     """A coordinator and `size` peers that have joined. `generation()` never repeats."""
 
-    def __init__(self, tmp: Path, size: int, lanes: int) -> None:
+    def __init__(self, tmp: Path, size: int, lanes: int, timeout_s: float) -> None:
         address = f"127.0.0.1:{free_port()}"
         self.lanes = lanes
         self._generations = itertools.count()
@@ -98,9 +99,9 @@ class Cluster:
         with (tmp / "coordinator.log").open("wb") as log:
             self.coordinator = subprocess.Popen(
                 [sys.executable, "-m", "blitzjax.transfer.coordinator", "--address", address, "--size", str(size),
-                 "--heartbeat-s", "10"], env=env, stderr=log)
+                 "--heartbeat-s", str(HEARTBEAT_S)], env=env, stderr=log)
         self.peers = [Peer(tmp / f"peer{rank}.log", "--coordinator", address, "--rank", str(rank), "--size", str(size),
-                           "--lanes", str(lanes)) for rank in range(size)]
+                           "--lanes", str(lanes), "--timeout-s", str(timeout_s)) for rank in range(size)]
 
     def join(self) -> None:
         for peer in self.peers:
@@ -115,12 +116,13 @@ class Cluster:
         for peer in self.peers:
             peer.kill()
         self.coordinator.terminate()
-        assert self.coordinator.wait(10) == 0
+        assert self.coordinator.wait(ANSWER_TIMEOUT_S) == 0
 
 
 @contextlib.contextmanager
-def cluster_of(tmp: Path, size: int, lanes: int) -> Iterator[Cluster]:
-    cluster = Cluster(tmp, size, lanes)
+def cluster_of(tmp: Path, size: int, lanes: int, timeout_s: float = 100.0) -> Iterator[Cluster]:
+    """`timeout_s`: of a collective that does not get on."""
+    cluster = Cluster(tmp, size, lanes, timeout_s)
     try:
         yield cluster
     finally:
