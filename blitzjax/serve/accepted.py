@@ -24,6 +24,7 @@ class _Visit:
     at: float
     first: int
     answers: tuple[Answer, ...]
+    model: ServedModel  # it may be undeployed before the client has everything
     key: str = ""  # of its client, which may come back at any time; empty: after a crash only
     left_s: float | None = None  # when its stream had ended with everything
 
@@ -84,7 +85,7 @@ class Accepted:
         answers = tuple(Answer(f"{order.request_id}#{first + index}", order, index, model, at, changed)
                         for index in range(order.n))
         self.next_number = first + order.n
-        self._visits[order.request_id] = _Visit(at, first, answers)
+        self._visits[order.request_id] = _Visit(at, first, answers, model)
         self._unclaimed.pop(order.request_id, None)
         self._running |= {answer.request.id: answer for answer in answers}
         return answers
@@ -95,21 +96,31 @@ class Accepted:
 
         A seed that was drawn then is not drawn again.
         """
-        visit = self._visits.get(order.request_id)
-        if visit is None or not (visit.key == key if visit.key else order.request_id in self._unclaimed):
+        visit = self._claimable(order.request_id, key)
+        if visit is None:
             return None
         known = visit.answers[0].order
         if replace(order, sampling=replace(order.sampling, seed=known.sampling.seed)) != known:
             return None
         self._unclaimed.pop(order.request_id, None)
-        changed, model, earlier = asyncio.Event(), self.models[order.model], visit.answers
-        visit.answers, visit.left_s = tuple(answer.again(model, changed) for answer in earlier), None
+        changed, earlier = asyncio.Event(), visit.answers
+        visit.answers, visit.left_s = tuple(answer.again(visit.model, changed) for answer in earlier), None
         for answer in visit.answers:
             if answer.request.id in self._running:
                 self._running[answer.request.id] = answer
         for answer in earlier:
             answer.fail("ABORTED", "the client has called again")
         return self.attend(order.request_id, key)
+
+    def model_of(self, request_id: str, key: str) -> ServedModel | None:
+        """That of an order which its client may claim."""
+        visit = self._claimable(request_id, key)
+        return None if visit is None else visit.model
+
+    def _claimable(self, request_id: str, key: str) -> _Visit | None:
+        visit = self._visits.get(request_id)
+        may = visit is not None and (visit.key == key if visit.key else request_id in self._unclaimed)
+        return visit if may else None
 
     def attend(self, request_id: str, key: str) -> tuple[Answer, ...]:
         """A known order's answers, for who may come back with `key`."""

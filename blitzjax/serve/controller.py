@@ -114,6 +114,11 @@ class Controller:
             raise UnknownModel(f"no model {name!r} here; served: {', '.join(self.models) or 'none'}")
         return model
 
+    def asked(self, name: str, request_id: str, key: str) -> ServedModel:
+        """`find` for a request. A client that comes back asks for the model of its answer, which may be undeployed by now."""
+        known = self._orders.model_of(request_id, key)
+        return known if known is not None and name in ("", known.name) else self.find(name)
+
     def context_tokens(self, model: ServedModel) -> int:
         return min(self.config.engine.max_model_len, model.spec.max_len)
 

@@ -21,7 +21,7 @@ from toy import RESUME_S, SPEC, toy_config, write_model
 from toy_worker import ToyWorker
 
 from blitzjax.config import Config
-from blitzjax.errors import ConfigError, InvalidRequest, Unavailable
+from blitzjax.errors import ConfigError, InvalidRequest, Unavailable, UnknownModel
 from blitzjax.events import TransferEnded
 from blitzjax.serve import deployments, links
 from blitzjax.serve import journal as journals
@@ -340,6 +340,27 @@ async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
         await ended(answer)
         assert (answer.generated, answer.attempts) == (answered(1, 60), 1)
         assert all(set(worker.toy.specs) == {"toy", "2nd"} for worker in world.workers)
+
+
+@in_a_loop
+async def test_an_answer_of_a_model_that_is_undeployed_waits_for_its_client(toys, tmp_path):
+    second = load_model(write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd")))
+    async with toys() as world:
+        world.start()
+        await world.serving(1)
+        world.controller.deploy(second, 1, None)
+        await world.serving(2)
+        [before] = world.controller.submit(order("r", 1, 60, model="2nd"))
+        await eventually(lambda: before.generated)
+        controller = await world.restart()
+        await deployments.undeploy(controller, "2nd")
+        assert list(controller.models) == ["toy"]
+        for name in ("", "2nd"):
+            assert controller.asked(name, "r", "").spec == second.spec
+        [answer] = controller.submit(order("r", 1, 60, model="2nd"), resume=True)
+        assert (answer.generated, answer.finish_reason) == (answered(1, 60), "length")
+        with pytest.raises(UnknownModel):
+            controller.asked("2nd", "other", "")
 
 
 @pytest.mark.parametrize("name", ["", "other"])
