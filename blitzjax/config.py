@@ -122,9 +122,9 @@ def load(path: Path | None = None, overrides: typing.Sequence[str] = ()) -> Conf
         table, dot, name = key.strip().partition(".")
         if not eq or not dot:
             raise ConfigError(f"--set wants table.key=value, got {text!r}")
-        if not isinstance(tables.setdefault(table, {}), dict):
-            raise ConfigError(f"[{table}] must be a table")
-        tables[table][name] = _parse_scalar(value.strip())
+        values = tables.setdefault(table, {})
+        if isinstance(values, dict):  # else it is refused below
+            values[name] = _parse_scalar(value.strip())
     return from_tables(tables)
 
 
