@@ -119,13 +119,17 @@ class Service:
                 return self._disown(member.id, request_id) if entry is None else self._take_over(entry, member)
             case events.RequestFinished(reason=reason):
                 return self._finished(member, request_id, attempt, reason)
-            case events.RequestFailed() | events.RequestReturned():
-                entry = self.book.current(request_id, attempt)
-                if entry is None or entry.owner != member.id:  # it goes on elsewhere
-                    return []
-                if isinstance(event, events.RequestReturned):
-                    return self.book.give_back(entry)
-                return self.book.lose(entry, f"{member.id}: {event.message}")
+            case events.RequestFailed(message=message):
+                entry = self._owned(member, request_id, attempt)
+                return [] if entry is None else self.book.lose(entry, f"{member.id}: {message}")
+            case events.RequestReturned():
+                entry = self._owned(member, request_id, attempt)
+                return [] if entry is None else self.book.give_back(entry)
+
+    def _owned(self, member: Member, request_id: RequestId, attempt: int) -> Entry | None:
+        """None: it goes on elsewhere, or is over."""
+        entry = self.book.current(request_id, attempt)
+        return entry if entry is not None and entry.owner == member.id else None
 
     def _prefilled(self, member: Member, event: events.PrefillDone) -> list[Command]:
         entry = self.book.current(event.request_id, event.attempt)
