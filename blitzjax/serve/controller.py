@@ -114,7 +114,7 @@ class Controller:
             raise UnknownModel(f"no model {name!r} here; served: {', '.join(self.models) or 'none'}")
         return model
 
-    def asked(self, name: str, request_id: str, key: str) -> ServedModel:
+    def model_for(self, name: str, request_id: str, key: str) -> ServedModel:
         """`find` for a request. A client that comes back asks for the model of its answer, which may be undeployed by now."""
         known = self._orders.model_of(request_id, key)
         return known if known is not None and name in ("", known.name) else self.find(name)

@@ -160,7 +160,7 @@ async def answering(asked: Callable[[], pb.GenerateRequest], controller: Control
     broken = False
     try:
         request = asked()
-        model = controller.asked(request.model, request.request_id, request.key)
+        model = controller.model_for(request.model, request.request_id, request.key)
         order = await order_of(request, model, controller.context_tokens(model), controller.page_size,
                                controller.config.serve.tool_call_parser)
         answers = controller.submit(order, request.resume, request.key)

@@ -356,11 +356,11 @@ async def test_an_answer_of_a_model_that_is_undeployed_waits_for_its_client(toys
         await deployments.undeploy(controller, "2nd")
         assert list(controller.models) == ["toy"]
         for name in ("", "2nd"):
-            assert controller.asked(name, "r", "").spec == second.spec
+            assert controller.model_for(name, "r", "").spec == second.spec
         [answer] = controller.submit(order("r", 1, 60, model="2nd"), resume=True)
         assert (answer.generated, answer.finish_reason) == (answered(1, 60), "length")
         with pytest.raises(UnknownModel):
-            controller.asked("2nd", "other", "")
+            controller.model_for("2nd", "other", "")
 
 
 @pytest.mark.parametrize("name", ["", "other"])
