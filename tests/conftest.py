@@ -9,9 +9,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from blitzjax.serve import client as clients
+
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+clients.Client.status.__defaults__ = (300.0,)  # a controller that gets no time answers later, not wrongly
+clients._LEAVE_S = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)

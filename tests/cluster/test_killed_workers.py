@@ -46,24 +46,20 @@ def test_idle_worker(rig: Rig, expected) -> None:
     rig.only(4)  # the killed one takes part in collectives again
 
 
-def test_serving_worker(rig: Rig, expected) -> None:
-    until_caught(lambda: one_of_the_serving_dies(rig, expected, 2))
+@pytest.mark.parametrize("serving", [1, 2])
+def test_serving_worker(rig: Rig, expected, serving: int) -> None:
+    """It has requests, which run again: on the other one, or where the next one serves."""
+    def once() -> bool:
+        rig.only(serving)
+        answers = burst(rig, 24, max_tokens=100)
+        rig.wait(lambda s: s.running_requests > 4 or over(answers), "busy")
+        kill(rig, rig.index("serving"))
+        assert all_right(answers, expected)
+        rig.settle(serving)
+        assert only_the_killed_one_died(rig)
+        return any(answer.result().usage.attempts > 1 for _, answer in answers)
 
-
-def test_the_only_serving_worker(rig: Rig, expected) -> None:
-    until_caught(lambda: one_of_the_serving_dies(rig, expected, 1))
-
-
-def one_of_the_serving_dies(rig: Rig, expected, serving: int) -> bool:
-    """→ whether it had requests, which ran again."""
-    rig.only(serving)
-    answers = burst(rig, 24, max_tokens=100)
-    rig.wait(lambda s: s.running_requests > 4 or over(answers), "busy")
-    kill(rig, rig.index("serving"))
-    assert all_right(answers, expected)
-    rig.settle(serving)
-    assert only_the_killed_one_died(rig)
-    return any(answer.result().usage.attempts > 1 for _, answer in answers)
+    until_caught(once)
 
 
 def has_layers(status: pb.ClusterStatus, *phases: str) -> list[int]:

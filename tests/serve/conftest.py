@@ -12,11 +12,7 @@ sys.path.append(str(Path(__file__).parents[1] / "reference"))
 
 from toy import toy_config, toy_launch, wait_whole, write_model  # noqa: E402
 
-from blitzjax.serve import client as clients  # noqa: E402
 from blitzjax.serve.local import LocalCluster  # noqa: E402
-
-clients.Client.status.__defaults__ = (300.0,)  # a controller that gets no time answers later, not wrongly
-clients._LEAVE_S = 60.0
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_of_a_burst_no_call_is_cancelled() -> None:
     async def echo(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return request
 
-    async def burst(calls: int) -> None:
+    async def burst(calls: int) -> list[bytes]:
         server = grpc.aio.server(options=CONTROLLER_SERVER)
         method = grpc.unary_unary_rpc_method_handler(echo)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("service", {"Echo": method})])
@@ -98,7 +98,8 @@ def test_of_a_burst_no_call_is_cancelled() -> None:
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = channel.unary_unary("/service/Echo")
-            await asyncio.gather(*(call(b"") for _ in range(calls)))
+            answers = await asyncio.gather(*(call(b"%d" % k) for k in range(calls)))
         await server.stop(0)
+        return answers
 
-    asyncio.run(burst(2500))
+    assert asyncio.run(burst(2500)) == [b"%d" % k for k in range(2500)]
