@@ -15,6 +15,7 @@ DEFAULTS = gemma2.DEFAULTS | {
 
 
 def options(config: Config) -> dict[str, Option]:
+    config.only("attn_logit_softcapping", instead="null")  # transformers reads it and does without
     return gemma2.options(config) | {"qk_norm": "head", "sliding_rope_theta": _sliding_theta(config)}
 
 

@@ -66,6 +66,7 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported; supported: 'gelu'"),
     ("gemma3", {"model_type": "gemma3"}, "model_type = 'gemma3' has no text_config"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported; supported: null"),
     ("phi3", {"attention_bias": True}, "attention_bias = True"),
     ("phi3", {"head_dim": 16}, "3 short and 3 long rope factors for 6 pairs"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
