@@ -137,6 +137,14 @@ def test_yarn_reaches_as_far_as_its_factor_where_the_model_card_only_adds_it() -
     assert read("gpt_oss", max_position_embeddings=300).max_len == 300
 
 
+def test_of_an_original_context_said_twice_the_outer_one_holds() -> None:
+    def spec(inner: int, **outer: int) -> ModelSpec:
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": inner}
+        return read("qwen2", "rope_parameters", rope_scaling=yarn, **outer)
+
+    assert spec(64, original_max_position_embeddings=32) == spec(32) != spec(64)
+
+
 def test_dynamic_rope_ends_before_it_differs() -> None:
     dynamic = read("qwen2", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
     assert dynamic == read("qwen2", rope_parameters=None) and dynamic.max_len == 128
