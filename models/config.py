@@ -32,10 +32,12 @@ class Config:
     where: str = "config.json"
 
     def get(self, key: str, default: object = None):
-        for name in (key, _OLDER.get(key, key)):
-            if self.values.get(name) is not None:
-                return self.values[name]
-        return default
+        value = self.values.get(self._given(key))
+        return default if value is None else value
+
+    def _given(self, key: str) -> str:
+        """What `key` is called here."""
+        return next((name for name in (key, _OLDER.get(key, key)) if self.values.get(name) is not None), key)
 
     def need(self, key: str):
         value = self.get(key)
@@ -47,7 +49,7 @@ class Config:
         """Raises CheckpointError unless `key` is absent or has one of the supported values."""
         value = self.get(key)
         if value is not None and value not in supported:
-            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; "
+            raise CheckpointError(f"{self.where}: {self._given(key)} = {value!r} is not supported; "
                                   f"supported: {instead or ', '.join(map(repr, supported))}")
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:

@@ -70,6 +70,7 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("phi3", {"attention_bias": True}, "attention_bias = True"),
     ("phi3", {"head_dim": 16}, "3 short and 3 long rope factors for 6 pairs"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+    ("gpt2", {"activation_function": "gelu_10"}, "activation_function = 'gelu_10' is not supported"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
     ("gpt_oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0 is not supported; supported: 7.0"),
     ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'.*supported: mxfp4")])
