@@ -141,6 +141,16 @@ def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
     assert not [p for p in (tmp_path / "cache" / "models").rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
+def test_a_part_of_a_split_gguf_says_so(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="is one of 3 parts of a model; join them"):
+        GGUF.open(tmp_path / "m-00001-of-00003.gguf", "m", "float32")
+
+
 @pytest.mark.parametrize("keep_bytes", [0, 10, 3000, -100])
 def test_broken_gguf_is_reported(tmp_path: Path, keep_bytes: int) -> None:
     write_gguf(tmp_path / "model.gguf")
