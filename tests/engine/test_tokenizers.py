@@ -130,6 +130,20 @@ def test_chat_text_has_its_control_tokens(case: Case, tmp_path: Path) -> None:
     assert ours.decode(ids) == "return"
 
 
+def test_tokens_that_only_other_files_list_are_added(tmp_path: Path) -> None:
+    """As somebody leaves the tokenizer.json of the model that was trained further."""
+    (tmp_path / "tokenizer.json").write_text(gguf_tokenizer.bytes_only(259).tokenizer)
+    config = {"added_tokens_decoder": {"256": {"content": "<|im_start|>"}, "260": {"content": "<|b|>", "rstrip": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": 259}))
+    (tmp_path / "ours").mkdir()
+    ours = stored(hf_tokenizer.read(tmp_path), tmp_path / "ours")
+    assert ours.encode("a<|a|><|b|> b<|im_start|>") == (97, 259, 260, 98, 256)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": 270}))
+    with pytest.raises(CheckpointError, match=r"lacks tokens with ids \[260, 270\], they should follow its 259"):
+        hf_tokenizer.read(tmp_path)
+
+
 @pytest.mark.parametrize(("file", "text", "says"), [
     ("tokenizer.json", "{}", "cannot read .*tokenizer.json"), ("tokenizer.model", "\xff\xff", "not a SentencePiece"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object")])
