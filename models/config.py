@@ -73,6 +73,8 @@ def read_spec(options: Options, layer_kinds: LayerKinds, defaults: Mapping[str, 
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
     theta, rope_options, max_len = read_rope(config, head_dim)
+    if "rope_dims" in rope_options and "partial_rotary_factor" not in defaults:
+        raise CheckpointError(f"config.json: a partial_rotary_factor is not supported for {family}, whose heads turn whole")
     ends = config.get("eos_token_id", ())
     return ModelSpec(
         name=name, family=family, layers=config.need("num_hidden_layers"), dim=dim, heads=heads,
