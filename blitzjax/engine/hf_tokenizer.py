@@ -69,8 +69,10 @@ def _listed(path: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
         token["content"], special=token.get("special", True), normalized=False,
         **{flag: token.get(flag, False) for flag in ("lstrip", "rstrip", "single_word")})
         for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    named = [config.get(name) for name in _NAMES] + (config.get("additional_special_tokens") or [])
+    special = [token["content"] if isinstance(token, dict) else token for token in named]
     for text, index in (read_json(path / "added_tokens.json") or {}).items():
-        tokens.setdefault(index, AddedToken(text, special=True, normalized=False))
+        tokens.setdefault(index, AddedToken(text, special=text in special, normalized=False))
     return tokens
 
 

@@ -144,6 +144,16 @@ def test_tokens_that_only_other_files_list_are_added(tmp_path: Path) -> None:
         hf_tokenizer.read(tmp_path)
 
 
+def test_of_added_tokens_json_those_are_special_that_are_named_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(gguf_tokenizer.bytes_only(259).tokenizer)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": 259, "<|pad|>": 260, "<tag>": 261}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({
+        "eos_token": {"content": "<|end|>"}, "additional_special_tokens": ["<|pad|>"]}))
+    (tmp_path / "ours").mkdir()
+    ours = stored(hf_tokenizer.read(tmp_path), tmp_path / "ours")
+    assert ours.decode(ours.encode("a<tag>b<|pad|><|end|>")) == "a<tag>b"
+
+
 @pytest.mark.parametrize(("file", "text", "says"), [
     ("tokenizer.json", "{}", "cannot read .*tokenizer.json"), ("tokenizer.model", "\xff\xff", "not a SentencePiece"),
     ("tokenizer_config.json", "[]", "tokenizer_config.json: not a JSON object")])
