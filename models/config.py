@@ -75,6 +75,8 @@ def read_spec(options: Options, layer_kinds: LayerKinds, defaults: Mapping[str, 
     theta, rope_options, max_len = read_rope(config, head_dim)
     if "rope_dims" in rope_options and "partial_rotary_factor" not in defaults:
         raise CheckpointError(f"config.json: a partial_rotary_factor is not supported for {family}, whose heads turn whole")
+    if "full_attention" in config.get("rope_parameters", {}) and "rope_local_base_freq" not in defaults:
+        raise CheckpointError(f"config.json: rope_parameters by layer type are not supported for {family}: all have the same")
     ends = config.get("eos_token_id", ())
     return ModelSpec(
         name=name, family=family, layers=config.need("num_hidden_layers"), dim=dim, heads=heads,

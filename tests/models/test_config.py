@@ -66,6 +66,7 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported; supported: 'gelu'"),
     ("gemma", {"partial_rotary_factor": 0.5}, "a partial_rotary_factor is not supported for gemma, whose heads turn whole"),
     ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported for llama"),
+    ("qwen2", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "by layer type are not .* for qwen2"),
     ("gemma3", {"model_type": "gemma3"}, "model_type = 'gemma3' has no text_config"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported; supported: null"),
