@@ -293,7 +293,7 @@ class Reply:
     model: str
     id: str  # of the HTTP request; answers carry it behind what they are
     created: int = field(default_factory=lambda: int(time.time()))
-    _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters sent
+    _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters of its tokens so far
     _said: dict[int, tools.Said] = field(default_factory=dict)  # by choice, of a chat
 
     def __post_init__(self) -> None:
@@ -309,15 +309,17 @@ class Reply:
     def piece(self, number: int, chunk: Chunk) -> JSON:
         """A chunk of an answer to prompt `number`; None if it tells nothing yet."""
         asked, index = self.asked, number * self.asked.answers + chunk.index
-        at = self._begun.get(index)
-        self._begun[index] = (at or 0) + len(chunk.text)
+        first = index not in self._begun
+        begun = self._begun.setdefault(index, 0)
+        tokens = self._tokens(number, chunk)
+        self._begun[index] += sum(len(token.text) for token in tokens)
         choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
-                                   "logprobs": self._logprobs(number, chunk, at or 0)}
+                                   "logprobs": self._logprobs(tokens, begun)}
         if asked.chat:
             answer = self._said.setdefault(index, tools.Said(asked.tools))
             part = answer.part(chunk.text, chunk.tool_call_parser, last=bool(chunk.finish_reason))
             choice["finish_reason"] = answer.finish_reason(chunk.finish_reason) or None
-            choice["delta"] = {"role": "assistant", **part} if at is None else part
+            choice["delta"] = {"role": "assistant", **part} if first else part
             if not any((choice["delta"], choice["finish_reason"], choice["logprobs"])):
                 return None
         else:
@@ -335,22 +337,25 @@ class Reply:
     def _choice(self, number: int, result: Result) -> JSON:
         choice: dict[str, JSON] = {
             "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
-            "logprobs": self._logprobs(number, result, 0)}
+            "logprobs": self._logprobs(self._tokens(number, result), 0)}
         if not self.asked.chat:
             return {**choice, "text": result.text}
         answer = tools.Said(self.asked.tools)
         message: JSON = {"role": "assistant", **answer.whole(result.text, result.tool_call_parser)}
         return {**choice, "message": message, "finish_reason": answer.finish_reason(result.finish_reason)}
 
-    def _logprobs(self, number: int, part: Chunk | Result, offset: int) -> JSON:
+    def _tokens(self, number: int, part: Chunk | Result) -> Sequence[pb.ScoredToken]:
+        """Those that logprobs are of, with the prompt's if it is echoed."""
+        if not part.prompt_token_ids:
+            return part.logprobs
+        return [*_echoed(self.asked.prompts[number], part.prompt_logprobs), *part.logprobs]
+
+    def _logprobs(self, tokens: Sequence[pb.ScoredToken], offset: int) -> JSON:
+        """`offset`: of the first of them in the text."""
         if self.asked.logprobs is None:
             return None
         if self.asked.chat:
-            return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]}
-                                for t in part.logprobs]}
-        tokens = list(part.logprobs)
-        if part.prompt_token_ids:  # echo
-            tokens = [*_echoed(self.asked.prompts[number], part.prompt_logprobs), *tokens]
+            return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]} for t in tokens]}
         offsets = [offset]
         for token in tokens:
             offsets.append(offsets[-1] + len(token.text))

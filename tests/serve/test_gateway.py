@@ -162,6 +162,16 @@ def test_logprobs(site):
     assert [(t["token"], t["bytes"], len(t["top_logprobs"])) for t in chat] == [("b", [98], 1), ("c", [99], 1)]
 
 
+def test_a_streams_logprobs_are_those_of_the_whole(site):
+    """Also where text is held back, because it may become a stop string."""
+    asked = {"prompt": "ab", "max_tokens": 6, "temperature": SLOW, "logprobs": 1, "stop": "dx", "echo": True}
+    whole = site.complete(**asked)["choices"][0]["logprobs"]
+    events = site.events("/v1/completions", **asked)
+    assert whole["text_offset"] == list(range(8))
+    for name, values in whole.items():
+        assert [value for event in events for value in event["choices"][0]["logprobs"][name]] == values
+
+
 def test_models(site):
     status, said, _ = site.ask("GET", "/v1/models")
     assert status == 200 and [(m["id"], m["max_model_len"]) for m in said["data"]] == [("toy", 512)]
