@@ -174,9 +174,14 @@ class Gateway:
             response = await handler(request)
         except web.HTTPNotFound:
             response = _failed(UnknownModel(f"{request.method} {request.path} is not there"))
+        except web.HTTPMethodNotAllowed as e:
+            allowed = sorted(e.allowed_methods)
+            response = _refused(e, f"{request.path} takes {' and '.join(allowed)}, not {e.method}")
+            response.headers["Allow"] = ", ".join(allowed)
+        except web.HTTPRequestEntityTooLarge as e:
+            response = _refused(e, f"a body may have {_BODY_BYTES >> 20} MiB; send less at once")
         except web.HTTPException as e:
-            response = web.json_response({"error": {"message": e.reason, "type": "invalid_request_error", "param": None,
-                                                    "code": e.status}}, status=e.status)
+            response = _refused(e, e.reason)
         except ConnectionError:  # the reader left
             raise
         except Exception as e:
@@ -199,6 +204,12 @@ def _failed(error: BlitzError) -> web.Response:
     status, body = openai.failure(error)
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
     return web.json_response(body, status=status, headers=headers)
+
+
+def _refused(error: web.HTTPException, message: str) -> web.Response:
+    """What has a status of HTTP's own."""
+    return web.json_response({"error": {"message": message, "type": "invalid_request_error", "param": None,
+                                        "code": error.status}}, status=error.status)
 
 
 async def _body(request: web.Request) -> openai.JSON:

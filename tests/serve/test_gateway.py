@@ -226,6 +226,15 @@ def test_mistakes_are_named_in_openais_form(site, path, body, status, says):
     assert site.ask("GET", path)[0] in (404, 405)
 
 
+def test_a_wrong_method_and_a_body_that_is_too_large_are_told_what_to_do(site):
+    status, said, headers = site.ask("PUT", "/v1/completions", {})
+    assert (status, headers["Allow"], said["error"]["message"]) == (405, "POST", "/v1/completions takes POST, not PUT")
+    status, said, headers = site.ask("DELETE", "/v1/models")
+    assert status == said["error"]["code"] == 405 and headers["Allow"] == "GET, HEAD"
+    status, said, _ = site.ask("POST", "/v1/completions", b'"' + b"a" * (64 << 20) + b'"')
+    assert (status, said["error"]["message"]) == (413, "a body may have 64 MiB; send less at once")
+
+
 def test_a_request_has_the_id_that_it_came_with_or_gets_one(site):
     for given in ("mine", "mine", ""):  # of the second the first may still be known
         _, said, headers = site.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 2},
