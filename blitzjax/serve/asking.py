@@ -69,6 +69,7 @@ class Chunk:
     prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
     progress: pb.Progress | None  # what the request waits for, if asked for; such a chunk has nothing else
     tool_call_parser: str  # with tools: how its text says calls, see calls.py
+    prompt_tokens: int
     at_s: float  # since the call began, on this side
 
 
@@ -185,4 +186,4 @@ def chunk_of(message: pb.GenerateResponse, started: float) -> Chunk:
         usage=message.usage if message.HasField("usage") else None, prompt_token_ids=tuple(message.prompt_token_ids),
         prompt_logprobs=tuple(message.prompt_logprobs),
         progress=message.progress if message.HasField("progress") else None,
-        tool_call_parser=message.tool_call_parser, at_s=time.monotonic() - started)
+        tool_call_parser=message.tool_call_parser, prompt_tokens=message.prompt_tokens, at_s=time.monotonic() - started)

@@ -229,7 +229,7 @@ def _response(answer: Answer, piece: Piece, last: bool, tokenizer: Tokenizer | N
         finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None,
         logprobs=_scored(piece.token_ids, piece.logprobs, tokenizer), prompt_token_ids=piece.prompt_token_ids,
         prompt_logprobs=_scored(answer.order.prompt[1:], piece.prompt_logprobs, tokenizer),
-        tool_call_parser=answer.order.tool_call_parser)
+        tool_call_parser=answer.order.tool_call_parser, prompt_tokens=answer.request.prompt_tokens)
 
 
 def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer | None) -> list[pb.ScoredToken]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_ident
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "add_special_tokens": (True,), "return_token_strs": (False,), "prompt_logprobs": (),
-    "modalities": (["text"],), "skip_special_tokens": (True,)}
+    "stream_options.include_obfuscation": (False,), "modalities": (["text"],), "skip_special_tokens": (True,)}
 _RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
     "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
     "chat_template_kwargs": {}}
@@ -54,6 +55,7 @@ class Asked:
     options: Options
     stream: bool
     include_usage: bool
+    each_usage: bool  # in every piece, of its answer so far
     logprobs: int | None
     tools: tools.Tools = tools.Tools()
 
@@ -125,12 +127,14 @@ def detokenize(body: JSON) -> tuple[Prompt, str]:
 
 def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields,
            wants: tools.Tools = tools.Tools()) -> Asked:
-    stream = fields.take("stream", bool) or False
-    include_usage = (fields.take("stream_options", dict) or {}).get("include_usage", False) is True
+    stream, about = fields.take("stream", bool) or False, fields.within("stream_options")
+    include_usage = about.take("stream_options.include_usage", bool) or False
+    each_usage = about.take("stream_options.continuous_usage_stats", bool) or False  # vLLM's
+    about.done()
     fields.done()
     if logprobs is not None:
         options["logprobs"] = logprobs
-    return Asked(chat, prompts, options, stream, include_usage, logprobs, wants)
+    return Asked(chat, prompts, options, stream, include_usage, include_usage and each_usage, logprobs, wants)
 
 
 def _check_rendering(fields: _Fields) -> None:
@@ -156,6 +160,10 @@ class _Fields:
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
+
+    def within(self, name: str) -> _Fields:
+        """Those of the object `name`, as name.field. Raises InvalidRequest."""
+        return _Fields({f"{name}.{key}": value for key, value in (self.take(name, dict) or {}).items()})
 
     def parts(self, name: str) -> list[JSON] | None:
         """Of a chat. Raises InvalidRequest."""
@@ -295,6 +303,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters of its tokens so far
     _said: dict[int, tools.Said] = field(default_factory=dict)  # by choice, of a chat
+    _answered: Counter[int] = field(default_factory=Counter)  # by choice: its tokens so far
 
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.asked.chat else 'cmpl'}-{self.id}"
@@ -312,6 +321,7 @@ class Reply:
         first = index not in self._begun
         begun = self._begun.setdefault(index, 0)
         tokens = self._tokens(number, chunk)
+        self._answered[index] += len(chunk.token_ids)
         self._begun[index] += sum(len(token.text) for token in tokens)
         choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
                                    "logprobs": self._logprobs(tokens, begun)}
@@ -324,7 +334,8 @@ class Reply:
                 return None
         else:
             choice["text"] = chunk.text
-        return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice])
+        return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice]) | (
+            {"usage": _counts(chunk.prompt_tokens, self._answered[index])} if asked.each_usage else {})
 
     def total(self, usages: Iterable[Sequence[pb.Usage]]) -> JSON:
         """The last piece, for a client that asked for it. `usages`: of the answers to each prompt."""
@@ -382,8 +393,12 @@ def _usage(usages: Iterable[Sequence[pb.Usage]]) -> JSON:
     usages = [of_prompt for of_prompt in usages if of_prompt]
     prompt = sum(of_prompt[0].prompt_tokens for of_prompt in usages)
     answered = sum(u.completion_tokens for of_prompt in usages for u in of_prompt)
-    return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered,
-            "prompt_tokens_details": {"cached_tokens": sum(of_prompt[0].cached_tokens for of_prompt in usages)}}
+    return _counts(prompt, answered) | {
+        "prompt_tokens_details": {"cached_tokens": sum(of_prompt[0].cached_tokens for of_prompt in usages)}}
+
+
+def _counts(prompt: int, answered: int) -> dict[str, JSON]:
+    return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered}
 
 
 def models(status: pb.ClusterStatus, created: int) -> JSON:

@@ -131,6 +131,17 @@ def test_a_stream_has_what_the_whole_has(site):
     assert [e["choices"][0]["delta"].get("role") for e in events[:-1]] == ["assistant"] + [None] * (len(events) - 2)
 
 
+def test_every_piece_of_a_stream_may_tell_its_answers_tokens_so_far(site):
+    events = site.events("/v1/completions", prompt=["ab", "m"], max_tokens=4, temperature=SLOW,
+                         stream_options={"include_usage": True, "continuous_usage_stats": True})
+    for index, prompt in ((0, 2), (1, 1)):
+        told = [e["usage"] for e in events for c in e["choices"] if c["index"] == index]
+        assert all(u["prompt_tokens"] == prompt and u["total_tokens"] == prompt + u["completion_tokens"] for u in told)
+        counts = [u["completion_tokens"] for u in told]
+        assert counts == sorted(counts) and counts[-1] == 4
+    assert events[-1]["usage"]["completion_tokens"] == 8
+
+
 def test_tokens_are_streamed_as_they_come(site):
     """A machine that stalls may join some of them, but not every time."""
     for _ in range(5):
@@ -217,6 +228,11 @@ def test_models(site):
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"structural_tag": "x"}}, 400, "structural_tag is not supp"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": [1]}}, 400, "choice must be a string or a list"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, 400, "json_schema and regex"),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": "yes"}}, 400,
+     "stream_options.include_usage must be bool, got 'yes'"),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"usage": True}}, 400, "stream_options.usage is no field"),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_obfuscation": True}}, 400,
+     "stream_options.include_obfuscation is not supported; leave it out"),
     ("/v1/embeddings", {"input": "x"}, 404, "POST /v1/embeddings is not there"),
 ])
 def test_mistakes_are_named_in_openais_form(site, path, body, status, says):

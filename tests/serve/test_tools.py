@@ -169,7 +169,7 @@ def test_tags_are_text_for_answers_with_tools_alone(model_dir) -> None:
 def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop", parser: str = "hermes") -> tuple[dict, list[dict]]:
     """→ the choice of the whole answer, those of its stream."""
     chunks = [Chunk("r", 0, text, (1,), (), reason if k == len(pieces) - 1 else "", pb.Usage() if k == len(pieces) - 1 else None,
-                    (), (), None, parser if asked.tools.functions else "", 0.0) for k, text in enumerate(pieces)]
+                    (), (), None, parser if asked.tools.functions else "", 1, 0.0) for k, text in enumerate(pieces)]
     [whole] = openai.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
     reply = openai.Reply(asked, "m", "r")
     return whole, [event["choices"][0] for chunk in chunks if (event := reply.piece(0, chunk)) is not None]
