@@ -385,7 +385,7 @@ def _echoed(prompt: Prompt, scored: Sequence[pb.ScoredToken]) -> list[pb.ScoredT
 
 
 def _scored(token: pb.ScoredToken) -> dict[str, JSON]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw or token.text.encode())}
 
 
 def _usage(usages: Iterable[Sequence[pb.Usage]]) -> JSON:

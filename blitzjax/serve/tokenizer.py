@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,10 @@ import tokenizers
 from blitzjax.errors import CheckpointError, InvalidRequest
 
 _TEMPLATES = ("default", "tool_use")
-_REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a token that is one byte
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that GPT-2's vocabularies write as themselves
+_WRITTEN = {chr(256 + k): b for k, b in enumerate(b for b in range(256) if b not in _PRINTED)} | {chr(b): b for b in _PRINTED}
 _MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so a longer run of undecodable tokens is never completed
 _MAX_WINDOW_TOKENS = 64  # of which all but the last few have no text
 _CHARACTER_BYTES = 4  # at most, in UTF-8
@@ -70,6 +74,13 @@ class Tokenizer:
         """Of those texts that are tokens."""
         return {text: token for text in texts if (token := self._tokenizer.token_to_id(text)) is not None}
 
+    def raw(self, token: int) -> bytes:
+        """What a token is that is no whole characters; empty: that is not known."""
+        written = self._tokenizer.id_to_token(token) or ""
+        if _BYTE.fullmatch(written):
+            return bytes.fromhex(written[3:5])
+        return bytes(_WRITTEN[c] for c in written) if all(c in _WRITTEN for c in written) else b""
+
     def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """Renders Hugging Face's messages and tools up to where the assistant speaks. Raises InvalidRequest."""
         template = self._templates.get("tool_use" if tools and "tool_use" in self._templates else "default")
@@ -97,7 +108,7 @@ class IncrementalDecoder:
         start, stop = _context(tokenizer, prompt)
         self._ids = list(prompt[start:])
         self._window, self._read = 0, stop - start
-        self._sent = len(self._decode(prompt[start:stop]).rstrip(_REPLACEMENT))
+        self._sent = len(self._decode(prompt[start:stop]).rstrip(REPLACEMENT))
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that became final with these tokens, possibly empty."""
@@ -113,7 +124,7 @@ class IncrementalDecoder:
 
     def _advance(self, final: bool) -> str:
         text = self._decode(self._ids[self._window:])
-        whole = text if final else text.rstrip(_REPLACEMENT)
+        whole = text if final else text.rstrip(REPLACEMENT)
         fresh = whole[self._sent:]
         self._sent = max(self._sent, len(whole))
         if whole == text:  # nothing is pending: slide the window
@@ -132,7 +143,7 @@ def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, int]:
     size = len(prompt)
     for stop in range(size, max(0, size - _CHARACTER_BYTES), -1):
         for start in range(stop - _CONTEXT_TOKENS, stop - _CONTEXT_TOKENS - _CHARACTER_BYTES, -1):
-            if _REPLACEMENT not in tokenizer.decode(prompt[max(0, start):stop]):
+            if REPLACEMENT not in tokenizer.decode(prompt[max(0, start):stop]):
                 return max(0, start), stop
     return max(0, size - _CONTEXT_TOKENS), size
 

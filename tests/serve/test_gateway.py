@@ -183,6 +183,13 @@ def test_a_streams_logprobs_are_those_of_the_whole(site):
         assert [value for event in events for value in event["choices"][0]["logprobs"][name]] == values
 
 
+def test_logprobs_have_the_bytes_of_tokens_that_are_no_characters(site):
+    said = site.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=40, temperature=0,
+                     logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    assert [token["bytes"] for token in said] == [[byte] for byte in toy(97, 40)] and said[-1]["token"] == "\ufffd"
+    assert [other["bytes"] for other in said[-1]["top_logprobs"]] == [[137], [138]]
+
+
 def test_models(site):
     status, said, _ = site.ask("GET", "/v1/models")
     assert status == 200 and [(m["id"], m["max_model_len"]) for m in said["data"]] == [("toy", 512)]

@@ -107,6 +107,13 @@ def test_sentencepiece_style_bytes_and_spaces(tmp_path):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def test_what_tokens_are_that_are_no_characters(toy, tmp_path):
+    assert b"".join(map(toy.raw, range(256))) == bytes(range(256))
+    pieces = models.BPE({"▁é": 0, "<0xC3>": 1, "<0xa9>": 2}, [], byte_fallback=True)
+    tokenizers.Tokenizer(pieces).save(str(tmp_path / "tokenizer.json"))
+    assert [Tokenizer(tmp_path).raw(token) for token in (0, 1, 3)] == [b"", b"\xc3", b""]
+
+
 def test_chat_template(toy):
     assert toy.chat([{"role": "user", "content": "hi"}]) == "u:hi;a"
 
