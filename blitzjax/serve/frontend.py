@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
@@ -19,7 +20,6 @@ from blitzjax.serve import deployments
 from blitzjax.serve.answers import Answer, Piece
 from blitzjax.serve.orders import order_of, prompt_of
 from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
-from blitzjax.serve.tokenizer import REPLACEMENT
 from blitzjax.types import LiveMode, Phase, Source, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
@@ -239,13 +239,14 @@ def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tok
         return []
     scored = list(zip(ids, logprobs, strict=True))
     seen = {token for token, _ in scored}.union(*(known.top_ids for known in logprobs))
-    text = {token: tokenizer.decode((token,)) if tokenizer is not None else "" for token in seen}
-    raw = {token: tokenizer.raw(token) for token, said in text.items() if tokenizer is not None and REPLACEMENT in said}
-    return [pb.ScoredToken(
-        token_id=token, logprob=known.logprob, rank=known.rank, text=text[token], raw=raw.get(token),
-        top=[pb.ScoredToken(token_id=other, logprob=logprob, rank=rank, text=text[other], raw=raw.get(other))
-             for rank, (other, logprob) in enumerate(zip(known.top_ids, known.top_logprobs, strict=True), 1)])
-        for token, known in scored]
+    alone = {token: ("", b"") if tokenizer is None else tokenizer.alone(token) for token in seen}
+
+    def one(token: int, logprob: float, rank: int, top: Iterable[pb.ScoredToken] = ()) -> pb.ScoredToken:
+        text, raw = alone[token]
+        return pb.ScoredToken(token_id=token, logprob=logprob, rank=rank, text=text, raw=raw, top=top)
+
+    return [one(token, known.logprob, known.rank, map(one, known.top_ids, known.top_logprobs, itertools.count(1)))
+            for token, known in scored]
 
 
 def _usage(answer: Answer, controller: Controller) -> pb.Usage:

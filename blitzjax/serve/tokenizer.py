@@ -20,7 +20,8 @@ import tokenizers
 from blitzjax.errors import CheckpointError, InvalidRequest
 
 _TEMPLATES = ("default", "tool_use")
-REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+_REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+_SPACE = "▁"  # as SentencePiece writes it
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a token that is one byte
 _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that GPT-2's vocabularies write as themselves
 _WRITTEN = {chr(256 + k): b for k, b in enumerate(b for b in range(256) if b not in _PRINTED)} | {chr(b): b for b in _PRINTED}
@@ -74,12 +75,18 @@ class Tokenizer:
         """Of those texts that are tokens."""
         return {text: token for text in texts if (token := self._tokenizer.token_to_id(text)) is not None}
 
-    def raw(self, token: int) -> bytes:
-        """What a token is that is no whole characters; empty: that is not known."""
-        written = self._tokenizer.id_to_token(token) or ""
+    def alone(self, token: int) -> tuple[str, bytes]:
+        """A token's text, with its spaces: decoders take one from the beginning, for the first word of a text. And its
+        bytes if it is no whole characters; empty where they are not known.
+        """
+        written, text = self._tokenizer.id_to_token(token) or "", self.decode((token,))
+        if spaces := len(written) - len(written.lstrip(_SPACE)):
+            text = " " * spaces + text.lstrip(" ")
+        if _REPLACEMENT not in text:
+            return text, b""
         if _BYTE.fullmatch(written):
-            return bytes.fromhex(written[3:5])
-        return bytes(_WRITTEN[c] for c in written) if all(c in _WRITTEN for c in written) else b""
+            return text, bytes.fromhex(written[3:5])
+        return text, bytes(_WRITTEN[c] for c in written) if all(c in _WRITTEN for c in written) else b""
 
     def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """Renders Hugging Face's messages and tools up to where the assistant speaks. Raises InvalidRequest."""
@@ -108,7 +115,7 @@ class IncrementalDecoder:
         start, stop = _context(tokenizer, prompt)
         self._ids = list(prompt[start:])
         self._window, self._read = 0, stop - start
-        self._sent = len(self._decode(prompt[start:stop]).rstrip(REPLACEMENT))
+        self._sent = len(self._decode(prompt[start:stop]).rstrip(_REPLACEMENT))
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that became final with these tokens, possibly empty."""
@@ -124,7 +131,7 @@ class IncrementalDecoder:
 
     def _advance(self, final: bool) -> str:
         text = self._decode(self._ids[self._window:])
-        whole = text if final else text.rstrip(REPLACEMENT)
+        whole = text if final else text.rstrip(_REPLACEMENT)
         fresh = whole[self._sent:]
         self._sent = max(self._sent, len(whole))
         if whole == text:  # nothing is pending: slide the window
@@ -143,7 +150,7 @@ def _context(tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[int, int]:
     size = len(prompt)
     for stop in range(size, max(0, size - _CHARACTER_BYTES), -1):
         for start in range(stop - _CONTEXT_TOKENS, stop - _CONTEXT_TOKENS - _CHARACTER_BYTES, -1):
-            if REPLACEMENT not in tokenizer.decode(prompt[max(0, start):stop]):
+            if _REPLACEMENT not in tokenizer.decode(prompt[max(0, start):stop]):
                 return max(0, start), stop
     return max(0, size - _CONTEXT_TOKENS), size
 

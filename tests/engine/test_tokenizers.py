@@ -94,6 +94,18 @@ def test_streams_whole_characters(case: Case) -> None:
     same()
 
 
+def test_tokens_alone_add_up_to_the_text(case: Case) -> None:
+    """Decoders take a space from the beginning of what they decode, which for a token alone is a part of it."""
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(_WORDS.map("".join))
+    def same(text: str) -> None:
+        ids = [i for i in case.ours.encode_rendered(text) if i != case.theirs.unk_id()]
+        alone = b"".join(raw or said.encode() for said, raw in map(case.ours.alone, ids)).decode()
+        assert alone == " " * (alone != case.ours.decode(ids)) + case.ours.decode(ids)
+
+    same()
+
+
 def test_same_vocabulary_in_a_gguf_file(case: Case, tmp_path: Path) -> None:
     vocabulary, _, _ = sentencepiece_tokenizer.read(case.directory / "tokenizer.model")
     if vocabulary.unigram or vocabulary.squeeze_spaces:

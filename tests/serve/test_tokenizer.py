@@ -107,11 +107,9 @@ def test_sentencepiece_style_bytes_and_spaces(tmp_path):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_what_tokens_are_that_are_no_characters(toy, tmp_path):
-    assert b"".join(map(toy.raw, range(256))) == bytes(range(256))
-    pieces = models.BPE({"▁é": 0, "<0xC3>": 1, "<0xa9>": 2}, [], byte_fallback=True)
-    tokenizers.Tokenizer(pieces).save(str(tmp_path / "tokenizer.json"))
-    assert [Tokenizer(tmp_path).raw(token) for token in (0, 1, 3)] == [b"", b"\xc3", b""]
+def test_a_token_alone_has_bytes_where_it_is_no_character(toy):
+    assert [toy.alone(b) for b in b"a\xc3"] == [("a", b""), ("\ufffd", b"\xc3")]
+    assert b"".join(raw for _, raw in map(toy.alone, range(128, 256))) == bytes(range(128, 256))
 
 
 def test_chat_template(toy):
