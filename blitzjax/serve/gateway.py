@@ -24,7 +24,7 @@ from aiohttp import web
 import blitzjax
 from blitzjax.addresses import check_free, joined
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel, reason
-from blitzjax.serve import access, openai
+from blitzjax.serve import access, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
 from blitzjax.v1 import inference_pb2 as pb
@@ -65,13 +65,13 @@ class Gateway:
         return web.json_response({"version": blitzjax.__version__})
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response(openai.models(await self._client.status(), self._started))
+        return web.json_response(replies.models(await self._client.status(), self._started))
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         for known in (await self._client.status()).models:
             if known.name == name:
-                return web.json_response(openai.model(known, self._started))
+                return web.json_response(replies.model(known, self._started))
         raise UnknownModel(f"no model {name!r} is served; see /v1/models")
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -91,7 +91,7 @@ class Gateway:
         return web.json_response({"prompt": (await self._client.tokenize(tokens, model=model)).text})
 
     async def _reply(self, request: web.Request, asked: openai.Asked) -> web.StreamResponse:
-        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model(), request.match_info[_ID])
+        reply = replies.Reply(asked, asked.options.get("model") or await self._first_model(), request.match_info[_ID])
         if asked.stream:
             return await self._stream(request, asked, reply)
         return web.json_response(reply.whole(await self._whole(asked)))
@@ -110,7 +110,7 @@ class Gateway:
                 chunks[number].append(chunk)
         return [collect_all(of_prompt) for of_prompt in chunks]
 
-    async def _stream(self, request: web.Request, asked: openai.Asked, reply: openai.Reply) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, asked: openai.Asked, reply: replies.Reply) -> web.StreamResponse:
         """Server-sent events. What fails before the first is an HTTP status; afterwards, an event."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
                                                _ID: request.match_info[_ID]})
@@ -129,7 +129,7 @@ class Gateway:
             except Exception as e:
                 if not response.prepared:
                     raise
-                await _event(response, openai.failure(_told(e, request))[1])
+                await _event(response, replies.failure(_told(e, request))[1])
             else:
                 if asked.include_usage:
                     await _event(response, reply.total(usages))
@@ -201,7 +201,7 @@ def _told(error: Exception, request: web.Request) -> BlitzError:
 
 
 def _failed(error: BlitzError) -> web.Response:
-    status, body = openai.failure(error)
+    status, body = replies.failure(error)
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
     return web.json_response(body, status=status, headers=headers)
 

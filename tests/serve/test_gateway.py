@@ -173,6 +173,13 @@ def test_logprobs(site):
     assert [(t["token"], t["bytes"], len(t["top_logprobs"])) for t in chat] == [("b", [98], 1), ("c", [99], 1)]
 
 
+def test_tokens_of_one_character_have_its_place(site):
+    """Also where the prompt's first token is a part of one."""
+    scored = site.complete("éaÀ", max_tokens=3, temperature=0, logprobs=1, echo=True)["choices"][0]
+    assert scored["logprobs"]["tokens"] == ["\ufffd", "\ufffd", "a", *["\ufffd"] * 5]
+    assert scored["logprobs"]["text_offset"] == [0, 0, 1, 2, 2, 3, 4, 5] and scored["text"].startswith("éaÀ\ufffd")
+
+
 def test_a_streams_logprobs_are_those_of_the_whole(site):
     """Also where text is held back, because it may become a stop string."""
     asked = {"prompt": "ab", "max_tokens": 6, "temperature": SLOW, "logprobs": 1, "stop": "dx", "echo": True}

@@ -11,7 +11,7 @@ from toy import EOS, SPEC, write_model
 
 from blitzjax.engine.grammars import Grammars
 from blitzjax.errors import InvalidRequest
-from blitzjax.serve import openai
+from blitzjax.serve import openai, replies
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.asking import Chunk, collect, generate_request
 from blitzjax.serve.model import load_model
@@ -170,8 +170,8 @@ def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop", parser:
     """→ the choice of the whole answer, those of its stream."""
     chunks = [Chunk("r", 0, text, (1,), (), reason if k == len(pieces) - 1 else "", pb.Usage() if k == len(pieces) - 1 else None,
                     (), (), None, parser if asked.tools.functions else "", 1, 0.0) for k, text in enumerate(pieces)]
-    [whole] = openai.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
-    reply = openai.Reply(asked, "m", "r")
+    [whole] = replies.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
+    reply = replies.Reply(asked, "m", "r")
     return whole, [event["choices"][0] for chunk in chunks if (event := reply.piece(0, chunk)) is not None]
 
 
