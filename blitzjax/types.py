@@ -70,7 +70,6 @@ class ModelSpec:
     tied_embeddings: bool
     dtype: str  # of the parameters: "bfloat16" or "float32"
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     layer_kinds: tuple[str, ...] = ()  # one name per layer; layers of one kind run the same code. Empty: all alike
     options: tuple[tuple[str, Option], ...] = ()  # what the family's code needs to know beyond this, by name
 

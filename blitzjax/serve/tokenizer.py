@@ -50,6 +50,11 @@ class Tokenizer:
         self.tool_template = sources.get("tool_use", sources.get("default", ""))  # its text; for chats with tools
         self._templates = {name: _compile(text, directory) for name, text in sources.items() if name in _TEMPLATES}
 
+    @property
+    def bos(self) -> int | None:
+        """The token that begins prompts, if its configuration names one."""
+        return self._tokenizer.token_to_id(self._names["bos_token"])
+
     @staticmethod
     def present(directory: Path) -> bool:
         return (directory / "tokenizer.json").is_file()

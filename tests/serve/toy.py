@@ -24,7 +24,7 @@ RESUME_S = 300  # a server waits so long for clients that may come back, and wor
 AT_ONCE_S = 100.0  # for a machine that stands still now and then: well below what else would end it
 SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1, head_dim=1, ffn_dim=1, vocab=VOCAB,
                  max_len=4096, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=False, dtype="float32",
-                 eos_token_ids=(EOS,), bos_token_id=BOS)
+                 eos_token_ids=(EOS,))
 TEMPLATE = ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
             "{% if add_generation_prompt %}a{% endif %}")
 TOY_WORKER = (sys.executable, str(Path(__file__).with_name("toy_worker.py")))
