@@ -30,6 +30,7 @@ from blitzjax.serve.client import AsyncClient
 from blitzjax.v1 import inference_pb2 as pb
 
 _BODY_BYTES = 64 << 20
+_AT_ONCE = 512  # answers of one body: half of what may wait by default
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
 _OPEN = ("/health", "/ping")  # without the key
@@ -140,10 +141,12 @@ class Gateway:
     async def _chunks(self, asked: openai.Asked) -> AsyncGenerator[tuple[int, Chunk]]:
         """Of the answers to all prompts, as they come, each with its prompt's number. Closing it ends all."""
         queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(max(1, _AT_ONCE // max(1, asked.answers)))
 
         async def read(number: int, prompt: Prompt) -> None:
-            async for chunk in self._client.stream(prompt, **asked.options):
-                queue.put_nowait((number, chunk))
+            async with room:
+                async for chunk in self._client.stream(prompt, **asked.options):
+                    queue.put_nowait((number, chunk))
 
         async def read_all() -> None:
             try:

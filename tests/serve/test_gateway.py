@@ -101,6 +101,13 @@ def test_prompts_are_texts_or_tokens_one_or_many(site):
     assert [c["index"] for c in said["choices"]] == [0, 1, 2, 3]
 
 
+def test_a_body_may_have_more_prompts_than_may_wait(site):
+    assert site.cluster.config.serve.max_queued_requests == 1024
+    said = site.complete([[97 + k % 20] for k in range(1400)], max_tokens=1)
+    assert [c["text"] for c in said["choices"]] == [chr(98 + k % 20) for k in range(1400)]
+    assert said["usage"]["completion_tokens"] == 1400
+
+
 def test_chat(site):
     messages = [{"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
                 {"role": "user", "content": "z"}]
@@ -213,6 +220,7 @@ def test_models(site):
     ("/v1/completions", {"prompt": ["a"] * 2049}, 400, "prompt may have 2048 texts"),
     ("/v1/completions", {"prompt": "a", "temprature": 1}, 400, "temprature is no field"),
     ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature must be int or float, got 'hot'"),
+    ("/v1/completions", {"prompt": "a", "n": 0}, 400, "n must be in [1, 64], got 0"),
     ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be int, got True"),
     ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be in"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
