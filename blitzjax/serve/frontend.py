@@ -197,13 +197,15 @@ async def pieces(answers: tuple[Answer, ...], controller: Controller,
         changed.clear()
         for answer in list(left):
             piece, last = answer.take(), answer.ended
+            latencies = controller.latencies[answer.order.model]
+            latencies.told(answer)
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
                 await context.abort(grpc.StatusCode[answer.failure.code], brief(which + answer.failure.message), _FINAL)
             yield answer, piece, last
             if last:
                 left.remove(answer)
-                controller.latencies[answer.order.model].ended(answer, controller.now())
+                latencies.ended(answer, controller.now())
 
 
 async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,
