@@ -104,6 +104,10 @@ def test_whoever_waits_for_instances_of_a_model_that_leaves_is_told(client: Clie
 def test_what_cannot_be_deployed_is_refused(client: Client, tmp_path: Path) -> None:
     with pytest.raises(BlitzError, match="not a blitzjax checkpoint"):
         client.deploy(tmp_path)
+    manifest = write_model(tmp_path / "old", spec=replace(SPEC, name="old")) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": ', '"version": 1'))
+    with pytest.raises(BlitzError, match="format version 1.*convert the model again"):
+        client.deploy(manifest.parent)
     greedy = write_model(tmp_path / "greedy", spec=replace(SPEC, name="greedy"))
     with pytest.raises(InvalidRequest, match="min_instances 3 does not fit"):
         client.deploy(greedy, min_instances=3, max_instances=3)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blitzjax import config as configs
+from blitzjax.engine.locations import FORMAT_VERSION
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
 from blitzjax.types import ModelSpec
@@ -42,7 +43,7 @@ def write_model(directory: Path, tokenizer: bool = True, template: str | None = 
                 spec: ModelSpec = SPEC) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     units = [{"bytes": 10} for _ in range(spec.units)]
-    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(spec), "units": units}, indent=1))
+    (directory / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "spec": asdict(spec), "units": units}, indent=1))
     if tokenizer:
         byte_tokenizer({"<|eos|>": EOS, "<|bos|>": BOS}).save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(json.dumps(
