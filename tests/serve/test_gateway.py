@@ -380,15 +380,15 @@ def test_without_a_controller_it_says_so():
 
 
 @pytest.mark.parametrize(("body", "says"), [
-    ({"prompt": "a", "n": 1 << 40}, "out of range"),
-    ({"prompt": "a", "seed": 1 << 70}, "out of range"),
-    ({"prompt": "a", "temperature": 10**400}, "too large"),
+    ({"prompt": "a", "n": 1 << 40}, "n: Value out of range"),
+    ({"prompt": "a", "seed": 1 << 70}, "seed: Value out of range"),
+    ({"prompt": "a", "temperature": 10**400}, "temperature: int too large"),
     ({"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias must map"),
-    ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "out of range"),
-    ({"prompt": "a", "priority": 1 << 40}, "out of range"),
-    ({"prompt": "a\ud800", "max_tokens": 1}, "surrogates"),
-    ({"prompt": "a", "stop": "\udfff"}, "surrogates"),
-    ({"prompt": "a", "model": "\udfff"}, "surrogates"),
+    ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "logit_bias: Value out of range"),
+    ({"prompt": "a", "priority": 1 << 40}, "priority: Value out of range"),
+    ({"prompt": "a\ud800", "max_tokens": 1}, "prompt: 'utf-8' codec"),
+    ({"prompt": "a", "stop": "\udfff"}, "stop: 'utf-8' codec"),
+    ({"prompt": "a", "model": "\udfff"}, "model: 'utf-8' codec"),
 ])
 def test_values_that_no_request_can_hold_are_the_callers_error(site, body, says):
     for stream in (False, True):
