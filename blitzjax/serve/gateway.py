@@ -237,8 +237,8 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
         await runner.setup()
         try:
             await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
-            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{joined(args.host, args.port)}/v1",
-                  flush=True)
+            where = joined(args.host, runner.addresses[0][1])
+            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{where}/v1", flush=True)
             await stopping.wait()
         finally:
             await runner.cleanup()
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT",
                         help="the controller (default 127.0.0.1:50051); grpcs://HOST:PORT over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="listen here")
-    parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000; 0: any free port)")
     parser.add_argument("--cacert", type=Path, metavar="FILE", help="who signed the controller's certificate, PEM")
     parser.add_argument("--ssl-certfile", default="", metavar="FILE", help="certificate, PEM: HTTPS instead of HTTP")
     parser.add_argument("--ssl-keyfile", default="", metavar="FILE", help="its key, PEM")
