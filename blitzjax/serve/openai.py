@@ -28,7 +28,8 @@ _SAMPLING: Mapping[str, tuple[type, ...]] = {
     "stop_token_ids": (list,), "ignore_eos": (bool,), "priority": (int,)}
 _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
     "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
-_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+                      "prompt_cache_options", "prompt_cache_retention"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "add_special_tokens": (True,), "return_token_strs": (False,), "prompt_logprobs": (),

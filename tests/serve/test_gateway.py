@@ -111,7 +111,8 @@ def test_a_body_may_have_more_prompts_than_may_wait(site):
 def test_chat(site):
     messages = [{"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
                 {"role": "user", "content": "z"}]
-    said = site.post("/v1/chat/completions", messages=messages, max_completion_tokens=2, temperature=0, user="me")
+    said = site.post("/v1/chat/completions", messages=messages, max_completion_tokens=2, temperature=0, user="me",
+                     prompt_cache_retention="24h")
     assert said["choices"][0]["message"] == {"role": "assistant", "content": "bc"}
     assert said["usage"]["prompt_tokens"] == len("s:xy;u:z;a") and said["object"] == "chat.completion"
 
