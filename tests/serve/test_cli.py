@@ -87,6 +87,8 @@ def test_a_reader_that_left_is_no_error():
     (("worker", "--listen", "h:99999", "--rank", "0", "--world", "1", "--coordinator", "h:1"), "--listen: wants HOST:PORT"),
     (("worker", "--listen", "h:1", "--rank", "0", "--world", "1", "--coordinator", "h"), "--coordinator: wants HOST:PORT"),
     (("worker", "--listen", "h:1", "--rank", "2", "--world", "2", "--coordinator", "h:1"), "--rank must be in [0, 1]"),
+    (("worker", "--listen", "h:1", "--rank", "0", "--world", "1", "--coordinator", "h:1", "--core", "999999"),
+     "--core must be one of"),
     (("coordinator", "--address", "h", "--size", "1"), "wants HOST:PORT"),
     (("coordinator", "--address", "no.such.host.invalid:1", "--size", "1"), "cannot listen on no.such.host.invalid:1"),
 ])
