@@ -242,10 +242,12 @@ def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tok
     scored = list(zip(ids, logprobs, strict=True))
     seen = {token for token, _ in scored}.union(*(known.top_ids for known in logprobs))
     alone = {token: ("", b"") if tokenizer is None else tokenizer.alone(token) for token in seen}
+    special = () if tokenizer is None else tokenizer.special
 
     def one(token: int, logprob: float, rank: int, top: Iterable[pb.ScoredToken] = ()) -> pb.ScoredToken:
         text, raw = alone[token]
-        return pb.ScoredToken(token_id=token, logprob=logprob, rank=rank, text=text, raw=raw, top=top)
+        return pb.ScoredToken(token_id=token, logprob=logprob, rank=rank, text=text, raw=raw, top=top,
+                              special=token in special)
 
     return [one(token, known.logprob, known.rank, map(one, known.top_ids, known.top_logprobs, itertools.count(1)))
             for token, known in scored]

@@ -85,11 +85,12 @@ class Reply:
         if self.asked.chat:
             return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]}
                                 for t in part.logprobs]}
-        tokens = list(part.logprobs)
+        prompt, tokens = self.asked.prompts[number], list(part.logprobs)
         if part.prompt_token_ids:  # echo
-            tokens = [*_echoed(self.asked.prompts[number], part.prompt_logprobs), *tokens]
+            tokens = [*_echoed(prompt, part.prompt_logprobs), *tokens]
+        as_sent = len(part.prompt_token_ids) if isinstance(prompt, str) else 0
         known = [token.rank > 0 for token in tokens]
-        return {"tokens": [t.text for t in tokens], "text_offset": [told.place(t) for t in tokens],
+        return {"tokens": [t.text for t in tokens], "text_offset": [told.place(t, k < as_sent) for k, t in enumerate(tokens)],
                 "token_logprobs": [t.logprob if yes else None for t, yes in zip(tokens, known, strict=True)],
                 "top_logprobs": [{o.text: o.logprob for o in t.top} if yes else None
                                  for t, yes in zip(tokens, known, strict=True)]}
@@ -115,10 +116,13 @@ class _Told:
     _chars: int = 0  # that are whole
     _utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
-    def place(self, token: pb.ScoredToken) -> int:
-        """Of the next token in the text: of the character that it begins or goes on with."""
+    def place(self, token: pb.ScoredToken, as_sent: bool) -> int:
+        """Of the next token in the text: of the character that it begins or goes on with. `as_sent`: of a text whose special
+        tokens are in its echo.
+        """
         at = self._chars
-        self._chars += len(self._utf8.decode(_bytes(token)))
+        if as_sent or not token.special:
+            self._chars += len(self._utf8.decode(_bytes(token)))
         return at
 
 

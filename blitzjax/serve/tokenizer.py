@@ -45,7 +45,7 @@ class Tokenizer:
         config = _read_json(directory / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         self._names = {name: _token_text(config.get(name)) for name in names}
-        self._special = {t for t, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.special = {t for t, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         sources = _chat_templates(directory, config)
         self.tool_template = sources.get("tool_use", sources.get("default", ""))  # its text; for chats with tools
         self._templates = {name: _compile(text, directory) for name, text in sources.items() if name in _TEMPLATES}
@@ -73,7 +73,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], shown: Collection[int] = ()) -> str:
         """Text without special tokens but the `shown` ones; undecodable bytes become U+FFFD."""
-        kept = [token for token in ids if token not in self._special or token in shown] if shown else list(ids)
+        kept = [token for token in ids if token not in self.special or token in shown] if shown else list(ids)
         return self._tokenizer.decode(kept, skip_special_tokens=not shown)
 
     def ids(self, texts: Iterable[str]) -> dict[str, int]:
@@ -84,7 +84,7 @@ class Tokenizer:
         """A token's text, with its spaces: decoders take one from the beginning, for the first word of a text. And its
         bytes if it is no whole characters; empty where they are not known.
         """
-        written, text = self._tokenizer.id_to_token(token) or "", self.decode((token,))
+        written, text = self._tokenizer.id_to_token(token) or "", self.decode((token,), shown=(token,))
         if spaces := len(written) - len(written.lstrip(_SPACE)):
             text = " " * spaces + text.lstrip(" ")
         if _REPLACEMENT not in text:

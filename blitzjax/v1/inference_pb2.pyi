@@ -196,20 +196,22 @@ class Progress(_message.Message):
     def __init__(self, serving: _Optional[int] = ..., layers_loaded: _Optional[int] = ..., layers: _Optional[int] = ..., queued: _Optional[int] = ...) -> None: ...
 
 class ScoredToken(_message.Message):
-    __slots__ = ("token_id", "logprob", "rank", "text", "top", "raw")
+    __slots__ = ("token_id", "logprob", "rank", "text", "top", "raw", "special")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOP_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
+    SPECIAL_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprob: float
     rank: int
     text: str
     top: _containers.RepeatedCompositeFieldContainer[ScoredToken]
     raw: bytes
-    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., text: _Optional[str] = ..., top: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., raw: _Optional[bytes] = ...) -> None: ...
+    special: bool
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., text: _Optional[str] = ..., top: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., raw: _Optional[bytes] = ..., special: bool = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "seed", "queue_s", "ttft_s", "layers_helped", "attempts", "cached_tokens")

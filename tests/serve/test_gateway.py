@@ -188,6 +188,16 @@ def test_tokens_of_one_character_have_its_place(site):
     assert scored["logprobs"]["text_offset"] == [0, 0, 1, 2, 2, 3, 4, 5] and scored["text"].startswith("éaÀ\ufffd")
 
 
+def test_special_tokens_have_their_names_in_logprobs_and_a_place_where_they_are_text(site):
+    ended = site.complete([254], max_tokens=6, temperature=0, logprobs=2)["choices"][0]["logprobs"]
+    assert ended["tokens"] == ["\ufffd", "<|eos|>"] and ended["top_logprobs"][0].keys() == {"\ufffd", "<|eos|>"}
+    asked = {"max_tokens": 1, "temperature": 0, "logprobs": 0, "echo": True}
+    for prompt, text, offsets in (("a<|eos|>b", "a<|eos|>bc", [0, 1, 8, 9]), ([256, 98, 256, 98], "bbc", [0, 0, 1, 1, 2])):
+        scored = site.complete(prompt, **asked)["choices"][0]
+        assert scored["text"] == text and scored["logprobs"]["text_offset"] == offsets
+        assert "<|eos|>" in scored["logprobs"]["tokens"]
+
+
 def test_a_streams_logprobs_are_those_of_the_whole(site):
     """Also where text is held back, because it may become a stop string."""
     asked = {"prompt": "ab", "max_tokens": 6, "temperature": SLOW, "logprobs": 1, "stop": "dx", "echo": True}

@@ -159,7 +159,7 @@ def test_tags_are_text_for_answers_with_tools_alone(model_dir) -> None:
     for parser, shown in (("hermes", "<tool_call>"), ("", "")):
         model = load_model(model_dir)
         model.tokenizer._tokenizer.add_special_tokens(["<tool_call>"])
-        model.tokenizer._special.add(258)
+        model.tokenizer.special.add(258)
         answer = Answer("r#0", Order("r", "toy", (97,), Sampling(), (), 0, 1, None, tool_call_parser=parser), 0, model, 0.0,
                         asyncio.Event())
         answer.push(0, [257, 258, ord("x"), 256], "stop", 0.0)
