@@ -8,7 +8,7 @@ from blitzjax.v1 import inference_pb2 as pb
 def test_the_space_that_a_tokenizer_adds_to_a_prompt_is_not_in_its_echo() -> None:
     """As Llama 2's and Mistral's do, whose prompts begin with BOS."""
     asked = openai.completion({"prompt": "The tide", "echo": True, "logprobs": 0})
-    prompt, answer = [pb.ScoredToken(text=" The", rank=3), pb.ScoredToken(text=" tide", rank=1)], pb.ScoredToken(text=" is", rank=1)
+    *prompt, answer = (pb.ScoredToken(text=text, rank=1) for text in (" The", " tide", " is"))
     chunk = Chunk("r", 0, "The tide is", (9,), (answer,), "length", pb.Usage(), (1, 7, 8), tuple(prompt), None, "", 3, 0.0)
     [choice] = replies.Reply(asked, "m", "r").whole([[collect([chunk])]])["choices"]
     assert choice["logprobs"]["tokens"] == ["", "The", " tide", " is"]
