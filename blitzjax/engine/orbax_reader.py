@@ -8,7 +8,7 @@ published names with Flax's leaves (`kernel` is [in, out]). Layers are `layers/7
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -59,12 +59,11 @@ class Orbax:
         tree = find(path.absolute())  # Orbax finds nothing under another
         assert tree is not None, f"{path} was not written by Orbax"
         flat, structure = _flatten(tree)
-        leaves, own_names = _read_names(flat, family(spec.family).tensors is unpublished)
-        opened = cls(tree, spec, structure, leaves, own_names, scratch)
-        wanted = ([{name: shape for name, (_, shape) in opened._own(unit).items()} for unit in range(spec.units)]
-                  if own_names else published.wanted(spec, partial(published.names, spec)))
+        own = [{name: shape for name, (_, shape) in _own(spec, unit).items()} for unit in range(spec.units)]
+        leaves, own_names = _read_names(flat, family(spec.family).tensors is unpublished, set().union(*own))
+        wanted = own if own_names else published.wanted(spec, partial(published.names, spec))
         published.check(tree, spec, wanted, {name: leaf.shape for name, leaf in leaves.items()})
-        return opened
+        return cls(tree, spec, structure, leaves, own_names, scratch)
 
     def units(self) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of each unit, in order, as stored."""
@@ -72,12 +71,7 @@ class Orbax:
             yield from published.units(self.spec, partial(published.names, self.spec), self._read)
             return
         for unit in range(self.spec.units):
-            yield {name: self._read(stored) for stored, (name, _) in self._own(unit).items()}
-
-    def _own(self, unit: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Stored name → name in our module, shape."""
-        prefix = f"layers.{unit}." if unit < self.spec.layers else f"{unit_kind(self.spec, unit)}."
-        return {prefix + info.name: (info.name, info.shape) for info in unit_arrays(self.spec, unit)}
+            yield {name: self._read(stored) for stored, (name, _) in _own(self.spec, unit).items()}
 
     def _read(self, name: str) -> np.ndarray:
         leaf = self.leaves[name]
@@ -117,6 +111,12 @@ def find(path: Path) -> Path | None:
     return find(steps[-1][1]) if steps else None
 
 
+def _own(spec: ModelSpec, unit: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Stored name → name in the module, shape."""
+    prefix = f"layers.{unit}." if unit < spec.layers else f"{unit_kind(spec, unit)}."
+    return {prefix + info.name: (info.name, info.shape) for info in unit_arrays(spec, unit)}
+
+
 def _flatten(path: Path):
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -126,38 +126,41 @@ def _flatten(path: Path):
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict | list | tuple))
 
 
-def _read_names(tree: Sequence[tuple[tuple[object, ...], ocp.metadata.ArrayMetadata]],
-                own_names: bool) -> tuple[dict[str, Leaf], bool]:
+def _read_names(tree: Sequence[tuple[tuple[object, ...], object]], own_names: bool,
+                own: Set[str]) -> tuple[dict[str, Leaf], bool]:
     """Every array by its full name, scanned ones once per layer; and whether the names are those of our modules, as
-    they must be if `own_names`.
+    they must be if `own_names`. `own` are those that our modules have.
     """
-    flat = [(_path(keys), number, tuple(leaf.shape)) for number, (keys, leaf) in enumerate(tree)]
+    flat = [(tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys), number, tuple(leaf.shape))
+            for number, (keys, leaf) in enumerate(tree)
+            if isinstance(leaf, ocp.metadata.ArrayMetadata)]  # optimizers have empty states besides
     if any(names[0] == "params" for names, *_ in flat):  # beside an optimizer's state, say
         flat = [(names, number, shape) for names, number, shape in flat if names[0] == "params"]
     while all(names[0] == "params" for names, *_ in flat):
         flat = [(names[1:], number, shape) for names, number, shape in flat]
+    flat = [(_numbered(names), number, shape) for names, number, shape in flat]
     own_names = own_names or {names[0] for names, *_ in flat} <= {"embed", "layers", "head"}
     leaves: dict[str, Leaf] = {}
     for names, number, shape in flat:
         for full, leaf in _named(names, Leaf(number, shape, None, False)):
+            full = full if full in own else full.removesuffix(".value")  # NNX before 0.12, nn.Partitioned
             leaves |= dict([(full, leaf) if own_names else _as_published(full, leaf)])
     return leaves, own_names
 
 
-def _path(keys: tuple[object, ...]) -> Path_:
-    """Keys of the tree as words: `layers_7` is `layers`, `7`; NNX before 0.12 ended each path with `value`."""
-    words = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
-    words = words[:-1] if words[-1] == "value" else words
-    return tuple(part for word in words for part in (word.split("_") if _is_numbered(word) else [word]))
-
-
-def _is_numbered(word: str) -> bool:
-    return word.startswith("layers_") and word.removeprefix("layers_").isdecimal()
+def _numbered(names: Path_) -> Path_:
+    """The model's `layers_7` is `layers`, `7`; a module's own are left alone."""
+    for at, word in enumerate(names):
+        if word in ("embed", "layers", "head"):
+            break
+        if word.startswith("layers_") and word.removeprefix("layers_").isdecimal():
+            return (*names[:at], *word.split("_"), *names[at + 1:])
+    return names
 
 
 def _named(names: Path_, leaf: Leaf) -> Iterator[tuple[str, Leaf]]:
-    at = names.index("layers") + 1 if "layers" in names else 0
-    if at == 0 or names[at].isdecimal():
+    at = names.index("layers") + 1 if "layers" in names and names[0] not in ("embed", "head") else 0
+    if at == 0 or names[at].isdecimal() or not leaf.shape:
         yield ".".join(names), leaf
         return
     for layer in range(leaf.shape[0]):
