@@ -135,7 +135,7 @@ def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]]
             entries = [_write_unit(file, spec, unit, next(units)) for unit in range(spec.units)]
         assert next(units, None) is None, f"the model has only {spec.units} units"
         manifest = {"version": FORMAT_VERSION, "tokenizer": tokenizer is not None, "spec": asdict(spec), "units": [
-            {"offset": unit[0].offset, "bytes": unit[-1].offset + unit[-1].nbytes - unit[0].offset,
+            {"bytes": unit[-1].offset + unit[-1].nbytes - unit[0].offset if unit else 0,
              "arrays": [asdict(entry) for entry in unit]} for unit in entries]}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         if tokenizer is not None:

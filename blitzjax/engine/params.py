@@ -121,7 +121,7 @@ def _kind_layout(spec: ModelSpec, kind: str, tp: int) -> UnitLayout:
     for info, shape in zip(arrays, shapes, strict=True):
         offsets.append(end)
         end = align(end + math.prod(shape) * info.dtype.itemsize)
-    return UnitLayout(arrays, shapes, tuple(offsets), end)
+    return UnitLayout(arrays, shapes, tuple(offsets), max(end, ALIGNMENT_BYTES))  # also of a unit without parameters
 
 
 def align(nbytes: int) -> int:

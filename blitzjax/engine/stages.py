@@ -215,6 +215,10 @@ class Stages:
         return (self._abstract(k, self.layout.dtype, self.kv_sharding),
                 self._abstract(v, self.layout.dtype, self.kv_sharding))
 
+    def _zeros(self, rows: int, tokens: int) -> KV:
+        k, v = self.layout.shapes(self.spec, rows, tokens)
+        return jnp.zeros(k, self.layout.dtype), jnp.zeros(v, self.layout.dtype)
+
     def _activations(self, rows: int, width: int):
         """Abstract x and aux of a stage over [rows, width] tokens."""
         return self._abstract((rows, width, self.spec.dim)), self._abstract_tree(_aux_shapes(self.spec, rows, width))
@@ -244,7 +248,7 @@ class Stages:
                 return self.attention.first(q, *kept, scoring)
 
             x = module(weights)(x, aux, attend)
-            return x, *self.layout.fitted(kept, context)
+            return x, *self.layout.fitted(kept or self._zeros(1, width), context)
 
         out = (self.replicated, self.kv_sharding, self.kv_sharding)
         return first, (self._weights(kind), *self._activations(1, width)), (), out
@@ -260,7 +264,7 @@ class Stages:
                 return self.attention.later(q, *cache, start, scoring)
 
             x = module(weights)(x, aux, attend)
-            return x, *cache
+            return x, *(cache or (k, v))
 
         args = (self._weights(kind), *self._activations(1, width), *self.kv_specs(1, context),
                 self._abstract((), jnp.int32))
@@ -271,14 +275,15 @@ class Stages:
         bound = [modules.bind(self.spec, kind) for kind in kinds]
 
         def decode(weights, x, aux, kv, lengths):
-            caches = []
+            caches = [*kv]  # of a layer that does not attend, as they are
 
-            def attend(q, k_new, v_new, scoring=blocks.PLAIN):
-                caches.append(self.layout.appended(kv[len(caches)], (k_new, v_new), lengths))
-                return self.attention.step(q, *caches[-1], lengths, scoring)
+            def attend(layer, q, k_new, v_new, scoring=blocks.PLAIN):
+                caches[layer] = self.layout.appended(kv[layer], (k_new, v_new), lengths)
+                return self.attention.step(q, *caches[layer], lengths, scoring)
 
             for layer, module in enumerate(bound):
-                x = module(weights[layer])(lax.optimization_barrier(x) if layer else x, aux, attend)
+                x = lax.optimization_barrier(x) if layer else x
+                x = module(weights[layer])(x, aux, functools.partial(attend, layer))
             return x, caches
 
         kv = [self.kv_specs(rows, context) for _ in kinds]
@@ -355,12 +360,7 @@ class Stages:
         return insert, args, (0, 1), (self.kv_sharding, self.kv_sharding)
 
     def _build_blank(self, rows: int, context: int):
-        shapes = self.kv_specs(rows, context)
-
-        def blank():
-            return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
-
-        return blank, (), (), (self.kv_sharding, self.kv_sharding)
+        return functools.partial(self._zeros, rows, context), (), (), (self.kv_sharding, self.kv_sharding)
 
     def _build_resize(self, rows: int, context: int, new_rows: int, new_context: int):
         def resize(k, v, order):
