@@ -124,7 +124,7 @@ class Attention:
             return self._dot_product(q, k, v, scoring, seen)
         if self.product is not None and self.product.attends(k) and scoring.plain:
             scale = q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
-            return self.product.attend(q[:, 0], k, v, last, scale)[:, None]
+            return self.product.attend(q[:, 0].astype(jnp.float32), k, v, last, scale)[:, None]
         return self._products(q, k, v, last[:, None, None, None], scoring)
 
     def source(self) -> str:
