@@ -25,7 +25,8 @@ class Family:
     """The free functions of one architecture. B sequences, T tokens each, N = rows that need logits.
 
     A kind is "embed", "head" or, of a layer, "layer" or what `ModelSpec.layer_kinds` calls it. Modules hold nothing but
-    nnx.Param and run the same whatever B and T are, padding included; positions are below `ModelSpec.max_len`.
+    nnx.Param and run the same whatever B and T are, padding included; positions are below `ModelSpec.max_len`. A layer
+    calls `attend` (see blocks.Attend) once or never, outside of jit, jax.checkpoint, scan and the like.
 
     embed   (spec, rngs)        → module(tokens, positions i32[B, T]) → f32[B, T, D]; its `table` Param is [V, D]
     layer   (spec, kind, rngs)  → module(x f32[B, T, D], aux, attend) → f32[B, T, D]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blitzjax.engine import checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, locations, orbax_reader
+from blitzjax.engine import checkpoint, gguf_tokenizer, hf_config, hf_tokenizer, locations, orbax_reader, trial
 from blitzjax.engine.gguf_reader import GGUF
 from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import unit_arrays
@@ -55,6 +55,7 @@ def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> P
     if source is None or not source.is_dir():
         raise CheckpointError(f"{model} is code; its parameters are an Orbax checkpoint: --checkpoint DIR")
     spec = checkpoint.with_dtype(own.load(model)[0], dtype)
+    trial.check(spec)
     layouts = [unit_arrays(spec, unit) for unit in range(spec.units)]
     stamp = zlib.crc32(f"{locations.stamp(source.resolve())} {spec} {layouts}".encode())
     return _convert_once(source, model, dtype, models / f"{spec.name}-{stamp:08x}-{dtype}")

@@ -68,10 +68,13 @@ def _abstract(spec: ModelSpec, kind: str) -> tuple[nnx.GraphDef, nnx.State]:
     model = family(spec.family)
     build = {"embed": lambda: model.embed(spec, nnx.Rngs(0)),
              "head": lambda: model.head(spec, nnx.Rngs(0))}.get(kind, lambda: model.layer(spec, kind, nnx.Rngs(0)))
-    graph, state = nnx.split(nnx.eval_shape(build))
+    module = nnx.eval_shape(build)
+    graph, state = nnx.split(module)
     others = [_name(path) for path, variable in nnx.to_flat_state(state) if not isinstance(variable, nnx.Param)]
+    others += [_name(path) for path, value in nnx.iter_graph(module) if isinstance(value, jax.core.Tracer)]  # flax hides them
     if others:
-        raise CheckpointError(f"{spec.family}: {kind} holds more than nnx.Param: {', '.join(others)}")
+        raise CheckpointError(f"{spec.family}: {kind} holds more than nnx.Param: {', '.join(others)}; make constants in "
+                              "__call__, and leave out dropout and what only training needs")
     return graph, state
 
 
