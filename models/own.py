@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+import os
 import re
-from dataclasses import replace
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from blitzjax.errors import CheckpointError
-from blitzjax.types import ModelSpec
+from blitzjax.types import ModelSpec, spec_from
 
 if TYPE_CHECKING:
     from blitzjax.models import Family
@@ -27,18 +31,39 @@ def is_reference(model: str) -> bool:
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model) is not None
 
 
-@functools.cache
 def load(reference: str) -> tuple[ModelSpec, Family]:
     """Calls what `reference` names; the spec's family is `reference`. Raises CheckpointError if that does not work."""
+    spec, family, _ = _imported(reference)
+    return spec, family
+
+
+def check_unchanged(reference: str) -> None:
+    """Raises CheckpointError if a file beside or below the model's has changed since this process imported it."""
+    before = _imported(reference)[2]
+    changed = sorted(file for file, stamp in before.items() if _stamp(file) != stamp)
+    if changed:
+        raise CheckpointError(f"{', '.join(changed)} has changed since {reference} was imported here; start the cluster again")
+
+
+@functools.cache
+def _imported(reference: str) -> tuple[ModelSpec, Family, Mapping[str, object]]:
+    """Spec, family, and the files with the code of both."""
     module, _, function = reference.partition(":")
     try:
-        spec, family = getattr(importlib.import_module(module), function)()
+        imported = importlib.import_module(module)
+        spec, family = getattr(imported, function)()
+        spec = spec_from(json.loads(json.dumps(asdict(replace(spec, family=reference)))))  # lists become tuples
+        hash(spec)
     except Exception as e:  # the user's code may raise anything
         raise CheckpointError(f"cannot build the model {reference}: {type(e).__name__}: {e}") from e
-    return replace(spec, family=reference), family
+    folder = os.path.dirname(imported.__file__ or "")
+    files = {file for each in [*sys.modules.values()] if (file := getattr(each, "__file__", None)) and file.startswith(folder)}
+    return spec, family, {file: _stamp(file) for file in files}
 
 
-def package(reference: str) -> str:
-    """The package that holds the model's code, or its one module."""
-    module = reference.partition(":")[0]
-    return module.rpartition(".")[0] or module
+def _stamp(file: str) -> object:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

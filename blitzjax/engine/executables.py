@@ -2,9 +2,9 @@
 none asks others for theirs.
 
 Invariant: a file's name is a digest of everything that shapes its content (source, sizes, devices, jax, platform, CPU
-model and features, NVIDIA's libraries, XLA flags), so that nothing is traced to find it, and it ends with a checksum of
-the rest; a file that is damaged or does not load is compiled again and replaced. What loads, runs: files must come from
-where commands come from.
+model and features, NVIDIA's libraries, XLA flags), so that no program of ours is traced to find it, and it ends with a
+checksum of the rest; a file that is damaged or does not load is compiled again and replaced. What loads, runs: files
+must come from where commands come from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from blitzjax.engine.locations import mark_used
 
@@ -44,6 +44,9 @@ class Program(NamedTuple):
     args: tuple
     donate: tuple[int, ...] = ()
     out_shardings: object = None
+
+    def lowered(self) -> Lowered:
+        return jax.jit(self.fn, donate_argnums=self.donate, out_shardings=self.out_shardings).lower(*self.args)
 
 
 class ExecutableCache:
@@ -110,8 +113,7 @@ class ExecutableCache:
         return found
 
     def _compile(self, path: Path, program: Program) -> Compiled:
-        jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.out_shardings)
-        compiled = jitted.lower(*program.args).compile()
+        compiled = program.lowered().compile()
         self.compiled += 1
         try:
             keep(path, pickle.dumps(serialize_executable.serialize(compiled)))

@@ -8,7 +8,6 @@ theirs may run `engine.fused_layers` layers at a time, kept apart by a barrier t
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -43,6 +42,8 @@ class Stages:
     def __init__(self, spec: ModelSpec, config: EngineConfig, mesh: Mesh, attention: Attention | None = None,
                  fetch: Fetch = lambda name: None):
         """`attention`: instead of what the devices get. `fetch`: where executables may be had from."""
+        if own.is_reference(spec.family):
+            own.check_unchanged(spec.family)
         self.spec = spec = for_context(spec, config.max_model_len)
         self.mesh, self.rules = mesh, params.ShardingRules(mesh.size)
         self.shapes: Shapes = shapes_for(spec, config)
@@ -61,7 +62,7 @@ class Stages:
         self.kv_sharding = NamedSharding(mesh, P(*[None] * self.layout.heads, *self.rules.partition(heads)))
         self.attention = replace(attention, split=self.kv_sharding) if mesh.size > 1 else attention
         self.replicated = NamedSharding(mesh, P())
-        self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention), devices, fetch)
+        self.cache = ExecutableCache(directory, _fingerprint(spec, self.attention) + self._own_code(), devices, fetch)
         self._found: dict[tuple, Compiled] = {}
 
     # ---- what the runner calls; arrays in brackets are [rows, ...] as compiled ------------------------------------
@@ -192,16 +193,31 @@ class Stages:
         """With the cache's fingerprint, kind and sizes say all that a `_build_...` makes a program from."""
         found = self._found.get((kind, *sizes))
         if found is None:
-            name, build = _name(kind, *sizes), getattr(self, f"_build_{kind}")
+            name = _name(kind, *sizes)
             try:
                 with blocks.few_rows(self.attention.product):
-                    found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: Program(*build(*sizes)))
+                    found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: self._program(kind, *sizes))
             except RuntimeError as e:
                 if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode"):
                     raise
                 raise ConfigError(f"{name} of {self.spec.name} does not compile with cuDNN's attention; without it: "
                                   f"engine.cudnn_attention=false. {e}") from e
         return found
+
+    def _program(self, kind: str, *sizes: int | str) -> Program:
+        return Program(*getattr(self, f"_build_{kind}")(*sizes))
+
+    def _own_code(self) -> str:
+        """What somebody's own modules compute, as programs of some size: their code may import and read anything."""
+        if not own.is_reference(self.spec.family):
+            return ""
+        s = self.shapes
+        stages: list[tuple[str, *tuple[str | int, ...]]] = [
+            ("embed", 1, s.widths[0]), ("head_greedy", s.batches[0]),
+            *(("first", kind, *s.first_chunks()[0]) for kind in self.kinds),
+            *(("decode", g.start, g.stop, s.batches[0], s.contexts[0]) for g in dict.fromkeys(self.groups.values()))]
+        with blocks.few_rows(self.attention.product):
+            return "\n".join(self._program(*stage).lowered().as_text() for stage in stages)
 
     def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self.replicated)
@@ -390,15 +406,8 @@ def _groups(spec: ModelSpec, size: int) -> dict[Span, Span]:
 
 
 def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
-    """The spec, whatever the model is called, and the source of everything that a stage traces through, whatever else
-    this process has imported.
-    """
-    files: list[str | None] = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__,
-                               sampling.__file__, params.__file__, modules.__file__]
-    if own.is_reference(spec.family):
-        package = own.package(spec.family)
-        family(spec.family)  # imports it
-        files += [getattr(module, "__file__", None) for name, module in sorted(sys.modules.items())
-                  if name == package or name.startswith(f"{package}.")]
-    sources = [Path(file).read_text("utf-8") for file in files if file and file.endswith(".py")]
+    """The spec, whatever the model is called, and our source of everything that a stage traces through."""
+    files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
+             modules.__file__]
+    sources = [Path(file).read_text("utf-8") for file in files]
     return "\n".join([repr(replace(spec, name="")), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])
