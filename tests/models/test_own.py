@@ -9,11 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from flax.training import train_state
 
 import own_models
+import own_variants
 from blitzjax.config import EngineConfig
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import resolve
@@ -28,6 +31,7 @@ from blitzjax.models.examples import alternating
 from blitzjax.types import Sampling, Span
 
 NNX, LINEN = (f"blitzjax.models.examples.{name}:build" for name in ("alternating", "alternating_linen"))
+FITTING = "own_variants:fitting"
 PROMPT = np.random.default_rng(5).integers(0, 256, 70).tolist()  # three chunks, longer than the window
 
 
@@ -36,9 +40,16 @@ def answer() -> list[int]:
     return own_models.greedy(own_models.filled(seed=1), PROMPT, 12)
 
 
-def opened(tmp: Path, reference: str, save: Callable[[Path], None]) -> Checkpoint:
+def opened(tmp: Path, reference: str, save: Callable[[Path], None], dtype: str = "float32") -> Checkpoint:
     save(tmp / "orbax")
-    return Checkpoint.open(resolve(reference, "float32", tmp / "cache", tmp / "orbax"))
+    return Checkpoint.open(resolve(reference, dtype, tmp / "cache", tmp / "orbax"))
+
+
+def loaded(checkpoint: Checkpoint, devices: int = 1) -> LayerStore:
+    store = LayerStore(checkpoint.spec, jax.devices()[:devices])
+    for unit in range(checkpoint.spec.units):
+        checkpoint.load_unit(unit, store)
+    return store
 
 
 def save_nnx(path: Path) -> None:
@@ -67,11 +78,70 @@ def save_scanned(path: Path) -> None:
 def test_engine_gives_the_tokens_of_the_plain_modules(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
                                                       answer: list[int], reference: str, save: Callable[[Path], None],
                                                       tp: int) -> None:
-    checkpoint = opened(tmp_path, reference, save)
-    store = LayerStore(checkpoint.spec, jax.devices()[:tp])
-    for unit in range(checkpoint.spec.units):
-        checkpoint.load_unit(unit, store)
+    store = loaded(opened(tmp_path, reference, save), tp)
     assert served(store, tmp_path_factory, len(answer)) == answer
+
+
+@pytest.mark.parametrize(("tp", "fused_layers"), [(1, 3), (2, 0)])
+def test_layers_need_not_attend_nor_heads_have_parameters(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tp: int,
+                                                          fused_layers: int) -> None:
+    model = own_models.filled(seed=1, build=own_variants.fitting)
+    checkpoint = opened(tmp_path, FITTING, lambda path: own_models.save(model, path))
+    assert checkpoint.entries[-1] == ()
+    assert served(loaded(checkpoint, tp), tmp_path_factory, 12, fused_layers) == own_models.greedy(model, PROMPT, 12)
+
+
+def test_queries_may_be_bfloat16_where_attention_is_in_cpp(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = own_models.filled(seed=1, build=own_variants.fitting)
+    store = loaded(opened(tmp_path, FITTING, lambda path: own_models.save(model, path), "bfloat16"))
+    assert len(served(store, tmp_path_factory, 12)) == 12
+
+
+@pytest.mark.parametrize("nest", [
+    lambda params: {"params": params},
+    lambda params: train_state.TrainState.create(apply_fn=None, params=params, tx=optax.adamw(1e-3)),
+    lambda params: {"params": params, "words": "of somebody", "nothing": None}], ids=["params", "TrainState", "others"])
+def test_parameters_are_found_beside_what_else_training_keeps(tmp_path: Path, nest: Callable[[object], object]) -> None:
+    """One of a layer's is called `value`, as boxes are."""
+    params = nnx.to_pure_dict(nnx.state(own_models.filled(seed=1, build=own_variants.fitting)))
+    layers = {f"layers_{index}": layer for index, layer in params.pop("layers").items()}
+
+    def save(path: Path) -> None:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, nest(params | layers))
+
+    found = opened(tmp_path, FITTING, save).read_unit(1)
+    np.testing.assert_array_equal(found["value"], layers["layers_1"]["value"])
+
+
+def test_linen_modules_may_have_layers_of_their_own(tmp_path: Path) -> None:
+    spec, family = own_variants.nested()
+    units = [family.embed(spec, nnx.Rngs(0)), *(family.layer(spec, "layer", nnx.Rngs(i)) for i in range(spec.layers)),
+             family.head(spec, nnx.Rngs(0))]
+    embed, *layers, head = (nnx.to_pure_dict(nnx.state(unit)) for unit in units)
+    assert "layers_0" in layers[0] and "layers_0" in head
+    apart = {f"layers_{i}": layer for i, layer in enumerate(layers)}
+    stacked = {"layers": jax.tree.map(lambda *a: np.stack(a), *layers)}
+    for name, tree in (("apart", apart), ("stacked", stacked)):
+        def save(path: Path, tree: dict[str, object] = tree) -> None:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, {"params": {"embed": embed, "head": head} | tree})
+
+        (tmp_path / name).mkdir()
+        found = opened(tmp_path / name, "own_variants:nested", save).read_unit(1)
+        np.testing.assert_array_equal(found["layers_0.kernel"], layers[1]["layers_0"]["kernel"])
+
+
+def test_a_scalar_among_stacked_layers_is_named(tmp_path: Path) -> None:
+    def save(path: Path) -> None:
+        state = nnx.to_pure_dict(nnx.state(own_models.filled(seed=1)))
+        layers = [state["layers"][index] for index in sorted(state["layers"])]
+        stack = jax.tree.map(lambda *a: np.stack(a), *layers) | {"gain": np.float32(1)}
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, {"params": state | {"layers": stack}})
+
+    with pytest.raises(CheckpointError, match="1 problems: layers.gain is unexpected"):
+        opened(tmp_path, NNX, save)
 
 
 def test_padding_beyond_the_last_position_changes_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
@@ -86,14 +156,18 @@ def test_padding_beyond_the_last_position_changes_nothing(tmp_path: Path, tmp_pa
     assert served(store, tmp_path_factory, len(answer)) == answer
 
 
-def served(store: LayerStore, tmp_path_factory: pytest.TempPathFactory, count: int) -> list[int]:
+def stages(store: LayerStore, tmp_path_factory: pytest.TempPathFactory, fused_layers: int = 0) -> Stages:
+    config = EngineConfig(dtype=store.spec.dtype, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=32,
+                          fused_layers=fused_layers, executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
+    return Stages(store.spec, config, store.mesh)
+
+
+def served(store: LayerStore, tmp_path_factory: pytest.TempPathFactory, count: int, fused_layers: int = 0) -> list[int]:
     """The first tokens that the engine answers PROMPT with."""
-    config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=32,
-                          executable_cache=str(tmp_path_factory.getbasetemp() / "executables"))
-    runner = Runner(Stages(store.spec, config, store.mesh), store)
+    runner = Runner(stages(store, tmp_path_factory, fused_layers), store)
     prefill = runner.begin(PROMPT)
     runner.run_span(prefill, Span(0, 3))
-    runner.run_span(prefill, Span(3, 4))
+    runner.run_span(prefill, Span(3, store.spec.layers))
     tokens = [int(runner.first_token(prefill, Sampling(), 0).tokens[0])]
     cache = SlotCache(runner.stages)
     slot = cache.place("a", prefill.kv)
@@ -148,6 +222,48 @@ def test_code_needs_a_checkpoint(tmp_path: Path) -> None:
         resolve(NNX, "float32", tmp_path)
     with pytest.raises(CheckpointError, match="has no Orbax checkpoint"):
         resolve(NNX, "float32", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("build", "says"), [
+    ("short", "needs a word for each of 4 layers.*it is global, local"),
+    ("called_head", "other than embed and head; it is global, head"),
+    ("other_heads", r"global, local: keys are \[1, 32, 4, 16\].*kv_heads, head_dim\], here \[1, 32, 3, 16\]"),
+    ("no_table", r"embed: tied_embeddings needs its Param table, of \[272, 64\]"),
+    ("of_numpy", "cannot build.*not JSON serializable"),
+    ("rounded", r"gives bfloat16\[1, 32, 64\], not float32\[1, 32, 64\]$"),
+    ("tuples", "gives a tuple, not float32"),
+    ("twice", "calls attend 2 times"),
+    ("rematerialised", "calls attend inside jax.checkpoint"),
+    ("prompts_only", "ZeroDivisionError"),
+    ("learned_scale", "scale, window and softcap of a Scoring are numbers"),
+    ("misnamed", r"extra is \[2, 2\], its axes are \('ffn',\)"),
+    ("constant", "holds more than nnx.Param: mask")])
+def test_modules_that_the_engine_cannot_run_are_refused_before_anything_is_converted(tmp_path: Path, build: str,
+                                                                                    says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        resolve(f"own_variants:{build}", "float32", tmp_path, tmp_path)
+
+
+def test_programs_are_kept_apart_by_what_the_code_computes_wherever_that_comes_from(
+        tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint(name: str) -> str:
+        return stages(LayerStore(replace(own.load(NNX)[0], name=name), jax.devices()[:1]), tmp_path_factory).cache.fingerprint
+
+    assert fingerprint("one") == fingerprint("two")  # names, for modules are kept by them
+    monkeypatch.setattr(alternating, "WINDOW", 1000)
+    assert fingerprint("one") != fingerprint("three")
+
+
+def test_code_that_has_changed_since_it_was_imported_is_refused(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "edited.py").write_text("from edited_too import *\n")
+    (tmp_path / "edited_too.py").write_text(Path(alternating.__file__).read_text())
+    store = LayerStore(own.load("edited:build")[0], jax.devices()[:1])
+    stages(store, tmp_path_factory)
+    (tmp_path / "edited_too.py").write_text(Path(alternating.__file__).read_text() + "WINDOW = 3\n")
+    with pytest.raises(CheckpointError, match="edited_too.py has changed since edited:build was imported here"):
+        stages(store, tmp_path_factory)
 
 
 def test_state_besides_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

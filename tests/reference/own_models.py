@@ -1,8 +1,10 @@
-"""models/examples/alternating.py without the engine: its modules in a row, plain attention, greedy text."""
+"""Decoders of one's own without the engine, models/examples/alternating.py for one: its modules in a row, plain attention,
+greedy text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -11,13 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from blitzjax.models import Family
 from blitzjax.models.blocks import PLAIN, Scoring
 from blitzjax.models.examples import alternating
+from blitzjax.types import ModelSpec
 
 
 class Model(nnx.Module):
-    def __init__(self) -> None:
-        spec, family = alternating.build()
+    def __init__(self, spec: ModelSpec, family: Family) -> None:
+        self.tied = spec.tied_embeddings
         self.embed, self.head = family.embed(spec, nnx.Rngs(0)), family.head(spec, nnx.Rngs(0))
         self.layers = nnx.List([family.layer(spec, kind, nnx.Rngs(0)) for kind in spec.layer_kinds])
 
@@ -26,7 +30,7 @@ class Model(nnx.Module):
         x = self.embed(tokens, jnp.arange(tokens.shape[1])[None])
         for layer in self.layers:
             x = layer(x, (), attend)
-        return self.head(x[0], None)
+        return self.head(x[0], self.embed.table[...] if self.tied else None)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
@@ -40,16 +44,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, scoring: Scoring = PLAIN) -
     return jnp.einsum("bhts,bshd->bthd", weights, v).reshape(*q.shape[:2], -1)
 
 
-def filled(seed: int) -> Model:
+def filled(seed: int, build: Callable[[], tuple[ModelSpec, Family]] = alternating.build) -> Model:
     """Random parameters under which greedy text wanders; norms are not 1 and biases are not 0."""
-    graph, state = nnx.split(nnx.eval_shape(Model))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Model(*build())))
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values = rng.standard_normal(leaf.shape, np.float32)
         if leaf.ndim == 1:
             return jnp.asarray(0.2 * values + ("scale" in jax.tree_util.keystr(path)))
-        return jnp.asarray(values * (1 if "embedding" in jax.tree_util.keystr(path) else 2 * leaf.shape[0] ** -0.5))
+        return jnp.asarray(values * (1 if "embed" in jax.tree_util.keystr(path) else 2 * leaf.shape[0] ** -0.5))
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
 
