@@ -11,7 +11,7 @@ import glob
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,24 +47,38 @@ def resolve(model: str, dtype: str, cache_dir: Path | None = None, source: Path 
         return _resolve_own(model, dtype, models, source)
     if source is not None:
         raise CheckpointError(f"{model!r} is not package.module:function, so its parameters cannot be at {source}")
-    source, name, target = locations.place(model, dtype, models)
-    return _convert_once(source, name, dtype, target)
+    path, name, target = locations.place(model, dtype, models)
+    return _convert_once(target, lambda: locations.place(model, dtype, models, download=False)[2],
+                         lambda: convert(path, name, dtype, target))
 
 
 def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> Path:
-    if source is None or not source.is_dir():
+    if source is None:
         raise CheckpointError(f"{model} is code; its parameters are an Orbax checkpoint: --checkpoint DIR")
+    if not source.is_dir():
+        raise CheckpointError(f"--checkpoint {source}: there is no such directory")
     spec = checkpoint.with_dtype(own.load(model)[0], dtype)
     trial.check(spec)
+    tree = orbax_reader.find(source.resolve())
+    if tree is None:
+        below = sorted({str(mark.parent) for depth in ("*", "*/*") for mark in source.glob(f"{depth}/{orbax_reader.MARK}")})
+        raise CheckpointError(f"{source} has no Orbax checkpoint of a name that is looked for; {model} needs one"
+                              + (f": one of {', '.join(below)}?" if below else ""))
     layouts = [unit_arrays(spec, unit) for unit in range(spec.units)]
-    stamp = zlib.crc32(f"{locations.stamp(source.resolve())} {spec} {layouts}".encode())
-    return _convert_once(source, model, dtype, models / f"{spec.name}-{stamp:08x}-{dtype}")
+
+    def place() -> Path:
+        files = [file for file in source.resolve().iterdir() if file.is_file()]
+        stamp = zlib.crc32(f"{locations.stamp(tree, *files)} {spec} {layouts}".encode())
+        return models / f"{spec.name}-{stamp:08x}-{dtype}"
+
+    target = place()
+    return _convert_once(target, place, lambda: convert(tree, model, dtype, target, tokenizer_in=source))
 
 
-def convert(source: Path, name: str, dtype: str, target: Path) -> None:
+def convert(source: Path, name: str, dtype: str, target: Path, tokenizer_in: Path | None = None) -> None:
     """Writes the checkpoint `target` from a file or directory in another format, one unit in memory at a time.
 
-    `name` becomes the model's, or is the package.module:function that builds it.
+    `name` becomes the model's, or is the package.module:function that builds it. `tokenizer_in`: unless it is in `source`.
     """
     opened: GGUF | HuggingFace | Orbax
     tokenizer: checkpoint.Tokenizer | None
@@ -73,14 +87,12 @@ def convert(source: Path, name: str, dtype: str, target: Path) -> None:
         tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)
     else:
         opened = _open_directory(source, name, dtype, target.parent)
-        tokenizer = hf_tokenizer.read(source)
+        tokenizer = hf_tokenizer.read(tokenizer_in or source)
     checkpoint.write(target, opened.spec, opened.units(), tokenizer)
 
 
 def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> HuggingFace | Orbax:
     if own.is_reference(name):
-        if orbax_reader.find(source) is None:
-            raise CheckpointError(f"{source} has no Orbax checkpoint; {name} needs one")
         return Orbax.open(source, checkpoint.with_dtype(own.load(name)[0], dtype), scratch)
     if HuggingFace.present(source):
         return HuggingFace.open(source, name, dtype)
@@ -112,13 +124,17 @@ def random_unit(spec: ModelSpec, unit: int, seed: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _convert_once(source: Path, name: str, dtype: str, target: Path) -> Path:
+def _convert_once(target: Path, place: Callable[[], Path], write: Callable[[], None]) -> Path:
+    """`target` is what `place` says: it is named after the files that are read, so it is another one if they change."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent / f".{target.name}.lock"):
         for left in target.parent.glob(f".{glob.escape(target.name)}-????????"):  # by one that was killed
             shutil.rmtree(left, ignore_errors=True)
         if not target.exists():
-            convert(source, name, dtype, target)
+            write()
+            if place() != target:
+                shutil.rmtree(target)
+                raise CheckpointError("its files changed while they were read; convert it again when they are complete")
     locations.mark_used(target)
     return target
 

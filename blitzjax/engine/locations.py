@@ -97,9 +97,9 @@ def _snapshot(repository: str, download: bool) -> Path:
                               f"{str(e).splitlines()[0]}") from e
 
 
-def stamp(path: Path) -> int:
-    """Changes when a file of the model does."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+def stamp(*paths: Path) -> int:
+    """Changes when a file of the model does: one of `paths`, or below them."""
+    files = sorted(p for path in paths for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file())
     stats = ((str(file), file.stat()) for file in files)
     return zlib.crc32("\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats).encode())
 

@@ -26,7 +26,7 @@ from blitzjax.models.family import unpublished
 from blitzjax.types import ModelSpec
 
 Path_: TypeAlias = tuple[str, ...]
-_MARK = "_METADATA"  # every tree that Orbax wrote has this file
+MARK = "_METADATA"  # every tree that Orbax wrote has this file
 _ITEMS = ("default", "params", "model", "state")  # what CheckpointManager's users name the parameters
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # Flax → published
 
@@ -86,8 +86,11 @@ class Orbax:
         tree = jax.tree.unflatten(
             self.structure, [0 if i == number else ocp.PLACEHOLDER for i in range(self.structure.num_leaves)])
         asked = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(self.path, args=ocp.args.PyTreeRestore(item=tree, restore_args=asked))
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                restored = checkpointer.restore(self.path, args=ocp.args.PyTreeRestore(item=tree, restore_args=asked))
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{self.path} cannot be read: {e}") from e
         return np.asarray(jax.tree.leaves(restored)[number])
 
     def _scanned(self, number: int) -> np.ndarray:
@@ -102,10 +105,10 @@ class Orbax:
 
 def find(path: Path) -> Path | None:
     """The tree in `path`: itself, the parameters' item of a step, or those of its last step."""
-    if (path / _MARK).is_file():
+    if (path / MARK).is_file():
         return path
     for item in _ITEMS:
-        if (path / item / _MARK).is_file():
+        if (path / item / MARK).is_file():
             return path / item
     steps = sorted((int(child.name), child) for child in path.iterdir() if child.name.isdecimal() and child.is_dir())
     return find(steps[-1][1]) if steps else None
@@ -120,10 +123,12 @@ def _own(spec: ModelSpec, unit: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _flatten(path: Path):
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
+            metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise ValueError(f"its {MARK} is damaged")
     except (OSError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path} is not a readable Orbax checkpoint: {e}") from e
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict | list | tuple))
+    return jax.tree_util.tree_flatten_with_path(metadata.tree, is_leaf=lambda node: not isinstance(node, dict | list | tuple))
 
 
 def _read_names(tree: Sequence[tuple[tuple[object, ...], object]], own_names: bool,

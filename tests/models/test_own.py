@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from blitzjax.config import EngineConfig
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import resolve
 from blitzjax.engine.kvcache import SlotCache
+from blitzjax.engine.orbax_reader import Orbax
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import greedy_draws
@@ -220,8 +222,49 @@ def test_code_that_does_not_build_is_reported(tmp_path: Path, reference: str, sa
 def test_code_needs_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="--checkpoint DIR"):
         resolve(NNX, "float32", tmp_path)
+    with pytest.raises(CheckpointError, match="--checkpoint .*nowhere: there is no such directory"):
+        resolve(NNX, "float32", tmp_path, tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="has no Orbax checkpoint"):
         resolve(NNX, "float32", tmp_path, tmp_path)
+    save_nnx(tmp_path / "step_9" / "weights")
+    with pytest.raises(CheckpointError, match="has no Orbax checkpoint.*one of .*step_9/weights"):
+        resolve(NNX, "float32", tmp_path, tmp_path)
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it would be of the other one."""
+    steps = tmp_path / "orbax"
+
+    def then(change: Callable[[], None]) -> None:
+        read = Orbax._restore
+
+        def restore(self: Orbax, number: int) -> np.ndarray:
+            monkeypatch.setattr(Orbax, "_restore", read)
+            array = self._restore(number)
+            change()
+            return array
+
+        monkeypatch.setattr(Orbax, "_restore", restore)
+
+    def replaced() -> None:
+        shutil.rmtree(steps / "9")
+        own_models.save(own_models.filled(seed=2), steps / "9")
+
+    then(replaced)
+    with pytest.raises(CheckpointError, match="changed while they were read"):
+        opened(tmp_path, NNX, lambda path: save_nnx(path / "9"))
+    then(lambda: save_nnx(steps / "10"))  # another step changes nothing
+    resolve(NNX, "float32", tmp_path / "cache", steps)
+    then(lambda: shutil.rmtree(steps / "10"))
+    with pytest.raises(CheckpointError, match="10 cannot be read"):
+        resolve(NNX, "bfloat16", tmp_path / "cache", steps)
+
+
+def test_damaged_metadata_is_said(tmp_path: Path) -> None:
+    save_nnx(tmp_path / "orbax")
+    (tmp_path / "orbax" / "_METADATA").write_text("{")
+    with pytest.raises(CheckpointError, match="_METADATA is damaged"):
+        resolve(NNX, "float32", tmp_path / "cache", tmp_path / "orbax")
 
 
 @pytest.mark.parametrize(("build", "says"), [
