@@ -73,6 +73,10 @@ class Calibration:
         self._sizes = [float(unit["bytes"]) for unit in json.loads(model.manifest_json)["units"]]
         self._repeats = repeats
         self._prompts = random.Random(0)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while len(client.status().instances) < config.cluster.pool:
+            _pause(deadline, "not all workers of the pool have joined")
+        self._log.mark()
         joined = [r.item for r in self._log.all() if isinstance(r.item, InstanceJoined)]
         self._joined, self._hosts = joined[0], len({event.host for event in joined})
 
