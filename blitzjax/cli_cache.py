@@ -43,8 +43,8 @@ class Kept:
 
 
 def kept() -> Iterator[Kept]:
-    """Conversions by this version and by others, then what was compiled."""
-    for directory in sorted((locations.default_cache() / "models").glob("v*/[!.]*")):
+    """Conversions by this version and by others, also parts of those that were killed, then what was compiled."""
+    for directory in sorted(d for d in (locations.default_cache() / "models").glob("v*/*") if d.is_dir()):
         size = sum(file.stat().st_size for file in directory.rglob("*"))
         yield Kept(directory, size, directory.stat().st_mtime)
     arrays = locations.arrays_in(locations.default_cache())
@@ -78,7 +78,8 @@ def _lines(found: list[Kept]) -> Iterator[str]:
     for item in found:
         if item.is_model:
             stale = "" if item.path.parent == ours else "  (of another version, which this one converts anew)"
-            yield f"{_day(item.used)}  {_size([item]):>10}  {item.path.name}{stale}"
+            part = "  (a part: it is being converted, or that was killed)" if item.path.name.startswith(".") else ""
+            yield f"{_day(item.used)}  {_size([item]):>10}  {item.path.name}{part or stale}"
     if compiled := [item for item in found if not item.is_model]:
         yield (f"{_day(max(i.used for i in compiled))}  {_size(compiled):>10}  {len(compiled)} compiled files, some not used "
                f"since {_day(min(i.used for i in compiled))}")

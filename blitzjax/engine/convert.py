@@ -69,7 +69,7 @@ def _resolve_own(model: str, dtype: str, models: Path, source: Path | None) -> P
     def place() -> Path:
         files = [file for file in source.resolve().iterdir() if file.is_file()]
         stamp = zlib.crc32(f"{locations.stamp(tree, *files)} {spec} {layouts}".encode())
-        return models / f"{spec.name}-{stamp:08x}-{dtype}"
+        return models / f"{spec.name.replace('/', '-')}-{stamp:08x}-{dtype}"
 
     target = place()
     return _convert_once(target, place, lambda: convert(tree, model, dtype, target, tokenizer_in=source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_it_lists_models_and_compiled_files(home: Path, capsys: pytest.CaptureFi
     stale = [line for line in (first, second) if "of another version" in line]
     assert str(home) in head and "smollm2-135m-float32" in first and "smollm2-135m-float32" in second and len(stale) == 1
     assert "4 compiled files" in compiled and total.endswith("in all") and " MB" in total
+
+
+def test_parts_of_a_killed_conversion_are_listed_and_go(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = locations.models_in(home) / ".mine-00000000-float32-abcdefgh"
+    part.mkdir()
+    (part / "weights.bin").write_bytes(bytes(5_000_000))
+    assert cli.main(["cache"]) == 0
+    assert re.search("5.0 MB  .mine-00000000-float32-abcdefgh  .*killed", capsys.readouterr().out)
+    age(part, 40)
+    assert cli.main(["cache", "--prune", "30"]) == 0
+    assert not list(part.parent.glob(".mine*"))
 
 
 def test_what_a_start_used_stays_and_the_rest_goes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

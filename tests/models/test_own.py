@@ -19,6 +19,7 @@ from flax.training import train_state
 import own_models
 import own_variants
 from blitzjax.config import EngineConfig
+from blitzjax.engine import locations
 from blitzjax.engine.checkpoint import Checkpoint
 from blitzjax.engine.convert import resolve
 from blitzjax.engine.kvcache import SlotCache
@@ -258,6 +259,14 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(tmp_path: Path, m
     then(lambda: shutil.rmtree(steps / "10"))
     with pytest.raises(CheckpointError, match="10 cannot be read"):
         resolve(NNX, "bfloat16", tmp_path / "cache", steps)
+
+
+def test_a_name_may_have_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where conversions are kept, each is a directory of its own."""
+    spec, family = own.load(NNX)
+    monkeypatch.setattr(own, "load", lambda reference: (replace(spec, name="org/mine"), family))
+    checkpoint = opened(tmp_path, NNX, save_nnx)
+    assert checkpoint.spec.name == "org/mine" and checkpoint.path.parent == locations.models_in(tmp_path / "cache")
 
 
 def test_damaged_metadata_is_said(tmp_path: Path) -> None:
