@@ -22,10 +22,11 @@ class Unit(nnx.Module):
 
     def __init__(self, module: nn.Module, rngs: nnx.Rngs, *inputs: object) -> None:
         variables = module.init(rngs.params(), *inputs)
-        if variables.keys() != {"params"}:
+        if variables.keys() - {"params"}:
             raise TypeError(f"{type(module).__name__} has collections {sorted(variables)}; only 'params' can be served")
-        self._module, self._names = module, tuple(variables["params"])
-        for name, value in variables["params"].items():
+        params = variables.get("params", {})
+        self._module, self._names = module, tuple(params)
+        for name, value in params.items():
             setattr(self, name, _as_nnx(value))
 
     def __call__(self, *args: object) -> jax.Array:

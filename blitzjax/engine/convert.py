@@ -153,8 +153,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()
+    out, sys.stdout = sys.stdout, sys.stderr  # what somebody's code prints, also at its exit, is not the answer
     try:
-        print(resolve(args.model, args.dtype, source=args.checkpoint))
+        print(resolve(args.model, args.dtype, source=args.checkpoint), file=out, flush=True)
     except CheckpointError as e:
         print(e, file=sys.stderr)
         return 1

@@ -39,7 +39,8 @@ def test_measured_costs_explain_what_the_cluster_does(rig: Rig, model_dir: Path,
     until_caught(once)
 
 
-def test_it_waits_for_workers_that_join_later(model_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_it_waits_for_workers_that_join_later(model_dir: Path, tmp_path: Path,
+                                              tmp_path_factory: pytest.TempPathFactory) -> None:
     """A cluster is ready with the first one."""
     config = configs.load(None, (
         "serve.port=0", "scale.policy=manual", "cluster.pool=2", "cluster.threads=1", "engine.dtype=float32",

@@ -13,11 +13,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
 
 import own_models
 import own_variants
+from blitzjax import cli_serve
 from blitzjax.config import EngineConfig
 from blitzjax.engine import locations
 from blitzjax.engine.checkpoint import Checkpoint
@@ -29,7 +31,7 @@ from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import CheckpointError
-from blitzjax.models import Family, own
+from blitzjax.models import Family, linen, own
 from blitzjax.models.examples import alternating
 from blitzjax.types import Sampling, Span
 
@@ -267,6 +269,25 @@ def test_a_name_may_have_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(own, "load", lambda reference: (replace(spec, name="org/mine"), family))
     checkpoint = opened(tmp_path, NNX, save_nnx)
     assert checkpoint.spec.name == "org/mine" and checkpoint.path.parent == locations.models_in(tmp_path / "cache")
+
+
+def test_what_the_code_prints_is_not_taken_for_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path / "cache"))
+    code = Path(alternating.__file__).read_text()
+    (tmp_path / "talking.py").write_text(f"{code}import atexit\natexit.register(print, 'bye')\n")
+    save_nnx(tmp_path / "orbax")
+    assert cli_serve.checkpoint("talking:build", "float32", Path("orbax")).is_relative_to(tmp_path / "cache")
+
+
+def test_a_linen_head_may_be_without_parameters() -> None:
+    class Bare(nn.Module):
+        def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
+            return x @ table.T
+
+    spec = replace(own.load(NNX)[0], tied_embeddings=True)
+    head, x = linen.head(lambda spec: Bare())(spec, nnx.Rngs(0)), jnp.ones((2, spec.dim))
+    assert head(x, jnp.ones((spec.vocab, spec.dim))).shape == (2, spec.vocab)
 
 
 def test_damaged_metadata_is_said(tmp_path: Path) -> None:
