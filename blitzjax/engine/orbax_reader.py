@@ -51,7 +51,9 @@ class Orbax:
     leaves: Mapping[str, Leaf]
     own_names: bool
     scratch: Path
+    together: Mapping[str, Sequence[int]]  # name → leaves of its unit that are not scanned
     _unpacked: dict[int, np.ndarray] = field(default_factory=dict)
+    _unit: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, spec: ModelSpec, scratch: Path) -> Orbax:
@@ -63,7 +65,11 @@ class Orbax:
         leaves, own_names = _read_names(flat, family(spec.family).tensors is unpublished, set().union(*own))
         wanted = own if own_names else published.wanted(spec, partial(published.names, spec))
         published.check(tree, spec, wanted, {name: leaf.shape for name, leaf in leaves.items()})
-        return cls(tree, spec, structure, leaves, own_names, scratch)
+        together: dict[str, list[int]] = {}
+        for names in wanted:
+            numbers = [leaves[name].number for name in names if leaves[name].layer is None]
+            together |= dict.fromkeys(names, numbers)
+        return cls(tree, spec, structure, leaves, own_names, scratch, together)
 
     def units(self) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of each unit, in order, as stored."""
@@ -75,28 +81,33 @@ class Orbax:
 
     def _read(self, name: str) -> np.ndarray:
         leaf = self.leaves[name]
-        if leaf.layer is None:
-            array = self._restore(leaf.number)
-        else:
+        if leaf.layer is not None:
             array = self._scanned(leaf.number)[leaf.layer]
+        else:
+            if leaf.number not in self._unit:
+                self._unit.clear()
+                self._unit.update(self._restore(self.together[name]))
+            array = self._unit[leaf.number]
         return array.T if leaf.transposed else array
 
-    def _restore(self, number: int) -> np.ndarray:
-        """One leaf; the others are not read."""
+    def _restore(self, numbers: Sequence[int]) -> dict[int, np.ndarray]:
+        """These leaves; the others are not read. Orbax goes through the whole tree each time."""
+        wanted = set(numbers)
         tree = jax.tree.unflatten(
-            self.structure, [0 if i == number else ocp.PLACEHOLDER for i in range(self.structure.num_leaves)])
+            self.structure, [0 if i in wanted else ocp.PLACEHOLDER for i in range(self.structure.num_leaves)])
         asked = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 restored = checkpointer.restore(self.path, args=ocp.args.PyTreeRestore(item=tree, restore_args=asked))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.path} cannot be read: {e}") from e
-        return np.asarray(jax.tree.leaves(restored)[number])
+        found = jax.tree.leaves(restored)
+        return {number: np.asarray(found[number]) for number in numbers}
 
     def _scanned(self, number: int) -> np.ndarray:
         """The stack, in a file: Orbax has it as one compressed piece, which is unpacked once and not kept in memory."""
         if number not in self._unpacked:
-            stack = self._restore(number)
+            stack = self._restore([number])[number]
             with tempfile.TemporaryFile(dir=self.scratch) as file:
                 np.ascontiguousarray(stack).tofile(file)
                 self._unpacked[number] = np.memmap(file, stack.dtype, "r", shape=stack.shape)
