@@ -28,9 +28,9 @@ Rope = tuple[jax.Array, jax.Array]  # cos, sin f32[B, T, rope_dims / 2]
 class Embed(nnx.Module):
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
         self.design = design(spec)
-        self.table = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
+        self.table = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.compute_dtype)
         if self.design.learned_positions:
-            self.positions = weight(rngs, (spec.max_len, spec.dim), (None, "embed"), spec.dtype)
+            self.positions = weight(rngs, (spec.max_len, spec.dim), (None, "embed"), spec.compute_dtype)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.table[...][tokens].astype(jnp.float32)  # [B, T, D]
@@ -147,7 +147,7 @@ class Head(nnx.Module):
         if self.design.layer_norm:
             self.norm_bias = small((spec.dim,), ("embed",))
         if not spec.tied_embeddings:
-            self.w = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
+            self.w = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.compute_dtype)
 
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         logits = blocks.matmul(self._norm(x), self.w[...] if table is None else table)  # [N, V]
