@@ -127,7 +127,8 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     _add_model(parser, several)
     if several:
         parser.add_argument("--served-model-name", nargs="+", metavar="NAME",
-                            help="what clients call each MODEL (default: the name of its file or directory)")
+                            help="what clients call each MODEL (default: the checkpoint's name, that of its file or directory "
+                                 "when it was converted)")
     parser.add_argument("--instances", type=int,
                         help="instances of each model that always serve; 0: none while nobody asks "
                              "(scale.min_instances; default 1)")

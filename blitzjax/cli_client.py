@@ -17,6 +17,7 @@ from blitzjax.serve.asking import Options, Prompt
 from blitzjax.serve.client import Client
 from blitzjax.v1 import inference_pb2 as pb
 
+_LONGEST_S = 1e9  # gRPC takes much longer ones, and infinity, for over
 _BAR = 24  # a table of 80 columns
 _OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed", "stop", "priority")
@@ -86,6 +87,8 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def scale(args: argparse.Namespace) -> int:
+    if not 0 < args.timeout_s <= _LONGEST_S:
+        raise InvalidRequest(f"--timeout-s must be in (0, {_LONGEST_S:g}], got {args.timeout_s:g}")
     with connected(args) as client:
         if not args.watch:
             reply = client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=not args.no_wait,

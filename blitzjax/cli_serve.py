@@ -72,9 +72,9 @@ def serve(args: argparse.Namespace) -> int:
         print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
         try:
             wait_ready(cluster)
+            print(banner(cluster), flush=True)
         except BlitzError:  # the controller has said why; or it was told to go, with code 0
             return cluster.wait(0)
-        print(_banner(names or [Path(model).name for model in args.model], cluster.address, config), flush=True)
         return cluster.wait()
 
 
@@ -170,6 +170,12 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise CheckpointError(f"cannot convert {model!r}: {said[-1] if said else f'exit code {done.returncode}'}")
     return Path(made)
+
+
+def banner(cluster: LocalCluster) -> str:
+    """What to say when it is ready."""
+    with cluster.client() as client:
+        return _banner([model.name for model in client.status().models], cluster.address, cluster.config)
 
 
 def _banner(models: list[str], address: str, config: Config) -> str:

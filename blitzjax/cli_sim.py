@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 import tempfile
 import time
@@ -24,8 +25,10 @@ _LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones
 def sim(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
-    if args.duration_s <= 0 or args.load <= 0:
+    if not (args.duration_s > 0 and 0 < args.load < math.inf):
         raise ConfigError("--duration-s and --load must be above 0")
+    if not (args.zero_after_s >= 0 and args.down_after_s >= 0):
+        raise ConfigError("--zero-after-s and --down-after-s must be at least 0")
     if args.out:  # found out before the minutes that it takes
         check_writable(args.out)
     machine, model = costs.read(args.costs) if args.costs else (

@@ -6,6 +6,7 @@ A knob is here because it changes a figure or fixes an outage. `load(path, overr
 
 from __future__ import annotations
 
+import math
 import tomllib
 import types
 import typing
@@ -164,6 +165,8 @@ def _coerce(key: str, kind: object, value: object) -> object:
         return value
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value}")
     assert isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
     if type(value) is not kind:
         raise ConfigError(f"{key} must be {kind.__name__}, got {value!r}")

@@ -71,7 +71,6 @@ class ModelSpec:
     tied_embeddings: bool
     dtype: str  # of the parameters: "bfloat16", "float32", or "int8" for the matrices of layers
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
     layer_kinds: tuple[str, ...] = ()  # one name per layer; layers of one kind run the same code. Empty: all alike
     options: tuple[tuple[str, Option], ...] = ()  # what the family's code needs to know beyond this, by name
 

@@ -32,10 +32,12 @@ class Config:
     where: str = "config.json"
 
     def get(self, key: str, default: object = None):
-        for name in (key, _OLDER.get(key, key)):
-            if self.values.get(name) is not None:
-                return self.values[name]
-        return default
+        value = self.values.get(self._given(key))
+        return default if value is None else value
+
+    def _given(self, key: str) -> str:
+        """What `key` is called here."""
+        return next((name for name in (key, _OLDER.get(key, key)) if self.values.get(name) is not None), key)
 
     def need(self, key: str):
         value = self.get(key)
@@ -47,7 +49,7 @@ class Config:
         """Raises CheckpointError unless `key` is absent or has one of the supported values."""
         value = self.get(key)
         if value is not None and value not in supported:
-            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; "
+            raise CheckpointError(f"{self.where}: {self._given(key)} = {value!r} is not supported; "
                                   f"supported: {instead or ', '.join(map(repr, supported))}")
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
@@ -71,6 +73,10 @@ def read_spec(options: Options, layer_kinds: LayerKinds, defaults: Mapping[str, 
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads do not divide into {kv_heads} key-value heads")
     theta, rope_options, max_len = read_rope(config, head_dim)
+    if "rope_dims" in rope_options and "partial_rotary_factor" not in defaults:
+        raise CheckpointError(f"config.json: a partial_rotary_factor is not supported for {family}, whose heads turn whole")
+    if "full_attention" in config.get("rope_parameters", {}) and "rope_local_base_freq" not in defaults:
+        raise CheckpointError(f"config.json: rope_parameters by layer type are not supported for {family}: all have the same")
     ends = config.get("eos_token_id", ())
     return ModelSpec(
         name=name, family=family, layers=config.need("num_hidden_layers"), dim=dim, heads=heads,

@@ -8,7 +8,7 @@ from blitzjax.models.names import Names
 from blitzjax.types import Option
 
 NAMES = Names({"qkv": "self_attn.qkv_proj.weight", "gate_up": "mlp.gate_up_proj.weight"})
-DEFAULTS = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}
+DEFAULTS = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0}
 
 
 def options(config: Config) -> dict[str, Option]:

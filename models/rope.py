@@ -33,7 +33,8 @@ def read_rope(config: Config, head_dim: int) -> tuple[float, dict[str, Option], 
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind in ("default", "dynamic"):  # up to max_position_embeddings, where sequences end, they are the same
         return theta, options, max_len
-    original = parameters.get("original_max_position_embeddings", max_len)
+    key = "original_max_position_embeddings"  # of one said twice the outer one holds, as in transformers
+    original = config.get(key) or parameters.get(key, max_len)
     frequencies = theta ** -(np.arange(0, dims, 2) / dims)
     scale = parameters.get("attention_factor") or 1.0
     match kind:
@@ -80,8 +81,7 @@ def _parameters(config: Config) -> Config:
     """Those of the rope, from wherever they may be."""
     found = config.get("rope_parameters", {})
     found = found.get("full_attention", found)  # listed by layer type where they differ
-    keys = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    given = {key: config.get(key) for key in keys if config.get(key) is not None}
+    given = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
     listed = config.get("rope_scaling") or found
     for key in listed.keys() - _KEYS:
         raise CheckpointError(f"config.json: the rope parameter {key!r} = {listed[key]!r} is not supported; "

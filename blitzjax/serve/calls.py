@@ -184,7 +184,7 @@ class Reader:
         if rest.startswith("{"):
             self._at, self._phase = len(self._held) - len(rest), self._before
             return True
-        if not rest or closing and rest.startswith(closing):
+        if closing.startswith(rest) or closing and rest.startswith(closing):  # an answer may end within it
             self._held = rest[len(closing):]
         self._phase = self._content
         return True

@@ -24,11 +24,12 @@ _ANY_SIZE = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 _AFRESH = (("grpc.use_local_subchannel_pool", 1),)  # each channel connects, without another's backoff
 _ALL_CALLS = (("grpc.server.max_pending_requests", 1 << 30),  # else some of a burst, anybody's, end with CANCELLED
               ("grpc.server.max_pending_requests_hard_limit", 1 << 30))
+_SAYS_SOMETHING = ("grpc.min_reconnect_backoff_ms", 10_000)  # in such a time, who listens; else another connection is tried
 _ALONE = (("grpc.so_reuseport", 0),)  # a second server on a port is a mistake, not a lottery
 
 TO_WORKER = (*_AFRESH, *_ANY_SIZE, *pings(4_000))
 WORKER_SERVER = (*_ALONE, *_ANY_SIZE, *pings(15_000), ("grpc.http2.max_ping_strikes", 0))
 TO_CONTROLLER = (*_AFRESH, ("grpc.max_receive_message_length", -1), ("grpc.initial_reconnect_backoff_ms", 100),
-                 ("grpc.max_reconnect_backoff_ms", 1000), *pings(20_000))
+                 ("grpc.max_reconnect_backoff_ms", 1000), _SAYS_SOMETHING, *pings(20_000))
 CONTROLLER_SERVER = (*_ALONE, *_ALL_CALLS, ("grpc.max_receive_message_length", 64 << 20), *pings(20_000),
                      ("grpc.http2.min_ping_interval_without_data_ms", 5_000))

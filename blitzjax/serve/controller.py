@@ -398,9 +398,12 @@ def _config(args: argparse.Namespace) -> Config:
     if args.config_json is None:
         return configs.load(args.config, args.set)
     try:
-        return configs.from_tables(json.loads(args.config_json))
+        tables = json.loads(args.config_json)
     except ValueError as e:
         raise ConfigError(f"--config-json is not JSON: {e}") from e
+    if not isinstance(tables, dict):
+        raise ConfigError("--config-json must be an object of tables")
+    return configs.from_tables(tables)
 
 
 def _named(directories: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import typing
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
@@ -196,13 +197,15 @@ async def pieces(answers: tuple[Answer, ...], controller: Controller,
         changed.clear()
         for answer in list(left):
             piece, last = answer.take(), answer.ended
+            latencies = controller.latencies[answer.order.model]
+            latencies.told(answer)
             if answer.failure is not None:
                 which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
                 await context.abort(grpc.StatusCode[answer.failure.code], brief(which + answer.failure.message), _FINAL)
             yield answer, piece, last
             if last:
                 left.remove(answer)
-                controller.latencies[answer.order.model].ended(answer, controller.now())
+                latencies.ended(answer, controller.now())
 
 
 async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,
@@ -229,7 +232,7 @@ def _response(answer: Answer, piece: Piece, last: bool, tokenizer: Tokenizer | N
         finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None,
         logprobs=_scored(piece.token_ids, piece.logprobs, tokenizer), prompt_token_ids=piece.prompt_token_ids,
         prompt_logprobs=_scored(answer.order.prompt[1:], piece.prompt_logprobs, tokenizer),
-        tool_call_parser=answer.order.tool_call_parser)
+        tool_call_parser=answer.order.tool_call_parser, prompt_tokens=answer.request.prompt_tokens)
 
 
 def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer | None) -> list[pb.ScoredToken]:
@@ -238,12 +241,16 @@ def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tok
         return []
     scored = list(zip(ids, logprobs, strict=True))
     seen = {token for token, _ in scored}.union(*(known.top_ids for known in logprobs))
-    text = {token: tokenizer.decode((token,)) if tokenizer is not None else "" for token in seen}
-    return [pb.ScoredToken(
-        token_id=token, logprob=known.logprob, rank=known.rank, text=text[token],
-        top=[pb.ScoredToken(token_id=other, logprob=logprob, rank=rank, text=text[other])
-             for rank, (other, logprob) in enumerate(zip(known.top_ids, known.top_logprobs, strict=True), 1)])
-        for token, known in scored]
+    alone = {token: ("", b"") if tokenizer is None else tokenizer.alone(token) for token in seen}
+    special = () if tokenizer is None else tokenizer.special
+
+    def one(token: int, logprob: float, rank: int, top: Iterable[pb.ScoredToken] = ()) -> pb.ScoredToken:
+        text, raw = alone[token]
+        return pb.ScoredToken(token_id=token, logprob=logprob, rank=rank, text=text, raw=raw, top=top,
+                              special=token in special)
+
+    return [one(token, known.logprob, known.rank, map(one, known.top_ids, known.top_logprobs, itertools.count(1)))
+            for token, known in scored]
 
 
 def _usage(answer: Answer, controller: Controller) -> pb.Usage:

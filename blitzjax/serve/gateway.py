@@ -24,12 +24,13 @@ from aiohttp import web
 import blitzjax
 from blitzjax.addresses import check_free, joined
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel, reason
-from blitzjax.serve import access, openai
+from blitzjax.serve import access, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
 from blitzjax.v1 import inference_pb2 as pb
 
 _BODY_BYTES = 64 << 20
+_AT_ONCE = 512  # answers of one body: half of what may wait by default
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
 _OPEN = ("/health", "/ping")  # without the key
@@ -65,13 +66,13 @@ class Gateway:
         return web.json_response({"version": blitzjax.__version__})
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response(openai.models(await self._client.status(), self._started))
+        return web.json_response(replies.models(await self._client.status(), self._started))
 
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         for known in (await self._client.status()).models:
             if known.name == name:
-                return web.json_response(openai.model(known, self._started))
+                return web.json_response(replies.model(known, self._started))
         raise UnknownModel(f"no model {name!r} is served; see /v1/models")
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -91,7 +92,7 @@ class Gateway:
         return web.json_response({"prompt": (await self._client.tokenize(tokens, model=model)).text})
 
     async def _reply(self, request: web.Request, asked: openai.Asked) -> web.StreamResponse:
-        reply = openai.Reply(asked, asked.options.get("model") or await self._first_model(), request.match_info[_ID])
+        reply = replies.Reply(asked, asked.options.get("model") or await self._first_model(), request.match_info[_ID])
         if asked.stream:
             return await self._stream(request, asked, reply)
         return web.json_response(reply.whole(await self._whole(asked)))
@@ -110,7 +111,7 @@ class Gateway:
                 chunks[number].append(chunk)
         return [collect_all(of_prompt) for of_prompt in chunks]
 
-    async def _stream(self, request: web.Request, asked: openai.Asked, reply: openai.Reply) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, asked: openai.Asked, reply: replies.Reply) -> web.StreamResponse:
         """Server-sent events. What fails before the first is an HTTP status; afterwards, an event."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
                                                _ID: request.match_info[_ID]})
@@ -129,7 +130,7 @@ class Gateway:
             except Exception as e:
                 if not response.prepared:
                     raise
-                await _event(response, openai.failure(_told(e, request))[1])
+                await _event(response, replies.failure(_told(e, request))[1])
             else:
                 if asked.include_usage:
                     await _event(response, reply.total(usages))
@@ -140,10 +141,12 @@ class Gateway:
     async def _chunks(self, asked: openai.Asked) -> AsyncGenerator[tuple[int, Chunk]]:
         """Of the answers to all prompts, as they come, each with its prompt's number. Closing it ends all."""
         queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(max(1, _AT_ONCE // max(1, asked.answers)))
 
         async def read(number: int, prompt: Prompt) -> None:
-            async for chunk in self._client.stream(prompt, **asked.options):
-                queue.put_nowait((number, chunk))
+            async with room:
+                async for chunk in self._client.stream(prompt, **asked.options):
+                    queue.put_nowait((number, chunk))
 
         async def read_all() -> None:
             try:
@@ -174,9 +177,14 @@ class Gateway:
             response = await handler(request)
         except web.HTTPNotFound:
             response = _failed(UnknownModel(f"{request.method} {request.path} is not there"))
+        except web.HTTPMethodNotAllowed as e:
+            allowed = sorted(e.allowed_methods)
+            response = _refused(e, f"{request.path} takes {' and '.join(allowed)}, not {e.method}")
+            response.headers["Allow"] = ", ".join(allowed)
+        except web.HTTPRequestEntityTooLarge as e:
+            response = _refused(e, f"a body may have {_BODY_BYTES >> 20} MiB; send less at once")
         except web.HTTPException as e:
-            response = web.json_response({"error": {"message": e.reason, "type": "invalid_request_error", "param": None,
-                                                    "code": e.status}}, status=e.status)
+            response = _refused(e, e.reason)
         except ConnectionError:  # the reader left
             raise
         except Exception as e:
@@ -196,9 +204,15 @@ def _told(error: Exception, request: web.Request) -> BlitzError:
 
 
 def _failed(error: BlitzError) -> web.Response:
-    status, body = openai.failure(error)
+    status, body = replies.failure(error)
     headers = {"Retry-After": _RETRY_AFTER_S} if status in (429, 503) else None
     return web.json_response(body, status=status, headers=headers)
+
+
+def _refused(error: web.HTTPException, message: str) -> web.Response:
+    """What has a status of HTTP's own."""
+    return web.json_response({"error": {"message": message, "type": "invalid_request_error", "param": None,
+                                        "code": error.status}}, status=error.status)
 
 
 async def _body(request: web.Request) -> openai.JSON:
@@ -223,8 +237,8 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
         await runner.setup()
         try:
             await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
-            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{joined(args.host, args.port)}/v1",
-                  flush=True)
+            where = joined(args.host, runner.addresses[0][1])
+            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{where}/v1", flush=True)
             await stopping.wait()
         finally:
             await runner.cleanup()
@@ -236,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT",
                         help="the controller (default 127.0.0.1:50051); grpcs://HOST:PORT over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="listen here")
-    parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="listen here (default 8000; 0: any free port)")
     parser.add_argument("--cacert", type=Path, metavar="FILE", help="who signed the controller's certificate, PEM")
     parser.add_argument("--ssl-certfile", default="", metavar="FILE", help="certificate, PEM: HTTPS instead of HTTP")
     parser.add_argument("--ssl-keyfile", default="", metavar="FILE", help="its key, PEM")

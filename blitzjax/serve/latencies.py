@@ -1,11 +1,12 @@
 """How long did the answers take that ended? Counts and histograms by model, for metrics.py.
 
 Times are the controller's: a token comes when it hears of it, an answer ends when its stream has all of it. Invariant: an
-answer counts once, then; those that failed, or whose clients left, are not here.
+answer counts once, then, those that failed, or whose clients left, never; but each token does when its stream gets it.
 """
 
 from __future__ import annotations
 
+import typing
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from blitzjax.serve.answers import Answer
+from blitzjax.types import FinishReason
 
 # Upper ends of the buckets in seconds; vLLM's for the first token.
 BOUNDS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -47,9 +49,17 @@ class Latencies:
     prefill: Histogram = field(default_factory=Histogram)  # from there to the first token
     decode: Histogram = field(default_factory=Histogram)  # from there to the last one
     inference: Histogram = field(default_factory=Histogram)  # both
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(typing.get_args(FinishReason), 0)))
     prompt_tokens: int = 0
     generated_tokens: int = 0
+
+    def told(self, answer: Answer) -> None:
+        """The answer's stream has all of it that there is."""
+        tokens = len(answer.generated)
+        if tokens and not answer.counted_tokens:
+            self.prompt_tokens += answer.request.prompt_tokens
+        self.generated_tokens += tokens - answer.counted_tokens
+        answer.counted_tokens = tokens
 
     def ended(self, answer: Answer, at: float) -> None:
         if answer.counted:
@@ -58,8 +68,6 @@ class Latencies:
         arrival_s, tokens = answer.request.arrival_s, len(answer.generated)
         assert answer.finish_reason is not None
         self.reasons[answer.finish_reason] += 1
-        self.prompt_tokens += answer.request.prompt_tokens
-        self.generated_tokens += tokens
         self.whole.add(at - arrival_s)
         if answer.assigned_s is None:
             return  # the client had what it wanted before an instance had room

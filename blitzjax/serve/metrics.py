@@ -62,9 +62,9 @@ def _counters(latencies: Mapping[str, Latencies]) -> Iterator[_Metric]:
     yield ("vllm:request_success_total", "counter", "Answers that ended, by why.",
            [({"model_name": name, "finished_reason": reason}, count)
             for name, known in models for reason, count in sorted(known.reasons.items())])
-    yield ("vllm:prompt_tokens_total", "counter", "Prompt tokens of answers that ended.",
+    yield ("vllm:prompt_tokens_total", "counter", "Prompt tokens of answers that began.",
            [({"model_name": name}, known.prompt_tokens) for name, known in models])
-    yield ("vllm:generation_tokens_total", "counter", "Tokens of answers that ended.",
+    yield ("vllm:generation_tokens_total", "counter", "Tokens of answers.",
            [({"model_name": name}, known.generated_tokens) for name, known in models])
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from blitzjax.engine.locations import MANIFEST
+from blitzjax.engine.locations import FORMAT_VERSION, MANIFEST
 from blitzjax.errors import CheckpointError
 from blitzjax.serve import codec
 from blitzjax.serve.tokenizer import Tokenizer
@@ -37,9 +37,12 @@ def load_model(directory: Path, name: str = "") -> ServedModel:
         manifest["spec"]["name"] = name or manifest["spec"]["name"]
         manifest_json = json.dumps(manifest)
         spec = codec.model_spec(manifest_json)
-        size = sum(int(unit["bytes"]) for unit in manifest["units"])
+        size, version = sum(int(unit["bytes"]) for unit in manifest["units"]), manifest["version"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{directory} is not a blitzjax checkpoint ({path.name}: {e!r}); "
                               "run: blitzjax convert") from e
+    if version != FORMAT_VERSION:  # workers refuse it, too, but then it is deployed
+        raise CheckpointError(f"{directory}: format version {version!r}, this program reads {FORMAT_VERSION}; "
+                              "convert the model again")
     tokenizer = Tokenizer(directory) if Tokenizer.present(directory) else None
     return ServedModel(spec.name, directory.resolve(), spec, manifest_json, size, tokenizer)

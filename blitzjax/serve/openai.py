@@ -1,4 +1,4 @@
-"""OpenAI's JSON, on either side of our own requests: what a body asks for, and how answers look.
+"""What does a body of OpenAI's JSON ask for? How answers to it look is in replies.py.
 
 Fields that vLLM adds (`top_k`, `min_p`, `ignore_eos`, ...) mean the same here. Invariant: a body is understood wholly or
 refused by the name of the field; nothing that would change an answer is ignored.
@@ -7,15 +7,13 @@ refused by the name of the field; nothing that would change an answer is ignored
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from blitzjax.errors import BlitzError, InvalidRequest, brief
+from blitzjax.errors import InvalidRequest
 from blitzjax.serve import tools
-from blitzjax.serve.asking import JSON, Chunk, Options, Prompt, Result
-from blitzjax.v1 import inference_pb2 as pb
+from blitzjax.serve.asking import JSON, Options, Prompt
 
 T = TypeVar("T")
 
@@ -30,19 +28,16 @@ _SAMPLING: Mapping[str, tuple[type, ...]] = {
     "stop_token_ids": (list,), "ignore_eos": (bool,), "priority": (int,)}
 _CONSTRAINTS: Mapping[str, tuple[type, ...]] = {  # vLLM's names and types
     "json": (dict, str), "json_object": (bool,), "regex": (str,), "grammar": (str,), "choice": (list,)}
-_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+                      "prompt_cache_options", "prompt_cache_retention"})
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "add_special_tokens": (True,), "return_token_strs": (False,), "prompt_logprobs": (),
-    "modalities": (["text"],), "skip_special_tokens": (True,)}
+    "stream_options.include_obfuscation": (False,), "modalities": (["text"],), "skip_special_tokens": (True,)}
 _RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
     "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
     "chat_template_kwargs": {}}
 _REPLACED = {"functions": "tools", "function_call": "tool_choice"}  # by OpenAI
-_STATUS: Mapping[str, tuple[int, str]] = {
-    "INVALID_ARGUMENT": (400, "invalid_request_error"), "NOT_FOUND": (404, "not_found_error"),
-    "UNAUTHENTICATED": (401, "authentication_error"), "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
-    "UNAVAILABLE": (503, "service_unavailable_error"), "DEADLINE_EXCEEDED": (504, "timeout_error")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +49,7 @@ class Asked:
     options: Options
     stream: bool
     include_usage: bool
+    each_usage: bool  # in every piece, of its answer so far
     logprobs: int | None
     tools: tools.Tools = tools.Tools()
 
@@ -125,12 +121,14 @@ def detokenize(body: JSON) -> tuple[Prompt, str]:
 
 def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields,
            wants: tools.Tools = tools.Tools()) -> Asked:
-    stream = fields.take("stream", bool) or False
-    include_usage = (fields.take("stream_options", dict) or {}).get("include_usage", False) is True
+    stream, about = fields.take("stream", bool) or False, fields.within("stream_options")
+    include_usage = about.take("stream_options.include_usage", bool) or False
+    each_usage = about.take("stream_options.continuous_usage_stats", bool) or False  # vLLM's
+    about.done()
     fields.done()
     if logprobs is not None:
         options["logprobs"] = logprobs
-    return Asked(chat, prompts, options, stream, include_usage, logprobs, wants)
+    return Asked(chat, prompts, options, stream, include_usage, include_usage and each_usage, logprobs, wants)
 
 
 def _check_rendering(fields: _Fields) -> None:
@@ -156,6 +154,10 @@ class _Fields:
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
+
+    def within(self, name: str) -> _Fields:
+        """Those of the object `name`, as name.field. Raises InvalidRequest."""
+        return _Fields({f"{name}.{key}": value for key, value in (self.take(name, dict) or {}).items()})
 
     def parts(self, name: str) -> list[JSON] | None:
         """Of a chat. Raises InvalidRequest."""
@@ -280,118 +282,3 @@ def _content(k: int, given: Any) -> str:
                              for p in parts):
             return "".join(p["text"] for p in parts)
     raise InvalidRequest(f"messages[{k}].content must be a text or a list of parts of type text")
-
-
-# ---- answers
-
-
-@dataclass(slots=True)
-class Reply:
-    """What is sent back for one body: whole, or piece by piece."""
-
-    asked: Asked
-    model: str
-    id: str  # of the HTTP request; answers carry it behind what they are
-    created: int = field(default_factory=lambda: int(time.time()))
-    _begun: dict[int, int] = field(default_factory=dict)  # by choice: characters sent
-    _said: dict[int, tools.Said] = field(default_factory=dict)  # by choice, of a chat
-
-    def __post_init__(self) -> None:
-        self.id = f"{'chatcmpl' if self.asked.chat else 'cmpl'}-{self.id}"
-
-    def whole(self, results: Sequence[Sequence[Result]]) -> JSON:
-        """`results`: those of each prompt."""
-        choices = [self._choice(number, result) for number, of_prompt in enumerate(results) for result in of_prompt]
-        usages = [[result.usage for result in of_prompt] for of_prompt in results]
-        return self._envelope("chat.completion" if self.asked.chat else "text_completion", choices) | {
-            "usage": _usage(usages)}
-
-    def piece(self, number: int, chunk: Chunk) -> JSON:
-        """A chunk of an answer to prompt `number`; None if it tells nothing yet."""
-        asked, index = self.asked, number * self.asked.answers + chunk.index
-        at = self._begun.get(index)
-        self._begun[index] = (at or 0) + len(chunk.text)
-        choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
-                                   "logprobs": self._logprobs(number, chunk, at or 0)}
-        if asked.chat:
-            answer = self._said.setdefault(index, tools.Said(asked.tools))
-            part = answer.part(chunk.text, chunk.tool_call_parser, last=bool(chunk.finish_reason))
-            choice["finish_reason"] = answer.finish_reason(chunk.finish_reason) or None
-            choice["delta"] = {"role": "assistant", **part} if at is None else part
-            if not any((choice["delta"], choice["finish_reason"], choice["logprobs"])):
-                return None
-        else:
-            choice["text"] = chunk.text
-        return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice])
-
-    def total(self, usages: Iterable[Sequence[pb.Usage]]) -> JSON:
-        """The last piece, for a client that asked for it. `usages`: of the answers to each prompt."""
-        name = "chat.completion.chunk" if self.asked.chat else "text_completion"
-        return self._envelope(name, []) | {"usage": _usage(usages)}
-
-    def _envelope(self, kind: str, choices: list[JSON]) -> dict[str, JSON]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
-
-    def _choice(self, number: int, result: Result) -> JSON:
-        choice: dict[str, JSON] = {
-            "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
-            "logprobs": self._logprobs(number, result, 0)}
-        if not self.asked.chat:
-            return {**choice, "text": result.text}
-        answer = tools.Said(self.asked.tools)
-        message: JSON = {"role": "assistant", **answer.whole(result.text, result.tool_call_parser)}
-        return {**choice, "message": message, "finish_reason": answer.finish_reason(result.finish_reason)}
-
-    def _logprobs(self, number: int, part: Chunk | Result, offset: int) -> JSON:
-        if self.asked.logprobs is None:
-            return None
-        if self.asked.chat:
-            return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]}
-                                for t in part.logprobs]}
-        tokens = list(part.logprobs)
-        if part.prompt_token_ids:  # echo
-            tokens = [*_echoed(self.asked.prompts[number], part.prompt_logprobs), *tokens]
-        offsets = [offset]
-        for token in tokens:
-            offsets.append(offsets[-1] + len(token.text))
-        known = [token.rank > 0 for token in tokens]
-        return {"tokens": [t.text for t in tokens], "text_offset": offsets[:-1],
-                "token_logprobs": [t.logprob if yes else None for t, yes in zip(tokens, known, strict=True)],
-                "top_logprobs": [{o.text: o.logprob for o in t.top} if yes else None
-                                 for t, yes in zip(tokens, known, strict=True)]}
-
-
-def _echoed(prompt: Prompt, scored: Sequence[pb.ScoredToken]) -> list[pb.ScoredToken]:
-    """With the prompt's first token, of which the model says nothing: rank 0. Its text is what the others leave."""
-    rest = sum(len(token.text) for token in scored)
-    first = prompt[: max(0, len(prompt) - rest)] if isinstance(prompt, str) else ""
-    return [pb.ScoredToken(text=first), *scored]
-
-
-def _scored(token: pb.ScoredToken) -> dict[str, JSON]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
-
-
-def _usage(usages: Iterable[Sequence[pb.Usage]]) -> JSON:
-    """Prompts count once, whatever n is."""
-    usages = [of_prompt for of_prompt in usages if of_prompt]
-    prompt = sum(of_prompt[0].prompt_tokens for of_prompt in usages)
-    answered = sum(u.completion_tokens for of_prompt in usages for u in of_prompt)
-    return {"prompt_tokens": prompt, "completion_tokens": answered, "total_tokens": prompt + answered,
-            "prompt_tokens_details": {"cached_tokens": sum(of_prompt[0].cached_tokens for of_prompt in usages)}}
-
-
-def models(status: pb.ClusterStatus, created: int) -> JSON:
-    """GET /v1/models; `max_model_len` is vLLM's extension, which bench tools read."""
-    return {"object": "list", "data": [model(known, created) for known in status.models]}
-
-
-def model(known: pb.ModelStatus, created: int) -> JSON:
-    return {"id": known.name, "object": "model", "created": created, "owned_by": "blitzjax",
-            "max_model_len": known.max_model_len}
-
-
-def failure(error: BlitzError) -> tuple[int, JSON]:
-    """→ HTTP status and body."""
-    status, kind = _STATUS.get(error.code, (500, "internal_error"))
-    return status, {"error": {"message": brief(str(error)), "type": kind, "param": None, "code": status}}

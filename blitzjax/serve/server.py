@@ -94,8 +94,12 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
 
 
 def _metrics(controller: Controller, host: str) -> contextlib.AbstractAsyncContextManager[None]:
-    return endpoint(lambda: render(picture(controller), controller.latencies),
-                    lambda: controller.ready and not controller.draining, host, controller.config.serve.metrics_port)
+    def text() -> str:
+        now = picture(controller)
+        return render(now, {model.name: controller.latencies[model.name] for model in now.models})  # from 0 on
+
+    return endpoint(text, lambda: controller.ready and not controller.draining, host,
+                    controller.config.serve.metrics_port)
 
 
 async def _drain(controller: Controller, checker: health.aio.HealthServicer, stop: Stop) -> None:

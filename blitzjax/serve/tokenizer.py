@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from blitzjax.errors import CheckpointError, InvalidRequest
 
 _TEMPLATES = ("default", "tool_use")
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes are not (yet) a character
+_SPACE = "▁"  # as SentencePiece writes it
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a token that is one byte
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that GPT-2's vocabularies write as themselves
+_WRITTEN = {chr(256 + k): b for k, b in enumerate(b for b in range(256) if b not in _PRINTED)} | {chr(b): b for b in _PRINTED}
 _MAX_HELD_TOKENS = 16  # a character has at most 4 bytes, so a longer run of undecodable tokens is never completed
 _MAX_WINDOW_TOKENS = 64  # of which all but the last few have no text
 _CHARACTER_BYTES = 4  # at most, in UTF-8
@@ -40,10 +45,15 @@ class Tokenizer:
         config = _read_json(directory / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         self._names = {name: _token_text(config.get(name)) for name in names}
-        self._special = {t for t, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.special = {t for t, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         sources = _chat_templates(directory, config)
         self.tool_template = sources.get("tool_use", sources.get("default", ""))  # its text; for chats with tools
         self._templates = {name: _compile(text, directory) for name, text in sources.items() if name in _TEMPLATES}
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins prompts, if its configuration names one."""
+        return self._tokenizer.token_to_id(self._names["bos_token"])
 
     @staticmethod
     def present(directory: Path) -> bool:
@@ -63,12 +73,25 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], shown: Collection[int] = ()) -> str:
         """Text without special tokens but the `shown` ones; undecodable bytes become U+FFFD."""
-        kept = [token for token in ids if token not in self._special or token in shown] if shown else list(ids)
+        kept = [token for token in ids if token not in self.special or token in shown] if shown else list(ids)
         return self._tokenizer.decode(kept, skip_special_tokens=not shown)
 
     def ids(self, texts: Iterable[str]) -> dict[str, int]:
         """Of those texts that are tokens."""
         return {text: token for text in texts if (token := self._tokenizer.token_to_id(text)) is not None}
+
+    def alone(self, token: int) -> tuple[str, bytes]:
+        """A token's text, with its spaces: decoders take one from the beginning, for the first word of a text. And its
+        bytes if it is no whole characters; empty where they are not known.
+        """
+        written, text = self._tokenizer.id_to_token(token) or "", self.decode((token,), shown=(token,))
+        if spaces := len(written) - len(written.lstrip(_SPACE)):
+            text = " " * spaces + text.lstrip(" ")
+        if _REPLACEMENT not in text:
+            return text, b""
+        if _BYTE.fullmatch(written):
+            return text, bytes.fromhex(written[3:5])
+        return text, bytes(_WRITTEN[c] for c in written) if all(c in _WRITTEN for c in written) else b""
 
     def chat(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """Renders Hugging Face's messages and tools up to where the assistant speaks. Raises InvalidRequest."""

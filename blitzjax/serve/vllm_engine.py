@@ -72,10 +72,11 @@ class VllmEngine(rpc.VllmEngineServicer):
         except UnknownModel as e:
             await abort(context, e)
         spec, room, directory = model.spec, self._controller.context_tokens(model), str(model.directory)
+        bos = None if model.tokenizer is None else model.tokenizer.bos
         return vllm.GetModelInfoResponse(
             model_path=directory, tokenizer_path=directory if model.tokenizer is not None else "", is_generation=True,
             max_context_length=room, max_req_input_len=room - 1, vocab_size=spec.vocab, served_model_name=model.name,
-            model_type=spec.family, eos_token_ids=spec.eos_token_ids, bos_token_id=spec.bos_token_id or 0)
+            model_type=spec.family, eos_token_ids=spec.eos_token_ids, bos_token_id=bos or 0)
 
     async def GetServerInfo(self, request: vllm.GetServerInfoRequest,
                             context: grpc.aio.ServicerContext) -> vllm.GetServerInfoResponse:

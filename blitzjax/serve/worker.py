@@ -197,6 +197,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.rank < args.world:
         parser.error(f"--rank must be in [0, {args.world - 1}] in a --world of {args.world}, got {args.rank}")
+    if args.core is not None and args.core not in (cores := os.sched_getaffinity(0)):
+        parser.error(f"--core must be one of {', '.join(map(str, sorted(cores)))}, got {args.core}")
     if not args.host_ip:
         try:
             args.host_ip = resolved(host_of(args.listen) or "127.0.0.1")

@@ -7,6 +7,7 @@ It holds no parameters and runs no model, so no worker's death ends it; its own 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")
+    if not 0 < args.heartbeat_s < math.inf:
+        parser.error(f"--heartbeat-s must be above 0, got {args.heartbeat_s:g}")
     try:
         check_free(args.address)
     except BlitzError as e:

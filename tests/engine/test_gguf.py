@@ -83,7 +83,7 @@ def test_gguf_file_is_converted_once_and_cached(tmp_path: Path, monkeypatch: pyt
     first = resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
     spec = Checkpoint.open(first).spec
     assert (spec.layers, spec.tied_embeddings, spec.rope_theta, spec.norm_eps) == (1, False, 5000.0, 1e-5)
-    assert (spec.eos_token_ids, spec.bos_token_id) == ((257,), None)
+    assert spec.eos_token_ids == (257,)
     tokenizer = tokenizers.Tokenizer.from_file(str(first / "tokenizer.json"))
     assert tokenizer.encode("abba<|im_end|>").ids == [258, 98, 97, 257]
     monkeypatch.delattr(convert, "convert")
@@ -139,6 +139,16 @@ def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="architecture 'mamba' is not supported; supported: llama"):
         resolve(str(tmp_path / "model.gguf"), "float32", tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache" / "models").rglob("*") if p.is_file() and p.suffix != ".lock"]
+
+
+def test_a_part_of_a_split_gguf_says_so(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="is one of 3 parts of a model; join them"):
+        GGUF.open(tmp_path / "m-00001-of-00003.gguf", "m", "float32")
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 10, 3000, -100])

@@ -94,6 +94,18 @@ def test_streams_whole_characters(case: Case) -> None:
     same()
 
 
+def test_tokens_alone_add_up_to_the_text(case: Case) -> None:
+    """Decoders take a space from the beginning of what they decode, which for a token alone is a part of it."""
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(_WORDS.map("".join))
+    def same(text: str) -> None:
+        ids = [i for i in case.ours.encode_rendered(text) if i != case.theirs.unk_id()]
+        alone = b"".join(raw or said.encode() for said, raw in map(case.ours.alone, ids)).decode()
+        assert alone == " " * (alone != case.ours.decode(ids)) + case.ours.decode(ids)
+
+    same()
+
+
 def test_same_vocabulary_in_a_gguf_file(case: Case, tmp_path: Path) -> None:
     vocabulary, _, _ = sentencepiece_tokenizer.read(case.directory / "tokenizer.model")
     if vocabulary.unigram or vocabulary.squeeze_spaces:
@@ -128,6 +140,30 @@ def test_chat_text_has_its_control_tokens(case: Case, tmp_path: Path) -> None:
     assert ids == (1, *case.theirs.encode("return"), pieces, 2)
     assert ours.encode("return") == tuple(case.theirs.encode("return"))
     assert ours.decode(ids) == "return"
+
+
+def test_tokens_that_only_other_files_list_are_added(tmp_path: Path) -> None:
+    """As somebody leaves the tokenizer.json of the model that was trained further."""
+    (tmp_path / "tokenizer.json").write_text(gguf_tokenizer.bytes_only(259).tokenizer)
+    config = {"added_tokens_decoder": {"256": {"content": "<|im_start|>"}, "260": {"content": "<|b|>", "rstrip": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": 259}))
+    (tmp_path / "ours").mkdir()
+    ours = stored(hf_tokenizer.read(tmp_path), tmp_path / "ours")
+    assert ours.encode("a<|a|><|b|> b<|im_start|>") == (97, 259, 260, 98, 256)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": 270}))
+    with pytest.raises(CheckpointError, match=r"lacks tokens with ids \[260, 270\], they should follow its 259"):
+        hf_tokenizer.read(tmp_path)
+
+
+def test_of_added_tokens_json_those_are_special_that_are_named_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(gguf_tokenizer.bytes_only(259).tokenizer)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": 259, "<|pad|>": 260, "<tag>": 261}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({
+        "eos_token": {"content": "<|end|>"}, "additional_special_tokens": ["<|pad|>"]}))
+    (tmp_path / "ours").mkdir()
+    ours = stored(hf_tokenizer.read(tmp_path), tmp_path / "ours")
+    assert ours.decode(ours.encode("a<tag>b<|pad|><|end|>")) == "a<tag>b"
 
 
 @pytest.mark.parametrize(("file", "text", "says"), [

@@ -64,11 +64,16 @@ def test_spec_survives_the_manifest(case: str) -> None:
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types lists 1 layers, num_hidden_layers is 3"),
     ("mistral", {"layer_types": ["sliding_attention"] * 3, "sliding_window": None}, "sliding_window is missing"),
     ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu' is not supported; supported: 'gelu'"),
+    ("gemma", {"partial_rotary_factor": 0.5}, "a partial_rotary_factor is not supported for gemma, whose heads turn whole"),
+    ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported for llama"),
+    ("qwen2", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "by layer type are not .* for qwen2"),
     ("gemma3", {"model_type": "gemma3"}, "model_type = 'gemma3' has no text_config"),
     ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported; supported: null"),
     ("phi3", {"attention_bias": True}, "attention_bias = True"),
     ("phi3", {"head_dim": 16}, "3 short and 3 long rope factors for 6 pairs"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
+    ("gpt2", {"activation_function": "gelu_10"}, "activation_function = 'gelu_10' is not supported"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
     ("gpt_oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0 is not supported; supported: 7.0"),
     ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'.*supported: mxfp4")])
@@ -134,6 +139,14 @@ def test_yarn_reaches_as_far_as_its_factor_where_the_model_card_only_adds_it() -
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     assert read("qwen2", "rope_parameters", rope_scaling=yarn, max_position_embeddings=40).max_len == 128
     assert read("gpt_oss", max_position_embeddings=300).max_len == 300
+
+
+def test_of_an_original_context_said_twice_the_outer_one_holds() -> None:
+    def spec(inner: int, **outer: int) -> ModelSpec:
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": inner}
+        return read("qwen2", "rope_parameters", rope_scaling=yarn, **outer)
+
+    assert spec(64, original_max_position_embeddings=32) == spec(32) != spec(64)
 
 
 def test_dynamic_rope_ends_before_it_differs() -> None:

@@ -86,6 +86,7 @@ def test_any_text_gives_the_same_whatever_its_pieces_and_loses_nothing(form, par
     ("hermes", '<tool_call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]</tool_call>', "",
      [("f", "{}"), ("g", "{}")]),
     ("hermes", '<tool_call>\n{"name": "f", "arguments": {}}', "", [("f", "{}")]),  # ended without its tag
+    ("hermes", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_', "", [("f", "{}")]),  # ... or in it
     ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": 1,}}\n</tool_call> or so',
      "or so", [("f", '{"a": 1,}')]),  # it was told before this was known
     ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": x}}\n</tool_call>', "x}}\n</tool_call>", [("f", '{"a": ')]),

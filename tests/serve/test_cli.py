@@ -87,6 +87,8 @@ def test_a_reader_that_left_is_no_error():
     (("worker", "--listen", "h:99999", "--rank", "0", "--world", "1", "--coordinator", "h:1"), "--listen: wants HOST:PORT"),
     (("worker", "--listen", "h:1", "--rank", "0", "--world", "1", "--coordinator", "h"), "--coordinator: wants HOST:PORT"),
     (("worker", "--listen", "h:1", "--rank", "2", "--world", "2", "--coordinator", "h:1"), "--rank must be in [0, 1]"),
+    (("worker", "--listen", "h:1", "--rank", "0", "--world", "1", "--coordinator", "h:1", "--core", "999999"),
+     "--core must be one of"),
     (("coordinator", "--address", "h", "--size", "1"), "wants HOST:PORT"),
     (("coordinator", "--address", "no.such.host.invalid:1", "--size", "1"), "cannot listen on no.such.host.invalid:1"),
 ])
@@ -237,7 +239,7 @@ def test_converted_checkpoint_is_used_as_it_is(tmp_path: Path):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("serve.port", 99999), ("serve.max_queued_requests", 0), ("serve.shutdown_timeout_s", -1), ("cluster.threads", -2),
-    ("scale.down_after_s", "nan"), ("transfer.collective_timeout_s", 0), ("engine.kv_pages", -1)])
+    ("scale.down_after_s", "nan"), ("cluster.heartbeat_s", "inf"), ("engine.step_timeout_s", "inf"), ("transfer.collective_timeout_s", 0), ("engine.kv_pages", -1)])
 def test_a_knob_out_of_its_range_is_named(key: str, value: object) -> None:
     """gRPC took 99999 for another port, and said nothing."""
     with pytest.raises(ConfigError, match=f"{key} must be"):
@@ -255,6 +257,25 @@ def test_it_is_found_out_first_whether_results_can_be_written(command: tuple[str
 def test_a_simulation_without_instances_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sim", "--instances", "0"]) == 2
     assert "more than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "says"), [
+    ("scale --to 1 --timeout-s inf", r"--timeout-s must be in (0, 1e+09], got inf"),
+    ("scale --to 1 --timeout-s nan", "--timeout-s must be in"), ("scale --to 1 --timeout-s 0", "--timeout-s must be in"),
+    ("sim --load inf", "--load must be above 0"), ("sim --load nan", "--load must be above 0"),
+    ("sim --duration-s nan", "--duration-s"), ("sim --down-after-s nan", "--down-after-s must be at least 0"),
+    ("controller --workers i0=h:1 --model-dir x --config-json []", "--config-json must be an object of tables")])
+def test_numbers_that_are_none_are_refused_by_the_name_of_their_option(command: str, says: str,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command.split()) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0"])
+def test_the_coordination_service_needs_a_heartbeat(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["coordinator", "--address", "127.0.0.1:1", "--size", "1", "--heartbeat-s", seconds])
+    assert "--heartbeat-s must be above 0" in capsys.readouterr().err
 
 
 def test_each_model_has_a_name_or_none_has(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,10 +101,18 @@ def test_prompts_are_texts_or_tokens_one_or_many(site):
     assert [c["index"] for c in said["choices"]] == [0, 1, 2, 3]
 
 
+def test_a_body_may_have_more_prompts_than_may_wait(site):
+    assert site.cluster.config.serve.max_queued_requests == 1024
+    said = site.complete([[97 + k % 20] for k in range(1400)], max_tokens=1)
+    assert [c["text"] for c in said["choices"]] == [chr(98 + k % 20) for k in range(1400)]
+    assert said["usage"]["completion_tokens"] == 1400
+
+
 def test_chat(site):
     messages = [{"role": "developer", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]},
                 {"role": "user", "content": "z"}]
-    said = site.post("/v1/chat/completions", messages=messages, max_completion_tokens=2, temperature=0, user="me")
+    said = site.post("/v1/chat/completions", messages=messages, max_completion_tokens=2, temperature=0, user="me",
+                     prompt_cache_retention="24h")
     assert said["choices"][0]["message"] == {"role": "assistant", "content": "bc"}
     assert said["usage"]["prompt_tokens"] == len("s:xy;u:z;a") and said["object"] == "chat.completion"
 
@@ -129,6 +137,17 @@ def test_a_stream_has_what_the_whole_has(site):
         assert texts == {c["index"]: c["message"]["content"] if "message" in c else c["text"] for c in whole["choices"]}
         assert ends == {c["index"]: c["finish_reason"] for c in whole["choices"]}
     assert [e["choices"][0]["delta"].get("role") for e in events[:-1]] == ["assistant"] + [None] * (len(events) - 2)
+
+
+def test_every_piece_of_a_stream_may_tell_its_answers_tokens_so_far(site):
+    events = site.events("/v1/completions", prompt=["ab", "m"], max_tokens=4, temperature=SLOW,
+                         stream_options={"include_usage": True, "continuous_usage_stats": True})
+    for index, prompt in ((0, 2), (1, 1)):
+        told = [e["usage"] for e in events for c in e["choices"] if c["index"] == index]
+        assert all(u["prompt_tokens"] == prompt and u["total_tokens"] == prompt + u["completion_tokens"] for u in told)
+        counts = [u["completion_tokens"] for u in told]
+        assert counts == sorted(counts) and counts[-1] == 4
+    assert events[-1]["usage"]["completion_tokens"] == 8
 
 
 def test_tokens_are_streamed_as_they_come(site):
@@ -162,6 +181,40 @@ def test_logprobs(site):
     assert [(t["token"], t["bytes"], len(t["top_logprobs"])) for t in chat] == [("b", [98], 1), ("c", [99], 1)]
 
 
+def test_tokens_of_one_character_have_its_place(site):
+    """Also where the prompt's first token is a part of one."""
+    scored = site.complete("éaÀ", max_tokens=3, temperature=0, logprobs=1, echo=True)["choices"][0]
+    assert scored["logprobs"]["tokens"] == ["\ufffd", "\ufffd", "a", *["\ufffd"] * 5]
+    assert scored["logprobs"]["text_offset"] == [0, 0, 1, 2, 2, 3, 4, 5] and scored["text"].startswith("éaÀ\ufffd")
+
+
+def test_special_tokens_have_their_names_in_logprobs_and_a_place_where_they_are_text(site):
+    ended = site.complete([254], max_tokens=6, temperature=0, logprobs=2)["choices"][0]["logprobs"]
+    assert ended["tokens"] == ["\ufffd", "<|eos|>"] and ended["top_logprobs"][0].keys() == {"\ufffd", "<|eos|>"}
+    asked = {"max_tokens": 1, "temperature": 0, "logprobs": 0, "echo": True}
+    for prompt, text, offsets in (("a<|eos|>b", "a<|eos|>bc", [0, 1, 8, 9]), ([256, 98, 256, 98], "bbc", [0, 0, 1, 1, 2])):
+        scored = site.complete(prompt, **asked)["choices"][0]
+        assert scored["text"] == text and scored["logprobs"]["text_offset"] == offsets
+        assert "<|eos|>" in scored["logprobs"]["tokens"]
+
+
+def test_a_streams_logprobs_are_those_of_the_whole(site):
+    """Also where text is held back, because it may become a stop string."""
+    asked = {"prompt": "ab", "max_tokens": 6, "temperature": SLOW, "logprobs": 1, "stop": "dx", "echo": True}
+    whole = site.complete(**asked)["choices"][0]["logprobs"]
+    events = site.events("/v1/completions", **asked)
+    assert whole["text_offset"] == list(range(8))
+    for name, values in whole.items():
+        assert [value for event in events for value in event["choices"][0]["logprobs"][name]] == values
+
+
+def test_logprobs_have_the_bytes_of_tokens_that_are_no_characters(site):
+    said = site.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=40, temperature=0,
+                     logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    assert [token["bytes"] for token in said] == [[byte] for byte in toy(97, 40)] and said[-1]["token"] == "\ufffd"
+    assert [other["bytes"] for other in said[-1]["top_logprobs"]] == [[137], [138]]
+
+
 def test_models(site):
     status, said, _ = site.ask("GET", "/v1/models")
     assert status == 200 and [(m["id"], m["max_model_len"]) for m in said["data"]] == [("toy", 512)]
@@ -178,6 +231,7 @@ def test_models(site):
     ("/v1/completions", {"prompt": ["a"] * 2049}, 400, "prompt may have 2048 texts"),
     ("/v1/completions", {"prompt": "a", "temprature": 1}, 400, "temprature is no field"),
     ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature must be int or float, got 'hot'"),
+    ("/v1/completions", {"prompt": "a", "n": 0}, 400, "n must be in [1, 64], got 0"),
     ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be int, got True"),
     ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be in"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
@@ -207,6 +261,11 @@ def test_models(site):
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"structural_tag": "x"}}, 400, "structural_tag is not supp"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": [1]}}, 400, "choice must be a string or a list"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, 400, "json_schema and regex"),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": "yes"}}, 400,
+     "stream_options.include_usage must be bool, got 'yes'"),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"usage": True}}, 400, "stream_options.usage is no field"),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_obfuscation": True}}, 400,
+     "stream_options.include_obfuscation is not supported; leave it out"),
     ("/v1/embeddings", {"input": "x"}, 404, "POST /v1/embeddings is not there"),
 ])
 def test_mistakes_are_named_in_openais_form(site, path, body, status, says):
@@ -214,6 +273,15 @@ def test_mistakes_are_named_in_openais_form(site, path, body, status, says):
     assert got == status and says in said["error"]["message"], said
     assert said["error"]["code"] == status and headers["X-Request-Id"] == "mine" and len(said["error"]["message"]) < 2100
     assert site.ask("GET", path)[0] in (404, 405)
+
+
+def test_a_wrong_method_and_a_body_that_is_too_large_are_told_what_to_do(site):
+    status, said, headers = site.ask("PUT", "/v1/completions", {})
+    assert (status, headers["Allow"], said["error"]["message"]) == (405, "POST", "/v1/completions takes POST, not PUT")
+    status, said, headers = site.ask("DELETE", "/v1/models")
+    assert status == said["error"]["code"] == 405 and headers["Allow"] == "GET, HEAD"
+    status, said, _ = site.ask("POST", "/v1/completions", b'"' + b"a" * (64 << 20) + b'"')
+    assert (status, said["error"]["message"]) == (413, "a body may have 64 MiB; send less at once")
 
 
 def test_a_request_has_the_id_that_it_came_with_or_gets_one(site):
@@ -309,11 +377,12 @@ def test_a_key_is_asked_for(site):
 
 
 def test_without_a_controller_it_says_so():
-    [port, nobody] = free_ports(2)
+    """At the port that it has found and told."""
+    [nobody] = free_ports(1)
     gateway = subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--address", f"127.0.0.1:{nobody}",
-                                "--port", str(port)])
+                                "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:
-        alone = Site(port)
+        alone = Site(int(gateway.stdout.readline().removesuffix("/v1\n").rpartition(":")[2]))
         eventually(lambda: alone.ask("GET", "/health")[0] == 503)
         status, said, headers = alone.ask("POST", "/v1/completions", {"prompt": "a", "model": "toy"})
         assert status == 503 and said["error"]["code"] == 503 and headers["Retry-After"] == "1"
@@ -323,15 +392,15 @@ def test_without_a_controller_it_says_so():
 
 
 @pytest.mark.parametrize(("body", "says"), [
-    ({"prompt": "a", "n": 1 << 40}, "out of range"),
-    ({"prompt": "a", "seed": 1 << 70}, "out of range"),
-    ({"prompt": "a", "temperature": 10**400}, "too large"),
+    ({"prompt": "a", "n": 1 << 40}, "n: Value out of range"),
+    ({"prompt": "a", "seed": 1 << 70}, "seed: Value out of range"),
+    ({"prompt": "a", "temperature": 10**400}, "temperature: int too large"),
     ({"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias must map"),
-    ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "out of range"),
-    ({"prompt": "a", "priority": 1 << 40}, "out of range"),
-    ({"prompt": "a\ud800", "max_tokens": 1}, "surrogates"),
-    ({"prompt": "a", "stop": "\udfff"}, "surrogates"),
-    ({"prompt": "a", "model": "\udfff"}, "surrogates"),
+    ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "logit_bias: Value out of range"),
+    ({"prompt": "a", "priority": 1 << 40}, "priority: Value out of range"),
+    ({"prompt": "a\ud800", "max_tokens": 1}, "prompt: 'utf-8' codec"),
+    ({"prompt": "a", "stop": "\udfff"}, "stop: 'utf-8' codec"),
+    ({"prompt": "a", "model": "\udfff"}, "model: 'utf-8' codec"),
 ])
 def test_values_that_no_request_can_hold_are_the_callers_error(site, body, says):
     for stream in (False, True):

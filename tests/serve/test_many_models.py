@@ -14,6 +14,7 @@ import pytest
 from test_frontend import LASTING
 from toy import SPEC, eventually, toy_config, toy_launch, write_model
 
+from blitzjax import cli_serve
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
 from blitzjax.serve.client import Client
 from blitzjax.serve.local import LocalCluster
@@ -22,7 +23,7 @@ from blitzjax.serve.local import LocalCluster
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     root = tmp_path_factory.mktemp("many")
-    models = [write_model(root / name, spec=replace(SPEC, name=name, layers=layers))
+    models = [write_model(root / f"{name}.d", spec=replace(SPEC, name=name, layers=layers))
               for name, layers in (("left", 4), ("right", 30))]
     config = toy_config("scale.policy=auto", "scale.min_instances=0", "scale.zero_after_s=0.5",
                         "scale.down_after_s=600", "scale.max_instances=2")  # so long the policy leaves a wish alone
@@ -48,6 +49,10 @@ def kept(client: Client) -> dict[str, str]:
 def blitzjax(cluster: LocalCluster, *argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "blitzjax.cli", *argv, "--address", cluster.address],
                           capture_output=True, text=True, timeout=300)
+
+
+def test_the_banner_has_the_names_that_clients_use(cluster: LocalCluster) -> None:
+    assert f"is ready: left, right on {cluster.address}" in cli_serve.banner(cluster)
 
 
 def test_models_at_zero_are_kept_by_different_workers_and_answer(client: Client) -> None:
@@ -104,6 +109,10 @@ def test_whoever_waits_for_instances_of_a_model_that_leaves_is_told(client: Clie
 def test_what_cannot_be_deployed_is_refused(client: Client, tmp_path: Path) -> None:
     with pytest.raises(BlitzError, match="not a blitzjax checkpoint"):
         client.deploy(tmp_path)
+    manifest = write_model(tmp_path / "old", spec=replace(SPEC, name="old")) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": ', '"version": 1'))
+    with pytest.raises(BlitzError, match="format version 1.*convert the model again"):
+        client.deploy(manifest.parent)
     greedy = write_model(tmp_path / "greedy", spec=replace(SPEC, name="greedy"))
     with pytest.raises(InvalidRequest, match="min_instances 3 does not fit"):
         client.deploy(greedy, min_instances=3, max_instances=3)

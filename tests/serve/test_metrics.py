@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from test_frontend import LASTING
 from toy import eventually, toy_config, toy_launch, wait_whole
 
 from blitzjax.errors import BlitzError
@@ -69,7 +70,9 @@ def test_answers_that_ended_are_in_histograms(model_dir: Path) -> None:
         answer = Answer("r#0", order, 0, load_model(model_dir), 10.0, asyncio.Event())
         answer.work(1, 10.2)
         answer.push(0, [97], None, 10.0 + first_s)
+        known["toy"].told(answer)
         answer.push(1, [97] * (tokens - 1), "length", 10.0 + first_s + 1.0)
+        known["toy"].told(answer)
         known["toy"].ended(answer, 10.0 + first_s + 1.0)
     read = samples(render(pb.ClusterStatus(), known))
 
@@ -104,6 +107,9 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
 
     with LocalCluster(config, model_dir, toy_launch(tmp_path)) as cluster, cluster.client() as client:
         wait_whole(cluster)
+        begun = samples(scrape())
+        assert begun['vllm:generation_tokens_total{model_name="toy"}'] == begun[
+            'vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 0
         with socket.create_connection(("127.0.0.1", port)):  # says nothing, and is in nobody's way
             client.generate([1, 2, 3, 4, 5], max_tokens=3)
             eventually(lambda: samples(scrape()).get('vllm:e2e_request_latency_seconds_count{model_name="toy"}') == 1)
@@ -118,6 +124,14 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
             scrape("/")
         assert scrape("/health") == scrape("/ping") == "" and scrape("/metrics?name=x").startswith("# HELP")
         assert read['vllm:request_success_total{model_name="toy",finished_reason="length"}'] == 1
+        left = client.stream([1, 2], **LASTING)
+        next(left)
+        eventually(lambda: samples(scrape())['vllm:generation_tokens_total{model_name="toy"}'] > 3)
+        left.close()  # has no end to be counted
+        eventually(lambda: samples(scrape())['vllm:num_requests_running{model_name="toy"}'] == 0)
+        read = samples(scrape())
+        assert read['vllm:e2e_request_latency_seconds_count{model_name="toy"}'] == 1
+        assert read['vllm:prompt_tokens_total{model_name="toy"}'] == 7
         again = LocalCluster(config, model_dir, toy_launch(tmp_path / "again"))
         with again, pytest.raises(BlitzError, match=f"cannot listen on 127.0.0.1:{port} for metrics"):
             again.wait_ready(300)

@@ -107,6 +107,11 @@ def test_sentencepiece_style_bytes_and_spaces(tmp_path):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+def test_a_token_alone_has_bytes_where_it_is_no_character(toy):
+    assert [toy.alone(b) for b in b"a\xc3"] == [("a", b""), ("\ufffd", b"\xc3")]
+    assert b"".join(raw for _, raw in map(toy.alone, range(128, 256))) == bytes(range(128, 256))
+
+
 def test_chat_template(toy):
     assert toy.chat([{"role": "user", "content": "hi"}]) == "u:hi;a"
 

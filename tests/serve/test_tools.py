@@ -11,7 +11,7 @@ from toy import EOS, SPEC, write_model
 
 from blitzjax.engine.grammars import Grammars
 from blitzjax.errors import InvalidRequest
-from blitzjax.serve import openai
+from blitzjax.serve import openai, replies
 from blitzjax.serve.answers import Answer, Order
 from blitzjax.serve.asking import Chunk, collect, generate_request
 from blitzjax.serve.model import load_model
@@ -159,7 +159,7 @@ def test_tags_are_text_for_answers_with_tools_alone(model_dir) -> None:
     for parser, shown in (("hermes", "<tool_call>"), ("", "")):
         model = load_model(model_dir)
         model.tokenizer._tokenizer.add_special_tokens(["<tool_call>"])
-        model.tokenizer._special.add(258)
+        model.tokenizer.special.add(258)
         answer = Answer("r#0", Order("r", "toy", (97,), Sampling(), (), 0, 1, None, tool_call_parser=parser), 0, model, 0.0,
                         asyncio.Event())
         answer.push(0, [257, 258, ord("x"), 256], "stop", 0.0)
@@ -169,9 +169,9 @@ def test_tags_are_text_for_answers_with_tools_alone(model_dir) -> None:
 def answer(asked: openai.Asked, pieces: list[str], reason: str = "stop", parser: str = "hermes") -> tuple[dict, list[dict]]:
     """→ the choice of the whole answer, those of its stream."""
     chunks = [Chunk("r", 0, text, (1,), (), reason if k == len(pieces) - 1 else "", pb.Usage() if k == len(pieces) - 1 else None,
-                    (), (), None, parser if asked.tools.functions else "", 0.0) for k, text in enumerate(pieces)]
-    [whole] = openai.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
-    reply = openai.Reply(asked, "m", "r")
+                    (), (), None, parser if asked.tools.functions else "", 1, 0.0) for k, text in enumerate(pieces)]
+    [whole] = replies.Reply(asked, "m", "r").whole([[collect(chunks)]])["choices"]
+    reply = replies.Reply(asked, "m", "r")
     return whole, [event["choices"][0] for chunk in chunks if (event := reply.piece(0, chunk)) is not None]
 
 

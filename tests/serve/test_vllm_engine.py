@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from test_frontend import LASTING, quiet, toy
-from toy import AT_ONCE_S, EOS, VOCAB, eventually, held, toy_config
+from toy import AT_ONCE_S, BOS, EOS, VOCAB, eventually, held, toy_config
 
 from blitzjax.serve.controller import Controller
 from blitzjax.serve.resume import with_journal
@@ -114,7 +114,8 @@ def test_numbers_beyond_ours_are_refused(stub, prompt, sampling):
 def test_model_server_and_load(stub, cluster):
     info = stub.GetModelInfo(vllm.GetModelInfoRequest())
     assert (info.served_model_name, info.max_context_length, info.vocab_size) == ("toy", 512, VOCAB)
-    assert list(info.eos_token_ids) == [EOS] and info.is_generation and info.tokenizer_path == info.model_path
+    assert (list(info.eos_token_ids), info.bos_token_id) == ([EOS], BOS)
+    assert info.is_generation and info.tokenizer_path == info.model_path
     assert stub.GetServerInfo(vllm.GetServerInfoRequest()).max_num_seqs == 4
     assert stub.HealthCheck(vllm.HealthCheckRequest()).healthy
     with grpc.insecure_channel(cluster.address) as channel:

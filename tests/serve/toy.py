@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from blitzjax import config as configs
+from blitzjax.engine.locations import FORMAT_VERSION
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.hosts import Launch
 from blitzjax.types import ModelSpec
@@ -24,7 +25,7 @@ RESUME_S = 300  # a server waits so long for clients that may come back, and wor
 AT_ONCE_S = 100.0  # for a machine that stands still now and then: well below what else would end it
 SPEC = ModelSpec(name="toy", family="toy", layers=4, dim=1, heads=1, kv_heads=1, head_dim=1, ffn_dim=1, vocab=VOCAB,
                  max_len=4096, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=False, dtype="float32",
-                 eos_token_ids=(EOS,), bos_token_id=BOS)
+                 eos_token_ids=(EOS,))
 TEMPLATE = ("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
             "{% if add_generation_prompt %}a{% endif %}")
 TOY_WORKER = (sys.executable, str(Path(__file__).with_name("toy_worker.py")))
@@ -42,7 +43,7 @@ def write_model(directory: Path, tokenizer: bool = True, template: str | None = 
                 spec: ModelSpec = SPEC) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     units = [{"bytes": 10} for _ in range(spec.units)]
-    (directory / "manifest.json").write_text(json.dumps({"version": 2, "spec": asdict(spec), "units": units}, indent=1))
+    (directory / "manifest.json").write_text(json.dumps({"version": FORMAT_VERSION, "spec": asdict(spec), "units": units}, indent=1))
     if tokenizer:
         byte_tokenizer({"<|eos|>": EOS, "<|bos|>": BOS}).save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(json.dumps(
