@@ -22,7 +22,7 @@ from blitzjax.engine.convert import resolve
 from blitzjax.engine.params import LayerStore, model_bytes
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.stages import Stages
-from blitzjax.types import DTYPES, Span
+from blitzjax.types import DTYPES, Span, TokenLogprob
 
 _MODELS = ("smollm2-135m", "qwen2.5-1.5b")
 _BATCHES = (1, 4, 8, 16)
@@ -38,25 +38,25 @@ def measure(rounds: int) -> dict[str, object]:
 
 def _quality(name: str) -> dict[str, dict[str, float]]:
     texts = prompts.of_lengths(prompts.encoder(resolve(name, "float32")), [_CONTEXT] * _TEXTS, _SEED)
-    found = {}
+    found: dict[str, list[TokenLogprob]] = {}
     for dtype in DTYPES:
         checkpoint = Checkpoint.open(resolve(name, dtype))
         store = LayerStore(checkpoint.spec, jax.local_devices()[:1])
         for unit in range(checkpoint.spec.units):
             checkpoint.load_unit(unit, store)
-        runner, said = Runner(Stages(store.spec, EngineConfig(dtype=dtype, max_model_len=_CONTEXT), store.mesh), store), []
+        runner = Runner(Stages(store.spec, EngineConfig(dtype=dtype, max_model_len=_CONTEXT), store.mesh), store)
+        found[dtype] = []
         for text in texts:
             prefill = runner.begin(list(text))
             runner.run_span(prefill, Span(0, runner.spec.layers))
-            said += runner.prompt_logprobs(prefill, 1)
-        found[dtype] = said
+            found[dtype] += runner.prompt_logprobs(prefill, 1)
     return {dtype: figures.rounded_row({
         "nats": -sum(token.logprob for token in said) / len(said),
         "same_likeliest": sum(a.top_ids == b.top_ids for a, b in zip(said, found["float32"], strict=True)) / len(said)})
         for dtype, said in found.items()}
 
 
-def _ratios(name: str, rounds: int) -> dict[str, float]:
+def _ratios(name: str, rounds: int) -> dict[str, float | None]:
     specs = [replace(MODELS[name], dtype=dtype) for dtype in ("int8", "bfloat16")]
     with tempfile.TemporaryDirectory() as scratch:
         config = EngineConfig(max_model_len=_PROMPT, max_num_seqs=max(_BATCHES), executable_cache=scratch)
@@ -67,7 +67,7 @@ def _ratios(name: str, rounds: int) -> dict[str, float]:
                     | {"prefill": prefill_s(runner, _PROMPT, 1)} for runner in runners]
             seen.append({part: took[0][part] / took[1][part] for part in took[0]})
             print(f"  {name}: " + ", ".join(f"{part} {ratio:.2f}" for part, ratio in seen[-1].items()), flush=True)
-    return {"bytes": figures.rounded(model_bytes(specs[0]) / model_bytes(specs[1])), **figures.rounded_row(figures.median_of(seen))}
+    return {"bytes": figures.rounded(model_bytes(specs[0]) / model_bytes(specs[1])), **figures.median_of(seen)}
 
 
 if __name__ == "__main__":

@@ -18,8 +18,15 @@ from blitzjax.models.blocks import Int8
 BLOCK = 32  # numbers that share a scale, or as many as divide a matrix's last dimension
 
 
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param:
+    """A matrix [*out, in] drawn from N(0, 1/in), with one logical axis name per dimension."""
+    assert len(shape) == len(axes)
+    values = jax.random.normal(rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
+    return nnx.Param(values.astype(dtype), axes=axes)
+
+
 class Int8Weight(nnx.Module):
-    """What `weight` makes in int8; read like a Param."""
+    """A weight in blocks of int8; read like a Param."""
 
     def __init__(self, matrix: jax.Array, axes: tuple[str | None, ...]) -> None:
         *rows, last = matrix.shape
@@ -32,11 +39,11 @@ class Int8Weight(nnx.Module):
         return Int8(self.values[...], self.scales[...])
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param | Int8Weight:
-    """A matrix [*out, in] drawn from N(0, 1/in), with one logical axis name per dimension."""
-    assert len(shape) == len(axes)
-    values = jax.random.normal(rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
-    return Int8Weight(values, axes) if dtype == "int8" else nnx.Param(values.astype(dtype), axes=axes)
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param | Int8Weight:
+    """A `weight` that only `blocks.matmul` reads, so that it may be in int8."""
+    if dtype != "int8":
+        return weight(rngs, shape, axes, dtype)
+    return Int8Weight(weight(rngs, shape, axes, "float32")[...], axes)
 
 
 def norm_scale(dim: int) -> nnx.Param:
