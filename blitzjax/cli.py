@@ -14,6 +14,7 @@ from pathlib import Path
 
 import blitzjax
 from blitzjax.errors import BlitzError
+from blitzjax.types import DTYPES
 
 _ADDRESS = "127.0.0.1:50051"
 
@@ -111,7 +112,7 @@ def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
                         help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, OWNER/NAME on the "
                              "Hugging Face hub, a built-in name, or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the parameters (engine.dtype)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (engine.dtype)")
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:

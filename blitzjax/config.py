@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from blitzjax.errors import ConfigError, reason
-from blitzjax.types import LiveMode, Roles, Source, ToolCallParser
+from blitzjax.types import DTYPES, LiveMode, Roles, Source, ToolCallParser
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class ServeConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals are float32, KV too but on GPUs
+    dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32"; residuals are float32, KV too but on GPUs;
+    # "int8": matrices of layers are rounded to blocks of int8, and multiply bfloat16
     max_model_len: int = 2048  # prompt + answer, tokens; never above the model's limit; chooses LongRoPE's factors
     max_num_seqs: int = 16  # sequences decoding together
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
@@ -185,7 +186,7 @@ def _check_ranges(c: Config) -> None:
         if not ok:
             raise ConfigError(message)
 
-    want(c.engine.dtype in ("bfloat16", "float32"), f"engine.dtype must be bfloat16 or float32, got {c.engine.dtype!r}")
+    want(c.engine.dtype in DTYPES, f"engine.dtype must be one of {', '.join(DTYPES)}, got {c.engine.dtype!r}")
     want(c.scale.policy in ("auto", "manual"), f"scale.policy must be auto or manual, got {c.scale.policy!r}")
     least = 1 if c.scale.roles == "split" else 0
     want(least <= c.scale.min_instances <= c.scale.max_instances and c.scale.max_instances >= 1,

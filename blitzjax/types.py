@@ -22,6 +22,7 @@ ToolCallParser: TypeAlias = Literal["auto", "hermes", "llama3_json", "mistral", 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 
+DTYPES = ("bfloat16", "float32", "int8")  # of ModelSpec
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 64
@@ -68,7 +69,7 @@ class ModelSpec:
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
-    dtype: str  # of the parameters: "bfloat16" or "float32"
+    dtype: str  # of the parameters: "bfloat16", "float32", or "int8" for the matrices of layers
     eos_token_ids: tuple[int, ...] = ()
     layer_kinds: tuple[str, ...] = ()  # one name per layer; layers of one kind run the same code. Empty: all alike
     options: tuple[tuple[str, Option], ...] = ()  # what the family's code needs to know beyond this, by name
@@ -85,6 +86,11 @@ class ModelSpec:
     @property
     def head_unit(self) -> int:
         return self.layers + 1
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of what matrices multiply, of embeddings and of the head."""
+        return "bfloat16" if self.dtype == "int8" else self.dtype
 
     def layers_loaded(self, units: int) -> int:
         """Decoder layers inside a watermark of `units` units."""

@@ -63,13 +63,39 @@ class Attend(Protocol):
         ...
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """A matrix in little more than half the bytes of bfloat16: blocks of numbers along the last dimension share a scale.
+
+    Scales are powers of two, so that bfloat16 has what is meant: products are those of a bfloat16 matrix, bit for bit.
+    (MXINT8 of arXiv:2310.10537, but that the scale takes two bytes.)
+    """
+
+    values: jax.Array  # i8[*out, *in]
+    scales: jax.Array  # bf16[*out, *in], a block to each
+
+    def __getitem__(self, index: jax.Array) -> Int8:
+        """The `index`-th of several."""
+        return Int8(self.values[index], self.scales[index])
+
+    def flat(self, contract: int) -> Int8:
+        """i8[out, in], with the last `contract` dimensions in one."""
+        out = math.prod(self.values.shape[:self.values.ndim - contract])
+        return Int8(self.values.reshape(out, -1), self.scales.reshape(out, -1))
+
+    def multiplied(self) -> jax.Array:
+        """bf16[*out, *in]"""
+        blocks = self.values.reshape(*self.scales.shape, -1).astype(jnp.bfloat16)
+        return (blocks * self.scales[..., None]).reshape(self.values.shape)
+
+
 class Product(Protocol):
-    """A faster way to multiply up to `max_rows` rows f32[rows, c] with weights bf16[out, c]."""
+    """A faster way to multiply few rows f32[rows, c] with weights [out, c]."""
 
-    @property
-    def max_rows(self) -> float: ...
+    def takes(self, rows: int, w: jax.Array | Int8) -> bool: ...
 
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array: ...
+    def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
 
 
 _few_rows: contextvars.ContextVar[Product | None] = contextvars.ContextVar("few_rows", default=None)
@@ -85,19 +111,20 @@ def few_rows(product: Product | None) -> Iterator[None]:
         _few_rows.reset(token)
 
 
-def matmul(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
     """x [*rows, c] · w [*out, *c] → f32[*rows, *out], contracting the last `contract` dimensions of `w`.
 
     XLA:CPU has one fast bfloat16 form: two-dimensional operands of the same type, weights [out, in], float32 result, at
     least two rows. Hence the casts and the flattening; other forms are 2-10x slower. A sharded dimension of `w` must be
     the first of `out` or of `c`, so that flattening keeps it one contiguous slice per device.
     """
-    rows, out = x.shape[:-1], w.shape[:w.ndim - contract]
-    inner = math.prod(w.shape[w.ndim - contract:])
-    x, w = x.reshape(-1, inner), w.reshape(-1, inner)
+    shape = w.values.shape if isinstance(w, Int8) else w.shape
+    rows, out, inner = x.shape[:-1], shape[:len(shape) - contract], math.prod(shape[len(shape) - contract:])
+    x, w = x.reshape(-1, inner), w.flat(contract) if isinstance(w, Int8) else w.reshape(-1, inner)
     product = _few_rows.get()
-    if product is not None and w.dtype == jnp.bfloat16 and x.shape[0] <= product.max_rows:
+    if product is not None and product.takes(x.shape[0], w):
         return product(x.astype(jnp.float32), w).reshape(*rows, *out)
+    w = w.multiplied() if isinstance(w, Int8) else w
     precision = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     y = lax.dot_general(x.astype(w.dtype), w, (((1,), (1,)), ((), ())), precision=precision,
                         preferred_element_type=jnp.float32)

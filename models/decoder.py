@@ -18,7 +18,7 @@ from blitzjax.models.design import DENSE, SLIDING, design
 from blitzjax.models.experts import Experts
 from blitzjax.models.family import Family
 from blitzjax.models.names import Names
-from blitzjax.models.parameters import norm_scale, small, weight
+from blitzjax.models.parameters import matrix, norm_scale, small, weight
 from blitzjax.types import ModelSpec
 
 _LLAMA = Names()
@@ -28,9 +28,9 @@ Rope = tuple[jax.Array, jax.Array]  # cos, sin f32[B, T, rope_dims / 2]
 class Embed(nnx.Module):
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
         self.design = design(spec)
-        self.table = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
+        self.table = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.compute_dtype)
         if self.design.learned_positions:
-            self.positions = weight(rngs, (spec.max_len, spec.dim), (None, "embed"), spec.dtype)
+            self.positions = weight(rngs, (spec.max_len, spec.dim), (None, "embed"), spec.compute_dtype)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.table[...][tokens].astype(jnp.float32)  # [B, T, D]
@@ -47,9 +47,9 @@ class Layer(nnx.Module):
         group = spec.heads // spec.kv_heads
         self._add_norms("attn")
         # Per KV head: its query heads, its key, its value.
-        self.qkv = weight(rngs, (spec.kv_heads, group + 2, spec.head_dim, spec.dim),
+        self.qkv = matrix(rngs, (spec.kv_heads, group + 2, spec.head_dim, spec.dim),
                           ("kv_heads", None, None, "embed"), spec.dtype)
-        self.o = weight(rngs, (spec.dim, spec.kv_heads, group * spec.head_dim),
+        self.o = matrix(rngs, (spec.dim, spec.kv_heads, group * spec.head_dim),
                         ("embed", "kv_heads", None), spec.dtype)
         if self.design.qkv_bias:
             self.qkv_bias = small((spec.kv_heads, group + 2, spec.head_dim), ("kv_heads", None, None))
@@ -82,8 +82,8 @@ class Layer(nnx.Module):
 
     def _add_feed_forward(self, rngs: nnx.Rngs) -> None:
         spec, ways = self.spec, 1 + self.design.gated  # gate and up of a unit, or its up alone
-        self.gate_up = weight(rngs, (spec.ffn_dim, ways, spec.dim), ("ffn", None, "embed"), spec.dtype)
-        self.down = weight(rngs, (spec.dim, spec.ffn_dim), ("embed", "ffn"), spec.dtype)
+        self.gate_up = matrix(rngs, (spec.ffn_dim, ways, spec.dim), ("ffn", None, "embed"), spec.dtype)
+        self.down = matrix(rngs, (spec.dim, spec.ffn_dim), ("embed", "ffn"), spec.dtype)
         if self.design.mlp_bias:
             self.gate_up_bias = small((spec.ffn_dim, ways), ("ffn", None))
             self.down_bias = small((spec.dim,), ("embed",))
@@ -147,7 +147,7 @@ class Head(nnx.Module):
         if self.design.layer_norm:
             self.norm_bias = small((spec.dim,), ("embed",))
         if not spec.tied_embeddings:
-            self.w = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.dtype)
+            self.w = weight(rngs, (spec.vocab, spec.dim), ("vocab", "embed"), spec.compute_dtype)
 
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         logits = blocks.matmul(self._norm(x), self.w[...] if table is None else table)  # [N, V]

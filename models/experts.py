@@ -14,7 +14,7 @@ from jax import lax
 
 from blitzjax.models import blocks
 from blitzjax.models.design import design
-from blitzjax.models.parameters import small, weight
+from blitzjax.models.parameters import matrix, small, weight
 from blitzjax.types import ModelSpec
 
 _MAX_ROWS = 32  # tokens of one expert that are multiplied at once: larger blocks are emptier on average
@@ -27,17 +27,17 @@ class Experts(nnx.Module):
         self.spec, self.design = spec, design(spec)
         count, inner, dim = self.design.experts, self.design.expert_dim, spec.dim
         self.router = weight(rngs, (count, dim), (None, "embed"), "float32")  # close calls decide: exact
-        self.gate_up = weight(rngs, (count, inner, 2, dim), (None, "ffn", None, "embed"), spec.dtype)
-        self.down = weight(rngs, (count, dim, inner), (None, "embed", "ffn"), spec.dtype)
+        self.gate_up = matrix(rngs, (count, inner, 2, dim), (None, "ffn", None, "embed"), spec.dtype)
+        self.down = matrix(rngs, (count, dim, inner), (None, "embed", "ffn"), spec.dtype)
         if self.design.expert_bias:
             self.router_bias = small((count,), (None,))
             self.gate_up_bias = small((count, inner, 2), (None, "ffn", None))
             self.down_bias = small((count, dim), (None, "embed"))
         if self.design.shared_dim:
             self.shared_gate = small((1, dim), (None, "embed"))
-            self.shared_gate_up = weight(rngs, (self.design.shared_dim, 2, dim), ("ffn", None, "embed"),
+            self.shared_gate_up = matrix(rngs, (self.design.shared_dim, 2, dim), ("ffn", None, "embed"),
                                          spec.dtype)
-            self.shared_down = weight(rngs, (dim, self.design.shared_dim), ("embed", "ffn"), spec.dtype)
+            self.shared_down = matrix(rngs, (dim, self.design.shared_dim), ("embed", "ffn"), spec.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """f32[B, T, D] → f32[B, T, D]"""

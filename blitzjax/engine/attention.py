@@ -159,11 +159,11 @@ def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device],
     """The fastest that is known to fit `devices`; what is in C++ is fetched or built into `directory`, which exists."""
     platform = devices[0].platform
     if platform == "cpu":
-        fits = config.native_kernels and len(devices) == 1 and spec.dtype == "bfloat16"
+        fits = config.native_kernels and len(devices) == 1 and spec.compute_dtype == "bfloat16"
         return Attention(product=native.product(directory, cpu_features(), fetch) if fits else None)
     capability = str(devices[0].compute_capability) if platform == "gpu" else ""
     if config.cudnn_attention and cudnn_fits(spec, capability):
-        return fused("cudnn", spec.dtype)
+        return fused("cudnn", spec.compute_dtype)
     return Attention()
 
 
@@ -178,7 +178,7 @@ def cudnn_fits(spec: ModelSpec, capability: str) -> bool:
     Ampere.
     """
     found = re.fullmatch(r"(\d+)\.(\d+)", capability)
-    if found is None or spec.dtype != "bfloat16":
+    if found is None or spec.compute_dtype != "bfloat16":
         return False
     version = (int(found[1]), int(found[2]))
     widest = 256 if version >= (9, 0) else 128

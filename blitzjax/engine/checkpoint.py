@@ -25,7 +25,9 @@ import numpy as np
 
 from blitzjax.engine.locations import FORMAT_VERSION, MANIFEST
 from blitzjax.engine.params import LayerStore, align, fill, unit_arrays, unit_name
+from blitzjax.engine.rounding import fitted
 from blitzjax.errors import CheckpointError
+from blitzjax.models import own
 from blitzjax.types import ModelSpec, spec_from
 
 WEIGHTS = "weights.bin"
@@ -119,12 +121,16 @@ class Checkpoint:
 
 
 def with_dtype(spec: ModelSpec, dtype: str) -> ModelSpec:
+    """Raises CheckpointError where the model's code does not know `dtype`."""
+    if dtype == "int8" and own.is_reference(spec.family):
+        raise CheckpointError(f"int8 is for the built-in families; {spec.family} takes bfloat16 or float32 (engine.dtype)")
     return replace(spec, dtype=dtype)
 
 
 def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]],
           tokenizer: Tokenizer | None) -> None:
-    """Writes a checkpoint; `units` yields each unit's unsharded arrays in order and is consumed one at a time.
+    """Writes a checkpoint in the spec's dtype; `units` yields each unit's unsharded arrays in order, and is consumed one
+    at a time.
 
     Raises CheckpointError if something is already at `path`. After a crash nothing is at `path`.
     """
@@ -147,8 +153,9 @@ def write(path: Path, spec: ModelSpec, units: Iterator[Mapping[str, np.ndarray]]
 
 
 def _write_unit(file: BinaryIO, spec: ModelSpec, unit: int, arrays: Mapping[str, np.ndarray]) -> tuple[Entry, ...]:
-    entries = []
-    for info in unit_arrays(spec, unit):
+    entries, infos = [], unit_arrays(spec, unit)
+    arrays = fitted(infos, arrays)
+    for info in infos:
         assert arrays[info.name].shape == info.shape, (info.name, arrays[info.name].shape, info.shape)
         data = np.ascontiguousarray(arrays[info.name], info.dtype).reshape(-1).view(np.uint8)
         start = align(file.tell())

@@ -24,7 +24,7 @@ from blitzjax.engine.params import unit_arrays
 from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
 from blitzjax.models import own
-from blitzjax.types import ModelSpec
+from blitzjax.types import DTYPES, ModelSpec
 
 # Small enough for every test: about 300 KB in float32, byte-level text.
 TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_heads=2, head_dim=16, ffn_dim=128,
@@ -82,13 +82,14 @@ def convert(source: Path, name: str, dtype: str, target: Path, tokenizer_in: Pat
     """
     opened: GGUF | HuggingFace | Orbax
     tokenizer: checkpoint.Tokenizer | None
+    published = "bfloat16" if dtype == "int8" else dtype
     if source.is_file():
-        opened = GGUF.open(source, name, dtype)
+        opened = GGUF.open(source, name, published)
         tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)
     else:
-        opened = _open_directory(source, name, dtype, target.parent)
+        opened = _open_directory(source, name, published, target.parent)
         tokenizer = hf_tokenizer.read(tokenizer_in or source)
-    checkpoint.write(target, opened.spec, opened.units(), tokenizer)
+    checkpoint.write(target, checkpoint.with_dtype(opened.spec, dtype), opened.units(), tokenizer)
 
 
 def _open_directory(source: Path, name: str, dtype: str, scratch: Path) -> HuggingFace | Orbax:
@@ -112,7 +113,7 @@ def random_unit(spec: ModelSpec, unit: int, seed: int) -> dict[str, np.ndarray]:
     """Unsharded float32 arrays scaled so that greedy text wanders and top-2 margins are wide; norms are not all 1."""
     rng = np.random.default_rng([seed, unit])
     arrays = {}
-    for info in unit_arrays(spec, unit):
+    for info in unit_arrays(checkpoint.with_dtype(spec, spec.compute_dtype), unit):
         values = rng.standard_normal(info.shape, np.float32)
         if len(info.shape) == 1:
             arrays[info.name] = 1 + 0.2 * values
@@ -150,7 +151,7 @@ def main() -> int:
     """`python -m blitzjax.engine.convert MODEL [--checkpoint DIR]`: a directory of ours is the last line printed."""
     parser = argparse.ArgumentParser(prog="python -m blitzjax.engine.convert", description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()
     out, sys.stdout = sys.stdout, sys.stderr  # what somebody's code prints, also at its exit, is not the answer

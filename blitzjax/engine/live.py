@@ -202,7 +202,7 @@ class OldSide:
 
     def lend(self, borrow: Borrow) -> None:
         rows = self._runner.embedded(list(borrow.tokens))
-        narrow = rows.astype(self._runner.spec.dtype)
+        narrow = rows.astype(self._runner.spec.compute_dtype)
         if np.array_equal(narrow.astype(np.float32), rows):  # most families only look rows up
             rows = narrow
         self.partner.lend(Loan(borrow.request_id, borrow.attempt, rows.dtype.name, rows.tobytes()))

@@ -1,4 +1,5 @@
-// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times bfloat16 weights [out, in], float32 sums.
+// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times weights [out, in], float32 sums. Weights are bfloat16, or int8
+// with a power of two for each kBlock of a row, which makes them numbers that bfloat16 has: sums are the same bits.
 //
 // Reads the weights in place, once from memory: XLA repacks or widens them on every call, which costs more than the
 // product when there are few rows. x is rounded to bfloat16 first, to nearest even, as XLA's form does. A row's sums
@@ -12,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "tasks.h"
 
@@ -74,6 +76,29 @@ inline void Store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
 
 constexpr int kLanes = sizeof(Vector) / sizeof(float);
 constexpr int64_t kStep = 2 * kLanes;  // weights of one register
+constexpr int64_t kBlock = 32;  // int8 weights that share a scale
+
+// Weights from some place of a matrix on, and the scales of their blocks: bfloat16, null of bfloat16 weights.
+template <typename W>
+struct Weights {
+  const W* w;
+  const uint16_t* scales;
+
+  // `count` further on: int8 weights from the beginning of a block, or by whole ones.
+  Weights operator+(int64_t count) const { return {w + count, scales ? scales + count / kBlock : nullptr}; }
+
+  // Of the block that begins here, in every lane.
+  Vector Scale() const {
+#ifdef __AVX512F__
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(*scales), 16));
+#else
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(*scales), 16));
+#endif
+  }
+};
+
+template <typename W>
+constexpr bool kScaled = std::is_same_v<W, int8_t>;
 
 // A step has kHalves multiply-adds: all of its weights at once, or those at even places, then those at odd ones, each
 // widened to float32. Keep writes x as they take it, kStep values at a time.
@@ -82,7 +107,14 @@ constexpr int64_t kStep = 2 * kLanes;  // weights of one register
 using Kept = uint16_t;
 constexpr int kHalves = 1;
 
-inline __m512bh Weights(const uint16_t* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
+inline __m512bh Multiplier(const uint16_t* w, int, Vector) { return (__m512bh)_mm512_loadu_si512(w); }
+inline __m512bh Multiplier(const int8_t* w, int, Vector scale) {
+  const auto wide = [=](const int8_t* w) {
+    const Words words = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(words), scale);
+  };
+  return _mm512_cvtne2ps_pbh(wide(w + kLanes), wide(w));  // exact
+}
 inline __m512bh Activations(const Kept* x) { return (__m512bh)_mm512_loadu_si512(x); }
 inline Vector MultiplyAdd(Vector sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
 inline void Keep(const float* from, Kept* to) {
@@ -96,12 +128,20 @@ inline void Keep(const float* from, Kept* to) {
 using Kept = float;
 constexpr int kHalves = 2;
 
+// Load gives pairs of 16-bit weights, Widened those at even places, or at odd ones, without their scale.
 #ifdef __AVX512F__
 inline Words Load(const uint16_t* w) { return _mm512_loadu_si512(w); }
+inline Words Load(const int8_t* w) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+}
+template <typename W>
 inline Vector Widened(Words pairs, int half) {
+  if constexpr (kScaled<W>)
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(half ? pairs : _mm512_slli_epi32(pairs, 16), 16));
   if (half) return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
 }
+inline Vector Multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector Activations(const Kept* x) { return _mm512_loadu_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm512_fmadd_ps(x, w, sum); }
 inline Words RoundedWords(const float* from) {
@@ -120,10 +160,17 @@ inline void Keep(const float* from, Kept* to) {
 }
 #else
 inline Words Load(const uint16_t* w) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(w)); }
+inline Words Load(const int8_t* w) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+}
+template <typename W>
 inline Vector Widened(Words pairs, int half) {
+  if constexpr (kScaled<W>)
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(half ? pairs : _mm256_slli_epi32(pairs, 16), 16));
   if (half) return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
 }
+inline Vector Multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector Activations(const Kept* x) { return _mm256_loadu_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm256_fmadd_ps(x, w, sum); }
 inline void Keep(const float* from, Kept* to) {
@@ -133,15 +180,22 @@ inline void Keep(const float* from, Kept* to) {
   std::memcpy(to, kept, sizeof kept);
 }
 #endif
-inline Vector Weights(const uint16_t* w, int half) { return Widened(Load(w), half); }
+template <typename W>
+inline Vector Multiplier(const W* w, int half, Vector scale) {
+  const Vector wide = Widened<W>(Load(w), half);
+  return kScaled<W> ? Multiply(wide, scale) : wide;
+}
 
 #endif
 
-template <int kRows, int kOuts>
-inline void Step(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, Vector* sums) {
+template <int kRows, int kOuts, typename W>
+inline void Step(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Vector* sums) {
+  Vector scales[kOuts];
+  if constexpr (kScaled<W>)
+    UNROLLED for (int o = 0; o < kOuts; ++o) scales[o] = (w + o * k).Scale();
   UNROLLED for (int half = 0; half < kHalves; ++half) {
-    decltype(Weights(w, 0)) b[kOuts];
-    UNROLLED for (int o = 0; o < kOuts; ++o) b[o] = Weights(w + o * k, half);
+    decltype(Multiplier(w.w, 0, Zero())) b[kOuts];
+    UNROLLED for (int o = 0; o < kOuts; ++o) b[o] = Multiplier(w.w + o * k, half, scales[o]);
     UNROLLED for (int r = 0; r < kRows; ++r) {
       const auto a = Activations(x + r * stride + half * kLanes);
       UNROLLED for (int o = 0; o < kOuts; ++o) sums[r * kOuts + o] = MultiplyAdd(sums[r * kOuts + o], a, b[o]);
@@ -150,29 +204,31 @@ inline void Step(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, Ve
 }
 
 // Fetches a line of weights that will be read soon into the second-level cache: the first has few fills in flight.
-inline void Fetch(const uint16_t* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+inline void Fetch(const void* w) { _mm_prefetch(static_cast<const char*>(w), _MM_HINT_T1); }
 
-constexpr int64_t kLineWeights = 32;   // of a line of the caches
-constexpr int64_t kAheadWeights = 4096;  // how far ahead they are fetched: for longer than memory takes
+constexpr size_t kLine = 64;  // bytes of a line of the caches
+template <typename W>
+constexpr int64_t kLineWeights = kLine / sizeof(W);
+constexpr int64_t kAheadLines = 128;  // how far ahead they are fetched: for longer than memory takes
 
 // kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n]. As many weights further on are fetched if
 // `kFetch`.
-template <int kRows, int kOuts, bool kFetch>
-inline void Block(const Kept* x, int64_t stride, const uint16_t* w, int64_t k, float* y, int64_t n) {
+template <int kRows, int kOuts, bool kFetch, typename W>
+inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, float* y, int64_t n) {
   constexpr int kSums = (kRows * kOuts + kLanes - 1) / kLanes * kLanes;
   Vector sums[kSums];
   UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Zero();
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep) {
     if constexpr (kFetch)
-      UNROLLED for (int o = 0; o < kOuts * kStep / kLineWeights; ++o)
-        Fetch(w + i * kOuts + o * kLineWeights + kAheadWeights);
+      UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<W>)
+        Fetch(w.w + i * kOuts + o + kAheadLines * kLineWeights<W>);
     Step<kRows, kOuts>(x + i, stride, w + i, k, sums);
   }
-  if (i < k) {
-    uint16_t rest[kOuts * kStep] = {};
-    for (int o = 0; o < kOuts; ++o) std::memcpy(rest + o * kStep, w + o * k + i, (k - i) * sizeof(uint16_t));
-    Step<kRows, kOuts>(x + i, stride, rest, kStep, sums);
+  if (i < k) {  // of bfloat16 only
+    W rest[kOuts * kStep] = {};
+    for (int o = 0; o < kOuts; ++o) std::memcpy(rest + o * kStep, w.w + o * k + i, (k - i) * sizeof(W));
+    Step<kRows, kOuts>(x + i, stride, Weights<W>{rest, w.scales}, kStep, sums);
   }
   float out[kSums];
   UNROLLED for (int s = 0; s < kSums; s += kLanes) Store(out + s, Sums(sums + s));
@@ -219,20 +275,24 @@ inline void Turn(Words* w) {
 
 // `count` places of kPanel rows of w [kPanel, k] into panel [count rounded up to kStep, kPanel], in the order in which
 // x is kept.
-void Pack(const uint16_t* w, int64_t k, int64_t count, float* panel) {
+template <typename W>
+void Pack(Weights<W> w, int64_t k, int64_t count, float* panel) {
   for (int64_t i = 0; i < count; i += kStep)
     for (int v = 0; v < kPanelVectors; ++v) {
       Words words[kLanes];
+      float scales[kLanes], lanes[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        const uint16_t* from = w + (v * kLanes + lane) * k + i;
-        uint16_t rest[kStep] = {};
-        if (i + kStep > count) from = static_cast<uint16_t*>(std::memcpy(rest, from, (count - i) * sizeof(uint16_t)));
-        words[lane] = Load(from);
+        const Weights<W> from = w + (v * kLanes + lane) * k + i;
+        W rest[kStep] = {};
+        if (i + kStep > count) std::memcpy(rest, from.w, (count - i) * sizeof(W));
+        words[lane] = Load(i + kStep > count ? rest : from.w);
+        if constexpr (kScaled<W>) Store(lanes, from.Scale()), scales[lane] = lanes[0];
       }
       Turn(words);
       for (int half = 0; half < kHalves; ++half)
         for (int place = 0; place < kLanes; ++place) {
-          const Vector wide = Widened(words[place], half);
+          Vector wide = Widened<W>(words[place], half);
+          if constexpr (kScaled<W>) wide = Multiply(wide, Activations(scales));
           std::memcpy(panel + (i + half * kLanes + place) * kPanel + v * kLanes, &wide, sizeof wide);
         }
     }
@@ -240,15 +300,15 @@ void Pack(const uint16_t* w, int64_t k, int64_t count, float* panel) {
 
 // kRows rows of x times a panel of `count` places: into y [kRows, n] if `first`, else added to what is there. Weights
 // from `next` on are fetched meanwhile unless it is null.
-template <int kRows>
+template <int kRows, typename W>
 inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, int64_t count, bool first,
-                       const uint16_t* next, float* y, int64_t n) {
+                       const W* next, float* y, int64_t n) {
   Vector sums[kRows * kPanelVectors];
   UNROLLED for (int r = 0; r < kRows; ++r)
     UNROLLED for (int v = 0; v < kPanelVectors; ++v)
       sums[r * kPanelVectors + v] = first ? Zero() : Activations(y + r * n + v * kLanes);
   for (int64_t i = 0; i < count;) {
-    if (next) Fetch(next), next += kLineWeights;
+    if (next) Fetch(next), next += kLineWeights<W>;
     for (const int64_t stop = i + kFetchPlaces; i < stop; ++i, panel += kPanel) {
       Vector b[kPanelVectors];
       UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
@@ -273,8 +333,6 @@ constexpr int kMostRows = 8, kMostOuts = 6, kPanelRows = 8;
 constexpr int kMostRows = 4, kMostOuts = 4, kPanelRows = 4;
 #endif
 
-constexpr size_t kLine = 64;
-
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -292,13 +350,14 @@ constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
 constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
 constexpr int64_t kFewRows = 16;      // more are worth a panel
 
+template <typename W>
 struct Work {
-  const uint16_t* w;
+  Weights<W> w;
   float* y;
   int64_t m, k, n, stride;
   Array<Kept> x;  // [m, stride]
 
-  Work(const float* from, const uint16_t* w, float* y, int64_t m, int64_t k, int64_t n)
+  Work(const float* from, Weights<W> w, float* y, int64_t m, int64_t k, int64_t n)
       : w(w), y(y), m(m), k(k), n(n), stride((k + kStep - 1) / kStep * kStep),
         x(Allocated<Kept>(m * stride)) {
     for (int64_t r = 0; r < m; ++r, from += k) {
@@ -354,9 +413,9 @@ struct Work {
       for (int64_t i = 0; i < k; i += kPlaces) {
         const int64_t count = std::min(kPlaces, stride - i);
         Pack(w + begin * k + i, k, std::min(kPlaces, k - i), panel.get());
-        const uint16_t *next = w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPanel;
+        const W *next = w.w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPanel;
         int64_t r = 0;
-        for (; r + kPanelRows <= m; r += kPanelRows, next += count / kFetchPlaces * kLineWeights)
+        for (; r + kPanelRows <= m; r += kPanelRows, next += count / kFetchPlaces * kLineWeights<W>)
           PanelTile<kPanelRows>(r, begin, i, count, panel.get(), next < last ? next : nullptr);
         for (; r < m; ++r) PanelTile<1>(r, begin, i, count, panel.get(), nullptr);
       }
@@ -364,22 +423,36 @@ struct Work {
   }
 
   template <int kRows>
-  void PanelTile(int64_t r, int64_t j, int64_t i, int64_t count, const float* panel, const uint16_t* next) const {
+  void PanelTile(int64_t r, int64_t j, int64_t i, int64_t count, const float* panel, const W* next) const {
     PanelBlock<kRows>(x.get() + r * stride + i, stride, panel, count, i == 0, next, y + r * n + j, n);
   }
 #endif
 };
 
-ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> w,
-                  ffi::ResultBuffer<ffi::F32> y) {
+template <typename W, typename Buffer>
+ffi::Error Multiplied(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const Buffer& w, const uint16_t* scales,
+                      ffi::ResultBuffer<ffi::F32>& y) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
-  const auto work = std::make_shared<const Work>(x.typed_data(), reinterpret_cast<const uint16_t*>(w.untyped_data()),
-                                     y->typed_data(), m, k, n);
+  const Weights<W> weights{static_cast<const W*>(w.untyped_data()), scales};
+  const auto work = std::make_shared<const Work<W>>(x.typed_data(), weights, y->typed_data(), m, k, n);
   InParallel(pool, (n + kTaskColumns - 1) / kTaskColumns, [work, n](int64_t task) {
     work->Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
   });
   return ffi::Error::Success();
+}
+
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> w,
+                  ffi::ResultBuffer<ffi::F32> y) {
+  return Multiplied<uint16_t>(pool, x, w, nullptr, y);
+}
+
+ffi::Error MatmulInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
+                      ffi::Buffer<ffi::BF16> scales, ffi::ResultBuffer<ffi::F32> y) {
+  const auto rows = w.dimensions(), blocks = scales.dimensions();
+  if (blocks[0] != rows[0] || blocks[1] * kBlock != rows[1])
+    return ffi::Error::InvalidArgument("w has other blocks than scales");
+  return Multiplied<int8_t>(pool, x, w, static_cast<const uint16_t*>(scales.untyped_data()), y);
 }
 
 }  // namespace
@@ -388,5 +461,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmul, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmulInt8, MatmulInt8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::BF16>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

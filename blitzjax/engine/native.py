@@ -1,4 +1,4 @@
-"""Products with bfloat16 weights, and a decode step's attention, in C++ through XLA's foreign function interface.
+"""Products with bfloat16 and int8 weights, and a decode step's attention, in C++ through XLA's foreign function interface.
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
 (matmul.cc), and attends over all the room that a cache has (attention.cc). Optional: built where it runs, against the
@@ -24,15 +24,17 @@ import numpy as np
 
 from blitzjax.engine.executables import Fetch, alone, checked, keep, receive
 from blitzjax.engine.locations import mark_used
+from blitzjax.models.blocks import Int8
 
 log = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "tasks.h"))
-_HANDLERS = {"matmul": "BlitzjaxMatmul", "attend": "BlitzjaxAttend"}
+_HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8", "attend": "BlitzjaxAttend"}
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 120.0
 _LANES = 16  # float32 values of the longest register
+_BLOCK = 32  # kBlock of matmul.cc
 FEW_ROWS = 16  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do not depend on how many others there are
 
 
@@ -69,10 +71,17 @@ class Product:
     variant: Variant
     max_rows: float
 
-    def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """f32[rows, k], bf16[out, k] → f32[rows, out]"""
-        out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jax.numpy.float32)
-        return jax.ffi.ffi_call(_target("matmul", self.variant), out, vmap_method="sequential")(x, w)
+    def takes(self, rows: int, w: jax.Array | Int8) -> bool:
+        """Whether XLA's product is slower, of rows f32[rows, k] and weights [out, k]."""
+        if isinstance(w, Int8):
+            return rows <= self.max_rows and w.values.shape[1] == w.scales.shape[1] * _BLOCK
+        return rows <= self.max_rows and w.dtype == jax.numpy.bfloat16
+
+    def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
+        """f32[rows, k], [out, k] → f32[rows, out]"""
+        kind, weights = ("matmul_int8", (w.values, w.scales)) if isinstance(w, Int8) else ("matmul", (w,))
+        out = jax.ShapeDtypeStruct((x.shape[0], weights[0].shape[0]), jax.numpy.float32)
+        return jax.ffi.ffi_call(_target(kind, self.variant), out, vmap_method="sequential")(x, *weights)
 
     def attends(self, k: jax.Array) -> bool:
         """Whether `attend` takes such keys."""

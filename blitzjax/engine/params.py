@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from blitzjax.engine.modules import ArrayInfo, kind_arrays
+from blitzjax.engine.rounding import fitted
 from blitzjax.transfer import staging
 from blitzjax.transfer.pieces import digest
 from blitzjax.types import ModelSpec
@@ -305,10 +306,12 @@ def _read(array: jax.Array, device: jax.Device) -> np.ndarray:
 
 
 def fill(store: LayerStore, unit: int, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes unsharded arrays into all slabs of `unit`: cut per lane, cast to the store's dtypes. Does not commit."""
+    """Writes unsharded arrays into all slabs of `unit`: cut per lane, in the store's dtypes. Does not commit."""
+    infos = unit_arrays(store.spec, unit)
+    arrays = fitted(infos, arrays)
     for lane in range(store.lanes):
         views = store.layout(unit).views(store.slab(unit, lane))
-        for info in unit_arrays(store.spec, unit):
+        for info in infos:
             array = arrays[info.name]
             assert array.shape == info.shape, (info.name, array.shape, info.shape)
             views[info.name][...] = store.rules.local(info, array, lane)

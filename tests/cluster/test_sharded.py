@@ -1,5 +1,5 @@
 """Tensor-parallel instances: all shards move in one multicast, and hand-offs keep their sharding. Some decode several
-layers a program: live, theirs run one at a time.
+layers a program: live, theirs run one at a time. And matrices of int8, with their scales.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from blitzjax.serve.local import LocalCluster
 from rig import SPEC, prompts
 
 
-@pytest.mark.parametrize("tp,fused_layers", [(2, 3), (4, 0)])
-def test_sharded_cluster_answers_like_itself_before_scaling(tmp_path_factory, tp: int, fused_layers: int) -> None:
+@pytest.mark.parametrize("tp,fused_layers,dtype", [(2, 3, "float32"), (4, 0, "float32"), (1, 0, "int8")])
+def test_cluster_answers_like_itself_before_scaling(tmp_path_factory, tp: int, fused_layers: int, dtype: str) -> None:
     directory = tmp_path_factory.mktemp("sharded") / "tiny"
     write_random(directory, SPEC, seed=3)
     config = configs.load(None, (
-        "serve.port=0", "scale.policy=manual", "cluster.pool=2", "engine.dtype=float32", "engine.max_model_len=128",
+        "serve.port=0", "scale.policy=manual", "cluster.pool=2", f"engine.dtype={dtype}", "engine.max_model_len=128",
         f"engine.tensor_parallel={tp}", f"engine.fused_layers={fused_layers}", "engine.max_num_seqs=4",
         "engine.max_num_batched_tokens=64", "transfer.chunk_bytes=1024",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))

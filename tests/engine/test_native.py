@@ -58,6 +58,16 @@ def test_product_is_numpys(product: native.Product, rows: int, k: int, out: int)
     np.testing.assert_allclose(got, exact, atol=1e-6 * k, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows, k, out", [(1, 32, 1), (2, 576, 7), (3, 96, 100), (9, 64, 97), (16, 4096, 13), (37, 224, 195),
+                                          (70, 32, 49), (130, 576, 64)])
+def test_blocks_of_int8_give_the_bits_of_bfloat16(product: native.Product, rows: int, k: int, out: int) -> None:
+    rng = np.random.default_rng(rows + k + out)
+    w = blocks.Int8(jnp.asarray(rng.integers(-127, 128, (out, k)), jnp.int8),
+                    jnp.asarray(np.exp2(rng.integers(-20, 20, (out, k // 32))), jnp.bfloat16))
+    x, _ = operands(rows, k, out)
+    np.testing.assert_array_equal(np.asarray(jax.jit(product)(x, w)), np.asarray(jax.jit(product)(x, w.multiplied())))
+
+
 def test_x_is_rounded_as_xla_rounds_it(product: native.Product) -> None:
     ties = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1e-40, -0.0, np.inf, 3.4e38, np.nan], np.float32)
     x, one = ties[:, None], np.ones((1, 1), ml_dtypes.bfloat16)
@@ -87,6 +97,7 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
         return "ffi_call" in str(traced)
 
     limited = dataclasses.replace(product, max_rows=8)
+    assert not product.takes(1, blocks.Int8(jnp.zeros((2, 48), jnp.int8), jnp.zeros((2, 3), jnp.bfloat16)))
     assert calls(product, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
     assert not calls(limited, 9, jnp.bfloat16) and not calls(product, 1, jnp.float32)
     x, w = operands(6, 35, 12)

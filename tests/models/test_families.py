@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,7 +20,8 @@ from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
 from blitzjax.engine.attention import Attention, fused
 from blitzjax.engine.kvcache import SlotCache
-from blitzjax.engine.params import LayerStore, fill, unit_kind
+from blitzjax.engine.params import LayerStore, fill, unit_arrays, unit_kind
+from blitzjax.engine.rounding import fitted
 from blitzjax.engine.runner import Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.stages import Stages
@@ -34,8 +36,10 @@ CONTEXT = 64  # tokens of prompt and answer; what phi3 was first trained on, and
 
 
 @functools.cache
-def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | None = None) -> Model:
-    spec = read_config(CHECKPOINTS[case]["config"], case, "float32")
+def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | None = None, dtype: str = "float32",
+          rounded: bool = False) -> Model:
+    """`rounded`: to what int8 has."""
+    spec = read_config(CHECKPOINTS[case]["config"], case, dtype)
     found, shapes = family(spec.family), dict(CHECKPOINTS[case]["tensors"])
     store = LayerStore(spec, jax.devices()[:tp])
     for unit in range(spec.units):
@@ -44,11 +48,14 @@ def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | Non
         for name, shape in found.tensors(spec, unit_kind(spec, unit)).items():
             assert tuple(shapes.pop(prefix + name)) == shape
             published[name] = tiny_families.values(case, prefix + name, shape)
-        fill(store, unit, found.fuse(spec, unit_kind(spec, unit), published))
+        arrays = found.fuse(spec, unit_kind(spec, unit), published)
+        if rounded:
+            arrays = fitted(unit_arrays(spec, unit), fitted(unit_arrays(replace(spec, dtype="int8"), unit), arrays))
+        fill(store, unit, arrays)
         store.commit(unit)
     assert not shapes, "tensors that nobody reads"
-    config = EngineConfig(dtype="float32", max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=chunk,
-                          executable_cache=cache)
+    config = EngineConfig(dtype=dtype, max_model_len=CONTEXT, max_num_seqs=2, max_num_batched_tokens=chunk,
+                          executable_cache=cache, native_kernels=False)
     with np.load(REFERENCE / "families.npz") as file:
         expected = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{case}.")}
     return Model(Runner(Stages(spec, config, store.mesh, attention), store), expected)
@@ -57,7 +64,7 @@ def _load(case: str, tp: int, chunk: int, cache: str, attention: Attention | Non
 @pytest.fixture
 def load(tmp_path_factory: pytest.TempPathFactory):
     cache = str(tmp_path_factory.getbasetemp() / "executables")
-    return lambda case, tp=1, chunk=CHUNK, attention=None: _load(case, tp, chunk, cache, attention)
+    return lambda case, tp=1, chunk=CHUNK, attention=None, **how: _load(case, tp, chunk, cache, attention, **how)
 
 
 def test_there_is_a_checkpoint_of_every_family() -> None:
@@ -174,6 +181,29 @@ def test_sharded_matches_reference(case: str, tp: int, load) -> None:
     assert_close(logits, np.concatenate([model.expected["logits"], model.expected["steps"]]))
     at = len(model.expected["tokens"]) - 1
     assert logits[at:-1].argmax(-1).tolist() == model.expected["greedy"].tolist()
+
+
+@pytest.mark.parametrize("case, tp", [("llama", 1), ("llama", 2), ("gemma3", 4), ("gpt2", 1), ("qwen2_moe", 1), ("gpt_oss", 2)])
+def test_int8_answers_as_bfloat16_of_the_numbers_it_has(case: str, tp: int, load) -> None:
+    """Bit for bit: the rest of what is promised of bfloat16 holds of it, too."""
+    kept = []
+    for how in ({"dtype": "int8"}, {"dtype": "bfloat16", "rounded": True}):
+        model = load(case, tp, **how)
+        runner, tokens = model.runner, model.expected["tokens"]
+        assert any(a.dtype == np.int8 for a in runner.store.params(0).values()) == (how["dtype"] == "int8")
+        prefill = model.prefill(tokens)
+        runner.run_span(prefill, Span(0, runner.spec.layers))
+        rows = [residual(prefill)]
+        cache = SlotCache(runner.stages)
+        slot = cache.place("a", prefill.kv)
+        cache.reserve(64)
+        for step in range(3):
+            at = [(tokens[step], len(tokens) + step) if row == slot else (0, 0) for row in range(cache.batch)]
+            fed, lengths = np.array(at, np.int32).T
+            runner.decode(cache, fed, lengths, greedy_draws(cache.batch))
+        kept.append([*rows, *map(np.asarray, jax.tree.leaves(cache.layers))])
+    for int8, bfloat16 in zip(*kept, strict=True):
+        np.testing.assert_array_equal(int8, bfloat16)
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma2", "gpt_oss"])
