@@ -29,7 +29,7 @@ from blitzjax.engine.shapes import Shapes, shapes_for
 from blitzjax.errors import ConfigError
 from blitzjax.models import blocks, family, own
 from blitzjax.models.rope import for_context
-from blitzjax.types import MAX_LOGPROBS, ModelSpec, Span
+from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, ModelSpec, Span
 
 Params = dict[str, Array]
 KV = tuple[Array, Array]
@@ -410,4 +410,5 @@ def _fingerprint(spec: ModelSpec, attention: Attention) -> str:
     files = [*sorted(map(str, Path(blocks.__file__).parent.glob("*.py"))), __file__, sampling.__file__, params.__file__,
              modules.__file__]
     sources = [Path(file).read_text("utf-8") for file in files]
-    return "\n".join([repr(replace(spec, name="")), f"{MAX_LOGPROBS} logprobs", attention.source(), *sources])
+    limits = f"{MAX_LOGPROBS} {MAX_LOGIT_BIAS} {MAX_STOP_TOKENS}"
+    return "\n".join([repr(replace(spec, name="")), limits, attention.source(), *sources])
