@@ -203,7 +203,8 @@ class Node:
         units = current.store.units if current is not None and not current.store.is_copy else 0
         return codec.encode_event(events.InstanceJoined(
             time.time(), self.name, self.incarnation, self._host, units, room.pages, engine.page_size,
-            room.slots, self._current if units else "", tuple(self._models), tuple(copies)))
+            room.slots, self._current if units else "", tuple(self._models), tuple(copies),
+            self.world.generation))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""
