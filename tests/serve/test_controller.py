@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import os
 import signal
 from dataclasses import replace
@@ -12,7 +14,7 @@ from test_resume import Toys, answered, ended, eventually, in_a_loop, order
 from toy import SPEC, toy_config, write_model
 
 from blitzjax.errors import InvalidRequest, UnknownModel
-from blitzjax.serve import deployments
+from blitzjax.serve import deployments, journal as journals
 from blitzjax.serve.controller import Controller
 from blitzjax.serve.model import load_model
 from blitzjax.serve.resume import with_journal
@@ -94,6 +96,23 @@ async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, ful
         assert all(answer.generated == answered(k, 5) for k, answer in enumerate(answers))
         assert sum("cannot be written" in record.message for record in caplog.records) == 1
         assert (controller.journal is None) == (full == "journal")
+        world.journal.touch()
+
+
+@in_a_loop
+async def test_a_controller_begins_on_a_full_disk_as_well(toys, monkeypatch, caplog):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(journals, "_locked", lambda path: io.BufferedWriter(Full(path, "ab"), 1 << 20))
+    async with toys() as world:
+        controller = world.start()
+        await world.serving(1)
+        [answer] = controller.submit(order("r", 1, tokens=5))
+        await ended(answer)
+        assert answer.generated == answered(1, 5)
+        assert controller.journal is None and "requests will not survive a crash" in caplog.text
         world.journal.touch()
 
 
