@@ -182,6 +182,7 @@ class Node:
         """
         if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
+        self._session.claim(configure)
         if not configure.resume:
             with self._deploying:
                 self._drop_all_but({model.model_json for model in configure.models})
