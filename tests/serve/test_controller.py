@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import io
 import os
@@ -16,6 +17,7 @@ from toy import SPEC, toy_config, write_model
 from blitzjax.errors import InvalidRequest, UnknownModel
 from blitzjax.serve import deployments, journal as journals
 from blitzjax.serve.controller import Controller
+from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import load_model
 from blitzjax.serve.resume import with_journal
 from blitzjax.serve.server import serve
@@ -68,6 +70,27 @@ async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(t
         request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
         controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
         assert (await deployments.deploy(controller, request)).model == "2nd"
+
+
+@in_a_loop
+async def test_a_link_that_dials_ends_with_its_controller(toys, monkeypatch):
+    """Also where gRPC swallows that it is cancelled, as it does while it sends what a call begins with."""
+    dialing = asyncio.Event()
+
+    async def swallowed(link: WorkerLink) -> str:
+        monkeypatch.undo()
+        dialing.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return "over"
+
+    async with toys("cluster.pool=1") as world:
+        monkeypatch.setattr(WorkerLink, "_session", swallowed)
+        world.start()
+        await dialing.wait()
+        world._running.cancel()
+        await asyncio.wait([world._running], timeout=60)
+        assert world._running.cancelled()
 
 
 @in_a_loop
