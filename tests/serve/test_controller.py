@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 from test_resume import Toys, answered, ended, eventually, in_a_loop, order
 from toy import SPEC, toy_config, write_model
+from toy_worker import Toy
 
 from blitzjax.errors import InvalidRequest, UnknownModel
 from blitzjax.serve import deployments, journal as journals
@@ -70,6 +71,28 @@ async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(t
         request = inference_pb2.DeployRequest(directory=str(directory), min_instances=0)
         controller.on_refused("i1", "its file is truncated", "2nd")  # i0 was heard first, and ended that try
         assert (await deployments.deploy(controller, request)).model == "2nd"
+
+
+@in_a_loop
+async def test_a_model_whose_workers_all_died_while_they_compiled_it_is_not_deployed_yet(toys, tmp_path, monkeypatch):
+    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
+    told, compiling = Toy.told, []
+    monkeypatch.setattr(Toy, "told", lambda toy, said: compiling.append(toy) if said.HasField("deploy") else told(toy, said))
+    async with toys("cluster.pool=2") as world:
+        world.proxied()
+        controller = world.start()
+
+        async def deployed() -> list[bool]:
+            await deployments.deploy(controller, inference_pb2.DeployRequest(directory=str(directory), min_instances=0))
+            return [link.joined for link in controller.links.values()]
+
+        await eventually(lambda: all(link.joined for link in controller.links.values()))
+        waiting = asyncio.create_task(deployed())
+        await eventually(lambda: len(compiling) == 2)
+        for worker in world.workers:
+            worker.die()
+        world.cut(silent=False)
+        assert any(await waiting)
 
 
 @in_a_loop
