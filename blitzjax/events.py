@@ -149,6 +149,7 @@ class InstanceJoined:
     model: str = ""  # that the units are of
     models: tuple[str, ...] = ()  # that it is compiled for; empty: every one deployed now
     copies: tuple[str, ...] = ()  # that it keeps whole in host memory
+    generation: int = 0  # above those of all cliques that it was in
 
 
 @dataclass(frozen=True, slots=True)

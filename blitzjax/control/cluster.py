@@ -216,6 +216,7 @@ class Cluster:
             if known.incarnation == event.incarnation:
                 return []
             commands = self._lost(known, "it came back as another process")
+        self._transfers.joined(event.instance, event.generation)
         member = self._roster.join(event, self._fleets())
         for service in self._services.values():
             service.book.open(event.instance, event.page_size)

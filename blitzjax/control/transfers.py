@@ -58,6 +58,7 @@ class Transfers:
     _flights: dict[int, _Flight] = field(default_factory=dict)
     _generations: dict[frozenset[InstanceId], int] = field(default_factory=dict)  # the next clique of these members
     _least: int = 0  # the next clique of all others; above all that they ever formed
+    _above: dict[InstanceId, int] = field(default_factory=dict)  # all that an instance was in when it joined
     _last_ticket: int = 0
     _in: dict[InstanceId, Run] = field(default_factory=dict)  # the run that the instance has not left
     _settling: Counter[InstanceId] = field(default_factory=Counter)  # runs with the instance that somebody is still in
@@ -80,6 +81,10 @@ class Transfers:
         return self._settling[instance] > 0
 
     # ---- beginning
+
+    def joined(self, instance: InstanceId, generation: int) -> None:
+        """The cliques that `instance` was in, also those that another brain formed, are of generations below."""
+        self._above[instance] = generation
 
     def plan(self, model: str, sources: list[multicast.Held], targets: list[multicast.Held], stop_unit: int,
              live: LiveMode, local: Collection[InstanceId] = (), copy: bool = False
@@ -205,7 +210,7 @@ class Transfers:
         while members not in self._generations and len(self._generations) >= _MAX_CLIQUES:
             self._least += 1
             self._generations = {m: g for m, g in self._generations.items() if g >= self._least}
-        return self._generations.setdefault(members, self._least)
+        return self._generations.setdefault(members, max(self._least, *(self._above.get(i, 0) for i in members)))
 
     def _renew(self, instances: Collection[InstanceId]) -> None:
         """Their clique is never used again. Alone they form none, and forgotten ones form another in any case."""

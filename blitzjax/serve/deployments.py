@@ -20,7 +20,7 @@ if typing.TYPE_CHECKING:
 
 
 async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.DeployResponse:
-    """Returns once the workers that are here are compiled for it. Raises InvalidRequest or what a worker says."""
+    """Returns once the workers that are here are compiled for it, and one of them is still here. Raises InvalidRequest or what a worker says."""
     started = controller.now()
     model = await asyncio.to_thread(load_model, Path(request.directory))
     known = controller.models.get(model.name)
@@ -32,8 +32,9 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
         if known is None:
             _check_bounds(controller, least, most)
             controller.deploy(model, least, most)
-        awaited = [link.instance for link in controller.links.values() if link.joined]
-        while missing := [i for i in controller.replica.cluster.uncompiled(model.name) if i in awaited]:
+        awaited = {link.instance: link for link in controller.links.values() if link.joined}
+        while (missing := [i for i in controller.replica.cluster.uncompiled(model.name) if i in awaited]) or (
+                awaited and not any(link.joined for link in awaited.values())):  # compiling may be what they died of
             controller.check_open()
             refusal = next((controller.refusals.pop((i, model.name)) for i in missing
                             if (i, model.name) in controller.refusals), None)

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import logging
+import mmap
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,9 +40,9 @@ class EventLog:
             free = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
             _log.warning("the event log of an earlier run is now %s", path.rename(next(p for p in free if not p.exists())))
         self._file = path.open("a", encoding="utf-8")
-        whole = path.read_bytes().rpartition(b"\n") if resume else (b"", b"", b"")
-        self._file.truncate(len(whole[0] + whole[1]))
-        if not whole[1]:
+        whole = _whole_lines(path) if resume else 0
+        self._file.truncate(whole)
+        if not whole:
             self._write({"blitzjax_log": 1, **header})
 
     def event(self, event: events.Event) -> None:
@@ -69,6 +70,14 @@ class EventLog:
             _log.error("the event log cannot be written and ends here: %s", e)
             with contextlib.suppress(OSError):
                 self._file.close()
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last one, of a file that may be larger than memory."""
+    if not path.stat().st_size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

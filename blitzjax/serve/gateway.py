@@ -238,7 +238,8 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
         try:
             await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
             where = joined(args.host, runner.addresses[0][1])
-            print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{where}/v1", flush=True)
+            with contextlib.suppress(OSError):  # a full disk
+                print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{where}/v1", flush=True)
             await stopping.wait()
         finally:
             await runner.cleanup()

@@ -119,7 +119,6 @@ class Journal:
         self._failed: OSError | None = None  # a write, and so the next flush
         if not stop:
             self._write(self._header)
-            self.flush()
 
     def heard(self, instance: types.InstanceId, count: int) -> None:
         """`instance` has sent `count` messages; what follows from the last one is written next."""

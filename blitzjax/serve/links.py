@@ -142,9 +142,12 @@ class WorkerLink:
         """
         try:
             async with asyncio.timeout(patience_s) as self._patience:
-                return await self._session()
+                reason = await self._session()
         except TimeoutError:
-            return f"the worker has not answered for {patience_s:g} s"
+            reason = f"the worker has not answered for {patience_s:g} s"
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise asyncio.CancelledError  # gRPC keeps it to itself while it sends what a call begins with
+        return reason
 
     async def _session(self) -> str:
         self._broken = False

@@ -26,7 +26,7 @@ from blitzjax.config import Config
 from blitzjax.errors import BlitzError
 from blitzjax.serve.access import TLS
 from blitzjax.serve.client import Client
-from blitzjax.serve.processes import TAIL_LINES, TELL_AFTER, Process, tail
+from blitzjax.serve.processes import TAIL_LINES, TELL_AFTER, Process, say, tail
 from blitzjax.serve.pulse import Pulse
 from blitzjax.serve.hosts import POLL_S, Launch, Workers, free_ports
 
@@ -210,8 +210,7 @@ class LocalCluster:
         if code >= 0 or self._terminating or not self.config.serve.resume_timeout_s:
             self._controller.ended.set()
             return
-        print(f"blitzjax: the controller was killed by signal {-code}; it starts again and resumes",
-              file=sys.stderr)
+        say(f"the controller was killed by signal {-code}; it starts again and resumes")
         if self._controller.short_lives > TELL_AFTER:
             self._journal.unlink(missing_ok=True)
 

@@ -182,6 +182,7 @@ class Node:
         """
         if configure.config_json != self._configured or configure.instance != self.name:
             raise ConfigError(f"{self.name} runs another model or configuration; restart the worker")
+        self._session.claim(configure)
         if not configure.resume:
             with self._deploying:
                 self._drop_all_but({model.model_json for model in configure.models})
@@ -203,7 +204,8 @@ class Node:
         units = current.store.units if current is not None and not current.store.is_copy else 0
         return codec.encode_event(events.InstanceJoined(
             time.time(), self.name, self.incarnation, self._host, units, room.pages, engine.page_size,
-            room.slots, self._current if units else "", tuple(self._models), tuple(copies)))
+            room.slots, self._current if units else "", tuple(self._models), tuple(copies),
+            self.world.generation))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""

@@ -77,7 +77,7 @@ class Process:
             try:
                 self._start()
             except OSError as e:
-                print(f"blitzjax: cannot start {self.name}: {e}", file=sys.stderr)
+                say(f"cannot start {self.name}: {e}")
                 self._due = time.monotonic() + _BACKOFF_S[1]
 
     def poll(self) -> bool:
@@ -95,7 +95,7 @@ class Process:
         """`poll` finds it dead then. A life without an answer is a short one, however long it lasted."""
         if self._popen is None or self._pulse is None or not (silent_s := self._pulse.hangs()):
             return
-        print(f"blitzjax: the {self.name} has not answered for {silent_s:g} s; it is killed", file=sys.stderr)
+        say(f"the {self.name} has not answered for {silent_s:g} s; it is killed")
         if not self._pulse.answered:
             self._born = float("inf")
         self._pulse.forget()
@@ -104,8 +104,7 @@ class Process:
     def tell(self) -> None:
         """After a few short lives in a row, once: the end of its log goes to our stderr."""
         if self.short_lives == TELL_AFTER and self.log is not None:  # else it was there all the time
-            print(f"blitzjax: {self.name} ends again and again (code {self.code}); the end of {self.log}:\n"
-                  f"{tail(self.log)}", file=sys.stderr)
+            say(f"{self.name} ends again and again (code {self.code}); the end of {self.log}:\n{tail(self.log)}")
 
     def signal(self, number: signal.Signals) -> None:
         """To the whole process group; nothing happens while it is down."""
@@ -125,6 +124,12 @@ class Process:
         if self._popen is not None:
             self._popen.wait()
             self.poll()
+
+
+def say(text: str) -> None:
+    """To whoever started us. A full disk, or a reader that left, must not end what is supervised."""
+    with contextlib.suppress(OSError):
+        print(f"blitzjax: {text}", file=sys.stderr)
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:

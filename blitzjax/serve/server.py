@@ -62,7 +62,8 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
     await _set_health(checker, False)
     address = _listen(server, joined(host, controller.config.serve.port), credentials, path)
     await server.start()
-    print(f"controller of {', '.join(controller.models)} listens on {address}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk
+        print(f"controller of {', '.join(controller.models)} listens on {address}", flush=True)
     try:
         async with (_metrics(controller, host), background(controller.run(), _keep_health(controller, checker),
                                                            _drain(controller, checker, stop)) as ended):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from blitzjax.errors import ConfigError
 from blitzjax.v1 import worker_pb2 as pb
 
+_LEAVE_S = 5.0  # until it is noticed that a controller was killed
+
 
 class Outbox:
     """The events of one connection, in order; `close` ends the stream."""
@@ -37,6 +39,7 @@ class Session:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)  # a controller
         self._name = ""  # empty: it ends with its connection
         self._outbox: Outbox | None = None
         self._kept: deque[pb.WorkerEvent] = deque()  # the newest events, which the controller has not written down
@@ -45,20 +48,27 @@ class Session:
         self._connections = 0
         self._controller = ("", 0.0)  # the last one: its journal, and when it began
 
+    def claim(self, configure: pb.Configure) -> None:
+        """Raises ConfigError if a successor of that controller was here already, or another one is and does not leave."""
+        with self._lock:
+            name = _journal(configure)
+            if not self._left.wait_for(lambda: self._outbox is None or name == self._controller[0], _LEAVE_S):
+                raise ConfigError(f"{configure.instance} belongs to another controller")
+            if name and name == self._controller[0] and configure.since < self._controller[1]:
+                raise ConfigError("a later controller has taken over")
+
     def connect(self, configure: pb.Configure, outbox: Outbox, renew: Callable[[], pb.WorkerEvent]) -> bool:
         """A controller is here. If it resumes this session, it gets what it does not know. Otherwise a new session
         begins with the event that `renew` gives, and what the earlier one had to say is dropped. → whether it is new.
 
-        Raises ConfigError if a successor of that controller was here already.
+        Raises what `claim` does.
         """
         with self._lock:
-            controller = configure.session.partition("/")[0], configure.since
-            if controller[0] and controller[0] == self._controller[0] and controller < self._controller:
-                raise ConfigError("a later controller has taken over")
+            self.claim(configure)
             oldest = self._said - len(self._kept)
             resumes = configure.resume and configure.session != "" and configure.session == self._name
             resumes = resumes and oldest <= configure.received <= self._said
-            self._controller, self._outbox = controller, outbox
+            self._controller, self._outbox = (_journal(configure), configure.since), outbox
             self._connections += 1
             if resumes:
                 outbox.put(pb.WorkerEvent(resumed=pb.Resumed(taken=self._taken)))
@@ -94,6 +104,7 @@ class Session:
             if self._outbox is not outbox:
                 return None
             self._outbox = None
+            self._left.notify_all()
             return self._connections
 
     def end(self, connection: int) -> bool:
@@ -121,3 +132,7 @@ class Session:
         """The controller has written down the first `received` events."""
         while self._kept and self._said - len(self._kept) < received:
             self._kept.popleft()
+
+
+def _journal(configure: pb.Configure) -> str:
+    return configure.session.partition("/")[0]

@@ -7,6 +7,7 @@ It holds no parameters and runs no model, so no worker's death ends it; its own 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     stop = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before the service starts its threads: they inherit the mask
     service = compat.start_coordination_service(args.address, args.size, args.heartbeat_s)
-    print(f"coordinator ready at {args.address} for {args.size} workers", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk
+        print(f"coordinator ready at {args.address} for {args.size} workers", file=sys.stderr, flush=True)
     signal.sigwait(stop)
     service.shutdown()
     return 0

@@ -53,6 +53,7 @@ class World:
         self._ticks: dict[tuple[tuple[int, ...], int, int, bool], Tick] = {}  # by `tick`'s arguments; used last, last
         self._latest: dict[frozenset[int], tuple[int, bool]] = {}  # ranks → generation in use, and whether it has met
         self._least = 0  # generation in use of all other ranks
+        self.generation = 0  # above those of all cliques that this process was in
         self._joined = False
         self._lock = threading.Lock()
 
@@ -150,6 +151,7 @@ class World:
     def _note(self, ranks: Collection[int], generation: int, met: bool) -> None:
         """Makes room as the planner does, by giving up the oldest generation of all: it forms no clique of it any more."""
         members = frozenset(ranks)
+        self.generation = max(self.generation, generation + met)
         self._latest[members] = max(self._latest.get(members, (0, False)), (generation, met))
         while len(self._latest) > _MAX_SETS:
             self._least += 1

@@ -553,7 +553,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InstanceJoined(_message.Message):
-    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots", "model", "models", "copies")
+    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots", "model", "models", "copies", "generation")
     AT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -565,6 +565,7 @@ class InstanceJoined(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     at: float
     instance: str
     incarnation: str
@@ -576,7 +577,8 @@ class InstanceJoined(_message.Message):
     model: str
     models: _containers.RepeatedScalarFieldContainer[str]
     copies: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., copies: _Optional[_Iterable[str]] = ...) -> None: ...
+    generation: int
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., copies: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class ModelReady(_message.Message):
     __slots__ = ("at", "instance", "model")

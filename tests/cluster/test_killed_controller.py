@@ -9,9 +9,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from blitzjax.control.scaling import MAX_FAILURES
 from blitzjax.serve.client import Result
 from blitzjax.v1 import inference_pb2 as pb
-from rig import Rig, phases, prompts, until_caught
+from rig import POOL, Rig, phases, prompts, until_caught
 
 LONG = 90  # tokens: nobody is ready before the next controller is there
 LETTERS = {"regex": "([a-z][0-9]){99}"}  # what every other answer must be
@@ -95,3 +96,18 @@ def test_in_the_middle_of_a_scale_up(rig: Rig, long, live: str) -> None:
         return under_way and "could not load" not in said  # a chain breaks without us if a member gets no time for 3 s
 
     until_caught(once)
+
+
+def test_one_without_a_journal_loads_with_workers_whose_chains_have_broken(rig: Rig) -> None:
+    def lose_the_last_one() -> None:
+        rig.kill(POOL - 1)
+        rig.settle(POOL)
+
+    rig.only(POOL)
+    for _ in range(MAX_FAILURES + 1):
+        lose_the_last_one()
+    (rig.cluster.run_dir / "journal").unlink()
+    kill(rig, ())
+    rig.only(1)
+    rig.only(POOL)
+    lose_the_last_one()

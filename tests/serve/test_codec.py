@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 import typing
 
 import pytest
@@ -108,3 +109,23 @@ def test_event_log_reads_back_what_was_written(tmp_path_factory, events, command
     assert [isinstance(r.item, Command) for r in records] == [False] * len(events) + [True] * len(commands)
     assert all(r.at == (1.5 if isinstance(r.item, Command) else r.item.at) for r in records)
     assert eventlog.read_header(path)["spec"] == {"name": "toy"}
+
+
+def test_a_log_that_goes_on_behind_its_last_whole_line_is_not_read_into_memory(tmp_path):
+    path, size = tmp_path / "events.jsonl", 64 << 20
+    tick = events.Ticked(1.0)
+    for unfinished in (b"", b'{"event":"Tick'):
+        eventlog.EventLog(path, {"specs": []}).close()
+        with path.open("ab") as file:
+            file.write(b" " * size + b"\n" + unfinished)
+        tracemalloc.start()
+        log = eventlog.EventLog(path, {}, resume=True)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        log.event(tick)
+        log.close()
+        assert peak < size // 8 and path.stat().st_size > size
+        assert path.read_bytes().splitlines()[2:] == [b'{"event":"Ticked","at":1.0}']
+    (tmp_path / "new").touch()
+    eventlog.EventLog(tmp_path / "new", {"specs": []}, resume=True).close()
+    assert eventlog.read_header(tmp_path / "new")["specs"] == []

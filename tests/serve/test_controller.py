@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import io
 import os
 import signal
 from dataclasses import replace
@@ -10,10 +13,12 @@ from dataclasses import replace
 import pytest
 from test_resume import Toys, answered, ended, eventually, in_a_loop, order
 from toy import SPEC, toy_config, write_model
+from toy_worker import Toy
 
 from blitzjax.errors import InvalidRequest, UnknownModel
-from blitzjax.serve import deployments
+from blitzjax.serve import deployments, journal as journals
 from blitzjax.serve.controller import Controller
+from blitzjax.serve.links import WorkerLink
 from blitzjax.serve.model import load_model
 from blitzjax.serve.resume import with_journal
 from blitzjax.serve.server import serve
@@ -69,6 +74,49 @@ async def test_what_workers_said_of_an_earlier_try_is_not_held_against_a_model(t
 
 
 @in_a_loop
+async def test_a_model_whose_workers_all_died_while_they_compiled_it_is_not_deployed_yet(toys, tmp_path, monkeypatch):
+    directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
+    told, compiling = Toy.told, []
+    monkeypatch.setattr(Toy, "told", lambda toy, said: compiling.append(toy) if said.HasField("deploy") else told(toy, said))
+    async with toys("cluster.pool=2") as world:
+        world.proxied()
+        controller = world.start()
+
+        async def deployed() -> list[bool]:
+            await deployments.deploy(controller, inference_pb2.DeployRequest(directory=str(directory), min_instances=0))
+            return [link.joined for link in controller.links.values()]
+
+        await eventually(lambda: all(link.joined for link in controller.links.values()))
+        waiting = asyncio.create_task(deployed())
+        await eventually(lambda: len(compiling) == 2)
+        for worker in world.workers:
+            worker.die()
+        world.cut(silent=False)
+        assert any(await waiting)
+
+
+@in_a_loop
+async def test_a_link_that_dials_ends_with_its_controller(toys, monkeypatch):
+    """Also where gRPC swallows that it is cancelled, as it does while it sends what a call begins with."""
+    dialing = asyncio.Event()
+
+    async def swallowed(link: WorkerLink) -> str:
+        monkeypatch.undo()
+        dialing.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return "over"
+
+    async with toys("cluster.pool=1") as world:
+        monkeypatch.setattr(WorkerLink, "_session", swallowed)
+        world.start()
+        await dialing.wait()
+        world._running.cancel()
+        await asyncio.wait([world._running], timeout=60)
+        assert world._running.cancelled()
+
+
+@in_a_loop
 async def test_with_split_roles_a_model_gets_instances_of_both_or_is_refused(toys, tmp_path):
     directory = write_model(tmp_path / "2nd", spec=replace(SPEC, name="2nd"))
     async with toys("cluster.pool=2", "scale.roles=split") as world:
@@ -94,6 +142,23 @@ async def test_a_full_disk_costs_a_log_and_no_answer(toys, tmp_path, caplog, ful
         assert all(answer.generated == answered(k, 5) for k, answer in enumerate(answers))
         assert sum("cannot be written" in record.message for record in caplog.records) == 1
         assert (controller.journal is None) == (full == "journal")
+        world.journal.touch()
+
+
+@in_a_loop
+async def test_a_controller_begins_on_a_full_disk_as_well(toys, monkeypatch, caplog):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(journals, "_locked", lambda path: io.BufferedWriter(Full(path, "ab"), 1 << 20))
+    async with toys() as world:
+        controller = world.start()
+        await world.serving(1)
+        [answer] = controller.submit(order("r", 1, tokens=5))
+        await ended(answer)
+        assert answer.generated == answered(1, 5)
+        assert controller.journal is None and "requests will not survive a crash" in caplog.text
         world.journal.touch()
 
 

@@ -20,7 +20,8 @@ from blitzjax import commands, config as configs, events
 from blitzjax.engine import messages
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.engine.stages import Stages
-from blitzjax.serve import codec
+from blitzjax.errors import ConfigError
+from blitzjax.serve import codec, sessions
 from blitzjax.serve.hosts import free_ports
 from blitzjax.serve.model import load_model
 from blitzjax.serve.node import Node
@@ -83,6 +84,30 @@ def test_a_worker_forgets_what_was_undeployed_while_it_had_no_controller(tmp_pat
             if isinstance(event := said(outbox), events.TransferEnded):
                 ended[event.ticket] = event.units, event.error
     assert ended == {1: (0, "m0 is not here"), 2: (2 + 2, "")}
+
+
+def test_a_worker_that_has_a_controller_is_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_LEAVE_S", 0.1)
+    configure, other = configured(tmp_path), pb.Configure()
+    configure.session = "mine/1"
+    other.CopyFrom(configure)
+    other.session = "another's/1"
+    del other.models[:]
+    with worker(configure) as node:
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        with pytest.raises(ConfigError, match="i0 belongs to another controller"):
+            node.attach(other, Outbox())
+        obeyed: list[commands.Command] = []
+        monkeypatch.setattr(node, "obey", obeyed.append)
+        node.take(codec.encode_command(commands.Release("i0", False)), outbox)
+        assert len(obeyed) == 1 and said(outbox).models == ("m0", "m1")
+        monkeypatch.setattr(sessions, "_LEAVE_S", 300.0)
+        attaching = threading.Thread(target=node.attach, args=(other, later := Outbox()))
+        attaching.start()  # comes before it is noticed that the first one was killed
+        node.detach(outbox)
+        attaching.join()
+        assert said(later).models == ()
 
 
 def test_a_session_is_resumed_while_a_model_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

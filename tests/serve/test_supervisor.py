@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -78,6 +81,35 @@ def test_prompts_of_a_killed_supervisor_go_with_the_next_start(temporary: Path) 
     del live
     RunDir(None)
     assert [p.name for p in path.iterdir()] == ["worker-0.log"]
+
+
+def test_what_is_killed_starts_again_where_nothing_can_be_written(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what the supervisor says, nor what they say themselves."""
+    [port] = free_ports(1)
+    launch = replace(_LAUNCH, coordinator=Launch().coordinator)
+    with LocalCluster(toy_config(f"serve.http_port={port}"), model_dir, launch) as cluster, cluster.client() as client:
+        wait_whole(cluster)
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Full(), line_buffering=True))
+        for process in (cluster._controller, cluster._coordinator, *cluster._gateway):
+            process.log, lives = Path("/dev/full"), process.lives
+            process.signal(signal.SIGKILL)
+            eventually(lambda: process.lives > lives)
+        wait_whole(cluster)
+        eventually(lambda: reached(port))
+        assert client.generate("a", max_tokens=2).text == "bc"
+        assert [p.lives for p in (cluster._controller, cluster._coordinator, *cluster._gateway)] == [2, 2, 2]
+
+
+class Full(io.BytesIO):
+    def write(self, data) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+
+def reached(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/ping").status == 200
+    except OSError:
+        return False
 
 
 def test_a_cluster_outlives_its_directory(model_dir: Path, temporary: Path) -> None:

@@ -78,15 +78,21 @@ def test_members_remember_enough_of_whatever_the_planner_forms(met: list[str], m
         used |= {(k, name) for k in ranks for name in told[0]}
         run = transfers.run_of(names[target])
         assert run is not None
-        match chance.choice(("well", "well", "breaks", "dies")):
+        happens = chance.choice(("well", "well", "well", "breaks", "dies", "another planner"))
+        match happens:
             case "breaks":
                 members[chance.choice(ranks)].retire(ranks, chain.generation)
                 transfers.break_off(run)
             case "dies":
                 transfers.lose(names[target])
                 members[target] = rank(target)
+                transfers.joined(names[target], members[target].generation)
                 used = {(k, name) for k, name in used if k != target}
         for k in ranks:
             transfers.leave(run, names[k])
+        if happens == "another planner":
+            transfers = Transfers(topology, GENERATIONS)
+            for k, member in enumerate(members):
+                transfers.joined(names[k], member.generation)
         assert all(len(member._latest) <= 3 for member in members)
     assert any(member._least > 10 for member in members)
