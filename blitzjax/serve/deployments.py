@@ -20,7 +20,10 @@ if typing.TYPE_CHECKING:
 
 
 async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.DeployResponse:
-    """Returns once the workers that are here are compiled for it, and one of them is still here. Raises InvalidRequest or what a worker says."""
+    """Returns once the workers that are here are compiled for it, and one of them is still here.
+
+    Raises InvalidRequest, or what a worker says.
+    """
     started = controller.now()
     model = await asyncio.to_thread(load_model, Path(request.directory))
     known = controller.models.get(model.name)
