@@ -208,14 +208,17 @@ class Stages:
         return Program(*getattr(self, f"_build_{kind}")(*sizes))
 
     def _own_code(self) -> str:
-        """What somebody's own modules compute, as programs of some size: their code may import and read anything."""
+        """What somebody's own modules compute, as programs of each size that they see: their code may import and read
+        anything, and look at shapes.
+        """
         if not own.is_reference(self.spec.family):
             return ""
-        s = self.shapes
+        s, groups = self.shapes, dict.fromkeys(self.groups.values())
         stages: list[tuple[str, *tuple[str | int, ...]]] = [
-            ("embed", 1, s.widths[0]), ("head_greedy", s.batches[0]),
-            *(("first", kind, *s.first_chunks()[0]) for kind in self.kinds),
-            *(("decode", g.start, g.stop, s.batches[0], s.contexts[0]) for g in dict.fromkeys(self.groups.values()))]
+            *(("embed", 1, width) for width in s.widths), *(("embed", rows, 1) for rows in s.batches),
+            *(("head_greedy", rows) for rows in (s.widths[0], *s.batches)),
+            *(("first", kind, width, s.context(width)) for kind in self.kinds for width in s.widths),
+            *(("decode", g.start, g.stop, rows, s.contexts[0]) for g in groups for rows in s.batches)]
         with blocks.few_rows(self.attention.product):
             return "\n".join(self._program(*stage).lowered().as_text() for stage in stages)
 

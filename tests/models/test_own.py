@@ -335,6 +335,24 @@ def test_programs_are_kept_apart_by_what_the_code_computes_wherever_that_comes_f
     assert fingerprint("one") != fingerprint("three")
 
 
+def test_programs_are_kept_apart_by_what_the_code_does_at_some_size_alone(monkeypatch: pytest.MonkeyPatch,
+                                                                          tmp_path: Path) -> None:
+    spec, family = own.load(NNX)
+
+    def fingerprint(name: str, rows: int, width: int) -> str:
+        class Looking(alternating.Layer):
+            def __call__(self, x, aux, attend):
+                return super().__call__(2 * x if x.shape[:2] == (rows, width) else x, aux, attend)
+
+        monkeypatch.setattr(own, "load", lambda reference: (spec, replace(family, layer=Looking)))
+        config = EngineConfig(dtype="float32", max_model_len=128, max_num_seqs=4, executable_cache=str(tmp_path))
+        mine = replace(spec, name=name)
+        return Stages(mine, config, LayerStore(mine, jax.devices()[:1]).mesh).cache.fingerprint
+
+    sizes = ((1, 1), (1, 32), (1, 64), (1, 128), (2, 1), (4, 1))  # nothing is run at the first
+    assert len({fingerprint(f"by {size}", *size) for size in sizes}) == len(sizes)
+
+
 def test_code_that_has_changed_since_it_was_imported_is_refused(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
