@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-from rig import PATIENT, POOL, SPEC, Rig, until_caught
+from rig import POOL, SPEC, Rig, until_caught
 
-from blitzjax import config as configs
 from blitzjax.arrivals import Arrival
 from blitzjax.calibrate import Calibration
-from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.model import load_model
 from blitzjax.sim import costs
 from blitzjax.sim.shell import Setup, simulate
@@ -37,22 +32,3 @@ def test_measured_costs_explain_what_the_cluster_does(rig: Rig, model_dir: Path,
                 and alone / 8 < found < 8 * alone)  # it was measured while another instance computed too
 
     until_caught(once)
-
-
-def test_it_waits_for_workers_that_join_later(model_dir: Path, tmp_path: Path,
-                                              tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A cluster is ready with the first one."""
-    config = configs.load(None, (
-        "serve.port=0", "scale.policy=manual", "cluster.pool=2", "cluster.threads=1", "engine.dtype=float32",
-        "engine.max_model_len=256", "engine.max_num_seqs=8", "engine.max_num_batched_tokens=64", *PATIENT,
-        f"serve.event_log={tmp_path / 'events.jsonl'}",
-        f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
-    with LocalCluster(config, model_dir) as cluster, cluster.client() as client, ThreadPoolExecutor(1) as thread:
-        cluster.signal_worker(1, signal.SIGSTOP)
-        cluster.wait_ready(300)
-        assert len(client.status().instances) == 1
-        calibration = thread.submit(Calibration, client, config, load_model(model_dir), print)
-        assert not calibration.done()
-        cluster.signal_worker(1, signal.SIGCONT)
-        calibration.result()
-        assert len(client.status().instances) == 2

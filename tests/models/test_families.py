@@ -188,7 +188,7 @@ def test_int8_answers_as_bfloat16_of_the_numbers_it_has(case: str, tp: int, load
     """Bit for bit: the rest of what is promised of bfloat16 holds of it, too."""
     kept = []
     for how in ({"dtype": "int8"}, {"dtype": "bfloat16", "rounded": True}):
-        model = load(case, tp, **how)
+        model = load(case, tp, 64, **how)
         runner, tokens = model.runner, model.expected["tokens"]
         assert any(a.dtype == np.int8 for a in runner.store.params(0).values()) == (how["dtype"] == "int8")
         prefill = model.prefill(tokens)

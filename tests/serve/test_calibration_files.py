@@ -1,18 +1,23 @@
-"""How a calibration reads an event log, on readings made by hand."""
+"""How a calibration begins, and reads an event log, on readings made by hand."""
 
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from toy import TOY_WORKER, toy_config, toy_launch, write_model
 
 from blitzjax import cli, cli_bench
 from blitzjax import config as configs
-from blitzjax.calibrate import Seen, Transfer, fit_step, requests_of, transfers_of
+from blitzjax.calibrate import Calibration, Seen, Transfer, fit_step, requests_of, transfers_of
 from blitzjax.cli_bench import measured, to_toml
 from blitzjax.cli_serve import configure
 from blitzjax.serve.eventlog import Record
+from blitzjax.serve.local import LocalCluster
+from blitzjax.serve.model import load_model
 from blitzjax.sim import costs
 from blitzjax.commands import Assign, PrepareTransfer, StartTransfer
 from blitzjax.events import LayerLoaded, PrefillDone, RequestArrived, RequestFinished, TransferEnded
@@ -63,3 +68,21 @@ def test_the_command_takes_one_model_and_the_flags_of_serve(monkeypatch: pytest.
     assert asked[0].model == "m"
     config = measured(configure(asked[0]), tmp_path / "log")
     assert (config.cluster.pool, config.scale.policy, config.serve.port, config.engine.max_num_seqs) == (2, "manual", 0, 4)
+
+
+def test_it_waits_for_workers_that_join_later(tmp_path: Path) -> None:
+    """A cluster is ready with the first one."""
+    config, model = toy_config(f"serve.event_log={tmp_path / 'events.jsonl'}"), write_model(tmp_path / "toy")
+    late = tmp_path / "late"
+    late.touch()
+    wait = f'case "$*" in *"--rank 1"*) while test -e {late}; do sleep 0.05; done;; esac; exec "$@"'
+    launch = replace(toy_launch(tmp_path), worker=("sh", "-c", wait, "sh", *TOY_WORKER))
+    with LocalCluster(config, model, launch) as cluster, cluster.client() as client, ThreadPoolExecutor(1) as thread:
+        cluster.wait_ready(300)
+        assert len(client.status().instances) == 1
+        calibration = thread.submit(Calibration, client, config, load_model(model), print)
+        with pytest.raises(TimeoutError):
+            calibration.result(timeout=1)
+        late.unlink()
+        calibration.result()
+        assert len(client.status().instances) == 2
