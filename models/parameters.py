@@ -26,14 +26,12 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...],
 
 
 class Int8Weight(nnx.Module):
-    """A weight in blocks of int8; read like a Param."""
+    """A matrix [*out, in] in blocks of int8, zeros until a checkpoint's are loaded; read like a Param."""
 
-    def __init__(self, matrix: jax.Array, axes: tuple[str | None, ...]) -> None:
-        *rows, last = matrix.shape
-        blocks = matrix.reshape(*rows, -1, math.gcd(BLOCK, last))
-        scales = jnp.exp2(jnp.ceil(jnp.log2(jnp.max(jnp.abs(blocks), axis=-1) / 127)))
-        self.values = nnx.Param(jnp.round(blocks / scales[..., None]).reshape(matrix.shape).astype(jnp.int8), axes=axes)
-        self.scales = nnx.Param(scales.astype(jnp.bfloat16), axes=axes)
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+        *out, last = shape
+        self.values = nnx.Param(jnp.zeros(shape, jnp.int8), axes=axes)
+        self.scales = nnx.Param(jnp.ones((*out, last // math.gcd(BLOCK, last)), jnp.bfloat16), axes=axes)
 
     def __getitem__(self, whole: EllipsisType) -> Int8:
         return Int8(self.values[...], self.scales[...])
@@ -41,9 +39,7 @@ class Int8Weight(nnx.Module):
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param | Int8Weight:
     """A `weight` that only `blocks.matmul` reads, so that it may be in int8."""
-    if dtype != "int8":
-        return weight(rngs, shape, axes, dtype)
-    return Int8Weight(weight(rngs, shape, axes, "float32")[...], axes)
+    return Int8Weight(shape, axes) if dtype == "int8" else weight(rngs, shape, axes, dtype)
 
 
 def norm_scale(dim: int) -> nnx.Param:
