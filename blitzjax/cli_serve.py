@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import signal
 import subprocess
@@ -70,11 +71,9 @@ def serve(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: cluster.terminate())
     with cluster:
         print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
-        try:
+        with contextlib.suppress(BlitzError):  # it ended, and has said why; or it was killed, and begins again
             wait_ready(cluster)
             print(banner(cluster), flush=True)
-        except BlitzError:  # the controller has said why; or it was told to go, with code 0
-            return cluster.wait(0)
         return cluster.wait()
 
 

@@ -12,14 +12,16 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch, wait_whole
 
+from blitzjax import cli, cli_serve
 from blitzjax import config as configs
-from blitzjax.errors import ConfigError, UnknownModel
+from blitzjax.errors import ConfigError, Unavailable, UnknownModel
 from blitzjax.serve import processes, pulse
 from blitzjax.serve.client import Client
 from blitzjax.serve.hosts import Launch, Workers, across, free_ports
@@ -110,6 +112,29 @@ def reached(port: int) -> bool:
         return urllib.request.urlopen(f"http://127.0.0.1:{port}/ping").status == 200
     except OSError:
         return False
+
+
+def test_a_controller_that_dies_as_it_is_ready_ends_no_cluster(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was to say the names of its models then."""
+    def banner(cluster: LocalCluster) -> str:
+        cluster._controller.signal(signal.SIGKILL)
+        thread.submit(end, cluster)
+        raise Unavailable("nobody is there")
+
+    def end(cluster: LocalCluster) -> None:
+        eventually(lambda: cluster._controller.lives == 2 or cluster._controller.ended.is_set())
+        cluster.terminate()
+
+    monkeypatch.setattr(cli_serve, "Launch", lambda: _LAUNCH)
+    monkeypatch.setattr(cli_serve, "checkpoint", lambda *args: model_dir)
+    monkeypatch.setattr(cli_serve, "banner", banner)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            assert cli.main(["serve", "toy", "--port", "0", "--pool", "1"]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_a_cluster_outlives_its_directory(model_dir: Path, temporary: Path) -> None:
