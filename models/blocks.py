@@ -63,6 +63,9 @@ class Attend(Protocol):
         ...
 
 
+BLOCK = 32  # numbers of a matrix of int8 that share a scale, or as many as divide its last dimension; kBlock of matmul.cc
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Int8:

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blitzjax.models.blocks import Int8
-
-BLOCK = 32  # numbers that share a scale, or as many as divide a matrix's last dimension
+from blitzjax.models.blocks import BLOCK, Int8
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str) -> nnx.Param:

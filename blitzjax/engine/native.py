@@ -24,7 +24,7 @@ import numpy as np
 
 from blitzjax.engine.executables import Fetch, alone, checked, keep, receive
 from blitzjax.engine.locations import mark_used
-from blitzjax.models.blocks import Int8
+from blitzjax.models.blocks import BLOCK, Int8
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 120.0
 _LANES = 16  # float32 values of the longest register
-_BLOCK = 32  # kBlock of matmul.cc
 FEW_ROWS = 16  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do not depend on how many others there are
 
 
@@ -74,7 +73,7 @@ class Product:
     def takes(self, rows: int, w: jax.Array | Int8) -> bool:
         """Whether XLA's product is slower, of rows f32[rows, k] and weights [out, k]."""
         if isinstance(w, Int8):
-            return rows <= self.max_rows and w.values.shape[1] == w.scales.shape[1] * _BLOCK
+            return rows <= self.max_rows and w.values.shape[1] == w.scales.shape[1] * BLOCK
         return rows <= self.max_rows and w.dtype == jax.numpy.bfloat16
 
     def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
