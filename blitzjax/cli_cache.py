@@ -7,6 +7,7 @@ The last use is the time that a file or directory has, which every start that us
 from __future__ import annotations
 
 import argparse
+import fcntl
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,8 @@ class Kept:
 def kept() -> Iterator[Kept]:
     """Conversions by this version and by others, also parts of those that were killed, then what was compiled."""
     for directory in sorted(d for d in (locations.default_cache() / "models").glob("v*/*") if d.is_dir()):
+        if directory.name.startswith(".") and _in_work(directory):
+            continue
         size = sum(file.stat().st_size for file in directory.rglob("*"))
         yield Kept(directory, size, directory.stat().st_mtime)
     arrays = locations.arrays_in(locations.default_cache())
@@ -52,6 +55,16 @@ def kept() -> Iterator[Kept]:
         if file.suffix in _COMPILED:
             status = file.stat()
             yield Kept(file, status.st_size, status.st_mtime)
+
+
+def _in_work(part: Path) -> bool:
+    """Whether who makes it lives: convert.py holds a lock meanwhile."""
+    try:
+        with part.with_name(f"{part.name.rpartition('-')[0]}.lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as e:
+        return isinstance(e, BlockingIOError)
+    return False
 
 
 def cache(args: argparse.Namespace) -> int:
@@ -78,7 +91,7 @@ def _lines(found: list[Kept]) -> Iterator[str]:
     for item in found:
         if item.is_model:
             stale = "" if item.path.parent == ours else "  (of another version, which this one converts anew)"
-            part = "  (a part: it is being converted, or that was killed)" if item.path.name.startswith(".") else ""
+            part = "  (a part, of a conversion that was killed)" if item.path.name.startswith(".") else ""
             yield f"{_day(item.used)}  {_size([item]):>10}  {item.path.name}{part or stale}"
     if compiled := [item for item in found if not item.is_model]:
         yield (f"{_day(max(i.used for i in compiled))}  {_size(compiled):>10}  {len(compiled)} compiled files, some not used "
