@@ -130,7 +130,10 @@ def read(path: Path) -> tuple[MachineCosts, ModelCosts]:
         spec = spec_from(row["model"].pop("spec"))
         model = {key: frozen(value) for key, value in row["model"].items()}
         return MachineCosts(**row["machine"]), ModelCosts(spec, **model)  # type: ignore[arg-type]  # as written
-    except (OSError, KeyError, TypeError, ValueError) as e:
+    except TypeError as e:
+        raise ConfigError(f"{path} has no costs of this version of blitzjax ({e}); measure them again: blitzjax bench calibrate"
+                          ) from e
+    except (OSError, KeyError, ValueError) as e:
         raise ConfigError(f"cannot read costs {path}: {reason(e)}") from e
 
 

@@ -109,6 +109,7 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("sim --trace {}/text", "trace {}/text has no requests"),
     ("sim --costs {}/none", "cannot read costs {}/none: No such file or directory"),
     ("sim --costs {}/json", "cannot read costs {}/json: it has no 'model'"),
+    ("sim --costs {}/old", "{}/old has no costs of this version of blitzjax (ModelSpec"),
     ("sim --out {}/text", "cannot write to {}/text"),
     ("bench calibrate toy --out {}/text", "cannot write to {}/text"),
     ("serve toy --config {}", "cannot read config {}: Is a directory"),
@@ -131,7 +132,8 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
 ])
 def test_what_cannot_be_used_is_named_in_one_line(command: str, says: str, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("scalar", b"scale = 1"), ("binary", b"\0\xff\xfe")):
+    for name, content in (("text", b"hello"), ("json", b'{"a": 1}'), ("old", b'{"model": {"spec": {"bos_token_id": null}}}'),
+                          ("scalar", b"scale = 1"), ("binary", b"\0\xff\xfe")):
         (tmp_path / name).write_bytes(content)
     assert cli.main([word.replace("{}", str(tmp_path)) for word in command.split()]) == 2
     said = capsys.readouterr().err
