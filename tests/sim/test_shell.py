@@ -24,6 +24,7 @@ from blitzjax.sim.instance import SimInstance
 from blitzjax.sim.links import Fabric, Link
 from blitzjax.sim.outcome import Outcome, mean, quantiles
 from blitzjax.sim.parts import Stretch
+from blitzjax.sim.report import table
 from blitzjax.sim.shell import Setup, config_of, simulate
 from blitzjax.sim.systems import SYSTEMS
 from blitzjax.types import Request
@@ -157,6 +158,43 @@ def test_a_measured_row_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "row.json").write_text("{}")
     with pytest.raises(ConfigError, match="row.json"):
         costs.read(tmp_path / "row.json")
+
+
+@pytest.mark.parametrize(("part", "name", "value", "says"), [
+    ("machine", "hosts", "4", "hosts must be a whole number"), ("machine", "domain_gpus", 0, "domain_gpus must be"),
+    ("machine", "nic_gbps", 0, "nic_gbps must be a finite number above 0, got 0"), ("machine", "gpus", 1, "a host has 1 GPUs"),
+    ("machine", "rpc_s", float("nan"), "rpc_s must be a finite number above 0 or 0, got nan"),
+    ("model", "slots", 0, "slots must be"), ("model", "param_bytes", 1e6, "unit_sizes must be"),
+    ("model", "unit_sizes", [1e6], "unit_sizes must be the bytes of 42 units"), ("model", "spec", None, "NoneType"),
+    ("model", "chunk_s", [[64, 0.2], [32, 0.1]], "chunk_s must be pairs of tokens and seconds, in rising order"),
+    ("model", "chunk_s", [[64, 0.2, 1]], "too many values")])
+def test_a_damaged_row_is_refused_by_what_is_wrong_with_it(tmp_path: Path, part: str, name: str, value: object,
+                                                           says: str) -> None:
+    costs.write(tmp_path / "row.json", A, M24)
+    row = json.loads((tmp_path / "row.json").read_text())
+    row[part][name] = value
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=f"row.json: .*{says}"):
+        costs.read(tmp_path / "row.json")
+
+
+@pytest.mark.parametrize("max_len", [512, 4096])
+def test_a_model_of_a_short_context_has_room_for_answers(tmp_path: Path, max_len: int) -> None:
+    costs.write(tmp_path / "row.json", A, replace(M24, spec=replace(M24.spec, max_len=max_len)))
+    assert cli.main(["sim", "--costs", str(tmp_path / "row.json"), "--systems", "full", "--duration-s", "10", "--load", "0.1",
+                     "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "report.json").read_text())["table"]
+    assert row["requests"] and not row["rejects"] and row["tpot_p50_s"] > 0
+
+
+def test_a_load_that_leaves_no_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sim", "--systems", "full", "--duration-s", "10", "--load", "1e-9"]) == 2
+    assert "give a higher --load" in capsys.readouterr().err
+
+
+def test_host_copies_are_those_of_the_whole_run() -> None:
+    row, = table([run("allcache")])
+    assert row["host_copies"] == pytest.approx(1)  # four 24B instances fit on a host
 
 
 def test_quantiles_are_nearest_rank() -> None:
