@@ -8,9 +8,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from blitzjax.errors import ConfigError, reason
@@ -27,8 +30,11 @@ class Arrival:
 _TRACES = Path(__file__).with_name("traces")  # they come with the package; README.md there says where they are from
 _SPREAD_S = 0.1  # bursts and silences are patterns of seconds; copies at one instant would be bursts of their own
 
+_AZURE = "TIMESTAMP", "ContextTokens", "GeneratedTokens"  # the time is a date
+
 # Column names of (time, prompt, answer), and how many of its time units a second has.
 _COLUMNS = (
+    (_AZURE, 1.0),
     (("arrival_s", "input_tokens", "output_tokens"), 1.0),
     (("Timestamp", "Request tokens", "Response tokens"), 1.0),  # BurstGPT
     (("timestamp", "input_length", "output_length"), 1000.0),  # Mooncake
@@ -54,11 +60,12 @@ def read(path: Path) -> list[Arrival]:
     Raises ConfigError when the file cannot be read or its columns are unknown.
     """
     try:
-        with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")) as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             json_lines = path.name.removesuffix(".gz").endswith(".jsonl")
-            rows = list(map(json.loads, file)) if json_lines else list(csv.DictReader(file))
+            lines = (line for line in file if line.strip())
+            rows = list(map(json.loads, lines) if json_lines else csv.DictReader(lines))
         found = list(_arrivals(rows))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, TypeError, ValueError) as e:
+    except (OSError, EOFError, zlib.error, RecursionError, csv.Error, TypeError, ValueError) as e:
         raise ConfigError(f"cannot read trace {path}: {reason(e)}") from e
     if not found:
         raise ConfigError(f"trace {path} has no requests")
@@ -113,7 +120,17 @@ def _arrivals(rows: list[Mapping[str, str | float]]) -> Iterator[Arrival]:
         (known for known in _COLUMNS if all(name in rows[0] for name in known[0])), (("", "", ""), 0.0))
     if not at:
         raise ValueError(f"unknown columns {', '.join(map(str, rows[0]))}")
-    for row in rows:
-        made = Arrival(float(row[at]) / per_second, int(float(row[prompt])), int(float(row[answer])))
+    for number, row in enumerate(rows, start=1):
+        try:
+            seconds = _date_s(str(row[at])) if at == _AZURE[0] else float(row[at]) / per_second
+            made = Arrival(seconds, int(float(row[prompt])), int(float(row[answer])))
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            raise ValueError(f"row {number}: {reason(e)}") from e
+        if not math.isfinite(made.at):
+            raise ValueError(f"row {number}: {at} is no time: {row[at]}")
         if made.prompt_tokens >= 1 and made.answer_tokens >= 1:
             yield made
+
+
+def _date_s(text: str) -> float:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()

@@ -19,7 +19,7 @@ from blitzjax.sim import costs, report, shell
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.systems import SYSTEMS
 
-_LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones
+_LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones. Of a short context half is for answers
 
 
 def sim(args: argparse.Namespace) -> int:
@@ -41,8 +41,9 @@ def sim(args: argparse.Namespace) -> int:
                           roles=args.roles, scale=ScaleConfig(zero_after_s=args.zero_after_s), models=args.models)
               for name in args.systems.split(",")]
     _check_begin(args, setups)
+    longest = min(_LONGEST_PROMPT, model.spec.max_len // 2)
     trace = arrivals.truncate(arrivals.window(arrivals.read(arrivals.find(args.trace)), args.start_s, args.duration_s),
-                              _LONGEST_PROMPT, model.spec.max_len - _LONGEST_PROMPT)
+                              longest, model.spec.max_len - longest)
     if not trace:
         raise ConfigError(f"no requests in the {args.duration_s:g} s from second {args.start_s:g} of {args.trace}")
     factor = scale_factor(trace, model, instances, args.load)
@@ -106,6 +107,8 @@ def _run(setup: shell.Setup, trace: list[Arrival], factor: float, seed: int):
                   end="\r", file=sys.stderr, flush=True)
 
     outcome = shell.simulate(setup, arrivals.scale(trace, factor, seed), progress)
+    if not outcome.ended:
+        raise ConfigError(f"{factor:.3g} times the trace's {len(trace)} requests are none: give a higher --load")
     print(f"{setup.system.name}: {outcome.end_s:.0f} s of virtual time, {outcome.ended} requests, "
           f"{time.monotonic() - started:.1f} s", file=sys.stderr)
     return outcome

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from blitzjax import cli_serve
 from blitzjax import config as configs
+from blitzjax.cli_sim import check_writable
 from blitzjax.config import Config
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import Client
@@ -42,11 +43,14 @@ _BUSY = 0.5  # load average per core; above it somebody else needs the cores tha
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    options = parser()
+    args = options.parse_args(argv)
+    if min(args.requests, args.max_tokens) < 1 or (args.link_mbit or 0) < 0:
+        options.error("--requests and --max-tokens must be at least 1, --link-mbit at least 0")
     console = Console(highlight=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end in KeyboardInterrupt and clean up
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out)
         return Demo(args, console).run()
     except KeyboardInterrupt:
         console.print("\nstopped")

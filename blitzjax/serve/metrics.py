@@ -89,9 +89,9 @@ def _metrics(picture: pb.ClusterStatus) -> Iterator[_Metric]:
     yield ("blitzjax:host_copies", "gauge", "Workers that keep it in host memory.",
            each(lambda m: sum(m.name in i.copies for i in instances)))
     yield ("blitzjax:layers_loaded", "gauge", "Layers that an instance holds.",
-           [({"model_name": i.model, "instance": i.id}, i.layers_loaded) for i in instances if i.model])
+           [({"model_name": i.model, "worker": i.id}, i.layers_loaded) for i in instances if i.model])
     yield ("blitzjax:kv_received_bytes_total", "counter", "KV of requests that came from instances that run prompts.",
-           [({"instance": i.id}, i.kv_received_bytes) for i in instances])
+           [({"worker": i.id}, i.kv_received_bytes) for i in instances])
 
 
 def _usage(instances: list[pb.InstanceStatus]) -> float:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +20,8 @@ from blitzjax.types import ModelSpec, frozen, spec_from
 _GBPS = 1e9 / 8  # bytes per second
 _HBM = 0.8 * 2039e9  # bytes per second that decoding reads: A100/A800-80GB data sheet, 80 % of it achieved
 _FLOPS = 0.5 * 312e12  # bfloat16, same data sheet, half of it achieved on small batches
+_MAY_BE_0 = ("rpc_s", "chunk_bytes", "setup_s", "handoff_s", "step_s", "sequence_s", "kv_token_s")
+_SIZES = ("layers", "dim", "kv_heads", "head_dim", "vocab", "max_len")  # of ModelSpec, that costs follow from
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class MachineCosts:
     host_gbps: float
     ssd_gbps: float
     hosts_per_leaf: int = 1 << 30
-    uplink_gbps: float = float("inf")  # of a leaf, all its hosts together; infinite: not modelled, as in the paper
+    uplink_gbps: float = inf  # of a leaf, all its hosts together; infinite: not modelled, as in the paper
     rpc_s: float = 0.001  # a command or an event between controller and worker
     chunk_bytes: float = 2e6  # what a chain forwards at a time
     setup_s: float = 0.0  # of a transfer, until all of its members are ready
@@ -128,13 +131,38 @@ def read(path: Path) -> tuple[MachineCosts, ModelCosts]:
     try:
         row = json.loads(path.read_text("utf-8"))
         spec = spec_from(row["model"].pop("spec"))
-        model = {key: frozen(value) for key, value in row["model"].items()}
-        return MachineCosts(**row["machine"]), ModelCosts(spec, **model)  # type: ignore[arg-type]  # as written
+        rest = {key: frozen(value) for key, value in row["model"].items()}
+        machine, model = MachineCosts(**row["machine"]), ModelCosts(spec, **rest)  # type: ignore[arg-type]  # as written
+        _check(machine, model)
+        return machine, model
     except TypeError as e:
         raise ConfigError(f"{path} has no costs of this version of blitzjax ({e}); measure them again: blitzjax bench calibrate"
                           ) from e
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, AttributeError, KeyError, ValueError) as e:
         raise ConfigError(f"cannot read costs {path}: {reason(e)}") from e
+
+
+def _check(machine: MachineCosts, model: ModelCosts) -> None:
+    """Raises ValueError, or TypeError, for what cannot be simulated."""
+    values = [(f.name, f.type, getattr(part, f.name)) for part in (machine, model) for f in dataclasses.fields(part)]
+    values += [(name, "int", getattr(model.spec, name)) for name in _SIZES]
+    for name, kind, value in values:
+        if kind == "int" and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number above 0, got {value}")
+        if kind == "float" and (type(value) not in (int, float) or not (
+                0 < value < inf or value == 0 and name in _MAY_BE_0 or value == inf and name == "uplink_gbps")):
+            raise ValueError(f"{name} must be a finite number above 0{' or 0' * (name in _MAY_BE_0)}, got {value}")
+    if not (type(model.spec.name) is str and model.spec.name):
+        raise ValueError(f"the model's name is {model.spec.name}")
+    if model.tensor_parallel > machine.gpus:
+        raise ValueError(f"a host has {machine.gpus} GPUs, the model takes {model.tensor_parallel}")
+    if len(model.unit_bytes) != model.spec.units or not 0 <= min(model.unit_bytes) <= max(model.unit_bytes) < inf:
+        raise ValueError(f"unit_sizes must be the bytes of {model.spec.units} units")
+    if any(tokens < 1 or not 0 < seconds < inf for tokens, seconds in model.chunk_s) or (
+            list(model.chunk_s) != sorted(model.chunk_s)):
+        raise ValueError("chunk_s must be pairs of tokens and seconds, in rising order")
+    if not model.decode_s(1, 1) > 0:
+        raise ValueError("a decode step takes no time")
 
 
 def bytes_per_s(gbps: float) -> float:

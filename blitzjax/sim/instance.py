@@ -18,21 +18,22 @@ from blitzjax.sim.partners import Partners
 from blitzjax.sim.parts import DecodeBatch, NewSide, Sequence, Stretch
 from blitzjax.sim.pipelines import Pipeline
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
-from blitzjax.events import Drained, Event, KVMigrated, PrefillDone, RequestFinished
+from blitzjax.events import Drained, Event, KVMigrated, PrefillDone, RequestFailed, RequestFinished
 from blitzjax.types import FinishReason, InstanceId, Request, RequestId
 
 
 class SimInstance:
     """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
     and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves
-    the KV of a request. Reading the embedding from disk takes `embed_s`.
+    the KV of a request until what it gives is called. Reading the embedding from disk takes `embed_s`.
     """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
                  emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
                  hand_over: Callable[[InstanceId, InstanceId, int, int], float],
-                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], None], rpc_s: float,
+                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], Callable[[], None]], rpc_s: float,
                  embed_s: float = 0.0) -> None:
+        self._leaving: dict[RequestId, tuple[int, Callable[[], None]]] = {}  # KV on its way → tokens left, how it is stopped
         self.name, self.units, self._version = name, 0, 0  # the version of what is running
         self.model = ""  # that the units are of
         self._config, self._costs, self._clock, self._all_units = config, costs, clock, costs.spec.units
@@ -46,6 +47,8 @@ class SimInstance:
         self.batcher = Batcher(engine.max_num_seqs, engine.max_num_batched_tokens,
                                PageLedger(engine.kv_pages, engine.page_size))
         self.sequences: dict[RequestId, Sequence] = {}
+        for request_id in list(self._leaving):
+            self._retract(request_id)
         self.partners.close()
         self._busy = False
         self._version += 1
@@ -126,29 +129,41 @@ class SimInstance:
     # ---- migration
 
     def _begin_migration(self, command: Migrate) -> None:
-        """Stops decoding the request; its seat and pages stay until the KV has left."""
+        """Stops decoding the request; its seat and pages stay until the KV has left. What was on its way elsewhere is
+        taken back."""
         sequence = self.sequences.get(command.request_id)
         if sequence is None or sequence.attempt != command.attempt:
             return
-        left = self._decoding.leave(sequence.request)
+        request = sequence.request
+        left = self._retract(request.id) if request.id in self._leaving else self._decoding.leave(request)
         if left is not None:
-            tokens = sequence.request.total_tokens - 1 - left
-            self._send_kv(self.name, command.target, tokens, partial(self._migrated, sequence, left, command.target))
+            tokens = request.total_tokens - 1 - left
+            then = partial(self._migrated, sequence, left, command.target)
+            self._leaving[request.id] = left, self._send_kv(self.name, command.target, tokens, then)
+
+    def _retract(self, request_id: RequestId) -> int:
+        """→ tokens that were left to be decoded."""
+        left, stop = self._leaving.pop(request_id)
+        stop()
+        return left
 
     def _migrated(self, sequence: Sequence, left: int, target: InstanceId) -> None:
         self.forget(sequence)
-        self._find(target).adopt(sequence, left)
+        if not self._find(target).adopt(sequence, left):
+            self._emit(RequestFailed(self._clock.now, self.name, sequence.request.id, sequence.attempt,
+                                     f"{target} has no room for a request that was sent to it"))
         self.wake()
 
-    def adopt(self, sequence: Sequence, left: int) -> None:
-        """The whole KV of a request is here; `left` tokens are still to be decoded."""
+    def adopt(self, sequence: Sequence, left: int) -> bool:
+        """The whole KV of a request is here; `left` tokens are still to be decoded. False: there is no seat for it."""
         request = sequence.request
+        if not self.complete or not self.batcher.hold(request):
+            return False
         self.sequences[request.id] = sequence
         self._emit(KVMigrated(self._clock.now, self.name, request.id, sequence.attempt))
-        held = self.batcher.hold(request)
-        assert held, f"{self.name} has no room for {request.id}"
         self._between_steps(partial(self._join_batch, sequence, left))
         self.wake()
+        return True
 
     def _join_batch(self, sequence: Sequence, left: int) -> None:
         request = sequence.request
@@ -317,5 +332,7 @@ class SimInstance:
         """Frees everything that the sequence holds here."""
         request = sequence.request
         self.batcher.finish(request.id)
+        if request.id in self._leaving:
+            self._retract(request.id)
         self._decoding.leave(request)
         del self.sequences[request.id]

@@ -121,12 +121,17 @@ class Outcome:
         return not self.samples or at >= self.samples[-1].at + 1 - 1e-6
 
     def sample(self, at: float, host_copies: int, requests: int) -> None:
-        if self.samples:
-            self.host_copy_s += self.samples[-1].host_copies * (at - self.samples[-1].at)
+        self._count_copies(at)
         self.samples.append(Sample(at, len(self._since), host_copies, requests))
+
+    def _count_copies(self, until: float) -> None:
+        """Those of the last sample were there since."""
+        if self.samples:
+            self.host_copy_s += self.samples[-1].host_copies * (until - self.samples[-1].at)
 
     def close(self, at: float, links: Iterable[Link]) -> None:
         self.end_s = at
+        self._count_copies(at)
         self.instance_s += sum(at - since for since in self._since.values())
         self.links = {link.name: link.carried for link in links}
 

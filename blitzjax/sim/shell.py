@@ -233,10 +233,12 @@ class _Run:
             link.carried += residuals + kv
         return self.setup.machine.handoff_s + residuals / min(link.capacity for link in route)
 
-    def _send_kv(self, source: InstanceId, target: InstanceId, tokens: int, then: Callable[[], None]) -> None:
-        """Migration: shares the ports with whatever else moves."""
+    def _send_kv(self, source: InstanceId, target: InstanceId, tokens: int,
+                 then: Callable[[], None]) -> Callable[[], None]:
+        """Migration: shares the ports with whatever else moves. → how to stop it."""
         size = float(tokens) * self.setup.model.kv_token_bytes
-        self._fabric.begin(self._ports.route(source, target), [size], lambda mark: then())
+        flow = self._fabric.begin(self._ports.route(source, target), [size], lambda mark: then())
+        return lambda: self._fabric.stop(flow)
 
     # ---- the brain
 

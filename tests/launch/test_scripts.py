@@ -38,6 +38,18 @@ def test_demo_help_names_its_options() -> None:
     assert "--link-mbit" in done.stdout and "--max-tokens" in done.stdout
 
 
+@pytest.mark.parametrize(("options", "code", "says"), [
+    ("--requests 0", 2, "--requests and --max-tokens must be at least 1"), ("--link-mbit -5", 2, "--link-mbit at least 0"),
+    ("--max-tokens 0", 2, "must be at least 1"), ("--out {}/file", 1, "demo: cannot write to")])
+def test_what_the_demo_cannot_do_is_said_before_anything_starts(options: str, code: int, says: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the demo's picture")
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "-m", "launch.demo", *options.replace("{}", str(tmp_path)).split()], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 def test_missing_python_is_said_clearly(tmp_path: Path) -> None:
     """With a PATH that holds no Python, in a checkout without .venv."""
     (tmp_path / "launch").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import urllib.error
@@ -58,9 +59,26 @@ def test_every_metric_of_a_picture() -> None:
         f"blitzjax:host_copies{{{model}}}": 1,
         f'blitzjax:instances{{{model},phase="serving"}}': 1, f'blitzjax:instances{{{model},phase="live"}}': 1,
         'blitzjax:instances{model_name="",phase="idle"}': 1,
-        f'blitzjax:layers_loaded{{{model},instance="i0"}}': 4, f'blitzjax:layers_loaded{{{model},instance="i1"}}': 1,
-        'blitzjax:kv_received_bytes_total{instance="i0"}': 2**40,
-        'blitzjax:kv_received_bytes_total{instance="i1"}': 0, 'blitzjax:kv_received_bytes_total{instance="i2"}': 0}
+        f'blitzjax:layers_loaded{{{model},worker="i0"}}': 4, f'blitzjax:layers_loaded{{{model},worker="i1"}}': 1,
+        'blitzjax:kv_received_bytes_total{worker="i0"}': 2**40,
+        'blitzjax:kv_received_bytes_total{worker="i1"}': 0, 'blitzjax:kv_received_bytes_total{worker="i2"}': 0}
+
+
+def test_the_dashboard_asks_for_labels_that_are_there_and_none_is_prometheus_own() -> None:
+    """Whose `instance` and `job` say what was scraped: a label of that name comes out as `exported_instance`."""
+    instances = [pb.InstanceStatus(id="i0", phase="serving", model="m", layers_loaded=4)]
+    text = render(pb.ClusterStatus(models=[pb.ModelStatus(name="m")], instances=instances), {"m": Latencies()})
+    labels: dict[str, set[str]] = {}
+    for sample in samples(text):
+        labels.setdefault(sample.partition("{")[0], set()).update(re.findall(r'(\w+)="', sample))
+    assert not {"instance", "job"} & set().union(*labels.values())
+    targets = [target for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    for target in targets:
+        (name,) = re.findall(r"(?:vllm|blitzjax):\w+", target["expr"])
+        asked = {*re.findall(r'[{,]\s*(\w+)=', target["expr"]), *re.findall(r"{{(\w+)}}", target["legendFormat"])}
+        for group in re.findall(r"by \(([^)]*)\)", target["expr"]):
+            asked |= set(group.split(", "))
+        assert asked <= labels[name], target
 
 
 def test_answers_that_ended_are_in_histograms(model_dir: Path) -> None:

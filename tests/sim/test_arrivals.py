@@ -16,6 +16,10 @@ FORMATS = {
                  "7.5,c,1,GPT-4,30,20,50,API log\n",
     "mooncake.jsonl": '{"timestamp": 27482, "input_length": 472, "output_length": 18, "hash_ids": [1]}\n'
                       '{"timestamp": 29982, "input_length": 30, "output_length": 20, "hash_ids": []}\n',
+    "azure.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.5000000,472,18\n"
+                 "2023-11-16 18:15:49.0000000,30,20\n",
+    "azure_2024.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:01.500000+00:00,472,18\n"
+                      "2024-05-10 00:00:04+00:00,30,20\n",
     "own.csv": "timestamp_ms,prefill,decode\n100,472,18\n2600,30,20\n",
 }
 
@@ -23,6 +27,9 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_published_formats_are_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(FORMATS[name])
+    assert arrivals.read(tmp_path / name) == [Arrival(0.0, 472, 18), Arrival(2.5, 30, 20)]
+    as_editors_save = "\ufeff" + FORMATS[name].replace("\n", "\r\n") + "\r\n"
+    (tmp_path / name).write_bytes(as_editors_save.encode())
     assert arrivals.read(tmp_path / name) == [Arrival(0.0, 472, 18), Arrival(2.5, 30, 20)]
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(FORMATS[name].encode()))
     assert arrivals.read(tmp_path / f"{name}.gz") == arrivals.read(tmp_path / name)
@@ -33,6 +40,32 @@ def test_the_azure_traces_are_the_published_ones() -> None:
     assert (len(code), len(conv)) == (8819, 19366)
     assert round(sum(a.prompt_tokens for a in code) / len(code)) == 2048
     assert round(sum(a.answer_tokens for a in conv) / len(conv)) == 211
+
+
+OURS = "arrival_s,input_tokens,output_tokens\n1,2,3\n"
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    (OURS + "nan,2,3", "row 2: arrival_s is no time: nan"), (OURS + "inf,2,3", "row 2: arrival_s is no time: inf"),
+    (OURS + "2,1e999,3", "row 2: cannot convert float infinity"), (OURS + "2", "row 2: float")])
+def test_a_bad_row_is_named(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=f"t.csv: {says}"):
+        arrivals.read(tmp_path / "t.csv")
+
+
+def test_json_lines_that_lack_a_name_or_cannot_be_parsed_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(FORMATS["mooncake.jsonl"] + '{"timestamp": 1}')
+    with pytest.raises(ConfigError, match="row 3: it has no 'input_length'"):
+        arrivals.read(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="recursion"):
+        arrivals.read(tmp_path / "t.jsonl")
+    squeezed = bytearray(gzip.compress(OURS.encode() * 100))
+    squeezed[12:14] = b"xx"
+    (tmp_path / "t.csv.gz").write_bytes(squeezed)
+    with pytest.raises(ConfigError, match="t.csv.gz"):
+        arrivals.read(tmp_path / "t.csv.gz")
 
 
 @pytest.mark.parametrize(("text", "says"), [("a,b\n1,2\n", "unknown columns a, b"), ("", "no requests"),

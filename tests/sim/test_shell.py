@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,18 @@ from hypothesis import strategies as st
 from blitzjax import cli
 from blitzjax.arrivals import Arrival
 from blitzjax.errors import ConfigError
+from blitzjax.commands import Abort, Migrate
+from blitzjax.events import Event, PrefillDone
 from blitzjax.sim import costs
+from blitzjax.sim.clock import Clock
+from blitzjax.sim.instance import SimInstance
+from blitzjax.sim.links import Fabric, Link
 from blitzjax.sim.outcome import Outcome, mean, quantiles
 from blitzjax.sim.parts import Stretch
-from blitzjax.sim.shell import Setup, simulate
+from blitzjax.sim.report import table
+from blitzjax.sim.shell import Setup, config_of, simulate
 from blitzjax.sim.systems import SYSTEMS
+from blitzjax.types import Request
 
 A, M24 = costs.MACHINES["A"], costs.MODELS["mistral-24b"]
 BURST = [Arrival(0.5 + 0.001 * k, 1000 + 37 * (k % 11), 20 + k % 7) for k in range(60)]
@@ -86,6 +94,53 @@ def test_link_bytes_are_those_of_the_parameters_moved() -> None:
     assert out.link_bytes["nic_in"] == pytest.approx(len(out.scale_ups) * M24.param_bytes, rel=1e-3)
 
 
+class Movers:
+    """Instances without a brain: i0 decodes a request whose KV takes a second to another one."""
+
+    def __init__(self) -> None:
+        self.clock, self.events = Clock(), list[Event]()
+        config = config_of(Setup(A, replace(M24, slots=1), SYSTEMS["full"], 3))
+        fabric = Fabric(self.clock)
+
+        def send_kv(source: str, target: str, tokens: int, then: Callable[[], None]) -> Callable[[], None]:
+            flow = fabric.begin([Link("nic", 1.0)], [1.0], lambda mark: then())
+            return lambda: fabric.stop(flow)
+
+        self.instances = {f"i{k}": SimInstance(f"i{k}", config, M24, self.clock, self.events.append,
+                                               lambda name: self.instances[name], lambda *a: 0.0, send_kv, 0.0)
+                          for k in range(3)}
+        for instance in self.instances.values():
+            instance.arrived(M24.spec.units)
+        self.instances["i0"].assign(Request("r", M24.spec.name, 100, 50, 0.0), 1)
+        self.clock.run(0.2)
+        assert [type(event) for event in self.events] == [PrefillDone]
+
+    def after(self, *commands: Migrate | Abort) -> list[tuple[str, str]]:
+        """What is said, and by whom, once they were obeyed, a tenth of a second one after another."""
+        self.events.clear()
+        for k, command in enumerate(commands):
+            self.clock.at(0.2 + 0.1 * k, self.instances[command.instance].obey, command)
+        self.clock.run()
+        for instance in self.instances.values():
+            instance.check()
+        return [(type(event).__name__, event.instance) for event in self.events]
+
+
+def test_kv_that_is_sent_to_another_instance_after_all_arrives_there_only() -> None:
+    first, second = (Migrate("i0", "r", 1, target) for target in ("i1", "i2"))
+    assert Movers().after(first, second) == [("KVMigrated", "i2"), ("RequestFinished", "i2")]
+
+
+def test_kv_of_a_request_that_is_over_does_not_arrive() -> None:
+    assert Movers().after(Migrate("i0", "r", 1, "i1"), Abort("i0", "r")) == [("RequestFinished", "i0")]
+
+
+def test_a_request_whose_target_has_no_seat_for_it_has_failed() -> None:
+    movers = Movers()
+    movers.instances["i1"].assign(Request("other", M24.spec.name, 100, 500, 0.0), 1)
+    assert ("RequestFailed", "i0") in movers.after(Migrate("i0", "r", 1, "i1"))
+
+
 def test_measured_chunks_run_one_after_another_and_a_transfer_waits_for_its_members() -> None:
     measured = replace(M24, chunk_s=((64, 0.1), (128, 0.15)), step_tokens=128)
     assert [measured.prefill_s(n) for n in (1, 64, 65, 128, 300)] == pytest.approx([0.1, 0.1, 0.15, 0.15, 0.4])
@@ -103,6 +158,43 @@ def test_a_measured_row_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "row.json").write_text("{}")
     with pytest.raises(ConfigError, match="row.json"):
         costs.read(tmp_path / "row.json")
+
+
+@pytest.mark.parametrize(("part", "name", "value", "says"), [
+    ("machine", "hosts", "4", "hosts must be a whole number"), ("machine", "domain_gpus", 0, "domain_gpus must be"),
+    ("machine", "nic_gbps", 0, "nic_gbps must be a finite number above 0, got 0"), ("machine", "gpus", 1, "a host has 1 GPUs"),
+    ("machine", "rpc_s", float("nan"), "rpc_s must be a finite number above 0 or 0, got nan"),
+    ("model", "slots", 0, "slots must be"), ("model", "param_bytes", 1e6, "unit_sizes must be"),
+    ("model", "unit_sizes", [1e6], "unit_sizes must be the bytes of 42 units"), ("model", "spec", None, "NoneType"),
+    ("model", "chunk_s", [[64, 0.2], [32, 0.1]], "chunk_s must be pairs of tokens and seconds, in rising order"),
+    ("model", "chunk_s", [[64, 0.2, 1]], "too many values")])
+def test_a_damaged_row_is_refused_by_what_is_wrong_with_it(tmp_path: Path, part: str, name: str, value: object,
+                                                           says: str) -> None:
+    costs.write(tmp_path / "row.json", A, M24)
+    row = json.loads((tmp_path / "row.json").read_text())
+    row[part][name] = value
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=f"row.json: .*{says}"):
+        costs.read(tmp_path / "row.json")
+
+
+@pytest.mark.parametrize("max_len", [512, 4096])
+def test_a_model_of_a_short_context_has_room_for_answers(tmp_path: Path, max_len: int) -> None:
+    costs.write(tmp_path / "row.json", A, replace(M24, spec=replace(M24.spec, max_len=max_len)))
+    assert cli.main(["sim", "--costs", str(tmp_path / "row.json"), "--systems", "full", "--duration-s", "10", "--load", "0.1",
+                     "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "report.json").read_text())["table"]
+    assert row["requests"] and not row["rejects"] and row["tpot_p50_s"] > 0
+
+
+def test_a_load_that_leaves_no_request_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sim", "--systems", "full", "--duration-s", "10", "--load", "1e-9"]) == 2
+    assert "give a higher --load" in capsys.readouterr().err
+
+
+def test_host_copies_are_those_of_the_whole_run() -> None:
+    row, = table([run("allcache")])
+    assert row["host_copies"] == pytest.approx(1)  # four 24B instances fit on a host
 
 
 def test_quantiles_are_nearest_rank() -> None:
