@@ -230,6 +230,7 @@ def likeliest(x: Array, draws: Draws) -> tuple[Array, Array, Array]:
     best, ids = lax.top_k(x, count)
     best = lax.optimization_barrier(best)  # XLA:CPU sorts the whole row when it sees the slices below
     least = best[:, 0] + jnp.log(draws.min_p)  # [rows], of what is kept so far
+    known = (draws.top_k <= count) | (least > best[:, -1])  # else top-p is a share of tokens that are not all here
     kth = jnp.take_along_axis(best, jnp.clip(draws.top_k - 1, 0, count - 1)[:, None], axis=1)[:, 0]
     least = jnp.maximum(least, jnp.where(draws.top_k > 0, kth, -jnp.inf))
     mass = jnp.where(x >= least[:, None], jnp.exp(x - best[:, :1]), 0).sum(-1)
@@ -238,7 +239,7 @@ def likeliest(x: Array, draws: Draws) -> tuple[Array, Array, Array]:
     last = jnp.where(enough, best, jnp.inf).min(-1)
     least = jnp.maximum(least, jnp.where(draws.top_p < 1, last, -jnp.inf))
     ruled_out = best[:, -1] == -jnp.inf  # and so are all outside
-    whole = (least > best[:, -1]) | ruled_out | (count == x.shape[1])  # a tie with the last may have others outside
+    whole = known & (least > best[:, -1]) | ruled_out | (count == x.shape[1])  # a tie with the last may have others outside
     return ids, jnp.where(best >= least[:, None], best, -jnp.inf), whole
 
 

@@ -151,6 +151,17 @@ def test_kept_tokens_are_the_definition() -> None:
     assert whole.any() and not whole.all()
 
 
+def test_top_p_is_a_share_of_all_that_top_k_keeps() -> None:
+    logits = np.repeat(logits_of(1) / 2, 4, axis=0)
+    draws = greedy_draws(4)
+    for row, top_k in enumerate((256, 257, 600, 5000)):  # some are more than are looked at first
+        draws.set(row, Sampling(temperature=1.0, top_k=top_k, top_p=0.9), 0)
+    _, near, whole = jax.jit(likeliest)(logits, draws)
+    kept = np.isfinite(jax.jit(keep)(logits, draws)).sum(-1)
+    assert whole[0] and (np.isfinite(near).sum(-1) == kept)[np.asarray(whole)].all()
+    assert kept[0] < kept[1] < 256 < kept[2] < kept[3]
+
+
 def test_a_filter_changes_no_draw_that_it_keeps() -> None:
     logits = logits_of(1).repeat(200, 0)
     plain = draw(logits, [(Sampling(temperature=1.5, seed=s), s % 5) for s in range(200)])
