@@ -90,11 +90,16 @@ class ModelSpec:
     @property
     def compute_dtype(self) -> str:
         """Of what matrices multiply, of embeddings and of the head."""
-        return "bfloat16" if self.dtype == "int8" else self.dtype
+        return compute_dtype(self.dtype)
 
     def layers_loaded(self, units: int) -> int:
         """Decoder layers inside a watermark of `units` units."""
         return max(0, min(units, self.layers))
+
+
+def compute_dtype(dtype: str) -> str:
+    """Of a model of `dtype`; and what its checkpoint is read in."""
+    return "bfloat16" if dtype == "int8" else dtype
 
 
 def frozen(value: object) -> object:

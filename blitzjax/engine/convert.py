@@ -24,7 +24,7 @@ from blitzjax.engine.params import unit_arrays
 from blitzjax.engine.safetensors_reader import HuggingFace
 from blitzjax.errors import CheckpointError
 from blitzjax.models import own
-from blitzjax.types import DTYPES, ModelSpec
+from blitzjax.types import DTYPES, ModelSpec, compute_dtype
 
 # Small enough for every test: about 300 KB in float32, byte-level text.
 TINY = ModelSpec(name="tiny", family="llama", layers=4, dim=64, heads=4, kv_heads=2, head_dim=16, ffn_dim=128,
@@ -82,12 +82,12 @@ def convert(source: Path, name: str, dtype: str, target: Path, tokenizer_in: Pat
     """
     opened: GGUF | HuggingFace | Orbax
     tokenizer: checkpoint.Tokenizer | None
-    published = "bfloat16" if dtype == "int8" else dtype
+    read_in = compute_dtype(dtype)
     if source.is_file():
-        opened = GGUF.open(source, name, published)
+        opened = GGUF.open(source, name, read_in)
         tokenizer = gguf_tokenizer.from_gguf(source, opened.reader)
     else:
-        opened = _open_directory(source, name, published, target.parent)
+        opened = _open_directory(source, name, read_in, target.parent)
         tokenizer = hf_tokenizer.read(tokenizer_in or source)
     checkpoint.write(target, checkpoint.with_dtype(opened.spec, dtype), opened.units(), tokenizer)
 
