@@ -78,6 +78,9 @@ constexpr int kLanes = sizeof(Vector) / sizeof(float);
 constexpr int64_t kStep = 2 * kLanes;  // weights of one register
 constexpr int64_t kBlock = 32;  // int8 weights that share a scale
 
+template <typename W>
+constexpr bool kScaled = std::is_same_v<W, int8_t>;
+
 // Weights from some place of a matrix on, and the scales of their blocks: bfloat16, null of bfloat16 weights.
 template <typename W>
 struct Weights {
@@ -85,7 +88,7 @@ struct Weights {
   const uint16_t* scales;
 
   // `count` further on: int8 weights from the beginning of a block, or by whole ones.
-  Weights operator+(int64_t count) const { return {w + count, scales ? scales + count / kBlock : nullptr}; }
+  Weights operator+(int64_t count) const { return {w + count, kScaled<W> ? scales + count / kBlock : nullptr}; }
 
   // Of the block that begins here, in every lane.
   Vector Scale() const {
@@ -96,9 +99,6 @@ struct Weights {
 #endif
   }
 };
-
-template <typename W>
-constexpr bool kScaled = std::is_same_v<W, int8_t>;
 
 // A step has kHalves multiply-adds: all of its weights at once, or those at even places, then those at odd ones, each
 // widened to float32. Keep writes x as they take it, kStep values at a time.
