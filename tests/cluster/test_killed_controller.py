@@ -109,5 +109,5 @@ def test_one_without_a_journal_loads_with_workers_whose_chains_have_broken(rig: 
     (rig.cluster.run_dir / "journal").unlink()
     kill(rig, ())
     rig.only(1)
-    rig.only(POOL)
+    assert phases(rig.only(POOL)) == ["serving"] * POOL
     lose_the_last_one()
