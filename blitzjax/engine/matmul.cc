@@ -53,6 +53,7 @@ inline Vector Sums(const Vector* s) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
 }
 
+inline Vector Loaded(const float* from) { return _mm512_loadu_ps(from); }
 inline void Store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
 
 #else
@@ -70,6 +71,7 @@ inline Vector Sums(const Vector* s) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
+inline Vector Loaded(const float* from) { return _mm256_loadu_ps(from); }
 inline void Store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
 
 #endif
@@ -104,7 +106,7 @@ struct Weights {
 // widened to float32. Keep writes x as they take it, kStep values at a time.
 #ifdef __AVX512BF16__
 
-using Kept = uint16_t;
+using Kept = uint32_t;  // two values
 constexpr int kHalves = 1;
 
 inline __m512bh Multiplier(const uint16_t* w, int, Vector) { return (__m512bh)_mm512_loadu_si512(w); }
@@ -115,12 +117,21 @@ inline __m512bh Multiplier(const int8_t* w, int, Vector scale) {
   };
   return _mm512_cvtne2ps_pbh(wide(w + kLanes), wide(w));  // exact
 }
+template <typename W>
+inline Words Packed(Weights<W> w) {
+  return (Words)Multiplier(w.w, 0, kScaled<W> ? w.Scale() : Zero());
+}
+template <typename W>
+inline Words Unpacked(Words packed, int, Vector) {
+  return packed;
+}
 inline __m512bh Activations(const Kept* x) { return (__m512bh)_mm512_loadu_si512(x); }
+inline __m512bh Everywhere(Kept x) { return (__m512bh)_mm512_set1_epi32(x); }
 inline Vector MultiplyAdd(Vector sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
 inline void Keep(const float* from, Kept* to) {
   uint32_t bits[kStep];
   std::memcpy(bits, from, sizeof bits);
-  for (int i = 0; i < kStep; ++i) to[i] = static_cast<Kept>(Rounded(bits[i]) >> 16);
+  for (int i = 0; i < kLanes; ++i) to[i] = Rounded(bits[2 * i]) >> 16 | Rounded(bits[2 * i + 1]);
 }
 
 #else
@@ -143,6 +154,7 @@ inline Vector Widened(Words pairs, int half) {
 }
 inline Vector Multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector Activations(const Kept* x) { return _mm512_loadu_ps(x); }
+inline Vector Everywhere(Kept x) { return Broadcast(x); }
 inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm512_fmadd_ps(x, w, sum); }
 inline Words RoundedWords(const float* from) {
   const Words bits = _mm512_loadu_si512(from);
@@ -172,6 +184,7 @@ inline Vector Widened(Words pairs, int half) {
 }
 inline Vector Multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector Activations(const Kept* x) { return _mm256_loadu_ps(x); }
+inline Vector Everywhere(Kept x) { return Broadcast(x); }
 inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm256_fmadd_ps(x, w, sum); }
 inline void Keep(const float* from, Kept* to) {
   uint32_t bits[kStep], kept[kStep];
@@ -181,12 +194,22 @@ inline void Keep(const float* from, Kept* to) {
 }
 #endif
 template <typename W>
-inline Vector Multiplier(const W* w, int half, Vector scale) {
-  const Vector wide = Widened<W>(Load(w), half);
+inline Words Packed(Weights<W> w) {
+  return Load(w.w);
+}
+template <typename W>
+inline Vector Unpacked(Words packed, int half, Vector scale) {
+  const Vector wide = Widened<W>(packed, half);
   return kScaled<W> ? Multiply(wide, scale) : wide;
+}
+template <typename W>
+inline Vector Multiplier(const W* w, int half, Vector scale) {
+  return Unpacked<W>(Load(w), half, scale);
 }
 
 #endif
+
+constexpr int kPair = 2 / kHalves;  // values that one Kept holds
 
 template <int kRows, int kOuts, typename W>
 inline void Step(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Vector* sums) {
@@ -223,26 +246,24 @@ inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, float*
     if constexpr (kFetch)
       UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<W>)
         Fetch(w.w + i * kOuts + o + kAheadLines * kLineWeights<W>);
-    Step<kRows, kOuts>(x + i, stride, w + i, k, sums);
+    Step<kRows, kOuts>(x + i / kPair, stride, w + i, k, sums);
   }
   if (i < k) {  // of bfloat16 only
     W rest[kOuts * kStep] = {};
     for (int o = 0; o < kOuts; ++o) std::memcpy(rest + o * kStep, w.w + o * k + i, (k - i) * sizeof(W));
-    Step<kRows, kOuts>(x + i, stride, Weights<W>{rest, w.scales}, kStep, sums);
+    Step<kRows, kOuts>(x + i / kPair, stride, Weights<W>{rest, w.scales}, kStep, sums);
   }
   float out[kSums];
   UNROLLED for (int s = 0; s < kSums; s += kLanes) Store(out + s, Sums(sums + s));
   UNROLLED for (int r = 0; r < kRows; ++r) std::memcpy(y + r * n, out + r * kOuts, kOuts * sizeof(float));
 }
 
-// Many rows, where there is no instruction for bfloat16: kPanel rows of weights at a time are widened and turned, so
-// that a register has the same place of several rows. Sums are then added along k, without any across a register.
-// kPlaces places at a time, which stay in the caches near by until all rows of x have met them.
-#ifndef __AVX512BF16__
-
+// Many rows: kPanel rows of weights at a time are turned, so that a register has the same place of several rows, as
+// multiply-adds take it. Sums are then added along k, without any across a register. kPlaces places at a time, which stay
+// in the caches near by until all rows of x have met them.
 constexpr int kPanelVectors = 3, kPanel = kPanelVectors * kLanes;
-constexpr int64_t kPlaces = 192;
-constexpr int64_t kFetchPlaces = 2;  // a line of weights is fetched in these: all of the next panel by 24 rows of x
+constexpr int64_t kPlaces = 288;  // each of one Kept
+constexpr int64_t kFetchPlaces = kHalves;  // a line of weights is fetched in these: all of the next panel by 24 rows of x
 
 // Turns kLanes registers of kLanes words.
 inline void Turn(Words* w) {
@@ -273,27 +294,26 @@ inline void Turn(Words* w) {
 #endif
 }
 
-// `count` places of kPanel rows of w [kPanel, k] into panel [count rounded up to kStep, kPanel], in the order in which
-// x is kept.
+// `count` weights of kPanel rows of w [kPanel, k] into panel [places, kPanel], in the order in which x is kept.
 template <typename W>
-void Pack(Weights<W> w, int64_t k, int64_t count, float* panel) {
-  for (int64_t i = 0; i < count; i += kStep)
+void Pack(Weights<W> w, int64_t k, int64_t count, Kept* panel) {
+  for (int64_t i = 0; i < count; i += kStep, panel += kStep / kPair * kPanel)
     for (int v = 0; v < kPanelVectors; ++v) {
       Words words[kLanes];
-      float scales[kLanes], lanes[kLanes];
+      float scales[kLanes] = {}, lanes[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         const Weights<W> from = w + (v * kLanes + lane) * k + i;
         W rest[kStep] = {};
         if (i + kStep > count) std::memcpy(rest, from.w, (count - i) * sizeof(W));
-        words[lane] = Load(i + kStep > count ? rest : from.w);
+        words[lane] = Packed(Weights<W>{i + kStep > count ? rest : from.w, from.scales});
         if constexpr (kScaled<W>) Store(lanes, from.Scale()), scales[lane] = lanes[0];
       }
       Turn(words);
+      const Vector scale = Loaded(scales);
       for (int half = 0; half < kHalves; ++half)
         for (int place = 0; place < kLanes; ++place) {
-          Vector wide = Widened<W>(words[place], half);
-          if constexpr (kScaled<W>) wide = Multiply(wide, Activations(scales));
-          std::memcpy(panel + (i + half * kLanes + place) * kPanel + v * kLanes, &wide, sizeof wide);
+          const auto operand = Unpacked<W>(words[place], half, scale);
+          std::memcpy(panel + (half * kLanes + place) * kPanel + v * kLanes, &operand, sizeof operand);
         }
     }
 }
@@ -301,19 +321,19 @@ void Pack(Weights<W> w, int64_t k, int64_t count, float* panel) {
 // kRows rows of x times a panel of `count` places: into y [kRows, n] if `first`, else added to what is there. Weights
 // from `next` on are fetched meanwhile unless it is null.
 template <int kRows, typename W>
-inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, int64_t count, bool first,
+inline void PanelBlock(const Kept* x, int64_t stride, const Kept* panel, int64_t count, bool first,
                        const W* next, float* y, int64_t n) {
   Vector sums[kRows * kPanelVectors];
   UNROLLED for (int r = 0; r < kRows; ++r)
     UNROLLED for (int v = 0; v < kPanelVectors; ++v)
-      sums[r * kPanelVectors + v] = first ? Zero() : Activations(y + r * n + v * kLanes);
+      sums[r * kPanelVectors + v] = first ? Zero() : Loaded(y + r * n + v * kLanes);
   for (int64_t i = 0; i < count;) {
     if (next) Fetch(next), next += kLineWeights<W>;
     for (const int64_t stop = i + kFetchPlaces; i < stop; ++i, panel += kPanel) {
-      Vector b[kPanelVectors];
+      decltype(Activations(panel)) b[kPanelVectors];
       UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
       UNROLLED for (int r = 0; r < kRows; ++r) {
-        const Vector a = Broadcast(x[r * stride + i]);
+        const auto a = Everywhere(x[r * stride + i]);
         UNROLLED for (int v = 0; v < kPanelVectors; ++v)
           sums[r * kPanelVectors + v] = MultiplyAdd(sums[r * kPanelVectors + v], a, b[v]);
       }
@@ -321,10 +341,8 @@ inline void PanelBlock(const Kept* x, int64_t stride, const float* panel, int64_
   }
   UNROLLED for (int r = 0; r < kRows; ++r)
     UNROLLED for (int v = 0; v < kPanelVectors; ++v)
-      std::memcpy(y + r * n + v * kLanes, &sums[r * kPanelVectors + v], sizeof(Vector));
+      Store(y + r * n + v * kLanes, sums[r * kPanelVectors + v]);
 }
-
-#endif
 
 // Registers for sums, so that there are some left for operands.
 #ifdef __AVX512F__
@@ -354,20 +372,20 @@ template <typename W>
 struct Work {
   Weights<W> w;
   float* y;
-  int64_t m, k, n, stride;
+  int64_t m, k, n, stride;  // stride: places of a row of x
   Array<Kept> x;  // [m, stride]
 
   Work(const float* from, Weights<W> w, float* y, int64_t m, int64_t k, int64_t n)
-      : w(w), y(y), m(m), k(k), n(n), stride((k + kStep - 1) / kStep * kStep),
+      : w(w), y(y), m(m), k(k), n(n), stride((k + kStep - 1) / kStep * kStep / kPair),
         x(Allocated<Kept>(m * stride)) {
     for (int64_t r = 0; r < m; ++r, from += k) {
       Kept* to = x.get() + r * stride;
       int64_t i = 0;
-      for (; i + kStep <= k; i += kStep) Keep(from + i, to + i);
+      for (; i + kStep <= k; i += kStep) Keep(from + i, to + i / kPair);
       if (i < k) {
         float rest[kStep] = {};
         std::memcpy(rest, from + i, (k - i) * sizeof(float));
-        Keep(rest, to + i);
+        Keep(rest, to + i / kPair);
       }
     }
   }
@@ -391,9 +409,7 @@ struct Work {
   }
 
   void Columns(int64_t begin, int64_t end) const {
-#ifndef __AVX512BF16__
     if (m > kFewRows) begin = Panels(begin, end);
-#endif
     for (int64_t first = 0; first < m; first += kChunk) {
       const int64_t last = std::min(m, first + kChunk);
       int64_t j = begin;
@@ -405,28 +421,26 @@ struct Work {
     }
   }
 
-#ifndef __AVX512BF16__
   // Returns the end of the last whole panel.
   int64_t Panels(int64_t begin, int64_t end) const {
-    const Array<float> panel = Allocated<float>(kPlaces * kPanel);
+    const Array<Kept> panel = Allocated<Kept>(kPlaces * kPanel);
     for (; begin + kPanel <= end; begin += kPanel)
-      for (int64_t i = 0; i < k; i += kPlaces) {
-        const int64_t count = std::min(kPlaces, stride - i);
-        Pack(w + begin * k + i, k, std::min(kPlaces, k - i), panel.get());
-        const W *next = w.w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPanel;
+      for (int64_t place = 0; place < stride; place += kPlaces) {
+        const int64_t count = std::min(kPlaces, stride - place), i = place * kPair;
+        Pack(w + begin * k + i, k, std::min(kPlaces * kPair, k - i), panel.get());
+        const W *next = w.w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPair * kPanel;
         int64_t r = 0;
         for (; r + kPanelRows <= m; r += kPanelRows, next += count / kFetchPlaces * kLineWeights<W>)
-          PanelTile<kPanelRows>(r, begin, i, count, panel.get(), next < last ? next : nullptr);
-        for (; r < m; ++r) PanelTile<1>(r, begin, i, count, panel.get(), nullptr);
+          PanelTile<kPanelRows>(r, begin, place, count, panel.get(), next < last ? next : nullptr);
+        for (; r < m; ++r) PanelTile<1>(r, begin, place, count, panel.get(), nullptr);
       }
     return begin;
   }
 
   template <int kRows>
-  void PanelTile(int64_t r, int64_t j, int64_t i, int64_t count, const float* panel, const W* next) const {
-    PanelBlock<kRows>(x.get() + r * stride + i, stride, panel, count, i == 0, next, y + r * n + j, n);
+  void PanelTile(int64_t r, int64_t j, int64_t place, int64_t count, const Kept* panel, const W* next) const {
+    PanelBlock<kRows>(x.get() + r * stride + place, stride, panel, count, place == 0, next, y + r * n + j, n);
   }
-#endif
 };
 
 template <typename W, typename Buffer>
