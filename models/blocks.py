@@ -28,11 +28,6 @@ class Scoring:
     softcap: float | None = None  # scores are squeezed into (-softcap, softcap)
     sinks: jax.Array | None = None  # f32[KV, G]: the score of a key that every query sees and that has no value
 
-    @property
-    def plain(self) -> bool:
-        """Scaled products and nothing else."""
-        return self.window is None and self.softcap is None and self.sinks is None
-
     def weights(self, products: jax.Array, head_dim: int, at: jax.Array) -> jax.Array:
         """Products f32[B, KV, G, T, S], query positions `at` broadcasting to i32[B, KV, G, T] → weights of S keys."""
         scores = products * (head_dim ** -0.5 if self.scale is None else self.scale)

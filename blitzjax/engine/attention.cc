@@ -82,55 +82,80 @@ inline float Exp(float x) {
   return y * power;
 }
 
-// exp(scale * (x - max)) in place of `room` values, zeros from `count` on. Returns their sum.
-inline float Exponentials(float* x, int64_t count, int64_t room, float scale) {
-  std::fill(x + count, x + room, -std::numeric_limits<float>::infinity());
+// most * tanh(x / most) in place of `count` values.
+inline void Squeeze(float* x, int64_t count, float most) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float power = Exp(-2.0f * std::abs(x[i] / most));
+    x[i] = std::copysign(most * (1.0f - power) / (1.0f + power), x[i]);
+  }
+}
+
+// exp(x - max) in place of `room` values, zeros but for [first, stop); `sink` is one more x. Returns the sum of all.
+inline float Exponentials(float* x, int64_t first, int64_t stop, int64_t room, float sink) {
+  const auto others = [=](float value) { std::fill(x, x + first, value), std::fill(x + stop, x + room, value); };
+  others(-std::numeric_limits<float>::infinity());
   float most[kLanes], sums[kLanes] = {};
   std::memcpy(most, x, sizeof most);
   for (int64_t i = kLanes; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], x[i + lane]);
-  const float top = *std::max_element(most, most + kLanes);
-  for (int64_t i = 0; i < room; ++i) x[i] = Exp(scale * (x[i] - top));
-  std::fill(x + count, x + room, 0.0f);
+  const float top = std::max(sink, *std::max_element(most, most + kLanes));
+  for (int64_t i = 0; i < room; ++i) x[i] = Exp(x[i] - top);
+  others(0.0f);
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane];
   float sum = 0;
   for (float s : sums) sum += s;
-  return sum;
+  return sum + Exp(sink - top);  // without a sink too little to be seen
 }
 
-// kHeads heads q [kHeads, size] over `count` keys [size, context] and values [context, size] into out [kHeads, size].
+// What a row attends to, and how: keys [size, context] and values [context, size] of the tokens [first, stop).
+struct Cache {
+  const float *keys, *values;
+  int64_t size, context, first, stop;
+  float softcap;  // 0: none
+};
+
+// kHeads heads q [kHeads, size], with a sink each, into out [kHeads, size].
 template <int kHeads>
-void Heads(const float* q, const float* k, const float* v, int64_t size, int64_t context, int64_t count, float scale,
-           float* out) {
-  const int64_t room = (count + kLanes - 1) / kLanes * kLanes;
+void Heads(const float* q, const Cache& kv, const float* sinks, float* out) {
+  const int64_t begin = kv.first / kLanes * kLanes, room = (kv.stop + kLanes - 1) / kLanes * kLanes - begin;
+  const int64_t first = kv.first - begin, stop = kv.stop - begin, size = kv.size;
   thread_local std::vector<float> weights;
   weights.resize(kHeads * room);
-  Columns<kHeads>(q, size, k, context, size, weights.data(), room, room);
+  Columns<kHeads>(q, size, kv.keys + begin, kv.context, size, weights.data(), room, room);
   float sums[kHeads];
-  for (int h = 0; h < kHeads; ++h) sums[h] = Exponentials(weights.data() + h * room, count, room, scale);
-  Columns<kHeads>(weights.data(), room, v, size, count, out, size, size);
+  for (int h = 0; h < kHeads; ++h) {
+    float* scores = weights.data() + h * room;
+    if (kv.softcap > 0) Squeeze(scores, room, kv.softcap);
+    sums[h] = Exponentials(scores, first, stop, room, sinks[h]);
+  }
+  Columns<kHeads>(weights.data() + first, room, kv.values + kv.first * size, size, stop - first, out, size, size);
   for (int h = 0; h < kHeads; ++h)
     for (int64_t i = 0; i < size; ++i) out[h * size + i] /= sums[h];
 }
 
+// q is scaled. A row sees `window` tokens, the last of them at last[row]; sinks [groups, heads of a group].
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
-                  ffi::Buffer<ffi::S32> last, ffi::ResultBuffer<ffi::F32> out, float scale) {
+                  ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out,
+                  int64_t window, float softcap) {
   const auto sizes = k.dimensions();  // [rows, groups, size, context]
   const int64_t rows = sizes[0], groups = sizes[1], size = sizes[2], context = sizes[3];
   const int64_t heads = q.dimensions()[1] / groups;
   if (size % kLanes || context % kLanes) return ffi::Error::InvalidArgument("sizes must be multiples of a register");
   InParallel(pool, rows * groups, [=, q = q.typed_data(), k = k.typed_data(), v = v.typed_data(),
-                                   last = last.typed_data(), out = out->typed_data()](int64_t task) {
-    const int64_t count = std::clamp<int64_t>(last[task / groups] + 1, 1, context);
-    const float *keys = k + task * size * context, *values = v + task * size * context;
+                                   last = last.typed_data(), sinks = sinks.typed_data(),
+                                   out = out->typed_data()](int64_t task) {
+    const int64_t stop = std::clamp<int64_t>(last[task / groups] + 1, 1, context);
+    const int64_t first = std::clamp<int64_t>(stop - window, 0, stop - 1), at = task * size * context;
+    const Cache kv{k + at, v + at, size, context, first, stop, softcap};
     for (int64_t h = 0; h < heads; h += kMostHeads) {
-      const int64_t at = (task * heads + h) * size;
+      const float *queries = q + (task * heads + h) * size, *own = sinks + task % groups * heads + h;
+      float* to = out + (task * heads + h) * size;
       switch (std::min<int64_t>(heads - h, kMostHeads)) {
-        case 1: Heads<1>(q + at, keys, values, size, context, count, scale, out + at); break;
-        case 2: Heads<2>(q + at, keys, values, size, context, count, scale, out + at); break;
-        case 3: Heads<3>(q + at, keys, values, size, context, count, scale, out + at); break;
-        default: Heads<kMostHeads>(q + at, keys, values, size, context, count, scale, out + at);
+        case 1: Heads<1>(queries, kv, own, to); break;
+        case 2: Heads<2>(queries, kv, own, to); break;
+        case 3: Heads<3>(queries, kv, own, to); break;
+        default: Heads<kMostHeads>(queries, kv, own, to);
       }
     }
   });
@@ -146,5 +171,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxAttend, Attend,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("scale"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("softcap"));

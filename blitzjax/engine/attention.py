@@ -122,9 +122,8 @@ class Attention:
             seen = ({"key_value_seq_lengths": last + 1} if scoring.window is None
                     else {"mask": scoring.seen(k.shape[1], last[:, None])[:, None]})
             return self._dot_product(q, k, v, scoring, seen)
-        if self.product is not None and self.product.attends(k) and scoring.plain:
-            scale = q.shape[3] ** -0.5 if scoring.scale is None else scoring.scale
-            return self.product.attend(q[:, 0].astype(jnp.float32), k, v, last, scale)[:, None]
+        if self.product is not None and self.product.attends(k):
+            return self.product.attend(q[:, 0].astype(jnp.float32), k, v, last, scoring)[:, None]
         return self._products(q, k, v, last[:, None, None, None], scoring)
 
     def source(self) -> str:

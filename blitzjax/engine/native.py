@@ -24,7 +24,7 @@ import numpy as np
 
 from blitzjax.engine.executables import Fetch, alone, checked, keep, receive
 from blitzjax.engine.locations import mark_used
-from blitzjax.models.blocks import BLOCK, Int8
+from blitzjax.models.blocks import BLOCK, Int8, Scoring
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +89,15 @@ class Product:
         """Whether `attend` takes such keys."""
         return self.variant.attends and k.shape[2] % _LANES == 0 and k.shape[3] % _LANES == 0
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, scale: float) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, scoring: Scoring) -> jax.Array:
         """f32[B, H, hd], f32[B, KV, hd, S], f32[B, KV, S, hd], i32[B] → f32[B, H * hd]; row b reads up to last[b]."""
         out = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * q.shape[2]), jax.numpy.float32)
-        return jax.ffi.ffi_call(_target("attend", self.variant), out)(q, k, v, last, scale=np.float32(scale))
+        q = q * (q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale)
+        sinks = jax.numpy.float32(-np.inf) if scoring.sinks is None else scoring.sinks.astype(jax.numpy.float32)
+        sinks = jax.numpy.broadcast_to(sinks, (k.shape[1], q.shape[1] // k.shape[1]))
+        window = k.shape[3] if scoring.window is None else scoring.window
+        return jax.ffi.ffi_call(_target("attend", self.variant), out)(
+            q, k, v, last, sinks, window=np.int64(window), softcap=np.float32(scoring.softcap or 0))
 
     def source(self) -> str:
         """What it computes, for whoever keeps programs that call it."""

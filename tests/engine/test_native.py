@@ -114,10 +114,16 @@ def test_a_model_may_map_over_it(product: native.Product) -> None:
         np.testing.assert_array_equal(mapped[i], np.asarray(jax.jit(product)(x[i], w[i])))
 
 
+SCORINGS = {"plain": blocks.Scoring(scale=0.2), "window": blocks.Scoring(window=21), "short": blocks.Scoring(window=1),
+            "softcap": blocks.Scoring(0.3, softcap=4.0), "all": blocks.Scoring(0.2, window=40, softcap=2.0)}
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("kv, group, hd, context", [(3, 3, 64, 256), (1, 1, 16, 32), (2, 4, 80, 64), (2, 5, 128, 96),
                                                     (1, 2, 48, 512), (1, 11, 32, 16)])
 def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product, kv: int, group: int, hd: int,
-                                                        context: int) -> None:
+                                                        context: int, scoring: str, sinks: bool) -> None:
     rng = np.random.default_rng(kv + group + hd)
     lasts = np.unique(np.array([0, 1, 14, 15, context // 2, context - 2, context - 1], np.int32) % context)
     q = rng.normal(size=(len(lasts), 1, kv * group, hd), scale=3).astype(np.float32)
@@ -125,10 +131,12 @@ def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product,
     v = rng.normal(size=(len(lasts), kv, context, hd)).astype(np.float32)
     for row, last in enumerate(lasts):  # nobody looks at what is not there yet
         k[row, ..., last + 1 :], v[row, :, last + 1 :] = np.nan, np.nan
-    attend = jax.jit(lambda q, k, v, last: product.attend(q[:, 0], k, v, last, 0.2))
+    how = SCORINGS[scoring]
+    if sinks:
+        how = dataclasses.replace(how, sinks=jnp.asarray(rng.normal(size=(kv, group), scale=5), jnp.float32))
+    attend = jax.jit(lambda q, k, v, last: product.attend(q[:, 0], k, v, last, how))
     got = np.asarray(attend(q, k, v, lasts))
-    scoring = blocks.Scoring(scale=0.2)
-    usual = attention(q, np.nan_to_num(k), np.nan_to_num(v), lasts[:, None, None, None], scoring)[:, 0]
+    usual = attention(q, np.nan_to_num(k), np.nan_to_num(v), lasts[:, None, None, None], how)[:, 0]
     np.testing.assert_allclose(got, np.asarray(usual), rtol=1e-5, atol=1e-5)
     for row in range(len(lasts)):
         alone = np.asarray(attend(*(a[row : row + 1] for a in (q, k, v, lasts))))
