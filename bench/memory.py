@@ -23,7 +23,7 @@ from blitzjax.serve.model import load_model
 _MODEL = "smollm2-135m"
 _STREAMS, _PROMPT, _ANSWER = 16, 128, 64  # the streams of one worker; tokens
 _CONTEXT = 256  # tokens that a row has room for
-_KV_ITEM_BYTES = 4  # float32 on CPUs
+_KV_ITEM_BYTES = 2  # bfloat16
 _SEED = 80
 _TIMES, _MORE_BYTES = 2.5, 400 << 20  # the goal
 

@@ -1,7 +1,10 @@
-// One query per sequence over the keys and values that the sequence has kept, grouped heads, all in float32.
+// One query per sequence over the keys and values that the sequence has kept in bfloat16, grouped heads, sums in float32.
 //
 // Reads what a row has, not the whole context that its cache has room for, and once for all heads of a group. A row's
 // numbers do not depend on the other rows, on the room, nor on the number of threads.
+//
+// Memory decides: keys and values are read in the order in which they lie, and fetched kAheadBytes before they are used,
+// at a matrix's end those that the next group or row begins with. On Zen 5 that takes half of the time.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -21,48 +24,33 @@ namespace {
 
 #ifdef __AVX512F__
 using Vector = __m512;
-constexpr int kVectors = 4;  // of one tile
+constexpr int kVectors = 4;  // of values, side by side
+inline Vector Load(const uint16_t* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
 inline Vector Load(const float* from) { return _mm512_loadu_ps(from); }
+inline void Store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
 inline Vector Broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
 #else
 using Vector = __m256;
 constexpr int kVectors = 2;
+inline Vector Load(const uint16_t* from) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
 inline Vector Load(const float* from) { return _mm256_loadu_ps(from); }
+inline void Store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
 #endif
 constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
 constexpr int kMostHeads = 4;  // registers for their sums
+constexpr int kKeyRows = 4;  // that are read side by side
+constexpr int64_t kAheadBytes = 8192, kLine = 64 / sizeof(uint16_t);  // numbers of a line of cache
 
-// to[h, j] = sum_i a[h, i] * b[i, j] for kHeads rows of a, every `a_row` values, and kCount registers of columns.
-template <int kHeads, int kCount>
-inline void Tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* to,
-                 int64_t to_row) {
-  Vector sums[kHeads * kCount];
-  UNROLLED for (int s = 0; s < kHeads * kCount; ++s) sums[s] = Broadcast(0);
-  for (int64_t i = 0; i < count; ++i, b += b_row) {
-    Vector row[kCount];
-    UNROLLED for (int v = 0; v < kCount; ++v) row[v] = Load(b + v * kLanes);
-    UNROLLED for (int h = 0; h < kHeads; ++h) {
-      const Vector value = Broadcast(a[h * a_row + i]);
-      UNROLLED for (int v = 0; v < kCount; ++v) sums[h * kCount + v] = MultiplyAdd(sums[h * kCount + v], value, row[v]);
-    }
-  }
-  UNROLLED for (int h = 0; h < kHeads; ++h)
-    UNROLLED for (int v = 0; v < kCount; ++v)
-      std::memcpy(to + h * to_row + v * kLanes, &sums[h * kCount + v], sizeof(Vector));
-}
-
-// All of `columns`, rounded up to a register.
-template <int kHeads>
-void Columns(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count, float* to, int64_t to_row,
-             int64_t columns) {
-  int64_t j = 0;
-  for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
-    Tile<kHeads, kVectors>(a, a_row, b + j, b_row, count, to + j, to_row);
-  for (; j < columns; j += kLanes) Tile<kHeads, 1>(a, a_row, b + j, b_row, count, to + j, to_row);
-}
+inline void Fetch(const uint16_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 
 // For x <= 0; the polynomial of Cephes' expf. Plain code that compilers turn into vectors.
 inline float Exp(float x) {
@@ -110,10 +98,59 @@ inline float Exponentials(float* x, int64_t first, int64_t stop, int64_t room, f
 
 // What a row attends to, and how: keys [size, context] and values [context, size] of the tokens [first, stop).
 struct Cache {
-  const float *keys, *values;
+  const uint16_t *keys, *values;
   int64_t size, context, first, stop;
   float softcap;  // 0: none
 };
+
+// scores[h, j] = sum_i q[h, i] * keys[i, begin + j] for kHeads heads q [kHeads, size] and `room` tokens.
+template <int kHeads>
+void Scores(const float* q, const Cache& kv, int64_t begin, int64_t room, float* scores) {
+  const int64_t bytes = room * sizeof(uint16_t), rows = kKeyRows * (1 + kAheadBytes / (kKeyRows * bytes));
+  const int64_t ahead = std::min(rows, kv.size) * kv.context;
+  std::fill(scores, scores + kHeads * room, 0.0f);
+  for (int64_t i = 0; i < kv.size; i += kKeyRows) {
+    Vector queries[kHeads * kKeyRows];
+    UNROLLED for (int h = 0; h < kHeads; ++h)
+      UNROLLED for (int r = 0; r < kKeyRows; ++r) queries[h * kKeyRows + r] = Broadcast(q[h * kv.size + i + r]);
+    const uint16_t* keys = kv.keys + i * kv.context + begin;
+    for (int64_t j = 0; j < room; j += kLanes, keys += kLanes) {
+      Vector row[kKeyRows];
+      UNROLLED for (int r = 0; r < kKeyRows; ++r) {
+        if (j % kLine == 0) Fetch(keys + r * kv.context + ahead);
+        row[r] = Load(keys + r * kv.context);
+      }
+      UNROLLED for (int h = 0; h < kHeads; ++h) {
+        Vector sum = Load(scores + h * room + j);
+        UNROLLED for (int r = 0; r < kKeyRows; ++r) sum = MultiplyAdd(sum, queries[h * kKeyRows + r], row[r]);
+        Store(scores + h * room + j, sum);
+      }
+    }
+  }
+}
+
+// out[h, j] = sum_i weights[h, i] * values[i, j] for kHeads heads, every `room` weights, and kCount registers from `column`.
+template <int kHeads, int kCount>
+inline void Sums(const float* weights, int64_t room, const Cache& kv, int64_t column, float* out) {
+  const int64_t tokens = kv.stop - kv.first, ahead = kAheadBytes / sizeof(uint16_t) / kv.size;
+  const uint16_t* values = kv.values + kv.first * kv.size + column;
+  Vector sums[kHeads * kCount];
+  UNROLLED for (int s = 0; s < kHeads * kCount; ++s) sums[s] = Broadcast(0);
+  for (int64_t i = 0; i < tokens; ++i, values += kv.size) {
+    const uint16_t* next = values + (i + ahead < tokens ? ahead : ahead + kv.context - tokens) * kv.size;
+    Vector row[kCount];
+    UNROLLED for (int v = 0; v < kCount; ++v) {
+      if (v * kLanes % kLine == 0) Fetch(next + v * kLanes);
+      row[v] = Load(values + v * kLanes);
+    }
+    UNROLLED for (int h = 0; h < kHeads; ++h) {
+      const Vector weight = Broadcast(weights[h * room + i]);
+      UNROLLED for (int v = 0; v < kCount; ++v) sums[h * kCount + v] = MultiplyAdd(sums[h * kCount + v], weight, row[v]);
+    }
+  }
+  UNROLLED for (int h = 0; h < kHeads; ++h)
+    UNROLLED for (int v = 0; v < kCount; ++v) Store(out + h * kv.size + column + v * kLanes, sums[h * kCount + v]);
+}
 
 // kHeads heads q [kHeads, size], with a sink each, into out [kHeads, size].
 template <int kHeads>
@@ -122,20 +159,23 @@ void Heads(const float* q, const Cache& kv, const float* sinks, float* out) {
   const int64_t first = kv.first - begin, stop = kv.stop - begin, size = kv.size;
   thread_local std::vector<float> weights;
   weights.resize(kHeads * room);
-  Columns<kHeads>(q, size, kv.keys + begin, kv.context, size, weights.data(), room, room);
+  Scores<kHeads>(q, kv, begin, room, weights.data());
   float sums[kHeads];
   for (int h = 0; h < kHeads; ++h) {
     float* scores = weights.data() + h * room;
     if (kv.softcap > 0) Squeeze(scores, room, kv.softcap);
     sums[h] = Exponentials(scores, first, stop, room, sinks[h]);
   }
-  Columns<kHeads>(weights.data() + first, room, kv.values + kv.first * size, size, stop - first, out, size, size);
+  int64_t column = 0;
+  for (; column + kVectors * kLanes <= size; column += kVectors * kLanes)
+    Sums<kHeads, kVectors>(weights.data() + first, room, kv, column, out);
+  for (; column < size; column += kLanes) Sums<kHeads, 1>(weights.data() + first, room, kv, column, out);
   for (int h = 0; h < kHeads; ++h)
     for (int64_t i = 0; i < size; ++i) out[h * size + i] /= sums[h];
 }
 
 // q is scaled. A row sees `window` tokens, the last of them at last[row]; sinks [groups, heads of a group].
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::U16> k, ffi::Buffer<ffi::U16> v,
                   ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out,
                   int64_t window, float softcap) {
   const auto sizes = k.dimensions();  // [rows, groups, size, context]
@@ -168,8 +208,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxAttend, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U16>>()
+                                  .Arg<ffi::Buffer<ffi::U16>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()

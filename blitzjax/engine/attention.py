@@ -1,19 +1,21 @@
 """Which attention does a model get on its devices, and how do its keys and values lie there? Decided here and nowhere else.
 
     devices        keys, values of one layer                   attention
-    all others     f32 [B, KV, hd, S], f32 [B, KV, S, hd]      two matrix products; on CPUs decode in C++ where it fits
+    CPUs, bf16     bf16 [B, KV, hd, S], bf16 [B, KV, S, hd]    two matrix products; decode in C++ where it can be built
     NVIDIA GPUs    bf16 [B, S, KV, hd] twice                   `jax.nn.dot_product_attention` by cuDNN; the products for
                                                                layers with soft caps or sinks, which it does not know
+    all others     f32 [B, KV, hd, S], f32 [B, KV, S, hd]      two matrix products
 
 Invariant: keys and values are rounded to the layout's type before anything reads them, so a prompt's first chunk and
-whatever comes later see the same numbers.
+whatever comes later see the same numbers. On CPUs the layout follows from the model alone, whatever a host can build:
+instances pass keys and values on.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +36,9 @@ Fused = Literal["cudnn", "xla"]  # `implementation` of jax.nn.dot_product_attent
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Axes of KV heads and of tokens in a layer's keys and values [B, ...], and their type."""
+    """Axes of KV heads and of tokens in a layer's keys and values [B, ...], and their type: float32, bfloat16, or uint16,
+    the bits of bfloat16. XLA:CPU moves those as they are, where it makes float32 of every bfloat16 that it touches.
+    """
 
     heads: int
     keys: int
@@ -53,13 +57,12 @@ class Layout:
 
     def kept(self, k: Array, v: Array) -> tuple[Array, Array]:
         """[B, T, KV, hd] as the model made them → as they lie here."""
-        k, v = (jnp.transpose(a, self._order(axis)).astype(self.dtype)
-                for a, axis in ((k, self.keys), (v, self.values)))
+        k, v = (self._rounded(jnp.transpose(a, self._order(axis))) for a, axis in ((k, self.keys), (v, self.values)))
         return k, v
 
     def plain(self, k: Array, v: Array) -> tuple[Array, Array]:
         """→ f32[B, KV, hd, S], f32[B, KV, S, hd]"""
-        k, v = (jnp.transpose(a, [self._order(own).index(i) for i in _PLAIN._order(axis)]).astype(jnp.float32)
+        k, v = (jnp.transpose(self._numbers(a), [self._order(own).index(i) for i in _PLAIN._order(axis)]).astype(jnp.float32)
                 for a, own, axis in ((k, self.keys, _PLAIN.keys), (v, self.values, _PLAIN.values)))
         return k, v
 
@@ -74,7 +77,7 @@ class Layout:
         out = []
         for a, b, axis in zip(kv, new, (self.keys, self.values), strict=True):
             index = tuple({0: jnp.arange(a.shape[0]), axis: at}.get(i, slice(None)) for i in range(4))
-            out.append(a.at[index].set(b[:, 0].astype(self.dtype)))
+            out.append(a.at[index].set(self._rounded(b[:, 0])))
         return out[0], out[1]
 
     def fitted(self, kv: tuple[Array, Array], tokens: int) -> tuple[Array, Array]:
@@ -85,12 +88,23 @@ class Layout:
             out.append(jnp.pad(a, [(0, tokens - size if i == axis else 0) for i, size in enumerate(a.shape)]))
         return out[0], out[1]
 
+    def _rounded(self, x: Array) -> Array:
+        """As `dtype`. Of a conversion to bfloat16 and back XLA may leave nothing, and compute with what was not rounded."""
+        if self.dtype == jnp.float32:
+            return x.astype(jnp.float32)
+        x = lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), self.dtype)
+
+    def _numbers(self, x: Array) -> Array:
+        return lax.bitcast_convert_type(x, jnp.bfloat16) if self.dtype == jnp.uint16 else x
+
     def _order(self, axis: int) -> list[int]:
         """Of the dimensions B, T, KV, hd: which one lies where, tokens being at `axis`."""
         return [{0: 0, axis: 1, self.heads: 2}.get(i, 3) for i in range(4)]
 
 
 _PLAIN = Layout(heads=1, keys=3, values=2, dtype=np.dtype(np.float32))
+_SHORT = replace(_PLAIN, dtype=np.dtype(np.uint16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +172,10 @@ def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device],
     """The fastest that is known to fit `devices`; what is in C++ is fetched or built into `directory`, which exists."""
     platform = devices[0].platform
     if platform == "cpu":
-        fits = config.native_kernels and len(devices) == 1 and spec.compute_dtype == "bfloat16"
-        return Attention(product=native.product(directory, cpu_features(), fetch) if fits else None)
+        if spec.compute_dtype != "bfloat16":
+            return Attention()
+        fits = config.native_kernels and len(devices) == 1
+        return Attention(_SHORT, native.product(directory, cpu_features(), fetch) if fits else None)
     capability = str(devices[0].compute_capability) if platform == "gpu" else ""
     if config.cudnn_attention and cudnn_fits(spec, capability):
         return fused("cudnn", spec.compute_dtype)

@@ -39,13 +39,12 @@ FEW_ROWS = 16  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to compile it. `max_rows`: XLA's product is as fast with more. `attends`: faster than XLA there, too."""
+    """One way to compile it. `max_rows`: XLA's product is as fast with more."""
 
     name: str
     needs: frozenset[str]  # as /proc/cpuinfo names them
     flags: tuple[str, ...]
     max_rows: float
-    attends: bool
 
 
 # The best first. Comments: XLA's CPU time over ours for the layers of SmolLM2-135M, by rows, in runs that take turns.
@@ -53,16 +52,15 @@ VARIANTS = (
     # Zen 5: 2 rows 2.2, 8 2.6, 16 1.95, 32 1.55, 64 1.6, 128 1.15, 512 1.05; without "-DAMD" with up to 16 rows some 0.05
     # to 0.1 less. (Other Zens have not been tried.)
     Variant("avx512_bf16_amd", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "clzero"}),
-            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-DAMD"), math.inf, True),
+            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-DAMD"), math.inf),
     Variant("avx512_bf16", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}),
-            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"), math.inf, True),
+            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"), math.inf),
     # Emerald Rapids without its bfloat16: 2 rows 1.75, 8 1.6, 16 1.4, 32 1.45, 64 1.4, 128 1.45, 512 1.5, and
-    # with 8 to 128 rows 1.05 to 1.2 times that since weights are fetched ahead; attention, caches that are 5/8 full:
-    # 2 rows 1.7, 8 1.5, 16 1.4
+    # with 8 to 128 rows 1.05 to 1.2 times that since weights are fetched ahead
     Variant("avx512", frozenset({"avx512f", "avx512bw", "avx512vl"}),
-            ("-mavx512f", "-mavx512bw", "-mavx512vl"), math.inf, True),
-    # the same, whose XLA has AVX-512: 2 rows 1.6, 8 1.2, 16 0.9, 64 0.85; attention 1
-    Variant("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma"), 8, False),
+            ("-mavx512f", "-mavx512bw", "-mavx512vl"), math.inf),
+    # the same, whose XLA has AVX-512: 2 rows 1.6, 8 1.2, 16 0.9, 64 0.85
+    Variant("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma"), 8),
 )
 
 
@@ -87,10 +85,12 @@ class Product:
 
     def attends(self, k: jax.Array) -> bool:
         """Whether `attend` takes such keys."""
-        return self.variant.attends and k.shape[2] % _LANES == 0 and k.shape[3] % _LANES == 0
+        return k.dtype == np.uint16 and k.shape[2] % _LANES == 0 and k.shape[3] % _LANES == 0
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, scoring: Scoring) -> jax.Array:
-        """f32[B, H, hd], f32[B, KV, hd, S], f32[B, KV, S, hd], i32[B] → f32[B, H * hd]; row b reads up to last[b]."""
+        """f32[B, H, hd], bits of bfloat16 u16[B, KV, hd, S] and u16[B, KV, S, hd], i32[B] → f32[B, H * hd]; row b reads
+        up to last[b].
+        """
         out = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * q.shape[2]), jax.numpy.float32)
         q = q * (q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale)
         sinks = jax.numpy.float32(-np.inf) if scoring.sinks is None else scoring.sinks.astype(jax.numpy.float32)

@@ -21,6 +21,7 @@ SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5,
 SHAPES = {"groups": (6, 2, 24), "one": (4, 1, 8)}  # query heads, KV heads, head_dim
 SCORINGS = {"plain": Scoring(), "window": Scoring(scale=0.3, window=5), "all": Scoring(0.2, window=7, softcap=3.0)}
 PLAIN = Attention()
+SHORT = chosen(SPEC, EngineConfig(native_kernels=False), jax.devices("cpu")[:1], Path())
 LENGTH, START = 48, 20  # of the cache; where the later chunk begins
 
 
@@ -96,7 +97,7 @@ def test_sinks_go_through_the_products() -> None:
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("way", [PLAIN, fused("xla", "bfloat16")], ids=["plain", "fused"])
+@pytest.mark.parametrize("way", [PLAIN, SHORT, fused("xla", "bfloat16")], ids=["plain", "short", "fused"])
 def test_layouts_keep_cut_and_pad(way: Attention) -> None:
     layout, (k, v) = way.layout, (drawn(3, 10, 2, 16, seed=s) for s in (4, 5))
     kept = layout.kept(k, v)
@@ -133,9 +134,37 @@ def test_the_devices_choose(tmp_path: Path, platform: str, capability: str, chan
     assert way.layout.dtype == (jnp.bfloat16 if expected else jnp.float32)
 
 
-def test_cpus_keep_their_layout(tmp_path: Path) -> None:
-    assert chosen(SPEC, EngineConfig(), jax.local_devices()[:1], tmp_path).layout == PLAIN.layout
-    assert chosen(SPEC, EngineConfig(native_kernels=False), jax.local_devices()[:1], tmp_path) == PLAIN
+def test_cpus_keep_what_the_model_computes_in_whatever_can_be_built_there(tmp_path: Path) -> None:
+    one, several = jax.devices("cpu")[:1], jax.devices("cpu") * 2
+    ways = [chosen(SPEC, EngineConfig(native_kernels=native), devices, tmp_path)
+            for native in (True, False) for devices in (one, several)]
+    assert all(way.layout == SHORT.layout for way in ways) and SHORT.layout.dtype.itemsize == 2
+    assert all(way == SHORT for way in ways[1:])
+    assert chosen(replace(SPEC, dtype="float32"), EngineConfig(), one, tmp_path) == PLAIN
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("call", [first, later, step])
+def test_keys_and_values_are_rounded_before_anything_reads_them(call, scoring: str) -> None:
+    """XLA must not see through the rounding of those that it reads where they are made."""
+    q = drawn(4, 16, 6, 24, seed=1)
+    k, v = (drawn(4, 16 if call is first else START + 16, 2, 24, seed=seed) for seed in (2, 3))
+    rounded = [a.astype(jnp.bfloat16).astype(jnp.float32) for a in (k, v)]
+    want, got = (jax.jit(call, static_argnums=(0, 4))(way, q, *kv, SCORINGS[scoring])
+                 for way, kv in ((PLAIN, rounded), (SHORT, (k, v))))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("stage, donated", [(("insert", 4, 512, 256), True), (("decode", 0, 1, 4, 512), True),
+                                            (("resize", 2, 256, 4, 512), False), (("blank", 4, 512), False)])
+def test_a_cache_of_bfloat16_is_moved_as_it_is(tmp_path: Path, stage: tuple[str | int, ...], donated: bool) -> None:
+    """XLA:CPU would make float32 of all of it to write one token."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("tp",))
+    stages = Stages(SPEC, EngineConfig(executable_cache=str(tmp_path)), mesh)
+    compiled, cache = stages._stage(*stage), stages.kv_specs(4, 512)
+    assert compiled.memory_analysis().alias_size_in_bytes == (sum(a.size * 2 for a in cache) if donated else 0)
+    if stages.attention.product is not None or stage[0] != "decode":
+        assert not [a for a in cache if f"f32[{','.join(map(str, a.shape))}]" in compiled.as_text()]
 
 
 @pytest.mark.parametrize("window", [None, 64])

@@ -16,10 +16,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from blitzjax.config import EngineConfig
 from blitzjax.engine import native
-from blitzjax.engine.attention import attention
+from blitzjax.engine.attention import attention, chosen
 from blitzjax.engine.executables import cpu_features, read_file
 from blitzjax.models import blocks
+from blitzjax.types import ModelSpec
 
 RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]
 PROCESS = Path(__file__).with_name("native_process.py")
@@ -127,20 +129,33 @@ def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product,
     rng = np.random.default_rng(kv + group + hd)
     lasts = np.unique(np.array([0, 1, 14, 15, context // 2, context - 2, context - 1], np.int32) % context)
     q = rng.normal(size=(len(lasts), 1, kv * group, hd), scale=3).astype(np.float32)
-    k = rng.normal(size=(len(lasts), kv, hd, context)).astype(np.float32)
-    v = rng.normal(size=(len(lasts), kv, context, hd)).astype(np.float32)
+    k = rng.normal(size=(len(lasts), kv, hd, context)).astype(ml_dtypes.bfloat16)
+    v = rng.normal(size=(len(lasts), kv, context, hd)).astype(ml_dtypes.bfloat16)
     for row, last in enumerate(lasts):  # nobody looks at what is not there yet
         k[row, ..., last + 1 :], v[row, :, last + 1 :] = np.nan, np.nan
     how = SCORINGS[scoring]
     if sinks:
         how = dataclasses.replace(how, sinks=jnp.asarray(rng.normal(size=(kv, group), scale=5), jnp.float32))
     attend = jax.jit(lambda q, k, v, last: product.attend(q[:, 0], k, v, last, how))
-    got = np.asarray(attend(q, k, v, lasts))
-    usual = attention(q, np.nan_to_num(k), np.nan_to_num(v), lasts[:, None, None, None], how)[:, 0]
+    bits = [a.view(np.uint16) for a in (k, v)]
+    got = np.asarray(attend(q, *bits, lasts))
+    usual = attention(q, *(np.nan_to_num(a.astype(np.float32)) for a in (k, v)), lasts[:, None, None, None], how)[:, 0]
     np.testing.assert_allclose(got, np.asarray(usual), rtol=1e-5, atol=1e-5)
     for row in range(len(lasts)):
-        alone = np.asarray(attend(*(a[row : row + 1] for a in (q, k, v, lasts))))
+        alone = np.asarray(attend(*(a[row : row + 1] for a in (q, *bits, lasts))))
         np.testing.assert_array_equal(alone[0], got[row])
+
+
+@pytest.mark.parametrize("hd, context, called", [(64, 256, True), (80, 16, True), (24, 256, False), (64, 8, False)])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_a_step_attends_in_cpp_where_registers_are_filled(directory: Path, scoring: str, hd: int, context: int,
+                                                          called: bool) -> None:
+    how = dataclasses.replace(SCORINGS[scoring], sinks=jnp.ones((2, 3)))
+    spec = ModelSpec("tiny", "llama", 1, 6 * hd, 6, 2, hd, 128, 272, 512, 10000.0, 1e-5, True, "bfloat16")
+    way = chosen(spec, EngineConfig(), jax.devices("cpu")[:1], directory)
+    kv = [jnp.ones(shape, way.layout.dtype) for shape in way.layout.shapes(spec, 4, context)]
+    step = jax.make_jaxpr(lambda q, last: way.step(q, *kv, last, how))(jnp.ones((4, 1, 6, hd)), jnp.arange(4))
+    assert ("ffi_call" in str(step)) == called
 
 
 def test_programs_kept_on_disk_load_in_a_new_process_with_any_number_of_threads(tmp_path: Path) -> None:
