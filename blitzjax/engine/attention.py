@@ -55,6 +55,10 @@ class Layout:
     def tokens(self, kv: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
         return kv[0].shape[self.keys]
 
+    @property
+    def name(self) -> str:
+        return f"{self.dtype} with heads, keys and values at {self.heads}, {self.keys}, {self.values}"
+
     def kept(self, k: Array, v: Array) -> tuple[Array, Array]:
         """[B, T, KV, hd] as the model made them → as they lie here."""
         k, v = (self._rounded(jnp.transpose(a, self._order(axis))) for a, axis in ((k, self.keys), (v, self.values)))

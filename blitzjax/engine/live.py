@@ -155,7 +155,8 @@ class NewSide:
         offered = self._handoff.offer(sequence.begun.x, *kv)
         self._offers[seq] = offered.uuids
         activations, *layers = offered.uuids
-        return HandOver(seq, sequence.work, next_layer, offered.address, activations, tuple(layers))
+        return HandOver(seq, sequence.work, next_layer, offered.address, activations, tuple(layers),
+                        layout=self._runner.stages.layout.name)
 
 
 class OldSide:
@@ -197,7 +198,7 @@ class OldSide:
             return prefill
         self._link_free.clear()
         self._activations.submit(self._take_activations, work, answer, self._residuals(prefill))
-        self._kv.submit(self._take_kv, work, answer, self._runner.stages.kv_specs(1, prefill.context))
+        self._kv.submit(self._take_kv, work, answer, prefill.context)
         return None
 
     def lend(self, borrow: Borrow) -> None:
@@ -244,33 +245,32 @@ class OldSide:
         return stays
 
     def _take_activations(self, work: Work, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
-        arrays, error = self._fetch(answer.address, answer.activation_uuid, specs)
+        arrays: list[Array] = []
+        error = ""
+        try:
+            arrays = self._handoff.take(answer.address, answer.activation_uuid, specs, self._timeout_s)
+        except TransferError as e:
+            error = str(e)
         self._link_free.set()
         self._post(ActivationsTaken(work, answer.seq, answer.next_layer, arrays, error))
 
-    def _take_kv(self, work: Work, answer: HandOver, specs: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]) -> None:
+    def _take_kv(self, work: Work, answer: HandOver, context: int) -> None:
         """Keys and values of every layer that NEW ran, layer by layer, unless the request leaves meanwhile."""
         arrays: list[Array] = []
         error, rest = "", None
-        for index, uuid in enumerate(answer.kv_uuids):
-            self._link_free.wait()
-            if self._stays(work, answer.seq):
-                rest = KVRest(answer.address, answer.kv_uuids[index:], self._runner.stages.layout.tokens(specs),
-                              partial(self._settle, answer.seq))
-                break
-            taken, error = self._fetch(answer.address, uuid, list(specs))
-            if error:
-                break
-            arrays += taken
-        else:
-            self.partner.taken(answer.seq)
-        self._post(KVTaken(work.request.id, work.attempt, arrays, error, rest))
-
-    def _fetch(self, address: str, uuid: int, specs: list[jax.ShapeDtypeStruct]) -> tuple[list[Array], str]:
         try:
-            return self._handoff.take(address, uuid, specs, self._timeout_s), ""
+            specs = self._runner.stages.taken_specs(answer.layout, context)
+            for index, uuid in enumerate(answer.kv_uuids):
+                self._link_free.wait()
+                if self._stays(work, answer.seq):
+                    rest = KVRest(answer.address, answer.kv_uuids[index:], context, partial(self._settle, answer.seq))
+                    break
+                arrays += self._handoff.take(answer.address, uuid, specs, self._timeout_s)
+            else:
+                self.partner.taken(answer.seq)
         except TransferError as e:
-            return [], str(e)
+            error = str(e)
+        self._post(KVTaken(work.request.id, work.attempt, arrays, error, rest))
 
     def _residuals(self, prefill: Prefill) -> list[jax.ShapeDtypeStruct]:
         stages = self._runner.stages

@@ -40,7 +40,8 @@ class Decoded:
 class HandOver:
     """NEW's answer to pull `seq`. `work` None: nothing, and nothing will come (`drained`) or the pair ended.
 
-    Layers [0, next_layer) were run; the residuals wait at `address` under `activation_uuid`, KV under one id per layer.
+    Layers [0, next_layer) were run; the residuals wait at `address` under `activation_uuid`, KV under one id per layer, laid
+    out as `layout` says.
     """
 
     seq: int
@@ -50,17 +51,21 @@ class HandOver:
     activation_uuid: int = 0
     kv_uuids: tuple[int, ...] = ()
     drained: bool = False
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class KVPiece:
-    """Keys and values of layers [start, stop), `width` tokens long, wait at `address` under `uuid`."""
+    """Keys and values of layers [start, stop), `width` tokens long and laid out as `layout` says, wait at `address` under
+    `uuid`.
+    """
 
     address: str
     uuid: int
     start: int
     stop: int
     width: int
+    layout: str
 
 
 @dataclass(frozen=True, slots=True)

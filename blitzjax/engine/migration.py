@@ -160,11 +160,11 @@ class Moves:
                 pairs = own[at : at + group]
                 offered = self._handoff.offer([a for pair in pairs for a in pair])
                 yield m.KVPiece(offered.address, offered.uuids[0], start + at, start + at + len(pairs),
-                                self._stages.layout.tokens(pairs[0]))
+                                self._stages.layout.tokens(pairs[0]), self._stages.layout.name)
         assert rest is not None or not absent
         if rest is not None:
             for layer, uuid in zip(absent, rest.uuids, strict=True):
-                yield m.KVPiece(rest.address, uuid, layer, layer + 1, rest.width)
+                yield m.KVPiece(rest.address, uuid, layer, layer + 1, rest.width, self._stages.layout.name)
 
     def _answered(self, message: m.KVAnswered | m.KVUnanswered) -> None:
         """The target has it, cannot have it, or is gone."""
@@ -216,7 +216,7 @@ class Moves:
             for piece in coming.offer.pieces:
                 if coming.withdrawn.is_set():
                     return
-                specs = self._stages.kv_specs(1, piece.width) * (piece.stop - piece.start)
+                specs = self._stages.taken_specs(piece.layout, piece.width) * (piece.stop - piece.start)
                 arrays = self._handoff.take(piece.address, piece.uuid, specs, self._timeout_s)
                 pairs = zip(arrays[::2], arrays[1::2], strict=True)
                 layers |= dict(zip(range(piece.start, piece.stop), pairs, strict=True))

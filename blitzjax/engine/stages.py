@@ -26,7 +26,7 @@ from blitzjax.engine.attention import Attention, chosen
 from blitzjax.engine.executables import ExecutableCache, Fetch, Program
 from blitzjax.engine.locations import executables_in
 from blitzjax.engine.shapes import Shapes, shapes_for
-from blitzjax.errors import ConfigError
+from blitzjax.errors import ConfigError, TransferError
 from blitzjax.models import blocks, family, own
 from blitzjax.models.rope import for_context
 from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, ModelSpec, Span
@@ -233,6 +233,13 @@ class Stages:
         k, v = self.layout.shapes(self.spec, rows, context)
         return (self._abstract(k, self.layout.dtype, self.kv_sharding),
                 self._abstract(v, self.layout.dtype, self.kv_sharding))
+
+    def taken_specs(self, layout: str, tokens: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Of one sequence's keys and values that lie elsewhere as `layout` says. Raises TransferError if not so here."""
+        if layout != self.layout.name:
+            raise TransferError(f"KV comes as {layout}, and is {self.layout.name} here: the workers of a cluster must have "
+                                "devices of one kind")
+        return self.kv_specs(1, tokens)
 
     def _zeros(self, rows: int, tokens: int) -> KV:
         k, v = self.layout.shapes(self.spec, rows, tokens)

@@ -94,7 +94,7 @@ class PartnerLink:
 def _encode_hand_off(answer: m.HandOver) -> pb.WorkerEvent:
     out = pb.WorkerEvent(hand_off=pb.HandOff(
         seq=answer.seq, next_layer=answer.next_layer, address=answer.address, activation_uuid=answer.activation_uuid,
-        kv_uuids=answer.kv_uuids, drained=answer.drained))
+        kv_uuids=answer.kv_uuids, drained=answer.drained, layout=answer.layout))
     if answer.work is not None:
         out.hand_off.work.CopyFrom(codec.encode_work(answer.work))
     return out
@@ -103,4 +103,4 @@ def _encode_hand_off(answer: m.HandOver) -> pb.WorkerEvent:
 def _decode_hand_off(message: pb.HandOff) -> m.HandOver:
     work = codec.decode_work(message.work) if message.HasField("work") else None
     return m.HandOver(message.seq, work, message.next_layer, message.address, message.activation_uuid,
-                      tuple(message.kv_uuids), message.drained)
+                      tuple(message.kv_uuids), message.drained, message.layout)

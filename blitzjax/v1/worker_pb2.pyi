@@ -459,7 +459,7 @@ class Taken(_message.Message):
     def __init__(self, seq: _Optional[int] = ...) -> None: ...
 
 class HandOff(_message.Message):
-    __slots__ = ("seq", "work", "next_layer", "address", "activation_uuid", "kv_uuids", "drained")
+    __slots__ = ("seq", "work", "next_layer", "address", "activation_uuid", "kv_uuids", "drained", "layout")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     NEXT_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -467,6 +467,7 @@ class HandOff(_message.Message):
     ACTIVATION_UUID_FIELD_NUMBER: _ClassVar[int]
     KV_UUIDS_FIELD_NUMBER: _ClassVar[int]
     DRAINED_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     seq: int
     work: Work
     next_layer: int
@@ -474,7 +475,8 @@ class HandOff(_message.Message):
     activation_uuid: int
     kv_uuids: _containers.RepeatedScalarFieldContainer[int]
     drained: bool
-    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: bool = ...) -> None: ...
+    layout: str
+    def __init__(self, seq: _Optional[int] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., next_layer: _Optional[int] = ..., address: _Optional[str] = ..., activation_uuid: _Optional[int] = ..., kv_uuids: _Optional[_Iterable[int]] = ..., drained: bool = ..., layout: _Optional[str] = ...) -> None: ...
 
 class KVOffer(_message.Message):
     __slots__ = ("work", "said", "pieces")
@@ -487,18 +489,20 @@ class KVOffer(_message.Message):
     def __init__(self, work: _Optional[_Union[Work, _Mapping]] = ..., said: _Optional[_Union[Tokens, _Mapping]] = ..., pieces: _Optional[_Iterable[_Union[KVPiece, _Mapping]]] = ...) -> None: ...
 
 class KVPiece(_message.Message):
-    __slots__ = ("address", "uuid", "start", "stop", "width")
+    __slots__ = ("address", "uuid", "start", "stop", "width", "layout")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     UUID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     address: str
     uuid: int
     start: int
     stop: int
     width: int
-    def __init__(self, address: _Optional[str] = ..., uuid: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    layout: str
+    def __init__(self, address: _Optional[str] = ..., uuid: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., width: _Optional[int] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class KVAnswer(_message.Message):
     __slots__ = ("error",)

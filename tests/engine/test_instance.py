@@ -16,6 +16,7 @@ import pytest
 
 from blitzjax.config import Config, EngineConfig, TransferConfig
 from blitzjax.engine import checkpoint, messages as m
+from blitzjax.engine.attention import Attention
 from blitzjax.engine.instance import Instance
 from blitzjax.engine.live import OldSide
 from blitzjax.engine.params import LayerStore, fill, unit_arrays
@@ -45,10 +46,10 @@ class Rig:
     """
 
     def __init__(self, name: str, config: Config, rigs: dict[str, "Rig"], checkpoint: Path | None = None,
-                 own_memory: bool = False):
+                 own_memory: bool = False, attention: Attention | None = None):
         devices = jax.local_devices()[: config.engine.tensor_parallel]
         self.store = LayerStore(SPEC, devices, own_memory)
-        stages = Stages(SPEC, config.engine, self.store.mesh)
+        stages = Stages(SPEC, config.engine, self.store.mesh, attention)
         self.handoff = HandOff("127.0.0.1", devices, own_memory)
         self.events: list[object] = []
         self.changed = threading.Condition()

@@ -10,6 +10,7 @@ import pytest
 
 from blitzjax.config import EngineConfig
 from blitzjax.engine import messages as m
+from blitzjax.engine.attention import Attention, fused
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
 from blitzjax.types import LivePair, TokenLogprob, Work
@@ -28,13 +29,13 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
     and every bit is compared."""
     made: dict[str, Rig] = {}
 
-    def rigs(*names: str, units: int = SPEC.units, **engine: int) -> dict[str, Rig]:
+    def rigs(*names: str, units: int = SPEC.units, attention: Attention | None = None, **engine: int) -> dict[str, Rig]:
         options = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
                    "prefix_caching": False,
                    "executable_cache": str(tmp_path_factory.getbasetemp() / "executables")} | engine
         config = replace(PATIENT, engine=EngineConfig(**options))
         for name in names:
-            made[name] = Rig(name, config, made)
+            made[name] = Rig(name, config, made, attention=attention)
             made[name].load(units)
         return made
 
@@ -292,6 +293,16 @@ def test_a_full_target_declines_and_disturbs_nobody(make) -> None:
     assert "no room" in of(p, RequestFailed)[0].message and not of(d, KVMigrated)
     wait(lambda: len(ended(d)) == 2, "ends")
     assert answers(d) == wanted and p.instance.idle
+
+
+def test_a_target_whose_kv_lies_otherwise_declines(make) -> None:
+    """As large as the source's, so that nothing else would tell."""
+    p, d = make("p")["p"], make("d", attention=fused("xla", "float32"))["d"]
+    migrate_after(2, p, "r0", d)
+    p.instance.post(WORKS[0])
+    wait(lambda: of(p, RequestFailed), "the refusal")
+    assert of(p, RequestFailed)[0].message.startswith("KV comes as float32 with heads, keys and values at 1, 3, 2, and is ")
+    assert not of(d, KVMigrated)
 
 
 @pytest.mark.parametrize(("when", "ends"), [("offered", "p"), ("taken", "p"), ("adopted", "pd"), ("answered", "d")])

@@ -6,6 +6,7 @@ from test_instance import SPEC, WORKS, Rig, answers, finished, reference, rigs, 
 
 from blitzjax.commands import EndLive, Release, StartLive
 from blitzjax.engine import messages as m
+from blitzjax.engine.attention import fused
 from blitzjax.events import Drained, LiveDrained, RequestFailed, RequestFinished, RequestHanded
 from blitzjax.types import LivePair
 
@@ -26,6 +27,21 @@ def test_two_partners_whose_session_breaks_say_that_their_pair_may_end(rigs) -> 
     wait(lambda: finished(new.events) | {e.request_id for e in list(old.events) if isinstance(e, RequestHanded)}
          == set(expected), "answers of all that OLD did not get, to its last hand-over")
     assert all(tokens == expected[i] for i, tokens in answers(new).items())
+
+
+def test_old_declines_kv_that_lies_otherwise_at_new(rigs) -> None:  # noqa: F811
+    old = rigs["old"]
+    rigs["new"].stop()
+    new = rigs["new"] = Rig("new", old.instance.config, rigs, attention=fused("xla", "float32"))
+    old.load(SPEC.units), new.load(SPEC.embed_unit + 1)
+    pair = LivePair("old", "new", "zigzag")
+    new.post(StartLive("new", pair), WORKS[4])
+    side = new.instance._partners
+    wait(lambda: side.new and any(s.begun.next_layer for s in list(side.new._sequences.values())), "a layer of it")
+    old.instance.post(StartLive("old", pair))
+    old.wait(lambda events: any(isinstance(e, RequestFailed) for e in events), "the refusal")
+    (failed,) = [e for e in old.events if isinstance(e, RequestFailed)]
+    assert failed.message.startswith("KV comes as float32 with heads, keys and values at 2, 1, 1, and is ")
 
 
 def test_a_session_that_ends_late_does_not_disturb_the_next_pair_of_the_same_two(rigs) -> None:  # noqa: F811
