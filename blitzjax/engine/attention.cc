@@ -1,9 +1,9 @@
-// One query per sequence over the keys and values that the sequence has kept in bfloat16, grouped heads, sums in float32.
+// Queries over the keys and values that their sequence has kept in bfloat16, grouped heads, sums in float32.
 //
-// Reads what a row has, not the whole context that its cache has room for, and once for all heads of a group. A row's
-// numbers do not depend on the other rows, on the room, nor on the number of threads.
+// Reads what a query sees, not the whole context that its cache has room for, and once for all heads of a group. A query's
+// numbers do not depend on the others, on the room, nor on the number of threads: in a prompt they are those of a step.
 //
-// Memory decides: keys and values are read in the order in which they lie, and fetched kAheadBytes before they are used,
+// With one query per sequence memory decides: keys and values are read in the order in which they lie, and fetched kAheadBytes before they are used,
 // at a matrix's end those that the next group or row begins with. On Zen 5 that takes half of the time.
 #include <immintrin.h>
 
@@ -46,7 +46,7 @@ inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
 #endif
 constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
-constexpr int kMostHeads = 4;  // registers for their sums
+constexpr int kMostHeads = 4, kMostRows = 6;  // of one query, of several: registers for their sums
 constexpr int kKeyRows = 4;  // that are read side by side
 constexpr int64_t kAheadBytes = 8192, kLine = 64 / sizeof(uint16_t);  // numbers of a line of cache
 
@@ -96,16 +96,14 @@ inline float Exponentials(float* x, int64_t first, int64_t stop, int64_t room, f
   return sum + Exp(sink - top);  // without a sink too little to be seen
 }
 
-// What a row attends to, and how: keys [size, context] and values [context, size] of the tokens [first, stop).
-struct Cache {
-  const uint16_t *keys, *values;
-  int64_t size, context, first, stop;
-  float softcap;  // 0: none
+struct Keys {
+  const uint16_t* keys;  // [size, context]
+  int64_t size, context;
 };
 
 // scores[h, j] = sum_i q[h, i] * keys[i, begin + j] for kHeads heads q [kHeads, size] and `room` tokens.
 template <int kHeads>
-void Scores(const float* q, const Cache& kv, int64_t begin, int64_t room, float* scores) {
+void Scores(const float* q, const Keys& kv, int64_t begin, int64_t room, float* scores) {
   const int64_t bytes = room * sizeof(uint16_t), rows = kKeyRows * (1 + kAheadBytes / (kKeyRows * bytes));
   const int64_t ahead = std::min(rows, kv.size) * kv.context;
   std::fill(scores, scores + kHeads * room, 0.0f);
@@ -129,76 +127,131 @@ void Scores(const float* q, const Cache& kv, int64_t begin, int64_t room, float*
   }
 }
 
-// out[h, j] = sum_i weights[h, i] * values[i, j] for kHeads heads, every `room` weights, and kCount registers from `column`.
-template <int kHeads, int kCount>
-inline void Sums(const float* weights, int64_t room, const Cache& kv, int64_t column, float* out) {
-  const int64_t tokens = kv.stop - kv.first, ahead = kAheadBytes / sizeof(uint16_t) / kv.size;
-  const uint16_t* values = kv.values + kv.first * kv.size + column;
-  Vector sums[kHeads * kCount];
-  UNROLLED for (int s = 0; s < kHeads * kCount; ++s) sums[s] = Broadcast(0);
-  for (int64_t i = 0; i < tokens; ++i, values += kv.size) {
-    const uint16_t* next = values + (i + ahead < tokens ? ahead : ahead + kv.context - tokens) * kv.size;
+// to[h, j] = sum_i a[h, i] * b[i, j] for kRows rows of a, every `a_row` numbers, `count` rows of b, every `b_row`, and
+// kCount registers of columns. If `kFetch`, b is read from memory: what lies `ahead` rows further on is fetched, at the end
+// `beyond` rows beyond that.
+template <int kRows, int kCount, bool kFetch>
+inline void Tile(const float* a, int64_t a_row, const uint16_t* b, int64_t b_row, int64_t count, int64_t ahead,
+                 int64_t beyond, float* to, int64_t to_row) {
+  Vector sums[kRows * kCount];
+  UNROLLED for (int s = 0; s < kRows * kCount; ++s) sums[s] = Broadcast(0);
+  for (int64_t i = 0; i < count; ++i, b += b_row) {
+    const uint16_t* next = b + (i + ahead < count ? ahead : ahead + beyond) * b_row;
     Vector row[kCount];
     UNROLLED for (int v = 0; v < kCount; ++v) {
-      if (v * kLanes % kLine == 0) Fetch(next + v * kLanes);
-      row[v] = Load(values + v * kLanes);
+      if (kFetch && v * kLanes % kLine == 0) Fetch(next + v * kLanes);
+      row[v] = Load(b + v * kLanes);
     }
-    UNROLLED for (int h = 0; h < kHeads; ++h) {
-      const Vector weight = Broadcast(weights[h * room + i]);
-      UNROLLED for (int v = 0; v < kCount; ++v) sums[h * kCount + v] = MultiplyAdd(sums[h * kCount + v], weight, row[v]);
+    UNROLLED for (int h = 0; h < kRows; ++h) {
+      const Vector value = Broadcast(a[h * a_row + i]);
+      UNROLLED for (int v = 0; v < kCount; ++v) sums[h * kCount + v] = MultiplyAdd(sums[h * kCount + v], value, row[v]);
     }
   }
-  UNROLLED for (int h = 0; h < kHeads; ++h)
-    UNROLLED for (int v = 0; v < kCount; ++v) Store(out + h * kv.size + column + v * kLanes, sums[h * kCount + v]);
+  UNROLLED for (int h = 0; h < kRows; ++h)
+    UNROLLED for (int v = 0; v < kCount; ++v) Store(to + h * to_row + v * kLanes, sums[h * kCount + v]);
 }
 
-// kHeads heads q [kHeads, size], with a sink each, into out [kHeads, size].
-template <int kHeads>
-void Heads(const float* q, const Cache& kv, const float* sinks, float* out) {
-  const int64_t begin = kv.first / kLanes * kLanes, room = (kv.stop + kLanes - 1) / kLanes * kLanes - begin;
-  const int64_t first = kv.first - begin, stop = kv.stop - begin, size = kv.size;
-  thread_local std::vector<float> weights;
-  weights.resize(kHeads * room);
-  Scores<kHeads>(q, kv, begin, room, weights.data());
-  float sums[kHeads];
-  for (int h = 0; h < kHeads; ++h) {
-    float* scores = weights.data() + h * room;
-    if (kv.softcap > 0) Squeeze(scores, room, kv.softcap);
-    sums[h] = Exponentials(scores, first, stop, room, sinks[h]);
+// All of `columns`, a multiple of a register.
+template <int kRows, bool kFetch>
+void Columns(const float* a, int64_t a_row, const uint16_t* b, int64_t b_row, int64_t count, int64_t ahead, int64_t beyond,
+             float* to, int64_t to_row, int64_t columns) {
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= columns; j += kVectors * kLanes)
+    Tile<kRows, kVectors, kFetch>(a, a_row, b + j, b_row, count, ahead, beyond, to + j, to_row);
+  for (; j < columns; j += kLanes)
+    Tile<kRows, 1, kFetch>(a, a_row, b + j, b_row, count, ahead, beyond, to + j, to_row);
+}
+
+// kRows heads of some queries over the same keys [size, context] and values [context, size].
+template <int kRows>
+struct Heads {
+  const uint16_t *keys, *values;
+  int64_t size, context;
+  float softcap;  // 0: none
+  const float* q[kRows];
+  float* out[kRows];
+  int64_t first[kRows], stop[kRows];  // the tokens [first, stop) are seen
+  float sinks[kRows];
+
+  // `kStreams`: keys and values come from memory, else others have just read them.
+  template <bool kStreams>
+  void Attend() {
+    const int64_t from = *std::min_element(first, first + kRows), to = *std::max_element(stop, stop + kRows);
+    const int64_t begin = from / kLanes * kLanes, room = (to + kLanes - 1) / kLanes * kLanes - begin;
+    thread_local std::vector<float> numbers;
+    numbers.resize(kRows * (size + room));
+    float *const rows = numbers.data(), *const weights = rows + kRows * size;
+    for (int r = 0; r < kRows; ++r) std::copy(q[r], q[r] + size, rows + r * size);
+    if constexpr (kStreams)
+      Scores<kRows>(rows, {keys, size, context}, begin, room, weights);
+    else
+      Columns<kRows, false>(rows, size, keys + begin, context, size, 0, 0, weights, room, room);
+    float sums[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      float* scores = weights + r * room;
+      if (softcap > 0) Squeeze(scores, room, softcap);
+      sums[r] = Exponentials(scores, first[r] - begin, stop[r] - begin, room, sinks[r]);
+    }
+    const int64_t ahead = kAheadBytes / sizeof(uint16_t) / size, tokens = to - from;
+    Columns<kRows, kStreams>(weights + from - begin, room, values + from * size, size, tokens, ahead, context - tokens,
+                             rows, size, size);
+    for (int r = 0; r < kRows; ++r)
+      for (int64_t i = 0; i < size; ++i) out[r][i] = rows[r * size + i] / sums[r];
   }
-  int64_t column = 0;
-  for (; column + kVectors * kLanes <= size; column += kVectors * kLanes)
-    Sums<kHeads, kVectors>(weights.data() + first, room, kv, column, out);
-  for (; column < size; column += kLanes) Sums<kHeads, 1>(weights.data() + first, room, kv, column, out);
-  for (int h = 0; h < kHeads; ++h)
-    for (int64_t i = 0; i < size; ++i) out[h * size + i] /= sums[h];
-}
+};
 
-// q is scaled. A row sees `window` tokens, the last of them at last[row]; sinks [groups, heads of a group].
+// As many queries in turn as `turn` see one row of the cache, the last `window` of its tokens up to `last`.
+struct Operands {
+  const float* q;         // [queries, groups, heads, size], scaled
+  const uint16_t *k, *v;  // [rows, groups, size, context], [rows, groups, context, size]
+  const int32_t* last;    // [queries]
+  const float* sinks;     // [groups, heads]
+  float* out;
+  int64_t turn, groups, heads, size, context, window;
+  float softcap;
+
+  // Heads [at, at + kRows) of all queries that see `matrix`, those of a query side by side; beyond `end` its last again.
+  template <int kRows, bool kStreams>
+  void Run(int64_t matrix, int64_t at, int64_t end) const {
+    const int64_t group = matrix % groups, from = matrix * size * context;
+    Heads<kRows> some{k + from, v + from, size, context, softcap};
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t one = std::min(at + r, end - 1);
+      const int64_t row = matrix / groups * turn + one / heads, head = group * heads + one % heads;
+      some.q[r] = q + (row * groups * heads + head) * size;
+      some.out[r] = out + (row * groups * heads + head) * size;
+      some.stop[r] = std::clamp<int64_t>(last[row] + 1, 1, context);
+      some.first[r] = std::clamp<int64_t>(some.stop[r] - window, 0, some.stop[r] - 1);
+      some.sinks[r] = sinks[head];
+    }
+    some.template Attend<kStreams>();
+  }
+};
+
 ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::U16> k, ffi::Buffer<ffi::U16> v,
                   ffi::Buffer<ffi::S32> last, ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out,
                   int64_t window, float softcap) {
-  const auto sizes = k.dimensions();  // [rows, groups, size, context]
-  const int64_t rows = sizes[0], groups = sizes[1], size = sizes[2], context = sizes[3];
-  const int64_t heads = q.dimensions()[1] / groups;
+  const auto sizes = k.dimensions();  // [rows of the cache, groups, size, context]
+  const int64_t groups = sizes[1], size = sizes[2], context = sizes[3], matrices = sizes[0] * groups;
+  const int64_t turn = q.dimensions()[0] / sizes[0], heads = q.dimensions()[1] / groups;
   if (size % kLanes || context % kLanes) return ffi::Error::InvalidArgument("sizes must be multiples of a register");
-  InParallel(pool, rows * groups, [=, q = q.typed_data(), k = k.typed_data(), v = v.typed_data(),
-                                   last = last.typed_data(), sinks = sinks.typed_data(),
-                                   out = out->typed_data()](int64_t task) {
-    const int64_t stop = std::clamp<int64_t>(last[task / groups] + 1, 1, context);
-    const int64_t first = std::clamp<int64_t>(stop - window, 0, stop - 1), at = task * size * context;
-    const Cache kv{k + at, v + at, size, context, first, stop, softcap};
-    for (int64_t h = 0; h < heads; h += kMostHeads) {
-      const float *queries = q + (task * heads + h) * size, *own = sinks + task % groups * heads + h;
-      float* to = out + (task * heads + h) * size;
-      switch (std::min<int64_t>(heads - h, kMostHeads)) {
-        case 1: Heads<1>(queries, kv, own, to); break;
-        case 2: Heads<2>(queries, kv, own, to); break;
-        case 3: Heads<3>(queries, kv, own, to); break;
-        default: Heads<kMostHeads>(queries, kv, own, to);
-      }
-    }
-  });
+  const Operands all{q.typed_data(), k.typed_data(), v.typed_data(), last.typed_data(), sinks.typed_data(),
+                     out->typed_data(), turn, groups, heads, size, context, window, softcap};
+  if (turn == 1) {
+    InParallel(pool, matrices, [=](int64_t matrix) {
+      for (int64_t at = 0; at < heads; at += kMostHeads) switch (std::min<int64_t>(heads - at, kMostHeads)) {
+          case 1: all.Run<1, true>(matrix, at, heads); break;
+          case 2: all.Run<2, true>(matrix, at, heads); break;
+          case 3: all.Run<3, true>(matrix, at, heads); break;
+          default: all.Run<kMostHeads, true>(matrix, at, heads);
+        }
+    });
+  } else {
+    const int64_t end = turn * heads, tasks = (end + kMostRows - 1) / kMostRows;
+    InParallel(pool, matrices * tasks, [=](int64_t task) {
+      all.Run<kMostRows, false>(task / tasks, task % tasks * kMostRows, end);
+    });
+  }
   return ffi::Error::Success();
 }
 

@@ -1,7 +1,7 @@
 """Which attention does a model get on its devices, and how do its keys and values lie there? Decided here and nowhere else.
 
     devices        keys, values of one layer                   attention
-    CPUs, bf16     bf16 [B, KV, hd, S], bf16 [B, KV, S, hd]    two matrix products; decode in C++ where it can be built
+    CPUs, bf16     bf16 [B, KV, hd, S], bf16 [B, KV, S, hd]    in C++ where it can be built and fits, else two products
     NVIDIA GPUs    bf16 [B, S, KV, hd] twice                   `jax.nn.dot_product_attention` by cuDNN; the products for
                                                                layers with soft caps or sinks, which it does not know
     all others     f32 [B, KV, hd, S], f32 [B, KV, S, hd]      two matrix products
@@ -123,7 +123,7 @@ class Attention:
     def first(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring) -> Array:
         """The first tokens of a sequence, among themselves. q [B, T, H, hd]; k and v as kept, of T tokens."""
         if not self._fuses(scoring):
-            return self._products(q, k, v, jnp.arange(q.shape[1]), scoring)
+            return self._products(q, k, v, jnp.arange(q.shape[1])[None], scoring)
         window = None if scoring.window is None else (scoring.window - 1, 0)
         return self._dot_product(q, k, v, scoring, {}, is_causal=True, local_window_size=window)
 
@@ -131,7 +131,7 @@ class Attention:
         """Tokens from `start` on, which k and v hold already, and all before them."""
         at = start + jnp.arange(q.shape[1])
         if not self._fuses(scoring):
-            return self._products(q, k, v, at, scoring)
+            return self._products(q, k, v, at[None], scoring)
         return self._dot_product(q, k, v, scoring, {"mask": scoring.seen(k.shape[1], at)[None, None]})
 
     def step(self, q: Array, k: Array, v: Array, last: Array, scoring: blocks.Scoring) -> Array:
@@ -140,9 +140,7 @@ class Attention:
             seen = ({"key_value_seq_lengths": last + 1} if scoring.window is None
                     else {"mask": scoring.seen(k.shape[1], last[:, None])[:, None]})
             return self._dot_product(q, k, v, scoring, seen)
-        if self.product is not None and self.product.attends(k):
-            return self.product.attend(q[:, 0].astype(jnp.float32), k, v, last, scoring)[:, None]
-        return self._products(q, k, v, last[:, None, None, None], scoring)
+        return self._products(q, k, v, last[:, None], scoring)
 
     def source(self) -> str:
         """What decides the numbers, for whoever keeps programs that contain it."""
@@ -153,7 +151,12 @@ class Attention:
         return self.fused is not None and scoring.softcap is None and scoring.sinks is None
 
     def _products(self, q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
-        return attention(q, *self.layout.plain(k, v), at, scoring)
+        """`at`: the queries' positions, i32[B or 1, T]."""
+        if self.product is None or not self.product.attends(k):
+            return attention(q, *self.layout.plain(k, v), at[:, None, None], scoring)
+        rows = q.astype(jnp.float32).reshape(-1, *q.shape[2:])
+        last = jnp.broadcast_to(at, q.shape[:2]).reshape(-1)
+        return self.product.attend(rows, k, v, last, scoring).reshape(*q.shape[:2], -1)
 
     def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, seen: dict[str, Any],
                      **rules: Any) -> Array:

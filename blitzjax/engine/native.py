@@ -1,7 +1,7 @@
-"""Products with bfloat16 and int8 weights, and a decode step's attention, in C++ through XLA's foreign function interface.
+"""Products with bfloat16 and int8 weights, and attention, in C++ through XLA's foreign function interface.
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
-(matmul.cc), and attends over all the room that a cache has (attention.cc). Optional: built where it runs, against the
+(matmul.cc), and attends over all the room that a cache has, and to what comes later (attention.cc). Optional: built where it runs, against the
 headers of the jax that is installed, or taken from a worker that has built it; where the CPU has none of the
 instruction sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the last bits:
 instances that shall answer alike need CPUs that do, and one of them a compiler, or none.
@@ -88,8 +88,8 @@ class Product:
         return k.dtype == np.uint16 and k.shape[2] % _LANES == 0 and k.shape[3] % _LANES == 0
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, last: jax.Array, scoring: Scoring) -> jax.Array:
-        """f32[B, H, hd], bits of bfloat16 u16[B, KV, hd, S] and u16[B, KV, S, hd], i32[B] → f32[B, H * hd]; row b reads
-        up to last[b].
+        """f32[R, H, hd], bits of bfloat16 u16[B, KV, hd, S] and u16[B, KV, S, hd], i32[R] → f32[R, H * hd]; of R / B rows
+        for each of the cache, row r reads up to last[r].
         """
         out = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * q.shape[2]), jax.numpy.float32)
         q = q * (q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale)

@@ -146,16 +146,43 @@ def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product,
         np.testing.assert_array_equal(alone[0], got[row])
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("kv, group, hd, start, queries", [(3, 3, 64, 0, 64), (1, 1, 16, 17, 13), (2, 4, 80, 40, 3),
+                                                           (2, 5, 128, 30, 34), (1, 11, 32, 0, 2)])
+def test_queries_of_a_prompt_attend_as_a_step_each_would(product: native.Product, kv: int, group: int, hd: int, start: int,
+                                                         queries: int, scoring: str, sinks: bool) -> None:
+    rows, context = 2, 64
+    rng = np.random.default_rng(kv + group + hd)
+    q = rng.normal(size=(rows, queries, kv * group, hd), scale=3).astype(np.float32)
+    k = rng.normal(size=(rows, kv, hd, context)).astype(ml_dtypes.bfloat16)
+    v = rng.normal(size=(rows, kv, context, hd)).astype(ml_dtypes.bfloat16)
+    k[..., start + queries :], v[:, :, start + queries :] = np.nan, np.nan
+    how = SCORINGS[scoring]
+    if sinks:
+        how = dataclasses.replace(how, sinks=jnp.asarray(rng.normal(size=(kv, group), scale=5), jnp.float32))
+    attend = jax.jit(lambda q, k, v, last: product.attend(q, k, v, last, how))
+    bits, at = [a.view(np.uint16) for a in (k, v)], np.arange(start, start + queries, dtype=np.int32)
+    got = np.asarray(attend(q.reshape(-1, kv * group, hd), *bits, np.tile(at, rows))).reshape(rows, queries, -1)
+    for query, last in enumerate(at):
+        step = np.asarray(attend(q[:, query], *bits, np.full(rows, last, np.int32)))
+        np.testing.assert_array_equal(got[:, query], step)
+    usual = attention(q, *(np.nan_to_num(a.astype(np.float32)) for a in (k, v)), at[None, None, None], how)
+    np.testing.assert_allclose(got, np.asarray(usual), rtol=1e-5, atol=3e-5)
+
+
 @pytest.mark.parametrize("hd, context, called", [(64, 256, True), (80, 16, True), (24, 256, False), (64, 8, False)])
 @pytest.mark.parametrize("scoring", SCORINGS)
-def test_a_step_attends_in_cpp_where_registers_are_filled(directory: Path, scoring: str, hd: int, context: int,
+def test_cpp_attends_where_registers_are_filled(directory: Path, scoring: str, hd: int, context: int,
                                                           called: bool) -> None:
     how = dataclasses.replace(SCORINGS[scoring], sinks=jnp.ones((2, 3)))
     spec = ModelSpec("tiny", "llama", 1, 6 * hd, 6, 2, hd, 128, 272, 512, 10000.0, 1e-5, True, "bfloat16")
     way = chosen(spec, EngineConfig(), jax.devices("cpu")[:1], directory)
     kv = [jnp.ones(shape, way.layout.dtype) for shape in way.layout.shapes(spec, 4, context)]
     step = jax.make_jaxpr(lambda q, last: way.step(q, *kv, last, how))(jnp.ones((4, 1, 6, hd)), jnp.arange(4))
-    assert ("ffi_call" in str(step)) == called
+    later = jax.make_jaxpr(lambda q, start: way.later(q, *kv, start, how))(jnp.ones((4, 5, 6, hd)), 3)
+    first = jax.make_jaxpr(lambda q: way.first(q, *kv, how))(jnp.ones((4, context, 6, hd)))
+    assert [("ffi_call" in str(program)) for program in (step, later, first)] == [called] * 3
 
 
 def test_programs_kept_on_disk_load_in_a_new_process_with_any_number_of_threads(tmp_path: Path) -> None:
