@@ -219,8 +219,12 @@ def test_without_a_compiler_the_library_of_another_worker_does(product, director
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OSError, match="c\\+\\+"):
         native._library(product.variant, tmp_path, lambda name: None)
+    def damaged(name: str) -> bytes:
+        *whole, last = read_file(directory, name)
+        return bytes([*whole, last ^ 1])
+
     with pytest.raises(OSError, match="c\\+\\+"):  # what came damaged is not loaded
-        native._library(product.variant, tmp_path, lambda name: read_file(directory, name)[:-1] + b"?")
+        native._library(product.variant, tmp_path, damaged)
     assert not list(tmp_path.glob("*.so"))
     assert native._library(product.variant, tmp_path, lambda name: read_file(directory, name))
     assert native._library(product.variant, tmp_path, lambda name: None)
