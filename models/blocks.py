@@ -96,17 +96,17 @@ class Product(Protocol):
     def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
 
 
-_few_rows: contextvars.ContextVar[Product | None] = contextvars.ContextVar("few_rows", default=None)
+_multiplying: contextvars.ContextVar[Product | None] = contextvars.ContextVar("multiplying", default=None)
 
 
 @contextlib.contextmanager
-def few_rows(product: Product | None) -> Iterator[None]:
-    """What is traced inside multiplies few rows by `product`."""
-    token = _few_rows.set(product)
+def multiplying(product: Product | None) -> Iterator[None]:
+    """What is traced inside multiplies by `product` what it takes."""
+    token = _multiplying.set(product)
     try:
         yield
     finally:
-        _few_rows.reset(token)
+        _multiplying.reset(token)
 
 
 def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
@@ -119,7 +119,7 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
     shape = w.values.shape if isinstance(w, Int8) else w.shape
     rows, out, inner = x.shape[:-1], shape[:len(shape) - contract], math.prod(shape[len(shape) - contract:])
     x, w = x.reshape(-1, inner), w.flat(contract) if isinstance(w, Int8) else w.reshape(-1, inner)
-    product = _few_rows.get()
+    product = _multiplying.get()
     if product is not None and product.takes(x.shape[0], w):
         return product(x.astype(jnp.float32), w).reshape(*rows, *out)
     w = w.multiplied() if isinstance(w, Int8) else w

@@ -3,10 +3,9 @@
 // Reads what a query sees, not the whole context that its cache has room for, and once for all heads of a group. A query's
 // numbers do not depend on the others, on the room, nor on the number of threads: in a prompt they are those of a step.
 //
-// With one query per sequence memory decides: keys and values are read in the order in which they lie, and fetched kAheadBytes before they are used,
-// at a matrix's end those that the next group or row begins with. On Zen 5 that takes half of the time.
-#include <immintrin.h>
-
+// With one query per sequence memory decides: keys and values are read in the order in which they lie, and fetched
+// kAheadBytes before they are used, at a matrix's end those that the next group or row begins with. On Zen 5 that takes
+// half of the time.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,37 +14,25 @@
 #include <vector>
 
 #include "tasks.h"
+#include "vectors.h"
 
 namespace ffi = xla::ffi;
-
-#define UNROLLED _Pragma("GCC unroll 32")  // arrays of registers stay in registers
 
 namespace {
 
 #ifdef __AVX512F__
-using Vector = __m512;
 constexpr int kVectors = 4;  // of values, side by side
 inline Vector Load(const uint16_t* from) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-inline Vector Load(const float* from) { return _mm512_loadu_ps(from); }
-inline void Store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
-inline Vector Broadcast(float x) { return _mm512_set1_ps(x); }
-inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
 #else
-using Vector = __m256;
 constexpr int kVectors = 2;
 inline Vector Load(const uint16_t* from) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
-inline Vector Load(const float* from) { return _mm256_loadu_ps(from); }
-inline void Store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
-inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
-inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
 #endif
-constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
 constexpr int kMostHeads = 4, kMostRows = 6;  // of one query, of several: registers for their sums
 constexpr int kKeyRows = 4;  // that are read side by side
 constexpr int64_t kAheadBytes = 8192, kLine = 64 / sizeof(uint16_t);  // numbers of a line of cache
@@ -96,37 +83,6 @@ inline float Exponentials(float* x, int64_t first, int64_t stop, int64_t room, f
   return sum + Exp(sink - top);  // without a sink too little to be seen
 }
 
-struct Keys {
-  const uint16_t* keys;  // [size, context]
-  int64_t size, context;
-};
-
-// scores[h, j] = sum_i q[h, i] * keys[i, begin + j] for kHeads heads q [kHeads, size] and `room` tokens.
-template <int kHeads>
-void Scores(const float* q, const Keys& kv, int64_t begin, int64_t room, float* scores) {
-  const int64_t bytes = room * sizeof(uint16_t), rows = kKeyRows * (1 + kAheadBytes / (kKeyRows * bytes));
-  const int64_t ahead = std::min(rows, kv.size) * kv.context;
-  std::fill(scores, scores + kHeads * room, 0.0f);
-  for (int64_t i = 0; i < kv.size; i += kKeyRows) {
-    Vector queries[kHeads * kKeyRows];
-    UNROLLED for (int h = 0; h < kHeads; ++h)
-      UNROLLED for (int r = 0; r < kKeyRows; ++r) queries[h * kKeyRows + r] = Broadcast(q[h * kv.size + i + r]);
-    const uint16_t* keys = kv.keys + i * kv.context + begin;
-    for (int64_t j = 0; j < room; j += kLanes, keys += kLanes) {
-      Vector row[kKeyRows];
-      UNROLLED for (int r = 0; r < kKeyRows; ++r) {
-        if (j % kLine == 0) Fetch(keys + r * kv.context + ahead);
-        row[r] = Load(keys + r * kv.context);
-      }
-      UNROLLED for (int h = 0; h < kHeads; ++h) {
-        Vector sum = Load(scores + h * room + j);
-        UNROLLED for (int r = 0; r < kKeyRows; ++r) sum = MultiplyAdd(sum, queries[h * kKeyRows + r], row[r]);
-        Store(scores + h * room + j, sum);
-      }
-    }
-  }
-}
-
 // to[h, j] = sum_i a[h, i] * b[i, j] for kRows rows of a, every `a_row` numbers, `count` rows of b, every `b_row`, and
 // kCount registers of columns. If `kFetch`, b is read from memory: what lies `ahead` rows further on is fetched, at the end
 // `beyond` rows beyond that.
@@ -134,7 +90,7 @@ template <int kRows, int kCount, bool kFetch>
 inline void Tile(const float* a, int64_t a_row, const uint16_t* b, int64_t b_row, int64_t count, int64_t ahead,
                  int64_t beyond, float* to, int64_t to_row) {
   Vector sums[kRows * kCount];
-  UNROLLED for (int s = 0; s < kRows * kCount; ++s) sums[s] = Broadcast(0);
+  UNROLLED for (int s = 0; s < kRows * kCount; ++s) sums[s] = Zero();
   for (int64_t i = 0; i < count; ++i, b += b_row) {
     const uint16_t* next = b + (i + ahead < count ? ahead : ahead + beyond) * b_row;
     Vector row[kCount];
@@ -183,7 +139,7 @@ struct Heads {
     float *const rows = numbers.data(), *const weights = rows + kRows * size;
     for (int r = 0; r < kRows; ++r) std::copy(q[r], q[r] + size, rows + r * size);
     if constexpr (kStreams)
-      Scores<kRows>(rows, {keys, size, context}, begin, room, weights);
+      Scores(rows, begin, room, weights);
     else
       Columns<kRows, false>(rows, size, keys + begin, context, size, 0, 0, weights, room, room);
     float sums[kRows];
@@ -197,6 +153,31 @@ struct Heads {
                              rows, size, size);
     for (int r = 0; r < kRows; ++r)
       for (int64_t i = 0; i < size; ++i) out[r][i] = rows[r * size + i] / sums[r];
+  }
+
+  // scores[r, j] = sum_i rows[r, i] * keys[i, begin + j] of `room` tokens, reading kKeyRows rows of keys side by side.
+  void Scores(const float* rows, int64_t begin, int64_t room, float* scores) const {
+    const int64_t bytes = room * sizeof(uint16_t), further = kKeyRows * (1 + kAheadBytes / (kKeyRows * bytes));
+    const int64_t ahead = std::min(further, size) * context;
+    std::fill(scores, scores + kRows * room, 0.0f);
+    for (int64_t i = 0; i < size; i += kKeyRows) {
+      Vector queries[kRows * kKeyRows];
+      UNROLLED for (int r = 0; r < kRows; ++r)
+        UNROLLED for (int k = 0; k < kKeyRows; ++k) queries[r * kKeyRows + k] = Broadcast(rows[r * size + i + k]);
+      const uint16_t* from = keys + i * context + begin;
+      for (int64_t j = 0; j < room; j += kLanes, from += kLanes) {
+        Vector row[kKeyRows];
+        UNROLLED for (int k = 0; k < kKeyRows; ++k) {
+          if (j % kLine == 0) Fetch(from + k * context + ahead);
+          row[k] = Load(from + k * context);
+        }
+        UNROLLED for (int r = 0; r < kRows; ++r) {
+          Vector sum = Load(scores + r * room + j);
+          UNROLLED for (int k = 0; k < kKeyRows; ++k) sum = MultiplyAdd(sum, queries[r * kKeyRows + k], row[k]);
+          Store(scores + r * room + j, sum);
+        }
+      }
+    }
   }
 };
 

@@ -6,8 +6,6 @@
 // are added in the same order whatever the number of threads and of rows is, up to kFewRows and beyond: an answer does
 // not depend on its batch.
 // The instruction set is chosen by the compiler's flags (native.py): AVX-512 with bfloat16, AVX-512, or AVX2 with FMA.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -16,10 +14,9 @@
 #include <type_traits>
 
 #include "tasks.h"
+#include "vectors.h"
 
 namespace ffi = xla::ffi;
-
-#define UNROLLED _Pragma("GCC unroll 32")  // arrays of registers stay in registers
 
 namespace {
 
@@ -31,11 +28,7 @@ inline uint32_t Rounded(uint32_t bits) {
 
 #ifdef __AVX512F__
 
-using Vector = __m512;
 using Words = __m512i;
-
-inline Vector Zero() { return _mm512_setzero_ps(); }
-inline Vector Broadcast(float x) { return _mm512_set1_ps(x); }
 
 // The sums of 16 registers, in one.
 inline Vector Sums(const Vector* s) {
@@ -53,16 +46,9 @@ inline Vector Sums(const Vector* s) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
 }
 
-inline Vector Loaded(const float* from) { return _mm512_loadu_ps(from); }
-inline void Store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
-
 #else
 
-using Vector = __m256;
 using Words = __m256i;
-
-inline Vector Zero() { return _mm256_setzero_ps(); }
-inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
 
 // The sums of 8 registers, in one.
 inline Vector Sums(const Vector* s) {
@@ -71,12 +57,8 @@ inline Vector Sums(const Vector* s) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-inline Vector Loaded(const float* from) { return _mm256_loadu_ps(from); }
-inline void Store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
-
 #endif
 
-constexpr int kLanes = sizeof(Vector) / sizeof(float);
 constexpr int64_t kStep = 2 * kLanes;  // weights of one register
 constexpr int64_t kBlock = 32;  // int8 weights that share a scale
 
@@ -103,7 +85,8 @@ struct Weights {
 };
 
 // A step has kHalves multiply-adds: all of its weights at once, or those at even places, then those at odd ones, each
-// widened to float32. Keep writes x as they take it, kStep values at a time.
+// widened to float32. Keep writes x as they take it, kStep values at a time. Weights that are turned in between are Packed
+// before and Unpacked after it: multiplied by their scales before if they fit in 16 bits then.
 #ifdef __AVX512BF16__
 
 using Kept = uint32_t;  // two values
@@ -153,9 +136,6 @@ inline Vector Widened(Words pairs, int half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
 }
 inline Vector Multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
-inline Vector Activations(const Kept* x) { return _mm512_loadu_ps(x); }
-inline Vector Everywhere(Kept x) { return Broadcast(x); }
-inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm512_fmadd_ps(x, w, sum); }
 inline Words RoundedWords(const float* from) {
   const Words bits = _mm512_loadu_si512(from);
   const Words last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -183,9 +163,6 @@ inline Vector Widened(Words pairs, int half) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
 }
 inline Vector Multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
-inline Vector Activations(const Kept* x) { return _mm256_loadu_ps(x); }
-inline Vector Everywhere(Kept x) { return Broadcast(x); }
-inline Vector MultiplyAdd(Vector sum, Vector x, Vector w) { return _mm256_fmadd_ps(x, w, sum); }
 inline void Keep(const float* from, Kept* to) {
   uint32_t bits[kStep], kept[kStep];
   std::memcpy(bits, from, sizeof bits);
@@ -193,6 +170,8 @@ inline void Keep(const float* from, Kept* to) {
   std::memcpy(to, kept, sizeof kept);
 }
 #endif
+inline Vector Activations(const Kept* x) { return Load(x); }
+inline Vector Everywhere(Kept x) { return Broadcast(x); }
 template <typename W>
 inline Words Packed(Weights<W> w) {
   return Load(w.w);
@@ -316,7 +295,7 @@ void Pack(Weights<W> w, int64_t k, int64_t count, Kept* panel) {
         if constexpr (kScaled<W>) Store(lanes, from.Scale()), scales[lane] = lanes[0];
       }
       Turn(words);
-      const Vector scale = Loaded(scales);
+      const Vector scale = Load(scales);
       for (int half = 0; half < kHalves; ++half)
         for (int place = 0; place < kLanes; ++place) {
           const auto operand = Unpacked<W>(words[place], half, scale);
@@ -333,7 +312,7 @@ inline void PanelBlock(const Kept* x, int64_t stride, const Kept* panel, int64_t
   Vector sums[kRows * kPanelVectors];
   UNROLLED for (int r = 0; r < kRows; ++r)
     UNROLLED for (int v = 0; v < kPanelVectors; ++v)
-      sums[r * kPanelVectors + v] = first ? Zero() : Loaded(y + r * n + v * kLanes);
+      sums[r * kPanelVectors + v] = first ? Zero() : Load(y + r * n + v * kLanes);
   for (int64_t i = 0; i < count;) {
     if (next) Fetch(next), next += kLineWeights<W>;
     for (const int64_t stop = i + kFetchPlaces; i < stop; ++i, panel += kPanel) {

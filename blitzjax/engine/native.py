@@ -1,10 +1,10 @@
 """Products with bfloat16 and int8 weights, and attention, in C++ through XLA's foreign function interface.
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
-(matmul.cc), and attends over all the room that a cache has, and to what comes later (attention.cc). Optional: built where it runs, against the
-headers of the jax that is installed, or taken from a worker that has built it; where the CPU has none of the
-instruction sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the last bits:
-instances that shall answer alike need CPUs that do, and one of them a compiler, or none.
+(matmul.cc), and attends over all the room that a cache has, and to what comes later (attention.cc). Optional: built
+where it runs, against the headers of the jax that is installed, or taken from a worker that has built it; where the CPU
+has none of the instruction sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the
+last bits: instances that shall answer alike need CPUs that do, and one of them a compiler, or none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from blitzjax.models.blocks import BLOCK, Int8, Scoring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "tasks.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "tasks.h", "vectors.h"))
 _HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8", "attend": "BlitzjaxAttend"}
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")

@@ -94,7 +94,7 @@ def test_a_row_does_not_depend_on_its_batch(product: native.Product) -> None:
 
 def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) -> None:
     def calls(product: native.Product, rows: int, dtype) -> bool:
-        with blocks.few_rows(product):
+        with blocks.multiplying(product):
             traced = jax.make_jaxpr(blocks.matmul)(jnp.zeros((rows, 1, 32)), jnp.zeros((2, 3, 32), dtype))
         return "ffi_call" in str(traced)
 
@@ -103,7 +103,7 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
     assert calls(product, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
     assert not calls(limited, 9, jnp.bfloat16) and not calls(product, 1, jnp.float32)
     x, w = operands(6, 35, 12)
-    with blocks.few_rows(product):
+    with blocks.multiplying(product):
         fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     plain = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
@@ -173,8 +173,7 @@ def test_queries_of_a_prompt_attend_as_a_step_each_would(product: native.Product
 
 @pytest.mark.parametrize("hd, context, called", [(64, 256, True), (80, 16, True), (24, 256, False), (64, 8, False)])
 @pytest.mark.parametrize("scoring", SCORINGS)
-def test_cpp_attends_where_registers_are_filled(directory: Path, scoring: str, hd: int, context: int,
-                                                          called: bool) -> None:
+def test_cpp_attends_where_registers_are_filled(directory: Path, scoring: str, hd: int, context: int, called: bool) -> None:
     how = dataclasses.replace(SCORINGS[scoring], sinks=jnp.ones((2, 3)))
     spec = ModelSpec("tiny", "llama", 1, 6 * hd, 6, 2, hd, 128, 272, 512, 10000.0, 1e-5, True, "bfloat16")
     way = chosen(spec, EngineConfig(), jax.devices("cpu")[:1], directory)
@@ -182,7 +181,7 @@ def test_cpp_attends_where_registers_are_filled(directory: Path, scoring: str, h
     step = jax.make_jaxpr(lambda q, last: way.step(q, *kv, last, how))(jnp.ones((4, 1, 6, hd)), jnp.arange(4))
     later = jax.make_jaxpr(lambda q, start: way.later(q, *kv, start, how))(jnp.ones((4, 5, 6, hd)), 3)
     first = jax.make_jaxpr(lambda q: way.first(q, *kv, how))(jnp.ones((4, context, 6, hd)))
-    assert [("ffi_call" in str(program)) for program in (step, later, first)] == [called] * 3
+    assert ["ffi_call" in str(program) for program in (step, later, first)] == [called] * 3
 
 
 def test_programs_kept_on_disk_load_in_a_new_process_with_any_number_of_threads(tmp_path: Path) -> None:
@@ -219,6 +218,7 @@ def test_without_a_compiler_the_library_of_another_worker_does(product, director
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OSError, match="c\\+\\+"):
         native._library(product.variant, tmp_path, lambda name: None)
+
     def damaged(name: str) -> bytes:
         *whole, last = read_file(directory, name)
         return bytes([*whole, last ^ 1])
