@@ -89,7 +89,7 @@ class Int8:
 
 
 class Product(Protocol):
-    """A faster way to multiply few rows f32[rows, c] with weights [out, c]."""
+    """A faster way to multiply rows f32[rows, c] with weights [out, c]."""
 
     def takes(self, rows: int, w: jax.Array | Int8) -> bool: ...
 
