@@ -219,7 +219,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   const Operands all{q.typed_data(), k.typed_data(), v.typed_data(), last.typed_data(), sinks.typed_data(),
                      out->typed_data(), turn, groups, heads, size, context, window, softcap};
   if (turn == 1) {
-    InParallel(pool, matrices, [=](int64_t matrix) {
+    blitzjax::InParallel(pool, matrices, [&](int64_t matrix) {
       for (int64_t at = 0; at < heads; at += kMostHeads) switch (std::min<int64_t>(heads - at, kMostHeads)) {
           case 1: all.Run<1, true>(matrix, at, heads); break;
           case 2: all.Run<2, true>(matrix, at, heads); break;
@@ -229,7 +229,7 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
     });
   } else {
     const int64_t end = turn * heads, tasks = (end + kMostRows - 1) / kMostRows;
-    InParallel(pool, matrices * tasks, [=](int64_t task) {
+    blitzjax::InParallel(pool, matrices * tasks, [&](int64_t task) {
       all.Run<kMostRows, false>(task / tasks, task % tasks * kMostRows, end);
     });
   }

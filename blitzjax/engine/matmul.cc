@@ -20,12 +20,6 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// The bits of a float32, rounded to a bfloat16's, to nearest even; NaN stays NaN.
-inline uint32_t Rounded(uint32_t bits) {
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  return (nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-}
-
 #ifdef __AVX512F__
 
 using Words = __m512i;
@@ -112,9 +106,7 @@ inline __m512bh Activations(const Kept* x) { return (__m512bh)_mm512_loadu_si512
 inline __m512bh Everywhere(Kept x) { return (__m512bh)_mm512_set1_epi32(x); }
 inline Vector MultiplyAdd(Vector sum, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(sum, x, w); }
 inline void Keep(const float* from, Kept* to) {
-  uint32_t bits[kStep];
-  std::memcpy(bits, from, sizeof bits);
-  for (int i = 0; i < kLanes; ++i) to[i] = Rounded(bits[2 * i]) >> 16 | Rounded(bits[2 * i + 1]);
+  _mm512_storeu_si512(to, (Words)_mm512_cvtne2ps_pbh(Load(from + kLanes), Load(from)));
 }
 
 #else
@@ -163,6 +155,13 @@ inline Vector Widened(Words pairs, int half) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
 }
 inline Vector Multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+
+// The bits of a float32, rounded to a bfloat16's, to nearest even; NaN stays NaN.
+inline uint32_t Rounded(uint32_t bits) {
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return (nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+}
+
 inline void Keep(const float* from, Kept* to) {
   uint32_t bits[kStep], kept[kStep];
   std::memcpy(bits, from, sizeof bits);
@@ -435,9 +434,9 @@ ffi::Error Multiplied(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, con
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
   const Weights<W> weights{static_cast<const W*>(w.untyped_data()), scales};
-  const auto work = std::make_shared<const Work<W>>(x.typed_data(), weights, y->typed_data(), m, k, n);
-  InParallel(pool, (n + kTaskColumns - 1) / kTaskColumns, [work, n](int64_t task) {
-    work->Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
+  const Work<W> work(x.typed_data(), weights, y->typed_data(), m, k, n);
+  blitzjax::InParallel(pool, (n + kTaskColumns - 1) / kTaskColumns, [&](int64_t task) {
+    work.Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
   });
   return ffi::Error::Success();
 }

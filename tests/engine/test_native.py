@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -107,6 +108,19 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
         fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     plain = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_that_multiply_at_once_do_not_disturb_each_other(product: native.Product) -> None:
+    """Some find the team at work."""
+    multiply, pairs = jax.jit(product), [operands(rows, 576, 960) for rows in (1, 8, 20, 64)]
+    wanted = [np.asarray(multiply(x, w)) for x, w in pairs]
+
+    def repeat(mine: int) -> bool:
+        x, w = pairs[mine]
+        return all((np.asarray(multiply(x, w)) == wanted[mine]).all() for _ in range(100))
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        assert all(pool.map(repeat, range(len(pairs))))
 
 
 def test_a_model_may_map_over_it(product: native.Product) -> None:
