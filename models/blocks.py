@@ -89,11 +89,17 @@ class Int8:
 
 
 class Product(Protocol):
-    """A faster way to multiply rows f32[rows, c] with weights [out, c]."""
+    """A faster way to multiply rows f32[rows, c] with weights [out, c], and to do what stands beside it."""
 
     def takes(self, rows: int, w: jax.Array | Int8) -> bool: ...
 
     def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
+
+    def gates(self, activation: str) -> bool: ...
+
+    def gated(self, activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array: ...
 
 
 _multiplying: contextvars.ContextVar[Product | None] = contextvars.ContextVar("multiplying", default=None)
@@ -116,9 +122,9 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
     least two rows. Hence the casts and the flattening; other forms are 2-10x slower. A sharded dimension of `w` must be
     the first of `out` or of `c`, so that flattening keeps it one contiguous slice per device.
     """
-    shape = w.values.shape if isinstance(w, Int8) else w.shape
+    shape = _shape(w)
     rows, out, inner = x.shape[:-1], shape[:len(shape) - contract], math.prod(shape[len(shape) - contract:])
-    x, w = x.reshape(-1, inner), w.flat(contract) if isinstance(w, Int8) else w.reshape(-1, inner)
+    x, w = x.reshape(-1, inner), _flat(w, contract)
     product = _multiplying.get()
     if product is not None and product.takes(x.shape[0], w):
         return product(x.astype(jnp.float32), w).reshape(*rows, *out)
@@ -129,8 +135,30 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
     return y.reshape(*rows, *out)
 
 
+def gated(activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
+    """x [*rows, c] · w [F, 1 or 2, c], then `activate` → f32[*rows, F]"""
+    product = _multiplying.get()
+    if product is not None and _shape(w)[1] == 2 and product.gates(activation):
+        rows, flat = x.reshape(-1, x.shape[-1]), _flat(w, 1)
+        if product.takes(rows.shape[0], flat):
+            return product.gated(activation, rows.astype(jnp.float32), flat).reshape(*x.shape[:-1], -1)
+    return activate(activation, matmul(x, w))
+
+
+def _shape(w: jax.Array | Int8) -> tuple[int, ...]:
+    return w.values.shape if isinstance(w, Int8) else w.shape
+
+
+def _flat(w: jax.Array | Int8, contract: int) -> jax.Array | Int8:
+    """[out, in], with the last `contract` dimensions in one."""
+    return w.flat(contract) if isinstance(w, Int8) else w.reshape(-1, math.prod(w.shape[w.ndim - contract:]))
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
     """arXiv:1910.07467"""
+    product = _multiplying.get()
+    if product is not None and axes == -1 and x.ndim <= 3:  # residuals; XLA norms parts of a product where it cuts them out
+        return product.rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), eps)
     return x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 

@@ -133,11 +133,11 @@ class Layer(nnx.Module):
     def _feed_forward(self, x: jax.Array) -> jax.Array:
         if self.sparse:
             return self.experts(x)
-        gate_up = blocks.matmul(x, self.gate_up[...])  # [B, T, F, 2] or [B, T, F, 1]
-        if self.design.mlp_bias:
-            gate_up = gate_up + self.gate_up_bias[...]
-        y = blocks.matmul(blocks.activate(self.design.activation, gate_up), self.down[...])
-        return y + self.down_bias[...] if self.design.mlp_bias else y
+        activation, gate_up, down = self.design.activation, self.gate_up[...], self.down[...]
+        if not self.design.mlp_bias:
+            return blocks.matmul(blocks.gated(activation, x, gate_up), down)
+        made = blocks.matmul(x, gate_up) + self.gate_up_bias[...]  # [B, T, F, 2] or [B, T, F, 1]
+        return blocks.matmul(blocks.activate(activation, made), down) + self.down_bias[...]
 
 
 class Head(nnx.Module):

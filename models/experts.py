@@ -59,8 +59,7 @@ class Experts(nnx.Module):
         return chosen, jnp.take_along_axis(jax.nn.softmax(logits), chosen, axis=1)
 
     def _shared(self, tokens: jax.Array) -> jax.Array:
-        gate_up = blocks.matmul(tokens, self.shared_gate_up[...])
-        y = blocks.matmul(blocks.activate(self.design.activation, gate_up), self.shared_down[...])
+        y = blocks.matmul(blocks.gated(self.design.activation, tokens, self.shared_gate_up[...]), self.shared_down[...])
         return jax.nn.sigmoid(blocks.matmul(tokens, self.shared_gate[...])) * y
 
     def _apply(self, tokens: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -73,12 +72,12 @@ class Experts(nnx.Module):
 
         def run(start: jax.Array, y: jax.Array, expert: jax.Array) -> jax.Array:
             x = lax.dynamic_slice_in_dim(laid_out, start, plan.rows)
-            inner = blocks.matmul(x, gate_up[expert])  # [rows, F, 2]
             if self.design.expert_bias:
-                inner = inner + self.gate_up_bias[...][expert]
-            made = blocks.matmul(blocks.activate(self.design.activation, inner), down[expert])
-            if self.design.expert_bias:
+                inner = blocks.matmul(x, gate_up[expert]) + self.gate_up_bias[...][expert]  # [rows, F, 2]
+                made = blocks.matmul(blocks.activate(self.design.activation, inner), down[expert])
                 made = made + self.down_bias[...][expert]
+            else:
+                made = blocks.matmul(blocks.gated(self.design.activation, x, gate_up[expert]), down[expert])
             return lax.dynamic_update_slice_in_dim(y, made, start, 0)
 
         def step(block: jax.Array, y: jax.Array) -> jax.Array:

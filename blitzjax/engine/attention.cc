@@ -39,24 +39,6 @@ constexpr int64_t kAheadBytes = 8192, kLine = 64 / sizeof(uint16_t);  // numbers
 
 inline void Fetch(const uint16_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
 
-// For x <= 0; the polynomial of Cephes' expf. Plain code that compilers turn into vectors.
-inline float Exp(float x) {
-  x = std::max(x, -87.0f);
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded: 1.5 * 2^23
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float y = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return y * power;
-}
-
 // most * tanh(x / most) in place of `count` values.
 inline void Squeeze(float* x, int64_t count, float most) {
   for (int64_t i = 0; i < count; ++i) {

@@ -1,4 +1,5 @@
-// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times weights [out, in], float32 sums. Weights are bfloat16, or int8
+// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times weights [out, in], float32 sums. Or, with a gate, of each two of
+// these, activate(first) * second, which are made where the product lies in the core's own caches. Weights are bfloat16, or int8
 // with a power of two for each kBlock of a row, which makes them numbers that bfloat16 has: sums are the same bits.
 //
 // Reads the weights in place, once from memory: XLA repacks or widens them on every call, which costs more than the
@@ -7,11 +8,13 @@
 // not depend on its batch.
 // The instruction set is chosen by the compiler's flags (native.py): AVX-512 with bfloat16, AVX-512, or AVX2 with FMA.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "tasks.h"
 #include "vectors.h"
@@ -353,15 +356,22 @@ constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
 constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
 constexpr int64_t kFewRows = 16;      // more are worth a panel
 
+// Columns from `first` on of rows of y, one every `row` numbers.
+struct Target {
+  float* y;
+  int64_t row, first;
+
+  float* At(int64_t r, int64_t j) const { return y + r * row + j - first; }
+};
+
 template <typename W>
 struct Work {
   Weights<W> w;
-  float* y;
-  int64_t m, k, n, stride;  // stride: places of a row of x
+  int64_t m, k, stride;  // stride: places of a row of x
   Array<Kept> x;  // [m, stride]
 
-  Work(const float* from, Weights<W> w, float* y, int64_t m, int64_t k, int64_t n)
-      : w(w), y(y), m(m), k(k), n(n), stride((k + kStep - 1) / kStep * kStep / kPair),
+  Work(const float* from, Weights<W> w, int64_t m, int64_t k)
+      : w(w), m(m), k(k), stride((k + kStep - 1) / kStep * kStep / kPair),
         x(Allocated<Kept>(m * stride)) {
     for (int64_t r = 0; r < m; ++r, from += k) {
       Kept* to = x.get() + r * stride;
@@ -377,37 +387,37 @@ struct Work {
 
   // Rows [first, last) with rows j .. j + kOuts of weights. The first of them fetch.
   template <int kOuts>
-  void Rows(int64_t first, int64_t last, int64_t j) const {
+  void Rows(int64_t first, int64_t last, int64_t j, const Target& to) const {
     int64_t r = first;
     if constexpr (kOuts < kMostOuts)
       for (; r + kMostRows <= last; r += kMostRows)
-        r == 0 ? Tile<kMostRows, kOuts, true>(r, j) : Tile<kMostRows, kOuts, false>(r, j);
+        r == 0 ? Tile<kMostRows, kOuts, true>(r, j, to) : Tile<kMostRows, kOuts, false>(r, j, to);
     constexpr int kHalf = kMostRows / 2;
-    for (; r + kHalf <= last; r += kHalf) r == 0 ? Tile<kHalf, kOuts, true>(r, j) : Tile<kHalf, kOuts, false>(r, j);
-    for (; r + 2 <= last; r += 2) Tile<2, kOuts, true>(r, j);
-    if (r < last) Tile<1, kOuts, true>(r, j);
+    for (; r + kHalf <= last; r += kHalf) r == 0 ? Tile<kHalf, kOuts, true>(r, j, to) : Tile<kHalf, kOuts, false>(r, j, to);
+    for (; r + 2 <= last; r += 2) Tile<2, kOuts, true>(r, j, to);
+    if (r < last) Tile<1, kOuts, true>(r, j, to);
   }
 
   template <int kRows, int kOuts, bool kFetch>
-  void Tile(int64_t r, int64_t j) const {
-    Block<kRows, kOuts, kFetch>(x.get() + r * stride, stride, w + j * k, k, y + r * n + j, n);
+  void Tile(int64_t r, int64_t j, const Target& to) const {
+    Block<kRows, kOuts, kFetch>(x.get() + r * stride, stride, w + j * k, k, to.At(r, j), to.row);
   }
 
-  void Columns(int64_t begin, int64_t end) const {
-    if (m > kFewRows) begin = Panels(begin, end);
+  void Columns(int64_t begin, int64_t end, const Target& to) const {
+    if (m > kFewRows) begin = Panels(begin, end, to);
     for (int64_t first = 0; first < m; first += kChunk) {
       const int64_t last = std::min(m, first + kChunk);
       int64_t j = begin;
       if (m < kMostRows)
-        for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j);
+        for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j, to);
       else
-        for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(first, last, j);
-      for (; j < end; ++j) Rows<1>(first, last, j);
+        for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(first, last, j, to);
+      for (; j < end; ++j) Rows<1>(first, last, j, to);
     }
   }
 
   // Returns the end of the last whole panel.
-  int64_t Panels(int64_t begin, int64_t end) const {
+  int64_t Panels(int64_t begin, int64_t end, const Target& to) const {
     const Array<Kept> panel = Allocated<Kept>(kPlaces * kPanel);
     for (; begin + kPanel <= end; begin += kPanel)
       for (int64_t place = 0; place < stride; place += kPlaces) {
@@ -416,42 +426,67 @@ struct Work {
         const W *next = w.w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPair * kPanel;
         int64_t r = 0;
         for (; r + kPanelRows <= m; r += kPanelRows, next += count / kFetchPlaces * kLineWeights<W>)
-          PanelTile<kPanelRows>(r, begin, place, count, panel.get(), next < last ? next : nullptr);
-        for (; r < m; ++r) PanelTile<1>(r, begin, place, count, panel.get(), nullptr);
+          PanelTile<kPanelRows>(r, begin, place, count, panel.get(), next < last ? next : nullptr, to);
+        for (; r < m; ++r) PanelTile<1>(r, begin, place, count, panel.get(), nullptr, to);
       }
     return begin;
   }
 
   template <int kRows>
-  void PanelTile(int64_t r, int64_t j, int64_t place, int64_t count, const Kept* panel, const W* next) const {
-    PanelBlock<kRows>(x.get() + r * stride + place, stride, panel, count, place == 0, next, y + r * n + j, n);
+  void PanelTile(int64_t r, int64_t j, int64_t place, int64_t count, const Kept* panel, const W* next,
+                 const Target& to) const {
+    PanelBlock<kRows>(x.get() + r * stride + place, stride, panel, count, place == 0, next, to.At(r, j), to.row);
   }
 };
 
+inline float Logistic(float x) {
+  const float power = Exp(-std::abs(x));
+  return (x < 0 ? power : 1.0f) / (1.0f + power);
+}
+
+inline float Silu(float x) { return x * Logistic(x); }
+
+// (1 + tanh(z)) / 2 is the logistic function of 2 z, with all digits where it is small.
+inline float GeluTanh(float x) { return x * Logistic(1.59576912f * (x + 0.044715f * x * x * x)); }
+
+// y[f] = activate(x[f, 0]) * x[f, 1]
+template <float (*kActivate)(float)>
+void Gate(const float* x, int64_t count, float* y) {
+  for (int64_t f = 0; f < count; ++f) y[f] = kActivate(x[2 * f]) * x[2 * f + 1];
+}
+
+using Gating = void (*)(const float*, int64_t, float*);
+constexpr Gating kGates[] = {nullptr, Gate<Silu>, Gate<GeluTanh>};  // as Product.gates of native.py
+
 template <typename W, typename Buffer>
 ffi::Error Multiplied(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const Buffer& w, const uint16_t* scales,
-                      ffi::ResultBuffer<ffi::F32>& y) {
+                      ffi::ResultBuffer<ffi::F32>& y, int64_t gate) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
-  const Weights<W> weights{static_cast<const W*>(w.untyped_data()), scales};
-  const Work<W> work(x.typed_data(), weights, y->typed_data(), m, k, n);
+  const Work<W> work(x.typed_data(), {static_cast<const W*>(w.untyped_data()), scales}, m, k);
   blitzjax::InParallel(pool, (n + kTaskColumns - 1) / kTaskColumns, [&](int64_t task) {
-    work.Columns(task * kTaskColumns, std::min(n, (task + 1) * kTaskColumns));
+    const int64_t begin = task * kTaskColumns, end = std::min(n, begin + kTaskColumns);
+    if (gate == 0) return work.Columns(begin, end, {y->typed_data(), n, 0});
+    thread_local std::vector<float> both;
+    both.resize(m * kTaskColumns);
+    work.Columns(begin, end, {both.data(), kTaskColumns, begin});
+    for (int64_t r = 0; r < m; ++r)
+      kGates[gate](both.data() + r * kTaskColumns, (end - begin) / 2, y->typed_data() + (r * n + begin) / 2);
   });
   return ffi::Error::Success();
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::BF16> w,
-                  ffi::ResultBuffer<ffi::F32> y) {
-  return Multiplied<uint16_t>(pool, x, w, nullptr, y);
+                  ffi::ResultBuffer<ffi::F32> y, int64_t gate) {
+  return Multiplied<uint16_t>(pool, x, w, nullptr, y, gate);
 }
 
 ffi::Error MatmulInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> w,
-                      ffi::Buffer<ffi::BF16> scales, ffi::ResultBuffer<ffi::F32> y) {
+                      ffi::Buffer<ffi::BF16> scales, ffi::ResultBuffer<ffi::F32> y, int64_t gate) {
   const auto rows = w.dimensions(), blocks = scales.dimensions();
   if (blocks[0] != rows[0] || blocks[1] * kBlock != rows[1])
     return ffi::Error::InvalidArgument("w has other blocks than scales");
-  return Multiplied<int8_t>(pool, x, w, static_cast<const uint16_t*>(scales.untyped_data()), y);
+  return Multiplied<int8_t>(pool, x, w, static_cast<const uint16_t*>(scales.untyped_data()), y, gate);
 }
 
 }  // namespace
@@ -461,7 +496,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmul, Matmul,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("gate"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmulInt8, MatmulInt8,
                               ffi::Ffi::Bind()
@@ -469,4 +505,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmulInt8, MatmulInt8,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("gate"));

@@ -1,4 +1,4 @@
-"""Products with bfloat16 and int8 weights, and attention, in C++ through XLA's foreign function interface.
+"""Products with bfloat16 and int8 weights, attention and norms in C++ through XLA's foreign function interface.
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
 (matmul.cc), and attends over all the room that a cache has, and to what comes later (attention.cc). Optional: built
@@ -28,12 +28,15 @@ from blitzjax.models.blocks import BLOCK, Int8, Scoring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "tasks.h", "vectors.h"))
-_HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8", "attend": "BlitzjaxAttend"}
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "norm.cc", "tasks.h",
+                                                            "vectors.h"))
+_HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8", "attend": "BlitzjaxAttend",
+             "rms_norm": "BlitzjaxRmsNorm"}
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 120.0
 _LANES = 16  # float32 values of the longest register
+_GATES = {"silu": 1, "gelu_tanh": 2}  # kGates of matmul.cc
 FEW_ROWS = 16  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do not depend on how many others there are
 
 
@@ -79,9 +82,27 @@ class Product:
 
     def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
         """f32[rows, k], [out, k] → f32[rows, out]"""
+        return self._multiplied(x, w, gate=0, ways=1)
+
+    def gates(self, activation: str) -> bool:
+        """Whether `gated` knows it."""
+        return activation in _GATES
+
+    def gated(self, activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
+        """f32[rows, k], [2 * out, k], each unit's gate and up → activated gate times up, f32[rows, out]"""
+        return self._multiplied(x, w, gate=_GATES[activation], ways=2)
+
+    def _multiplied(self, x: jax.Array, w: jax.Array | Int8, gate: int, ways: int) -> jax.Array:
         kind, weights = ("matmul_int8", (w.values, w.scales)) if isinstance(w, Int8) else ("matmul", (w,))
-        out = jax.ShapeDtypeStruct((x.shape[0], weights[0].shape[0]), jax.numpy.float32)
-        return jax.ffi.ffi_call(_target(kind, self.variant), out, vmap_method="sequential")(x, *weights)
+        out = jax.ShapeDtypeStruct((x.shape[0], weights[0].shape[0] // ways), jax.numpy.float32)
+        call = jax.ffi.ffi_call(_target(kind, self.variant), out, vmap_method="sequential")
+        return call(x, *weights, gate=np.int64(gate))
+
+    def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+        """f32[..., D], f32[D] → f32[..., D]"""
+        out = jax.ShapeDtypeStruct(x.shape, jax.numpy.float32)
+        return jax.ffi.ffi_call(_target("rms_norm", self.variant), out, vmap_method="sequential")(
+            x, scale, eps=np.float32(eps))
 
     def attends(self, k: jax.Array) -> bool:
         """Whether `attend` takes such keys."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -108,6 +109,49 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
         fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     plain = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows, k, units", [(1, 32, 1), (2, 96, 50), (8, 64, 47), (16, 32, 131), (37, 96, 48), (70, 64, 77)])
+def test_gates_are_applied_to_what_the_product_gives(product: native.Product, activation: str, rows: int, k: int,
+                                                     units: int) -> None:
+    x, w = operands(rows, k, 2 * units)
+    w[:, 0] *= 20  # gates far from zero, too
+    rng = np.random.default_rng(units)
+    packed = blocks.Int8(jnp.asarray(rng.integers(-127, 128, w.shape), jnp.int8), jnp.ones((2 * units, k // 32), jnp.bfloat16))
+    for weights in (w, packed):
+        gates, ups = np.moveaxis(np.asarray(jax.jit(product)(x, weights), np.float64).reshape(rows, units, 2), 2, 0)
+        inner = gates if activation == "silu" else math.sqrt(8 / math.pi) * (gates + 0.044715 * gates**3)
+        got = np.asarray(jax.jit(lambda x, w: product.gated(activation, x, w))(x, weights))
+        np.testing.assert_allclose(got, gates / (1 + np.exp(np.clip(-inner, None, 700))) * ups, rtol=1e-5, atol=1e-30)
+        alone = jax.jit(lambda x, w: product.gated(activation, x, w))(x[-1:], weights)
+        if rows <= native.FEW_ROWS:
+            np.testing.assert_array_equal(np.asarray(alone)[0], got[-1])
+
+
+def test_feed_forwards_are_gated_where_the_product_knows_how(product: native.Product) -> None:
+    def traced(activation: str, shape: tuple[int, ...], dtype=jnp.bfloat16) -> str:
+        with blocks.multiplying(product):
+            return jax.jit(lambda x, w: blocks.gated(activation, x, w)).lower(jnp.zeros((3, 1, 32)),
+                                                                              jnp.zeros(shape, dtype)).as_text()
+
+    assert "gate = 1" in traced("silu", (5, 2, 32)) and "gate = 2" in traced("gelu_tanh", (5, 2, 32))
+    for other in (traced("silu", (5, 1, 32)), traced("relu", (5, 2, 32)), traced("clamped_swiglu", (5, 2, 32))):
+        assert "gate = 0" in other
+    assert "gate = " not in traced("silu", (5, 2, 32), jnp.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1, 7), (2, 64), (5, 576), (1, 40, 200)])
+def test_norms_are_xlas_and_a_rows_own(product: native.Product, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(shape[-1])
+    x, scale = (rng.normal(size=s).astype(np.float32) for s in (shape, shape[-1:]))
+    x[..., 0] *= 50
+    with blocks.multiplying(product):
+        norm = jax.jit(lambda x: blocks.rms_norm(x, scale, 1e-5))
+        assert "ffi_call" in str(jax.make_jaxpr(norm)(x))
+        got, last = np.asarray(norm(x)), np.asarray(norm(x[-1:, -1:] if x.ndim == 3 else x[-1:]))
+    np.testing.assert_allclose(got, blocks.rms_norm(x, scale, 1e-5), rtol=3e-6, atol=1e-6)
+    np.testing.assert_array_equal(last.ravel(), got.reshape(-1, shape[-1])[-1])
 
 
 def test_threads_that_multiply_at_once_do_not_disturb_each_other(product: native.Product) -> None:
