@@ -355,6 +355,7 @@ Array<T> Allocated(int64_t count) {
 constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
 constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
 constexpr int64_t kFewRows = 16;      // more are worth a panel
+constexpr int64_t kNear = 32768;      // bytes of x that the first-level cache holds; of more, half as often, twice the outs
 
 // Columns from `first` on of rows of y, one every `row` numbers.
 struct Target {
@@ -408,7 +409,7 @@ struct Work {
     for (int64_t first = 0; first < m; first += kChunk) {
       const int64_t last = std::min(m, first + kChunk);
       int64_t j = begin;
-      if (m < kMostRows)
+      if (last - first < kMostRows || (last - first) * stride * int64_t{sizeof(Kept)} > kNear)
         for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j, to);
       else
         for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(first, last, j, to);
