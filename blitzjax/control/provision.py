@@ -20,6 +20,7 @@ from blitzjax.events import TransferEnded
 from blitzjax.types import InstanceId, LiveMode, ModelSpec, Phase, Role, Source
 
 WORLD_WAIT_S = 5.0  # how long an instance waits for WorldJoined before it reads its own disk
+LEAVE_WAIT_S = 0.5  # how long one that has left a broken transfer waits for the others; some may hang in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,26 @@ class Provisioner:
         self.transfers = transfers
         self.pairs = LivePairs()
         self._waiting_since: dict[InstanceId, float] = {}  # for the world
-        self._stranded: tuple[tuple[int, int], list[Member]] = ((-1, -1), [])  # as of these versions
+        self._left: dict[InstanceId, float] = {}  # since when a broken transfer, that others are still in
+        self._resting: tuple[tuple[int, int], list[Member]] = ((-1, -1), [])  # as of these versions
         self._roots: frozenset[InstanceId] = frozenset()  # served when this scale-up began
 
     # ---- views
 
     def stranded(self) -> list[Member]:
         """LOADING and LIVE instances that nothing is moving to: their transfer broke and everybody has left it."""
+        return [m for m in self._at_rest() if not self.transfers.settling(m.id)]
+
+    def waiting(self) -> bool:
+        """Somebody has left a broken transfer that others are still in."""
+        return any(self.transfers.settling(m.id) for m in self._at_rest())
+
+    def _at_rest(self) -> list[Member]:
+        """LOADING and LIVE instances that are in no transfer."""
         version = (self._fleet.version, self.transfers.version)
-        if self._stranded[0] != version:
-            self._stranded = (version, [m for m in self._fleet.loading() if not self.transfers.settling(m.id)])
-        return self._stranded[1]
+        if self._resting[0] != version:
+            self._resting = (version, [m for m in self._fleet.loading() if not self.transfers.busy(m.id)])
+        return self._resting[1]
 
     def redirected(self, instance: InstanceId) -> bool:
         """OLD side of a pair whose NEW side still loads: requests go to NEW."""
@@ -64,8 +74,14 @@ class Provisioner:
 
     # ---- decisions
 
+    def needy(self, at: float) -> list[Member]:
+        """Stranded instances, and those that have waited long enough for who is still in their broken transfer."""
+        at_rest = self._at_rest()
+        self._left = {m.id: self._left.get(m.id, at) for m in at_rest if self.transfers.settling(m.id)}
+        return [m for m in at_rest if m.id not in self._left or at - self._left[m.id] >= LEAVE_WAIT_S]
+
     def provide(self, at: float, needy: list[Member], means: Means) -> list[Command]:
-        """Begins whatever transfers can begin now for `needy` (IDLE or stranded) instances; the rest stays as it is."""
+        """Begins whatever transfers can begin now for `needy` instances, IDLE ones or `needy`'s; the rest stays as it is."""
         needy_ids = {m.id for m in needy}
         self._waiting_since = {i: since for i, since in self._waiting_since.items() if i in needy_ids}
         if not needy:
@@ -77,7 +93,7 @@ class Provisioner:
         if sources:
             return begun + self._multicast(at, needy, sources, means)
         coming = [run for m in self._fleet.loading() if (run := self.transfers.run_of(m.id)) is not None]
-        if any(not run.disk for run in coming) or self._copies.coming(self._spec.name):
+        if any(not run.disk and not run.broken for run in coming) or self._copies.coming(self._spec.name):
             return begun  # the others follow it by multicast
         keeper = self._copies.where(self._spec.name)
         if keeper is not None:

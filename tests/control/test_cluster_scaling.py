@@ -254,6 +254,24 @@ def test_the_last_source_dies_and_the_rest_comes_from_disk() -> None:
     assert world.phases() == [FAILED, SERVING] and world.ended == {"a": "length", "b": "length"}
 
 
+def test_who_left_a_broken_chain_does_not_wait_for_one_that_hangs_in_it() -> None:
+    """The last of a chain notices that its source is dead when the collective times out."""
+    world = serving(3)
+    world.scale(3, live="off"), world.exchange()
+    for _ in range(2):
+        world.load("i1"), world.load("i2")
+    world.exchange()
+    world.kill("i0"), world.obey("i1"), world.deliver("i1")
+    first = next(c.plan.chains[0].instances[1] for c in world.sent(PrepareTransfer))
+    assert first == "i1" and world.sent(LoadFromDisk) == [] == world.tick(0.4)
+    assert world.tick(0.2) == [LoadFromDisk("i1", 2, 2, "toy")]
+    for _ in range(9):
+        world.obey("i1"), world.load("i1"), world.deliver("i1")
+    assert world.phases() == [FAILED, SERVING, LOADING] and world.workers["i2"].jobs
+    world.settle()
+    assert world.phases() == [FAILED, SERVING, SERVING] and len(world.sent(LoadFromDisk)) == 1
+
+
 def test_every_instance_on_its_way_executes_alone_once_the_last_that_served_is_gone() -> None:
     """The chain's middle, and a NEW side whose OLD died while another served."""
     world = serving(5, 2)
