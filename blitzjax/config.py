@@ -50,7 +50,7 @@ class EngineConfig:
     prefix_cache_bytes: int = 1 << 30  # of an instance's host memory; kv_pages bound it too
     tensor_parallel: int = 1  # devices per instance
     step_timeout_s: float = 120.0  # a worker that is in one step, or one layer of a prompt, for so long ends; 0: never
-    native_kernels: bool = True  # bfloat16 products and attention on CPUs in C++; last bits differ, so one value for all hosts
+    native_kernels: bool = True  # what a bfloat16 model computes on CPUs in C++; last bits differ, so one value for all hosts
     cudnn_attention: bool = True  # on NVIDIA GPUs, in bfloat16, where it fits; keys and values are bfloat16 then
     fused_layers: int = 0  # layers that a decode step runs as one program, best a multiple of the model's pattern; 0: one each
     executable_cache: str = ""  # directory; empty: executables/ in $BLITZJAX_CACHE or ~/.cache/blitzjax

@@ -1,6 +1,6 @@
-// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times weights [out, in], float32 sums. Or, with a gate, of each two of
-// these, activate(first) * second, which are made where the product lies in the core's own caches. Weights are bfloat16, or int8
-// with a power of two for each kBlock of a row, which makes them numbers that bfloat16 has: sums are the same bits.
+// y[m, n] = sum_k x[m, k] * w[n, k]: float32 rows times weights [out, in], float32 sums. With a gate, of each two of these
+// activate(first) * second, made where the sums lie in a core's own caches. Weights are bfloat16, or int8 with a power of
+// two for each kBlock of a row, which makes them numbers that bfloat16 has: sums are the same bits.
 //
 // Reads the weights in place, once from memory: XLA repacks or widens them on every call, which costs more than the
 // product when there are few rows. x is rounded to bfloat16 first, to nearest even, as XLA's form does. A row's sums
