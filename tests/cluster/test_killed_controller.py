@@ -72,8 +72,8 @@ def scaling_up(rig: Rig, long, live: str) -> dict[tuple[int, ...], Future[Result
     """1 → 3, in the middle of it. → the answers under way. A busy machine may miss the middle: then once more."""
     for _ in range(10):
         rig.only(1)
-        rig.scale(3, live=live)
         answers = {p: send(rig, p) for p in long}
+        rig.scale(3, live=live)
         if loading(rig.wait(lambda s: loading(s) or phases(s).count("serving") == 3, "loading")):
             return answers
         assert {p: answer.result().token_ids for p, answer in answers.items()} == long
