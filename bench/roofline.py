@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner = build(spec, config)
         ours = measure(runner, *sizes, found)
     result = {"model": spec.name, "device": device.device_kind, "platform": device.platform, "jax": jax.__version__,
-              "attention": runner.stages.attention.fused or ("native" if runner.stages.attention.product else "products"),
+              "attention": runner.stages.attention.fused or ("native" if runner.stages.attention.kernels else "products"),
               "gb_per_s": figures.rounded(found.bytes_per_s / 1e9), "tflop_per_s": figures.rounded(found.flops_per_s / 1e12),
               "context": args.context, "fused_layers": args.fused_layers, "machine": figures.machine(), **ours}
     if theirs is not None:

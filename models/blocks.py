@@ -88,12 +88,12 @@ class Int8:
         return (blocks * self.scales[..., None]).reshape(self.values.shape)
 
 
-class Product(Protocol):
-    """A faster way to multiply rows f32[rows, c] with weights [out, c], and to do what stands beside it."""
+class Kernels(Protocol):
+    """What may be faster than XLA: products of rows f32[rows, c] with weights [out, c], and what stands beside them."""
 
     def takes(self, rows: int, w: jax.Array | Int8) -> bool: ...
 
-    def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
+    def multiply(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
 
     def gates(self, activation: str) -> bool: ...
 
@@ -102,17 +102,17 @@ class Product(Protocol):
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array: ...
 
 
-_multiplying: contextvars.ContextVar[Product | None] = contextvars.ContextVar("multiplying", default=None)
+_kernels: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("kernels", default=None)
 
 
 @contextlib.contextmanager
-def multiplying(product: Product | None) -> Iterator[None]:
-    """What is traced inside multiplies by `product` what it takes."""
-    token = _multiplying.set(product)
+def using(kernels: Kernels | None) -> Iterator[None]:
+    """What is traced inside leaves to `kernels` what they take."""
+    token = _kernels.set(kernels)
     try:
         yield
     finally:
-        _multiplying.reset(token)
+        _kernels.reset(token)
 
 
 def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
@@ -125,9 +125,9 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
     shape = _shape(w)
     rows, out, inner = x.shape[:-1], shape[:len(shape) - contract], math.prod(shape[len(shape) - contract:])
     x, w = x.reshape(-1, inner), _flat(w, contract)
-    product = _multiplying.get()
-    if product is not None and product.takes(x.shape[0], w):
-        return product(x.astype(jnp.float32), w).reshape(*rows, *out)
+    kernels = _kernels.get()
+    if kernels is not None and kernels.takes(x.shape[0], w):
+        return kernels.multiply(x.astype(jnp.float32), w).reshape(*rows, *out)
     w = w.multiplied() if isinstance(w, Int8) else w
     precision = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
     y = lax.dot_general(x.astype(w.dtype), w, (((1,), (1,)), ((), ())), precision=precision,
@@ -137,11 +137,11 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
 
 def gated(activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
     """x [*rows, c] · w [F, 1 or 2, c], then `activate` → f32[*rows, F]"""
-    product = _multiplying.get()
-    if product is not None and _shape(w)[1] == 2 and product.gates(activation):
+    kernels = _kernels.get()
+    if kernels is not None and _shape(w)[1] == 2 and kernels.gates(activation):
         rows, flat = x.reshape(-1, x.shape[-1]), _flat(w, 1)
-        if product.takes(rows.shape[0], flat):
-            return product.gated(activation, rows.astype(jnp.float32), flat).reshape(*x.shape[:-1], -1)
+        if kernels.takes(rows.shape[0], flat):
+            return kernels.gated(activation, rows.astype(jnp.float32), flat).reshape(*x.shape[:-1], -1)
     return activate(activation, matmul(x, w))
 
 
@@ -156,9 +156,9 @@ def _flat(w: jax.Array | Int8, contract: int) -> jax.Array | Int8:
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
     """arXiv:1910.07467"""
-    product = _multiplying.get()
-    if product is not None and axes == -1 and x.ndim <= 3:  # residuals; XLA norms parts of a product where it cuts them out
-        return product.rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), eps)
+    kernels = _kernels.get()
+    if kernels is not None and axes == -1 and x.ndim <= 3:  # residuals; XLA norms parts of a product where it cuts them out
+        return kernels.rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), eps)
     return x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 

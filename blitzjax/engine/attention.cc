@@ -13,7 +13,7 @@
 #include <limits>
 #include <vector>
 
-#include "tasks.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace ffi = xla::ffi;

@@ -116,7 +116,7 @@ class Attention:
     """How one model's layers attend. Heads are as in `blocks.Attend`; everything returns f32[B, T, H * hd]."""
 
     layout: Layout = _PLAIN
-    product: native.Product | None = None
+    kernels: native.Kernels | None = None
     fused: Fused | None = None
     split: NamedSharding | None = None  # of heads over several devices: each computes those that it has
 
@@ -145,18 +145,18 @@ class Attention:
     def source(self) -> str:
         """What decides the numbers, for whoever keeps programs that contain it."""
         return "\n".join([Path(__file__).read_text("utf-8"), str(self.layout), str(self.fused),
-                          self.product.source() if self.product else ""])
+                          self.kernels.source() if self.kernels else ""])
 
     def _fuses(self, scoring: blocks.Scoring) -> bool:
         return self.fused is not None and scoring.softcap is None and scoring.sinks is None
 
     def _products(self, q: Array, k: Array, v: Array, at: Array, scoring: blocks.Scoring) -> Array:
         """`at`: the queries' positions, i32[B or 1, T]."""
-        if self.product is None or not self.product.attends(k):
+        if self.kernels is None or not self.kernels.attends(k):
             return attention(q, *self.layout.plain(k, v), at[:, None, None], scoring)
         rows = q.astype(jnp.float32).reshape(-1, *q.shape[2:])
         last = jnp.broadcast_to(at, q.shape[:2]).reshape(-1)
-        return self.product.attend(rows, k, v, last, scoring).reshape(*q.shape[:2], -1)
+        return self.kernels.attend(rows, k, v, last, scoring).reshape(*q.shape[:2], -1)
 
     def _dot_product(self, q: Array, k: Array, v: Array, scoring: blocks.Scoring, seen: dict[str, Any],
                      **rules: Any) -> Array:
@@ -182,7 +182,7 @@ def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device],
         if spec.compute_dtype != "bfloat16":
             return Attention()
         fits = config.native_kernels and len(devices) == 1
-        return Attention(_SHORT, native.product(directory, cpu_features(), fetch) if fits else None)
+        return Attention(_SHORT, native.kernels(directory, cpu_features(), fetch) if fits else None)
     capability = str(devices[0].compute_capability) if platform == "gpu" else ""
     if config.cudnn_attention and cudnn_fits(spec, capability):
         return fused("cudnn", spec.compute_dtype)

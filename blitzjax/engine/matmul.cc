@@ -16,7 +16,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "tasks.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace ffi = xla::ffi;
@@ -457,7 +457,7 @@ void Gate(const float* x, int64_t count, float* y) {
 }
 
 using Gating = void (*)(const float*, int64_t, float*);
-constexpr Gating kGates[] = {nullptr, Gate<Silu>, Gate<GeluTanh>};  // as Product.gates of native.py
+constexpr Gating kGates[] = {nullptr, Gate<Silu>, Gate<GeluTanh>};  // as _GATES of native.py counts them
 
 template <typename W, typename Buffer>
 ffi::Error Multiplied(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const Buffer& w, const uint16_t* scales,

@@ -28,7 +28,7 @@ from blitzjax.models.blocks import BLOCK, Int8, Scoring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "norm.cc", "tasks.h",
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "norm.cc", "team.h",
                                                             "vectors.h"))
 _HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8", "attend": "BlitzjaxAttend",
              "rms_norm": "BlitzjaxRmsNorm"}
@@ -68,8 +68,8 @@ VARIANTS = (
 
 
 @dataclass(frozen=True)  # without slots: jax.jit refers to it weakly
-class Product:
-    """Callable where a program for the CPU is traced. Programs that hold it load once `product` has been called."""
+class Kernels:
+    """Callable where a program for the CPU is traced. Programs that hold them load once `kernels` has been called."""
 
     variant: Variant
     max_rows: float
@@ -80,7 +80,7 @@ class Product:
             return rows <= self.max_rows and w.values.shape[1] == w.scales.shape[1] * BLOCK
         return rows <= self.max_rows and w.dtype == jax.numpy.bfloat16
 
-    def __call__(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
+    def multiply(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
         """f32[rows, k], [out, k] → f32[rows, out]"""
         return self._multiplied(x, w, gate=0, ways=1)
 
@@ -128,7 +128,7 @@ class Product:
 _REGISTERED: set[Variant] = set()  # with XLA, once and for the whole process
 
 
-def product(directory: Path, cpu_features: str, fetch: Fetch = lambda name: None) -> Product | None:
+def kernels(directory: Path, cpu_features: str, fetch: Fetch = lambda name: None) -> Kernels | None:
     """The best of VARIANTS for the CPU, fetched or built into `directory` unless it is there; None where none can run.
 
     Several processes may share the directory.
@@ -140,9 +140,9 @@ def product(directory: Path, cpu_features: str, fetch: Fetch = lambda name: None
     return _registered(found, directory, fetch)
 
 
-def _registered(variant: Variant, directory: Path, fetch: Fetch) -> Product | None:
+def _registered(variant: Variant, directory: Path, fetch: Fetch) -> Kernels | None:
     if variant in _REGISTERED:
-        return Product(variant, variant.max_rows)
+        return Kernels(variant, variant.max_rows)
     try:
         library = _library(variant, directory, fetch)
     except (OSError, subprocess.SubprocessError) as e:
@@ -151,7 +151,7 @@ def _registered(variant: Variant, directory: Path, fetch: Fetch) -> Product | No
     for kind, symbol in _HANDLERS.items():
         jax.ffi.register_ffi_target(_target(kind, variant), jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     _REGISTERED.add(variant)
-    return Product(variant, variant.max_rows)
+    return Kernels(variant, variant.max_rows)
 
 
 def _target(kind: str, variant: Variant) -> str:

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "tasks.h"
+#include "team.h"
 #include "vectors.h"
 
 namespace ffi = xla::ffi;

@@ -195,7 +195,7 @@ class Stages:
         if found is None:
             name = _name(kind, *sizes)
             try:
-                with blocks.multiplying(self.attention.product):
+                with blocks.using(self.attention.kernels):
                     found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: self._program(kind, *sizes))
             except RuntimeError as e:
                 if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode"):
@@ -219,7 +219,7 @@ class Stages:
             *(("head_greedy", rows) for rows in (s.widths[0], *s.batches)),
             *(("first", kind, width, s.context(width)) for kind in self.kinds for width in s.widths),
             *(("decode", g.start, g.stop, rows, s.contexts[0]) for g in groups for rows in s.batches)]
-        with blocks.multiplying(self.attention.product):
+        with blocks.using(self.attention.kernels):
             return "\n".join(self._program(*stage).lowered().as_text() for stage in stages)
 
     def _abstract(self, shape: tuple[int, ...], dtype=jnp.float32, sharding=None) -> jax.ShapeDtypeStruct:

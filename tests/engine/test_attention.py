@@ -130,7 +130,7 @@ class Device:
 def test_the_devices_choose(tmp_path: Path, platform: str, capability: str, changes: dict[str, object], knob: bool,
                             expected: str | None) -> None:
     way = chosen(replace(SPEC, **changes), EngineConfig(cudnn_attention=knob), [Device(platform, capability)], tmp_path)
-    assert way.fused == expected and way.product is None
+    assert way.fused == expected and way.kernels is None
     assert way.layout.dtype == (jnp.bfloat16 if expected else jnp.float32)
 
 
@@ -163,7 +163,7 @@ def test_a_cache_of_bfloat16_is_moved_as_it_is(tmp_path: Path, stage: tuple[str 
     stages = Stages(SPEC, EngineConfig(executable_cache=str(tmp_path)), mesh)
     compiled, cache = stages._stage(*stage), stages.kv_specs(4, 512)
     assert compiled.memory_analysis().alias_size_in_bytes == (sum(a.size * 2 for a in cache) if donated else 0)
-    if stages.attention.product is not None or stage[0] != "decode":
+    if stages.attention.kernels is not None or stage[0] != "decode":
         assert not [a for a in cache if f"f32[{','.join(map(str, a.shape))}]" in compiled.as_text()]
 
 

@@ -40,7 +40,7 @@ def directory(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(params=RUNNABLE, ids=lambda v: v.name)
-def product(request, directory: Path) -> native.Product:
+def kernels(request, directory: Path) -> native.Kernels:
     found = native._registered(request.param, directory, lambda name: None)
     assert found is not None, "needs a C++ compiler"
     return found
@@ -54,58 +54,58 @@ def operands(rows: int, k: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("rows, k, out", [(1, 1, 1), (1, 64, 6), (2, 31, 7), (3, 33, 13), (5, 576, 100), (8, 100, 97),
                                           (37, 65, 195), (64, 200, 3), (67, 15, 50), (130, 96, 64),
                                           (33, 31, 49), (75, 333, 200)])
-def test_product_is_numpys(product: native.Product, rows: int, k: int, out: int) -> None:
+def test_product_is_numpys(kernels: native.Kernels, rows: int, k: int, out: int) -> None:
     x, w = operands(rows, k, out)
     exact = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ w.astype(np.float64).T
-    got = np.asarray(jax.jit(product)(x, w))
+    got = np.asarray(jax.jit(kernels.multiply)(x, w))
     assert got.shape == (rows, out)
     np.testing.assert_allclose(got, exact, atol=1e-6 * k, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows, k, out", [(1, 32, 1), (2, 576, 7), (3, 96, 100), (9, 64, 97), (16, 4096, 13), (37, 224, 195),
                                           (70, 32, 49), (130, 576, 64)])
-def test_blocks_of_int8_give_the_bits_of_bfloat16(product: native.Product, rows: int, k: int, out: int) -> None:
+def test_blocks_of_int8_give_the_bits_of_bfloat16(kernels: native.Kernels, rows: int, k: int, out: int) -> None:
     rng = np.random.default_rng(rows + k + out)
     w = blocks.Int8(jnp.asarray(rng.integers(-127, 128, (out, k)), jnp.int8),
                     jnp.asarray(np.exp2(rng.integers(-20, 20, (out, k // 32))), jnp.bfloat16))
     x, _ = operands(rows, k, out)
-    np.testing.assert_array_equal(np.asarray(jax.jit(product)(x, w)), np.asarray(jax.jit(product)(x, w.multiplied())))
+    np.testing.assert_array_equal(np.asarray(jax.jit(kernels.multiply)(x, w)), np.asarray(jax.jit(kernels.multiply)(x, w.multiplied())))
 
 
-def test_x_is_rounded_as_xla_rounds_it(product: native.Product) -> None:
+def test_x_is_rounded_as_xla_rounds_it(kernels: native.Kernels) -> None:
     ties = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, -1 - 2.0**-8, 1e-40, -0.0, np.inf, 3.4e38, np.nan], np.float32)
     x, one = ties[:, None], np.ones((1, 1), ml_dtypes.bfloat16)
-    got = np.asarray(jax.jit(product)(x, one))
+    got = np.asarray(jax.jit(kernels.multiply)(x, one))
     usual = np.abs(ties) > 1e-38  # the instruction for bfloat16 takes denormals for zeros
     np.testing.assert_array_equal(got[usual], x.astype(ml_dtypes.bfloat16).astype(np.float32)[usual])
 
 
-def test_a_row_does_not_depend_on_its_batch(product: native.Product) -> None:
+def test_a_row_does_not_depend_on_its_batch(kernels: native.Kernels) -> None:
     x, w = operands(130, 100, 205)
-    few, many = np.asarray(jax.jit(product)(x[:1], w)), np.asarray(jax.jit(product)(x, w))
+    few, many = np.asarray(jax.jit(kernels.multiply)(x[:1], w)), np.asarray(jax.jit(kernels.multiply)(x, w))
     for rows in (1, 2, 3, 5, 8, 11, 15, 16, 17, 32, 64, 67, 129):
-        got = np.asarray(jax.jit(product)(x[:rows], w))
+        got = np.asarray(jax.jit(kernels.multiply)(x[:rows], w))
         if rows <= native.FEW_ROWS:
             np.testing.assert_array_equal(got[: len(few)], few)
             few = got
         else:
             np.testing.assert_array_equal(got, many[:rows])
     for row in (5, 14):
-        np.testing.assert_array_equal(np.asarray(jax.jit(product)(x[row : row + 1], w))[0], few[row])
+        np.testing.assert_array_equal(np.asarray(jax.jit(kernels.multiply)(x[row : row + 1], w))[0], few[row])
 
 
-def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) -> None:
-    def calls(product: native.Product, rows: int, dtype) -> bool:
-        with blocks.multiplying(product):
+def test_matmul_takes_it_for_few_rows_of_bfloat16_only(kernels: native.Kernels) -> None:
+    def calls(kernels: native.Kernels, rows: int, dtype) -> bool:
+        with blocks.using(kernels):
             traced = jax.make_jaxpr(blocks.matmul)(jnp.zeros((rows, 1, 32)), jnp.zeros((2, 3, 32), dtype))
         return "ffi_call" in str(traced)
 
-    limited = dataclasses.replace(product, max_rows=8)
-    assert not product.takes(1, blocks.Int8(jnp.zeros((2, 48), jnp.int8), jnp.zeros((2, 3), jnp.bfloat16)))
-    assert calls(product, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
-    assert not calls(limited, 9, jnp.bfloat16) and not calls(product, 1, jnp.float32)
+    limited = dataclasses.replace(kernels, max_rows=8)
+    assert not kernels.takes(1, blocks.Int8(jnp.zeros((2, 48), jnp.int8), jnp.zeros((2, 3), jnp.bfloat16)))
+    assert calls(kernels, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
+    assert not calls(limited, 9, jnp.bfloat16) and not calls(kernels, 1, jnp.float32)
     x, w = operands(6, 35, 12)
-    with blocks.multiplying(product):
+    with blocks.using(kernels):
         fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     plain = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
     np.testing.assert_allclose(np.asarray(fast), np.asarray(plain), rtol=1e-5, atol=1e-5)
@@ -113,25 +113,25 @@ def test_matmul_takes_it_for_few_rows_of_bfloat16_only(product: native.Product) 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("rows, k, units", [(1, 32, 1), (2, 96, 50), (8, 64, 47), (16, 32, 131), (37, 96, 48), (70, 64, 77)])
-def test_gates_are_applied_to_what_the_product_gives(product: native.Product, activation: str, rows: int, k: int,
+def test_gates_are_applied_to_what_the_product_gives(kernels: native.Kernels, activation: str, rows: int, k: int,
                                                      units: int) -> None:
     x, w = operands(rows, k, 2 * units)
     w[:, 0] *= 20  # gates far from zero, too
     rng = np.random.default_rng(units)
     packed = blocks.Int8(jnp.asarray(rng.integers(-127, 128, w.shape), jnp.int8), jnp.ones((2 * units, k // 32), jnp.bfloat16))
     for weights in (w, packed):
-        gates, ups = np.moveaxis(np.asarray(jax.jit(product)(x, weights), np.float64).reshape(rows, units, 2), 2, 0)
+        gates, ups = np.moveaxis(np.asarray(jax.jit(kernels.multiply)(x, weights), np.float64).reshape(rows, units, 2), 2, 0)
         inner = gates if activation == "silu" else math.sqrt(8 / math.pi) * (gates + 0.044715 * gates**3)
-        got = np.asarray(jax.jit(lambda x, w: product.gated(activation, x, w))(x, weights))
+        got = np.asarray(jax.jit(lambda x, w: kernels.gated(activation, x, w))(x, weights))
         np.testing.assert_allclose(got, gates / (1 + np.exp(np.clip(-inner, None, 700))) * ups, rtol=1e-5, atol=1e-30)
-        alone = jax.jit(lambda x, w: product.gated(activation, x, w))(x[-1:], weights)
+        alone = jax.jit(lambda x, w: kernels.gated(activation, x, w))(x[-1:], weights)
         if rows <= native.FEW_ROWS:
             np.testing.assert_array_equal(np.asarray(alone)[0], got[-1])
 
 
-def test_feed_forwards_are_gated_where_the_product_knows_how(product: native.Product) -> None:
+def test_feed_forwards_are_gated_where_the_product_knows_how(kernels: native.Kernels) -> None:
     def traced(activation: str, shape: tuple[int, ...], dtype=jnp.bfloat16) -> str:
-        with blocks.multiplying(product):
+        with blocks.using(kernels):
             return jax.jit(lambda x, w: blocks.gated(activation, x, w)).lower(jnp.zeros((3, 1, 32)),
                                                                               jnp.zeros(shape, dtype)).as_text()
 
@@ -142,11 +142,11 @@ def test_feed_forwards_are_gated_where_the_product_knows_how(product: native.Pro
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1, 7), (2, 64), (5, 576), (1, 40, 200)])
-def test_norms_are_xlas_and_a_rows_own(product: native.Product, shape: tuple[int, ...]) -> None:
+def test_norms_are_xlas_and_a_rows_own(kernels: native.Kernels, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(shape[-1])
     x, scale = (rng.normal(size=s).astype(np.float32) for s in (shape, shape[-1:]))
     x[..., 0] *= 50
-    with blocks.multiplying(product):
+    with blocks.using(kernels):
         norm = jax.jit(lambda x: blocks.rms_norm(x, scale, 1e-5))
         assert "ffi_call" in str(jax.make_jaxpr(norm)(x))
         got, last = np.asarray(norm(x)), np.asarray(norm(x[-1:, -1:] if x.ndim == 3 else x[-1:]))
@@ -154,9 +154,9 @@ def test_norms_are_xlas_and_a_rows_own(product: native.Product, shape: tuple[int
     np.testing.assert_array_equal(last.ravel(), got.reshape(-1, shape[-1])[-1])
 
 
-def test_threads_that_multiply_at_once_do_not_disturb_each_other(product: native.Product) -> None:
+def test_threads_that_multiply_at_once_do_not_disturb_each_other(kernels: native.Kernels) -> None:
     """Some find the team at work."""
-    multiply, pairs = jax.jit(product), [operands(rows, 576, 960) for rows in (1, 8, 20, 64)]
+    multiply, pairs = jax.jit(kernels.multiply), [operands(rows, 576, 960) for rows in (1, 8, 20, 64)]
     wanted = [np.asarray(multiply(x, w)) for x, w in pairs]
 
     def repeat(mine: int) -> bool:
@@ -167,11 +167,11 @@ def test_threads_that_multiply_at_once_do_not_disturb_each_other(product: native
         assert all(pool.map(repeat, range(len(pairs))))
 
 
-def test_a_model_may_map_over_it(product: native.Product) -> None:
+def test_a_model_may_map_over_it(kernels: native.Kernels) -> None:
     x, w = np.stack([operands(3, 40, 9)[0]] * 2), np.stack([operands(3, 40, 9)[1], operands(4, 40, 9)[1]])
-    mapped = np.asarray(jax.jit(jax.vmap(product))(x, w))
+    mapped = np.asarray(jax.jit(jax.vmap(kernels.multiply))(x, w))
     for i in range(2):
-        np.testing.assert_array_equal(mapped[i], np.asarray(jax.jit(product)(x[i], w[i])))
+        np.testing.assert_array_equal(mapped[i], np.asarray(jax.jit(kernels.multiply)(x[i], w[i])))
 
 
 SCORINGS = {"plain": blocks.Scoring(scale=0.2), "window": blocks.Scoring(window=21), "short": blocks.Scoring(window=1),
@@ -182,7 +182,7 @@ SCORINGS = {"plain": blocks.Scoring(scale=0.2), "window": blocks.Scoring(window=
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("kv, group, hd, context", [(3, 3, 64, 256), (1, 1, 16, 32), (2, 4, 80, 64), (2, 5, 128, 96),
                                                     (1, 2, 48, 512), (1, 11, 32, 16)])
-def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product, kv: int, group: int, hd: int,
+def test_attention_is_xlas_whoever_else_is_in_the_batch(kernels: native.Kernels, kv: int, group: int, hd: int,
                                                         context: int, scoring: str, sinks: bool) -> None:
     rng = np.random.default_rng(kv + group + hd)
     lasts = np.unique(np.array([0, 1, 14, 15, context // 2, context - 2, context - 1], np.int32) % context)
@@ -194,7 +194,7 @@ def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product,
     how = SCORINGS[scoring]
     if sinks:
         how = dataclasses.replace(how, sinks=jnp.asarray(rng.normal(size=(kv, group), scale=5), jnp.float32))
-    attend = jax.jit(lambda q, k, v, last: product.attend(q[:, 0], k, v, last, how))
+    attend = jax.jit(lambda q, k, v, last: kernels.attend(q[:, 0], k, v, last, how))
     bits = [a.view(np.uint16) for a in (k, v)]
     got = np.asarray(attend(q, *bits, lasts))
     usual = attention(q, *(np.nan_to_num(a.astype(np.float32)) for a in (k, v)), lasts[:, None, None, None], how)[:, 0]
@@ -208,7 +208,7 @@ def test_attention_is_xlas_whoever_else_is_in_the_batch(product: native.Product,
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("kv, group, hd, start, queries", [(3, 3, 64, 0, 64), (1, 1, 16, 17, 13), (2, 4, 80, 40, 3),
                                                            (2, 5, 128, 30, 34), (1, 11, 32, 0, 2)])
-def test_queries_of_a_prompt_attend_as_a_step_each_would(product: native.Product, kv: int, group: int, hd: int, start: int,
+def test_queries_of_a_prompt_attend_as_a_step_each_would(kernels: native.Kernels, kv: int, group: int, hd: int, start: int,
                                                          queries: int, scoring: str, sinks: bool) -> None:
     rows, context = 2, 64
     rng = np.random.default_rng(kv + group + hd)
@@ -219,7 +219,7 @@ def test_queries_of_a_prompt_attend_as_a_step_each_would(product: native.Product
     how = SCORINGS[scoring]
     if sinks:
         how = dataclasses.replace(how, sinks=jnp.asarray(rng.normal(size=(kv, group), scale=5), jnp.float32))
-    attend = jax.jit(lambda q, k, v, last: product.attend(q, k, v, last, how))
+    attend = jax.jit(lambda q, k, v, last: kernels.attend(q, k, v, last, how))
     bits, at = [a.view(np.uint16) for a in (k, v)], np.arange(start, start + queries, dtype=np.int32)
     got = np.asarray(attend(q.reshape(-1, kv * group, hd), *bits, np.tile(at, rows))).reshape(rows, queries, -1)
     for query, last in enumerate(at):
@@ -270,32 +270,32 @@ def test_without_a_compiler_xla_multiplies_and_the_log_says_so_once(tmp_path: Pa
     assert done.stderr.count("no native code") == 1 and "c++" in done.stderr
 
 
-def test_without_a_compiler_the_library_of_another_worker_does(product, directory: Path, tmp_path: Path,
+def test_without_a_compiler_the_library_of_another_worker_does(kernels, directory: Path, tmp_path: Path,
                                                                monkeypatch) -> None:
-    native._library(product.variant, directory, lambda name: None)
+    native._library(kernels.variant, directory, lambda name: None)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(OSError, match="c\\+\\+"):
-        native._library(product.variant, tmp_path, lambda name: None)
+        native._library(kernels.variant, tmp_path, lambda name: None)
 
     def damaged(name: str) -> bytes:
         *whole, last = read_file(directory, name)
         return bytes([*whole, last ^ 1])
 
     with pytest.raises(OSError, match="c\\+\\+"):  # what came damaged is not loaded
-        native._library(product.variant, tmp_path, damaged)
+        native._library(kernels.variant, tmp_path, damaged)
     assert not list(tmp_path.glob("*.so"))
-    assert native._library(product.variant, tmp_path, lambda name: read_file(directory, name))
-    assert native._library(product.variant, tmp_path, lambda name: None)
+    assert native._library(kernels.variant, tmp_path, lambda name: read_file(directory, name))
+    assert native._library(kernels.variant, tmp_path, lambda name: None)
 
 
 def test_what_does_not_compile_is_not_used(directory: Path, monkeypatch, caplog) -> None:
     bad = dataclasses.replace(RUNNABLE[0], name="bad", flags=("-DXLA_FFI_DEFINE_HANDLER_SYMBOL=?",))
     monkeypatch.setattr(native, "VARIANTS", (bad,))
     with caplog.at_level(logging.WARNING):
-        assert native.product(directory, cpu_features()) is None
+        assert native.kernels(directory, cpu_features()) is None
     assert "no native code" in caplog.text and "matmul.cc" in caplog.text
 
 
 def test_a_cpu_without_the_instructions_has_none(directory: Path) -> None:
-    assert native.product(directory, "flags : fpu sse4_2 avx fma") is None
-    assert native.product(directory, "") is None
+    assert native.kernels(directory, "flags : fpu sse4_2 avx fma") is None
+    assert native.kernels(directory, "") is None

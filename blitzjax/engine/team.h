@@ -1,4 +1,4 @@
-// How products and attention use the cores of a process: a team of threads, the caller and helpers of its own.
+// How products, attention and norms use the cores of a process: a team of threads, the caller and helpers of its own.
 //
 // XLA's pool sleeps between any two operations, and to wake a thread takes as long as many a product. Helpers look for work
 // for kPatience before they sleep: in a step the next product begins within microseconds.
