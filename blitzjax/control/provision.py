@@ -74,14 +74,14 @@ class Provisioner:
 
     # ---- decisions
 
-    def needy(self, at: float) -> list[Member]:
+    def left_over(self, at: float) -> list[Member]:
         """Stranded instances, and those that have waited long enough for who is still in their broken transfer."""
         at_rest = self._at_rest()
         self._left = {m.id: self._left.get(m.id, at) for m in at_rest if self.transfers.settling(m.id)}
         return [m for m in at_rest if m.id not in self._left or at - self._left[m.id] >= LEAVE_WAIT_S]
 
     def provide(self, at: float, needy: list[Member], means: Means) -> list[Command]:
-        """Begins whatever transfers can begin now for `needy` instances, IDLE ones or `needy`'s; the rest stays as it is."""
+        """Begins whatever transfers can begin now for `needy` (IDLE, or as above) instances; the rest stays as it is."""
         needy_ids = {m.id for m in needy}
         self._waiting_since = {i: since for i, since in self._waiting_since.items() if i in needy_ids}
         if not needy:
@@ -115,7 +115,7 @@ class Provisioner:
             m for m in needy if m is not member]
 
     def _held(self, member: Member) -> int:
-        """Units of this model on an IDLE or stranded instance."""
+        """Units of this model on an IDLE instance or one that is left over."""
         return member.units if member.model == self._spec.name else 0
 
     def _take(self, member: Member) -> list[Command]:

@@ -201,13 +201,13 @@ class Scaler:
                 case _:
                     assert_never(action)
         commands += self._release_drained(at)
-        needy = self._provisioner.needy(at) + recruits
+        needy = self._provisioner.left_over(at) + recruits
         commands += self._provisioner.provide(at, needy, self.goal.means)
         there = not needy and not self.missing and not self._fleet.loading()
         if there and self.goal.means is not self._means:  # they were about this goal
             self.goal = replace(self.goal, means=self._means)
-        at_rest = not needy and not self._provisioner.waiting() and not self._fleet.count(Phase.DRAINING)
-        if signs == (0, 0) and not commands and at_rest:
+        pending = needy or self._provisioner.waiting() or self._fleet.count(Phase.DRAINING)
+        if signs == (0, 0) and not commands and not pending:
             self._settled = state
         return commands
 
