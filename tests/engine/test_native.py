@@ -69,7 +69,8 @@ def test_blocks_of_int8_give_the_bits_of_bfloat16(kernels: native.Kernels, rows:
     w = blocks.Int8(jnp.asarray(rng.integers(-127, 128, (out, k)), jnp.int8),
                     jnp.asarray(np.exp2(rng.integers(-20, 20, (out, k // 32))), jnp.bfloat16))
     x, _ = operands(rows, k, out)
-    np.testing.assert_array_equal(np.asarray(jax.jit(kernels.multiply)(x, w)), np.asarray(jax.jit(kernels.multiply)(x, w.multiplied())))
+    multiply = jax.jit(kernels.multiply)
+    np.testing.assert_array_equal(np.asarray(multiply(x, w)), np.asarray(multiply(x, w.multiplied())))
 
 
 def test_x_is_rounded_as_xla_rounds_it(kernels: native.Kernels) -> None:
