@@ -32,7 +32,7 @@ if typing.TYPE_CHECKING:
     from blitzjax.serve.controller import Controller
 
 _log = logging.getLogger("blitzjax.controller")
-_GRACE_S = 0.5  # open streams may flush their last message
+_GRACE_S = 2.0  # at most: open streams have their last word first
 
 
 class Stop:
@@ -69,7 +69,7 @@ async def serve(controller: Controller, key: str, credentials: grpc.ServerCreden
                                                            _drain(controller, checker, stop)) as ended):
             await ended  # raises what broke, while it drains, too
             controller.give_up()
-            await server.stop(0 if stop.now.is_set() else _GRACE_S)
+            await server.stop(_GRACE_S)
     finally:
         await server.stop(0)
     controller.close()

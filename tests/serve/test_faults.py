@@ -353,14 +353,15 @@ def test_drain_has_a_limit_and_a_second_signal_ends_it(start):
     for limit_s, signals in (0.3, 1), (3600.0, 2):
         cluster = start(f"serve.shutdown_timeout_s={limit_s}")
         with held(cluster), cluster.client() as client:
-            answer = Background(cluster, [1], max_tokens=500)
-            eventually(answer.begun)
+            answers = [Background(cluster, [1], max_tokens=500) for _ in range(20)]
+            eventually(lambda: client.status().queued_requests + client.status().running_requests == len(answers))
             for _ in range(signals):
                 cluster.terminate()
                 eventually(lambda: not client.ready())  # it was heard: two that come together are one
             assert cluster.wait(300) == 0
-            answer.join(300)
-        assert isinstance(answer.error, Unavailable)
+            for answer in answers:
+                answer.join(300)
+                assert isinstance(answer.error, Unavailable) and "shut down before" in str(answer.error)
 
 
 def test_controller_is_unready_until_an_instance_serves(model_dir, tmp_path):
