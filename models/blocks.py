@@ -91,15 +91,19 @@ class Int8:
 class Kernels(Protocol):
     """What may be faster than XLA: products of rows f32[rows, c] with weights [out, c], and what stands beside them."""
 
-    def takes(self, rows: int, w: jax.Array | Int8) -> bool: ...
+    def takes(self, w: jax.Array | Int8) -> bool: ...
 
     def multiply(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
 
-    def gates(self, activation: str) -> bool: ...
+    def gates(self, activation: str, w: jax.Array | Int8) -> bool: ...
 
     def gated(self, activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array: ...
 
+    def weighted(self, weights: jax.Array, x: jax.Array) -> jax.Array: ...
+
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array: ...
+
+    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array: ...
 
 
 _kernels: contextvars.ContextVar[Kernels | None] = contextvars.ContextVar("kernels", default=None)
@@ -126,7 +130,7 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
     rows, out, inner = x.shape[:-1], shape[:len(shape) - contract], math.prod(shape[len(shape) - contract:])
     x, w = x.reshape(-1, inner), _flat(w, contract)
     kernels = _kernels.get()
-    if kernels is not None and kernels.takes(x.shape[0], w):
+    if kernels is not None and kernels.takes(w):
         return kernels.multiply(x.astype(jnp.float32), w).reshape(*rows, *out)
     w = w.multiplied() if isinstance(w, Int8) else w
     precision = lax.Precision.HIGHEST if w.dtype == jnp.float32 else None
@@ -138,10 +142,9 @@ def matmul(x: jax.Array, w: jax.Array | Int8, contract: int = 1) -> jax.Array:
 def gated(activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
     """x [*rows, c] · w [F, 1 or 2, c], then `activate` → f32[*rows, F]"""
     kernels = _kernels.get()
-    if kernels is not None and _shape(w)[1] == 2 and kernels.gates(activation):
-        rows, flat = x.reshape(-1, x.shape[-1]), _flat(w, 1)
-        if kernels.takes(rows.shape[0], flat):
-            return kernels.gated(activation, rows.astype(jnp.float32), flat).reshape(*x.shape[:-1], -1)
+    if kernels is not None and _shape(w)[1] == 2 and kernels.gates(activation, flat := _flat(w, 1)):
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        return kernels.gated(activation, rows, flat).reshape(*x.shape[:-1], -1)
     return activate(activation, matmul(x, w))
 
 
@@ -154,16 +157,25 @@ def _flat(w: jax.Array | Int8, contract: int) -> jax.Array | Int8:
     return w.flat(contract) if isinstance(w, Int8) else w.reshape(-1, math.prod(w.shape[w.ndim - contract:]))
 
 
+def weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums of K vectors each, f32[N, K], f32[N, K, D] → f32[N, D]"""
+    kernels = _kernels.get()
+    return jnp.sum(weights[..., None] * x, axis=1) if kernels is None else kernels.weighted(weights, x)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
     """arXiv:1910.07467"""
     kernels = _kernels.get()
-    if kernels is not None and axes == -1 and x.ndim <= 3:  # residuals; XLA norms parts of a product where it cuts them out
+    if kernels is not None:
         return kernels.rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), eps)
     return x * lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + eps) * scale.astype(jnp.float32)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """arXiv:1607.06450"""
+    kernels = _kernels.get()
+    if kernels is not None:
+        return kernels.layer_norm(x.astype(jnp.float32), scale.astype(jnp.float32), bias.astype(jnp.float32), eps)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     return centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps) * scale + bias
 

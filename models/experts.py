@@ -43,7 +43,7 @@ class Experts(nnx.Module):
         """f32[B, T, D] → f32[B, T, D]"""
         tokens = x.reshape(-1, self.spec.dim)  # [N, D]
         chosen, weights = self._route(tokens)
-        y = jnp.sum(weights[..., None] * self._apply(tokens, chosen), axis=1)
+        y = blocks.weighted(weights, self._apply(tokens, chosen))
         if self.design.shared_dim:
             y = y + self._shared(tokens)
         return y.reshape(x.shape)
@@ -60,7 +60,7 @@ class Experts(nnx.Module):
 
     def _shared(self, tokens: jax.Array) -> jax.Array:
         y = blocks.matmul(blocks.gated(self.design.activation, tokens, self.shared_gate_up[...]), self.shared_down[...])
-        return jax.nn.sigmoid(blocks.matmul(tokens, self.shared_gate[...])) * y
+        return blocks.weighted(jax.nn.sigmoid(blocks.matmul(tokens, self.shared_gate[...])), y[:, None])
 
     def _apply(self, tokens: jax.Array, chosen: jax.Array) -> jax.Array:
         """f32[N, D], i32[N, K] → what each chosen expert makes of its token, f32[N, K, D].

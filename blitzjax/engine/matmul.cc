@@ -4,8 +4,8 @@
 //
 // Reads the weights in place, once from memory: XLA repacks or widens them on every call, which costs more than the
 // product when there are few rows. x is rounded to bfloat16 first, to nearest even, as XLA's form does. A row's sums
-// are added in the same order whatever the number of threads and of rows is, up to kFewRows and beyond: an answer does
-// not depend on its batch.
+// are added in the same order whatever the number of threads and of rows is: neither an answer's batch nor whether its
+// tokens are a prompt's or a step's shows in it.
 // The instruction set is chosen by the compiler's flags (native.py): AVX-512 with bfloat16, AVX-512, or AVX2 with FMA.
 #include <algorithm>
 #include <cmath>
@@ -247,11 +247,17 @@ inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, float*
 }
 
 // Many rows: kPanel rows of weights at a time are turned, so that a register has the same place of several rows, as
-// multiply-adds take it. Sums are then added along k, without any across a register. kPlaces places at a time, which stay
-// in the caches near by until all rows of x have met them.
+// multiply-adds take it. What a lane of Block's registers adds is added at once then, of kPanelRows rows of x and the whole
+// panel; after the last place such sums are added to those of other lanes in the order in which Sums does it.
 constexpr int kPanelVectors = 3, kPanel = kPanelVectors * kLanes;
-constexpr int64_t kPlaces = 288;  // each of one Kept
-constexpr int64_t kFetchPlaces = kHalves;  // a line of weights is fetched in these: all of the next panel by 24 rows of x
+constexpr int64_t kPanelBytes = 160 << 10;  // of a panel that stay in the caches near by until all rows have met them
+#ifdef __AVX512F__
+constexpr int kTree[kLanes] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // neighbours are added first
+constexpr int kPanelRows = 8, kLevels = 4;  // of the tree
+#else
+constexpr int kTree[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr int kPanelRows = 4, kLevels = 3;
+#endif
 
 // Turns kLanes registers of kLanes words.
 inline void Turn(Words* w) {
@@ -282,61 +288,67 @@ inline void Turn(Words* w) {
 #endif
 }
 
-// `count` weights of kPanel rows of w [kPanel, k] into panel [places, kPanel], in the order in which x is kept.
+// The first `count` of kPanel rows of w, the last of them again for others, into panel [kLanes as in kTree, steps, kHalves, kPanel].
 template <typename W>
-void Pack(Weights<W> w, int64_t k, int64_t count, Kept* panel) {
-  for (int64_t i = 0; i < count; i += kStep, panel += kStep / kPair * kPanel)
+void Pack(Weights<W> w, int64_t k, int64_t count, int64_t steps, Kept* panel) {
+  for (int64_t step = 0; step < steps; ++step)
     for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t i = step * kStep;
       Words words[kLanes];
       float scales[kLanes] = {}, lanes[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        const Weights<W> from = w + (v * kLanes + lane) * k + i;
+        const int64_t row = std::min<int64_t>(v * kLanes + lane, count - 1);
+        const Weights<W> from = w + row * k + i;
         W rest[kStep] = {};
-        if (i + kStep > count) std::memcpy(rest, from.w, (count - i) * sizeof(W));
-        words[lane] = Packed(Weights<W>{i + kStep > count ? rest : from.w, from.scales});
+        if (i + kStep > k) std::memcpy(rest, from.w, (k - i) * sizeof(W));
+        words[lane] = Packed(Weights<W>{i + kStep > k ? rest : from.w, from.scales});
         if constexpr (kScaled<W>) Store(lanes, from.Scale()), scales[lane] = lanes[0];
       }
       Turn(words);
       const Vector scale = Load(scales);
       for (int half = 0; half < kHalves; ++half)
-        for (int place = 0; place < kLanes; ++place) {
-          const auto operand = Unpacked<W>(words[place], half, scale);
-          std::memcpy(panel + (half * kLanes + place) * kPanel + v * kLanes, &operand, sizeof operand);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const auto operand = Unpacked<W>(words[kTree[lane]], half, scale);
+          std::memcpy(panel + ((lane * steps + step) * kHalves + half) * kPanel + v * kLanes, &operand, sizeof operand);
         }
     }
 }
 
-// kRows rows of x times a panel of `count` places: into y [kRows, n] if `first`, else added to what is there. Weights
-// from `next` on are fetched meanwhile unless it is null.
-template <int kRows, typename W>
-inline void PanelBlock(const Kept* x, int64_t stride, const Kept* panel, int64_t count, bool first,
-                       const W* next, float* y, int64_t n) {
-  Vector sums[kRows * kPanelVectors];
-  UNROLLED for (int r = 0; r < kRows; ++r)
-    UNROLLED for (int v = 0; v < kPanelVectors; ++v)
-      sums[r * kPanelVectors + v] = first ? Zero() : Load(y + r * n + v * kLanes);
-  for (int64_t i = 0; i < count;) {
+// Lane `lane` of kTree: kPanelRows rows of x, whose halves lie `half` apart, times what a panel has for it. Sums that wait
+// for others are in partial [kLevels, kPanelRows, kPanel], the last go into y [kPanelRows, n]. Weights from `next` on are
+// fetched meanwhile unless it is null.
+template <typename W>
+inline void PanelLane(const Kept* x, int64_t stride, int64_t half, const Kept* panel, int64_t steps, int lane,
+                      const W* next, float* partial, float* y, int64_t n) {
+  constexpr int kSums = kPanelRows * kPanelVectors;
+  Vector sums[kSums];
+  UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Zero();
+  for (int64_t step = 0; step < steps; ++step) {
     if (next) Fetch(next), next += kLineWeights<W>;
-    for (const int64_t stop = i + kFetchPlaces; i < stop; ++i, panel += kPanel) {
+    UNROLLED for (int h = 0; h < kHalves; ++h, panel += kPanel) {
       decltype(Activations(panel)) b[kPanelVectors];
       UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
-      UNROLLED for (int r = 0; r < kRows; ++r) {
-        const auto a = Everywhere(x[r * stride + i]);
+      UNROLLED for (int r = 0; r < kPanelRows; ++r) {
+        const auto a = Everywhere(x[r * stride + h * half + step]);
         UNROLLED for (int v = 0; v < kPanelVectors; ++v)
           sums[r * kPanelVectors + v] = MultiplyAdd(sums[r * kPanelVectors + v], a, b[v]);
       }
     }
   }
-  UNROLLED for (int r = 0; r < kRows; ++r)
-    UNROLLED for (int v = 0; v < kPanelVectors; ++v)
-      Store(y + r * n + v * kLanes, sums[r * kPanelVectors + v]);
+  for (; lane & 1; lane >>= 1, partial += kPanelRows * kPanel)
+    UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Add(Load(partial + s * kLanes), sums[s]);
+  const bool last = y != nullptr;
+  float* const to = last ? y : partial;
+  const int64_t row = last ? n : kPanel;
+  UNROLLED for (int r = 0; r < kPanelRows; ++r)
+    UNROLLED for (int v = 0; v < kPanelVectors; ++v) Store(to + r * row + v * kLanes, sums[r * kPanelVectors + v]);
 }
 
 // Registers for sums, so that there are some left for operands.
 #ifdef __AVX512F__
-constexpr int kMostRows = 8, kMostOuts = 6, kPanelRows = 8;
+constexpr int kMostRows = 8, kMostOuts = 6;
 #else
-constexpr int kMostRows = 4, kMostOuts = 4, kPanelRows = 4;
+constexpr int kMostRows = 4, kMostOuts = 4;
 #endif
 
 struct Free {
@@ -353,7 +365,7 @@ Array<T> Allocated(int64_t count) {
 }
 
 constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
-constexpr int64_t kChunk = 64;        // rows that share what is read of the weights into the first-level cache
+constexpr int64_t kTaskRows = 64;     // of x, to be kept: fewer are not worth to begin together
 constexpr int64_t kFewRows = 16;      // more are worth a panel
 constexpr int64_t kNear = 32768;      // bytes of x that the first-level cache holds; of more, half as often, twice the outs
 
@@ -368,35 +380,56 @@ struct Target {
 template <typename W>
 struct Work {
   Weights<W> w;
-  int64_t m, k, stride;  // stride: places of a row of x
-  Array<Kept> x;  // [m, stride]
+  int64_t m, k, steps;
+  bool few = m <= kFewRows;
+  int64_t pitch = few ? steps : std::max<int64_t>(steps, kLanes);  // steps that a row of x has room for
+  int64_t stride = pitch * kHalves * kLanes;
+  Array<Kept> x = Allocated<Kept>(m * stride);  // [m, pitch, kHalves, kLanes], of many rows [m, kHalves, kLanes, pitch]
 
-  Work(const float* from, Weights<W> w, int64_t m, int64_t k)
-      : w(w), m(m), k(k), stride((k + kStep - 1) / kStep * kStep / kPair),
-        x(Allocated<Kept>(m * stride)) {
-    for (int64_t r = 0; r < m; ++r, from += k) {
-      Kept* to = x.get() + r * stride;
-      int64_t i = 0;
-      for (; i + kStep <= k; i += kStep) Keep(from + i, to + i / kPair);
-      if (i < k) {
-        float rest[kStep] = {};
-        std::memcpy(rest, from + i, (k - i) * sizeof(float));
-        Keep(rest, to + i / kPair);
-      }
+  Work(Weights<W> w, int64_t m, int64_t k) : w(w), m(m), k(k), steps((k + kStep - 1) / kStep) {}
+
+  // Rows [first, last) of x.
+  void KeepRows(const float* from, int64_t first, int64_t last) const {
+    for (int64_t r = first; r < last; ++r)
+      if (Kept* to = x.get() + r * stride; few)
+        for (int64_t step = 0; step < steps; ++step) KeepStep(from + r * k, step, to + step * kHalves * kLanes);
+      else
+        for (int64_t step = 0; step < steps; step += kLanes) KeepTurned(from + r * k, std::min(step, pitch - kLanes), to);
+  }
+
+  void KeepStep(const float* from, int64_t step, Kept* to) const {
+    const int64_t i = step * kStep;
+    if (i + kStep <= k) return Keep(from + i, to);
+    float rest[kStep] = {};
+    if (i < k) std::memcpy(rest, from + i, (k - i) * sizeof(float));
+    Keep(rest, to);
+  }
+
+  // kLanes steps at a time.
+  void KeepTurned(const float* from, int64_t step, Kept* to) const {
+    alignas(kLine) Kept kept[kLanes][kHalves * kLanes];
+    to += step;
+    for (int s = 0; s < kLanes; ++s) KeepStep(from, step + s, kept[s]);
+    UNROLLED for (int half = 0; half < kHalves; ++half) {
+      Words words[kLanes];
+      UNROLLED for (int s = 0; s < kLanes; ++s) std::memcpy(&words[s], kept[s] + half * kLanes, sizeof words[s]);
+      Turn(words);
+      UNROLLED for (int lane = 0; lane < kLanes; ++lane)
+        std::memcpy(to + (half * kLanes + lane) * pitch, &words[kTree[lane]], sizeof words[lane]);
     }
   }
 
-  // Rows [first, last) with rows j .. j + kOuts of weights. The first of them fetch.
+  // Rows j .. j + kOuts of weights. The first rows of x fetch.
   template <int kOuts>
-  void Rows(int64_t first, int64_t last, int64_t j, const Target& to) const {
-    int64_t r = first;
+  void Rows(int64_t j, const Target& to) const {
+    int64_t r = 0;
     if constexpr (kOuts < kMostOuts)
-      for (; r + kMostRows <= last; r += kMostRows)
+      for (; r + kMostRows <= m; r += kMostRows)
         r == 0 ? Tile<kMostRows, kOuts, true>(r, j, to) : Tile<kMostRows, kOuts, false>(r, j, to);
     constexpr int kHalf = kMostRows / 2;
-    for (; r + kHalf <= last; r += kHalf) r == 0 ? Tile<kHalf, kOuts, true>(r, j, to) : Tile<kHalf, kOuts, false>(r, j, to);
-    for (; r + 2 <= last; r += 2) Tile<2, kOuts, true>(r, j, to);
-    if (r < last) Tile<1, kOuts, true>(r, j, to);
+    for (; r + kHalf <= m; r += kHalf) r == 0 ? Tile<kHalf, kOuts, true>(r, j, to) : Tile<kHalf, kOuts, false>(r, j, to);
+    for (; r + 2 <= m; r += 2) Tile<2, kOuts, true>(r, j, to);
+    if (r < m) Tile<1, kOuts, true>(r, j, to);
   }
 
   template <int kRows, int kOuts, bool kFetch>
@@ -405,38 +438,40 @@ struct Work {
   }
 
   void Columns(int64_t begin, int64_t end, const Target& to) const {
-    if (m > kFewRows) begin = Panels(begin, end, to);
-    for (int64_t first = 0; first < m; first += kChunk) {
-      const int64_t last = std::min(m, first + kChunk);
-      int64_t j = begin;
-      if (last - first < kMostRows || (last - first) * stride * int64_t{sizeof(Kept)} > kNear)
-        for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(first, last, j, to);
-      else
-        for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(first, last, j, to);
-      for (; j < end; ++j) Rows<1>(first, last, j, to);
+    if (!few) {
+      for (; begin < end; begin += kPanel) Panel(begin, std::min<int64_t>(kPanel, end - begin), to);
+      return;
     }
+    int64_t j = begin;
+    if (m < kMostRows || m * stride * int64_t{sizeof(Kept)} > kNear)
+      for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(j, to);
+    else
+      for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(j, to);
+    for (; j < end; ++j) Rows<1>(j, to);
   }
 
-  // Returns the end of the last whole panel.
-  int64_t Panels(int64_t begin, int64_t end, const Target& to) const {
-    const Array<Kept> panel = Allocated<Kept>(kPlaces * kPanel);
-    for (; begin + kPanel <= end; begin += kPanel)
-      for (int64_t place = 0; place < stride; place += kPlaces) {
-        const int64_t count = std::min(kPlaces, stride - place), i = place * kPair;
-        Pack(w + begin * k + i, k, std::min(kPlaces * kPair, k - i), panel.get());
-        const W *next = w.w + (begin + kPanel) * k + i * kPanel, *const last = next + count * kPair * kPanel;
-        int64_t r = 0;
-        for (; r + kPanelRows <= m; r += kPanelRows, next += count / kFetchPlaces * kLineWeights<W>)
-          PanelTile<kPanelRows>(r, begin, place, count, panel.get(), next < last ? next : nullptr, to);
-        for (; r < m; ++r) PanelTile<1>(r, begin, place, count, panel.get(), nullptr, to);
-      }
-    return begin;
-  }
-
-  template <int kRows>
-  void PanelTile(int64_t r, int64_t j, int64_t place, int64_t count, const Kept* panel, const W* next,
-                 const Target& to) const {
-    PanelBlock<kRows>(x.get() + r * stride + place, stride, panel, count, place == 0, next, to.At(r, j), to.row);
+  // `count` columns from j on. The last rows are multiplied twice where kPanelRows does not divide m.
+  void Panel(int64_t j, int64_t count, const Target& to) const {
+    const int64_t tiles = (m + kPanelRows - 1) / kPanelRows, places = steps * kHalves * kPanel;  // of a lane
+    int near = kLanes;  // lanes
+    while (near > 1 && near * places * int64_t{sizeof(Kept)} > kPanelBytes) near /= 2;
+    const int64_t size = kPanelRows * kPanel, waiting = (near < kLanes ? tiles : 1) * kLevels * size;
+    const Array<float> numbers = Allocated<float>(waiting + size);
+    const Array<Kept> panel = Allocated<Kept>(kLanes * places);
+    Pack(w + j * k, k, count, steps, panel.get());
+    const W *next = w.w + (j + kPanel) * k, *const last = next + kPanel * k;
+    for (int first = 0; first < kLanes; first += near)
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int lane = first; lane < first + near; ++lane, next += steps * kLineWeights<W>) {
+          const int64_t r = std::min(tile * kPanelRows, m - kPanelRows);
+          float* y = nullptr;
+          if (lane == kLanes - 1) y = count == kPanel ? to.At(r, j) : numbers.get() + waiting;
+          PanelLane(x.get() + r * stride + lane * pitch, stride, kLanes * pitch, panel.get() + lane * places, steps, lane,
+                    next < last ? next : nullptr, numbers.get() + (near < kLanes ? tile : 0) * kLevels * size, y,
+                    count == kPanel ? to.row : kPanel);
+          if (y && count < kPanel)
+            for (int i = 0; i < kPanelRows; ++i) std::memcpy(to.At(r + i, j), y + i * kPanel, count * sizeof(float));
+        }
   }
 };
 
@@ -464,7 +499,10 @@ ffi::Error Multiplied(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, con
                       ffi::ResultBuffer<ffi::F32>& y, int64_t gate) {
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
   if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
-  const Work<W> work(x.typed_data(), {static_cast<const W*>(w.untyped_data()), scales}, m, k);
+  const Work<W> work({static_cast<const W*>(w.untyped_data()), scales}, m, k);
+  blitzjax::InParallel(pool, (m + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
+    work.KeepRows(x.typed_data(), task * kTaskRows, std::min(m, (task + 1) * kTaskRows));
+  });
   blitzjax::InParallel(pool, (n + kTaskColumns - 1) / kTaskColumns, [&](int64_t task) {
     const int64_t begin = task * kTaskColumns, end = std::min(n, begin + kTaskColumns);
     if (gate == 0) return work.Columns(begin, end, {y->typed_data(), n, 0});
@@ -490,7 +528,50 @@ ffi::Error MatmulInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer
   return Multiplied<int8_t>(pool, x, w, static_cast<const uint16_t*>(scales.untyped_data()), y, gate);
 }
 
+// kRows rows of x times a row of w, in float32: into y, one every n numbers.
+template <int kRows>
+inline void Exact(const float* x, const float* w, int64_t k, float* y, int64_t n) {
+  Vector sums[kRows];
+  UNROLLED for (int r = 0; r < kRows; ++r) sums[r] = Zero();
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes)
+    UNROLLED for (int r = 0; r < kRows; ++r) sums[r] = MultiplyAdd(sums[r], Load(x + r * k + i), Load(w + i));
+  UNROLLED for (int r = 0; r < kRows; ++r) {
+    float lanes[kLanes], sum = 0;
+    Store(lanes, sums[r]);
+    for (float lane : lanes) sum += lane;
+    for (int64_t j = i; j < k; ++j) sum = std::fma(x[r * k + j], w[j], sum);
+    y[r * n] = sum;
+  }
+}
+
+// Weights in float32 are few: those of routers, where close calls decide.
+ffi::Error MatmulFloat32(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w,
+                         ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  if (w.dimensions()[1] != k) return ffi::Error::InvalidArgument("x and w differ in their last dimension");
+  constexpr int64_t kTaskOuts = 16;
+  blitzjax::InParallel(pool, (n + kTaskOuts - 1) / kTaskOuts, [&](int64_t task) {
+    const int64_t end = std::min(n, (task + 1) * kTaskOuts);
+    for (int64_t r = 0; r < m;) {
+      const bool many = r + kMostRows <= m;
+      for (int64_t j = task * kTaskOuts; j < end; ++j)
+        (many ? Exact<kMostRows> : Exact<1>)(x.typed_data() + r * k, w.typed_data() + j * k, k,
+                                             y->typed_data() + r * n + j, n);
+      r += many ? kMostRows : 1;
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmulFloat32, MatmulFloat32,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxMatmul, Matmul,
                               ffi::Ffi::Bind()

@@ -1,7 +1,9 @@
-"""Products with bfloat16 and int8 weights, attention and norms in C++ through XLA's foreign function interface.
+"""Products, attention, norms and weighted sums in C++ through XLA's foreign function interface.
 
 XLA:CPU repacks or widens the weights on every call, which for a decode step's few rows costs more than the product
-(matmul.cc), and attends over all the room that a cache has, and to what comes later (attention.cc). Optional: built
+(matmul.cc), and attends over all the room that a cache has, and to what comes later (attention.cc). And its numbers of one
+row depend on how many others there are, and on what else is in a program; these do not, so that an answer is the same in
+any batch, behind any cached prefix, and when it is run again. Optional: built
 where it runs, against the headers of the jax that is installed, or taken from a worker that has built it; where the CPU
 has none of the instruction sets, or nobody has a C++ compiler, XLA's own serve. Instruction sets, and XLA, differ in the
 last bits: instances that shall answer alike need CPUs that do, and one of them a compiler, or none.
@@ -12,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import math
 import os
 import shutil
 import subprocess
@@ -30,24 +31,23 @@ log = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "norm.cc", "team.h",
                                                             "vectors.h"))
-_HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8", "attend": "BlitzjaxAttend",
-             "rms_norm": "BlitzjaxRmsNorm"}
+_HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8",
+             "matmul_float32": "BlitzjaxMatmulFloat32", "attend": "BlitzjaxAttend", "weighted": "BlitzjaxWeighted",
+             "rms_norm": "BlitzjaxRmsNorm", "layer_norm": "BlitzjaxLayerNorm"}
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 120.0
 _LANES = 16  # float32 values of the longest register
 _GATES = {"silu": 1, "gelu_tanh": 2}  # kGates of matmul.cc
-FEW_ROWS = 16  # kFewRows of matmul.cc: up to there, and beyond, a row's sums do not depend on how many others there are
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to compile it. `max_rows`: XLA's product is as fast with more."""
+    """One way to compile it."""
 
     name: str
     needs: frozenset[str]  # as /proc/cpuinfo names them
     flags: tuple[str, ...]
-    max_rows: float
 
 
 # The best first. Comments: XLA's CPU time over ours for the layers of SmolLM2-135M, by rows, in runs that take turns.
@@ -55,15 +55,15 @@ VARIANTS = (
     # Zen 5: 2 rows 2.2, 8 2.6, 16 1.95, 32 1.55, 64 1.6, 128 1.15, 512 1.05; without "-DAMD" with up to 16 rows some 0.05
     # to 0.1 less. (Other Zens have not been tried.)
     Variant("avx512_bf16_amd", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "clzero"}),
-            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-DAMD"), math.inf),
+            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-DAMD")),
     Variant("avx512_bf16", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}),
-            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16"), math.inf),
+            ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")),
     # Emerald Rapids without its bfloat16: 2 rows 1.75, 8 1.6, 16 1.4, 32 1.45, 64 1.4, 128 1.45, 512 1.5, and
     # with 8 to 128 rows 1.05 to 1.2 times that since weights are fetched ahead
     Variant("avx512", frozenset({"avx512f", "avx512bw", "avx512vl"}),
-            ("-mavx512f", "-mavx512bw", "-mavx512vl"), math.inf),
-    # the same, whose XLA has AVX-512: 2 rows 1.6, 8 1.2, 16 0.9, 64 0.85
-    Variant("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma"), 8),
+            ("-mavx512f", "-mavx512bw", "-mavx512vl")),
+    # the same, whose XLA has AVX-512: 2 rows 1.6, 8 1.2, 16 0.9, 64 0.85. A CPU without it was not at hand
+    Variant("avx2", frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
 )
 
 
@@ -72,21 +72,20 @@ class Kernels:
     """Callable where a program for the CPU is traced. Programs that hold them load once `kernels` has been called."""
 
     variant: Variant
-    max_rows: float
 
-    def takes(self, rows: int, w: jax.Array | Int8) -> bool:
-        """Whether XLA's product is slower, of rows f32[rows, k] and weights [out, k]."""
+    def takes(self, w: jax.Array | Int8) -> bool:
+        """Whether it multiplies rows with weights [out, k]: float32 ones, too, whose sums are a row's own then."""
         if isinstance(w, Int8):
-            return rows <= self.max_rows and w.values.shape[1] == w.scales.shape[1] * BLOCK
-        return rows <= self.max_rows and w.dtype == jax.numpy.bfloat16
+            return w.values.shape[1] == w.scales.shape[1] * BLOCK
+        return w.dtype in (jax.numpy.bfloat16, jax.numpy.float32)
 
     def multiply(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
         """f32[rows, k], [out, k] → f32[rows, out]"""
         return self._multiplied(x, w, gate=0, ways=1)
 
-    def gates(self, activation: str) -> bool:
-        """Whether `gated` knows it."""
-        return activation in _GATES
+    def gates(self, activation: str, w: jax.Array | Int8) -> bool:
+        """Whether `gated` takes it."""
+        return activation in _GATES and self.takes(w) and (isinstance(w, Int8) or w.dtype != jax.numpy.float32)
 
     def gated(self, activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
         """f32[rows, k], [2 * out, k], each unit's gate and up → activated gate times up, f32[rows, out]"""
@@ -94,15 +93,27 @@ class Kernels:
 
     def _multiplied(self, x: jax.Array, w: jax.Array | Int8, gate: int, ways: int) -> jax.Array:
         kind, weights = ("matmul_int8", (w.values, w.scales)) if isinstance(w, Int8) else ("matmul", (w,))
-        out = jax.ShapeDtypeStruct((x.shape[0], weights[0].shape[0] // ways), jax.numpy.float32)
-        call = jax.ffi.ffi_call(_target(kind, self.variant), out, vmap_method="sequential")
-        return call(x, *weights, gate=np.int64(gate))
+        shape = (x.shape[0], weights[0].shape[0] // ways)
+        if weights[0].dtype == np.float32:
+            return self._called("matmul_float32", shape, x, *weights)
+        return self._called(kind, shape, x, *weights, gate=np.int64(gate))
+
+    def weighted(self, weights: jax.Array, x: jax.Array) -> jax.Array:
+        """f32[N, K], f32[N, K, D] → f32[N, D]"""
+        return self._called("weighted", (x.shape[0], x.shape[2]), weights, x)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-        """f32[..., D], f32[D] → f32[..., D]"""
-        out = jax.ShapeDtypeStruct(x.shape, jax.numpy.float32)
-        return jax.ffi.ffi_call(_target("rms_norm", self.variant), out, vmap_method="sequential")(
-            x, scale, eps=np.float32(eps))
+        """f32[..., *D], f32[*D] → f32[..., *D]"""
+        return self._called("rms_norm", x.shape, x, scale, eps=np.float32(eps))
+
+    def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+        """f32[..., D], twice f32[D] → f32[..., D]"""
+        return self._called("layer_norm", x.shape, x, scale, bias, eps=np.float32(eps))
+
+    def _called(self, kind: str, shape: tuple[int, ...], *args: jax.Array, **attributes: np.generic) -> jax.Array:
+        """→ f32[*shape]"""
+        out = jax.ShapeDtypeStruct(shape, jax.numpy.float32)
+        return jax.ffi.ffi_call(_target(kind, self.variant), out, vmap_method="sequential")(*args, **attributes)
 
     def attends(self, k: jax.Array) -> bool:
         """Whether `attend` takes such keys."""
@@ -122,7 +133,7 @@ class Kernels:
 
     def source(self) -> str:
         """What it computes, for whoever keeps programs that call it."""
-        return f"{_source(self.variant)} {self.max_rows}"
+        return _source(self.variant)
 
 
 _REGISTERED: set[Variant] = set()  # with XLA, once and for the whole process
@@ -142,7 +153,7 @@ def kernels(directory: Path, cpu_features: str, fetch: Fetch = lambda name: None
 
 def _registered(variant: Variant, directory: Path, fetch: Fetch) -> Kernels | None:
     if variant in _REGISTERED:
-        return Kernels(variant, variant.max_rows)
+        return Kernels(variant)
     try:
         library = _library(variant, directory, fetch)
     except (OSError, subprocess.SubprocessError) as e:
@@ -151,7 +162,7 @@ def _registered(variant: Variant, directory: Path, fetch: Fetch) -> Kernels | No
     for kind, symbol in _HANDLERS.items():
         jax.ffi.register_ffi_target(_target(kind, variant), jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     _REGISTERED.add(variant)
-    return Kernels(variant, variant.max_rows)
+    return Kernels(variant)
 
 
 def _target(kind: str, variant: Variant) -> str:

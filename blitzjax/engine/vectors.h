@@ -17,6 +17,7 @@ inline Vector Zero() { return _mm512_setzero_ps(); }
 inline Vector Broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vector Load(const float* from) { return _mm512_loadu_ps(from); }
 inline void Store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
+inline Vector Add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
 #else
 using Vector = __m256;
@@ -24,6 +25,7 @@ inline Vector Zero() { return _mm256_setzero_ps(); }
 inline Vector Broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vector Load(const float* from) { return _mm256_loadu_ps(from); }
 inline void Store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
+inline Vector Add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector MultiplyAdd(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
 #endif
 

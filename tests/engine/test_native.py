@@ -81,30 +81,45 @@ def test_x_is_rounded_as_xla_rounds_it(kernels: native.Kernels) -> None:
     np.testing.assert_array_equal(got[usual], x.astype(ml_dtypes.bfloat16).astype(np.float32)[usual])
 
 
-def test_a_row_does_not_depend_on_its_batch(kernels: native.Kernels) -> None:
-    x, w = operands(130, 100, 205)
-    few, many = np.asarray(jax.jit(kernels.multiply)(x[:1], w)), np.asarray(jax.jit(kernels.multiply)(x, w))
-    for rows in (1, 2, 3, 5, 8, 11, 15, 16, 17, 32, 64, 67, 129):
-        got = np.asarray(jax.jit(kernels.multiply)(x[:rows], w))
-        if rows <= native.FEW_ROWS:
-            np.testing.assert_array_equal(got[: len(few)], few)
-            few = got
-        else:
-            np.testing.assert_array_equal(got, many[:rows])
-    for row in (5, 14):
-        np.testing.assert_array_equal(np.asarray(jax.jit(kernels.multiply)(x[row : row + 1], w))[0], few[row])
+@pytest.mark.parametrize("k, out", [(1, 5), (100, 205), (576, 96), (2500, 50), (9000, 49)])
+def test_a_row_does_not_depend_on_its_batch(kernels: native.Kernels, k: int, out: int) -> None:
+    x, w = operands(130, k, out)
+    multiply = jax.jit(kernels.multiply)
+    alone = np.concatenate([np.asarray(multiply(row[None], w)) for row in x])
+    for rows in (2, 3, 5, 8, 11, 15, 16, 17, 32, 64, 67, 129, 130):
+        np.testing.assert_array_equal(np.asarray(multiply(x[:rows], w)), alone[:rows])
 
 
-def test_matmul_takes_it_for_few_rows_of_bfloat16_only(kernels: native.Kernels) -> None:
-    def calls(kernels: native.Kernels, rows: int, dtype) -> bool:
+def test_products_without_gates_are_exact_in_float32(kernels: native.Kernels) -> None:
+    rng = np.random.default_rng(0)
+    multiply = jax.jit(kernels.multiply)
+    for rows, k, out in (1, 1, 1), (3, 40, 5), (21, 577, 60):
+        x, w = (rng.normal(size=s).astype(np.float32) for s in ((rows, k), (out, k)))
+        got = np.asarray(multiply(x, w))
+        np.testing.assert_allclose(got, x.astype(np.float64) @ w.T, rtol=1e-5, atol=1e-5)
+        for row in range(rows):
+            np.testing.assert_array_equal(np.asarray(multiply(x[row : row + 1], w))[0], got[row])
+
+
+def test_sums_of_experts_are_a_rows_own(kernels: native.Kernels) -> None:
+    rng = np.random.default_rng(0)
+    weights, x = rng.normal(size=(37, 3)).astype(np.float32), rng.normal(size=(37, 3, 90)).astype(np.float32)
+    with blocks.using(kernels):
+        weighted = jax.jit(blocks.weighted)
+        got, last = np.asarray(weighted(weights, x)), np.asarray(weighted(weights[-1:], x[-1:]))
+    np.testing.assert_allclose(got, np.einsum("nk,nkd->nd", weights, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, np.asarray(jax.jit(blocks.weighted)(weights, x)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(last[0], got[-1])
+
+
+def test_matmul_takes_it_for_what_it_knows(kernels: native.Kernels) -> None:
+    def calls(w: jax.Array | blocks.Int8) -> bool:
         with blocks.using(kernels):
-            traced = jax.make_jaxpr(blocks.matmul)(jnp.zeros((rows, 1, 32)), jnp.zeros((2, 3, 32), dtype))
-        return "ffi_call" in str(traced)
+            return "ffi_call" in str(jax.make_jaxpr(lambda x: blocks.matmul(x, w))(jnp.zeros((9, 1, w.shape[-1]))))
 
-    limited = dataclasses.replace(kernels, max_rows=8)
-    assert not kernels.takes(1, blocks.Int8(jnp.zeros((2, 48), jnp.int8), jnp.zeros((2, 3), jnp.bfloat16)))
-    assert calls(kernels, 1, jnp.bfloat16) and calls(limited, 8, jnp.bfloat16)
-    assert not calls(limited, 9, jnp.bfloat16) and not calls(kernels, 1, jnp.float32)
+    assert not kernels.takes(blocks.Int8(jnp.zeros((2, 48), jnp.int8), jnp.zeros((2, 3), jnp.bfloat16)))
+    assert calls(jnp.zeros((2, 3, 32), jnp.bfloat16)) and calls(jnp.zeros((2, 3, 32), jnp.float32))
+    assert not calls(jnp.zeros((2, 3, 32), jnp.float16))
     x, w = operands(6, 35, 12)
     with blocks.using(kernels):
         fast = jax.jit(lambda x, w: blocks.matmul(x, w, contract=2))(x.reshape(2, 3, 35), w.reshape(4, 3, 5, 7))
@@ -126,8 +141,7 @@ def test_gates_are_applied_to_what_the_product_gives(kernels: native.Kernels, ac
         got = np.asarray(jax.jit(lambda x, w: kernels.gated(activation, x, w))(x, weights))
         np.testing.assert_allclose(got, gates / (1 + np.exp(np.clip(-inner, None, 700))) * ups, rtol=1e-5, atol=1e-30)
         alone = jax.jit(lambda x, w: kernels.gated(activation, x, w))(x[-1:], weights)
-        if rows <= native.FEW_ROWS:
-            np.testing.assert_array_equal(np.asarray(alone)[0], got[-1])
+        np.testing.assert_array_equal(np.asarray(alone)[0], got[-1])
 
 
 def test_feed_forwards_are_gated_where_the_product_knows_how(kernels: native.Kernels) -> None:
@@ -153,6 +167,17 @@ def test_norms_are_xlas_and_a_rows_own(kernels: native.Kernels, shape: tuple[int
         got, last = np.asarray(norm(x)), np.asarray(norm(x[-1:, -1:] if x.ndim == 3 else x[-1:]))
     np.testing.assert_allclose(got, blocks.rms_norm(x, scale, 1e-5), rtol=3e-6, atol=1e-6)
     np.testing.assert_array_equal(last.ravel(), got.reshape(-1, shape[-1])[-1])
+
+
+def test_layer_norms_are_xlas_and_a_rows_own(kernels: native.Kernels) -> None:
+    rng = np.random.default_rng(0)
+    x, scale, bias = (rng.normal(size=s).astype(np.float32) for s in ((3, 5, 200), 200, 200))
+    x += 20
+    with blocks.using(kernels):
+        norm = jax.jit(lambda x: blocks.layer_norm(x, scale, bias, 1e-5))
+        got, last = np.asarray(norm(x)), np.asarray(norm(x[-1:, -1:]))
+    np.testing.assert_allclose(got, blocks.layer_norm(x, scale, bias, 1e-5), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(last.ravel(), got[-1, -1])
 
 
 def test_threads_that_multiply_at_once_do_not_disturb_each_other(kernels: native.Kernels) -> None:
