@@ -259,6 +259,9 @@ constexpr int kTree[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
 constexpr int kPanelRows = 4, kLevels = 3;
 #endif
 
+// What a panel has for a lane, and a line, so that lanes do not meet in one set of the caches.
+constexpr int64_t Places(int64_t steps) { return steps * kHalves * kPanel + kLine / sizeof(Kept); }
+
 // Turns kLanes registers of kLanes words.
 inline void Turn(Words* w) {
   Words t[kLanes], u[kLanes];
@@ -288,7 +291,8 @@ inline void Turn(Words* w) {
 #endif
 }
 
-// The first `count` of kPanel rows of w, the last of them again for others, into panel [kLanes as in kTree, steps, kHalves, kPanel].
+// The first `count` of kPanel rows of w, the last of them again for others, into panel: its places for each lane of kTree
+// are [steps, kHalves, kPanel].
 template <typename W>
 void Pack(Weights<W> w, int64_t k, int64_t count, int64_t steps, Kept* panel) {
   for (int64_t step = 0; step < steps; ++step)
@@ -309,7 +313,7 @@ void Pack(Weights<W> w, int64_t k, int64_t count, int64_t steps, Kept* panel) {
       for (int half = 0; half < kHalves; ++half)
         for (int lane = 0; lane < kLanes; ++lane) {
           const auto operand = Unpacked<W>(words[kTree[lane]], half, scale);
-          std::memcpy(panel + ((lane * steps + step) * kHalves + half) * kPanel + v * kLanes, &operand, sizeof operand);
+          std::memcpy(panel + lane * Places(steps) + (step * kHalves + half) * kPanel + v * kLanes, &operand, sizeof operand);
         }
     }
 }
@@ -452,7 +456,7 @@ struct Work {
 
   // `count` columns from j on. The last rows are multiplied twice where kPanelRows does not divide m.
   void Panel(int64_t j, int64_t count, const Target& to) const {
-    const int64_t tiles = (m + kPanelRows - 1) / kPanelRows, places = steps * kHalves * kPanel;  // of a lane
+    const int64_t tiles = (m + kPanelRows - 1) / kPanelRows, places = Places(steps);
     int near = kLanes;  // lanes
     while (near > 1 && near * places * int64_t{sizeof(Kept)} > kPanelBytes) near /= 2;
     const int64_t size = kPanelRows * kPanel, waiting = (near < kLanes ? tiles : 1) * kLevels * size;
@@ -461,17 +465,20 @@ struct Work {
     Pack(w + j * k, k, count, steps, panel.get());
     const W *next = w.w + (j + kPanel) * k, *const last = next + kPanel * k;
     for (int first = 0; first < kLanes; first += near)
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        for (int lane = first; lane < first + near; ++lane, next += steps * kLineWeights<W>) {
-          const int64_t r = std::min(tile * kPanelRows, m - kPanelRows);
-          float* y = nullptr;
-          if (lane == kLanes - 1) y = count == kPanel ? to.At(r, j) : numbers.get() + waiting;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t r = std::min(tile * kPanelRows, m - kPanelRows), row = count < kPanel ? kPanel : to.row;
+        float* const waits = numbers.get() + (near < kLanes ? tile : 0) * kLevels * size;
+        float* const y = count < kPanel ? numbers.get() + waiting : to.At(r, j);
+        const bool ends = first + near == kLanes;
+        if (ends)  // or many stores wait for memory at once
+          for (int i = 0; i < kPanelRows; ++i)
+            for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(y + i * row + v * kLanes, 1);
+        for (int lane = first; lane < first + near; ++lane, next += steps * kLineWeights<W>)
           PanelLane(x.get() + r * stride + lane * pitch, stride, kLanes * pitch, panel.get() + lane * places, steps, lane,
-                    next < last ? next : nullptr, numbers.get() + (near < kLanes ? tile : 0) * kLevels * size, y,
-                    count == kPanel ? to.row : kPanel);
-          if (y && count < kPanel)
-            for (int i = 0; i < kPanelRows; ++i) std::memcpy(to.At(r + i, j), y + i * kPanel, count * sizeof(float));
-        }
+                    next < last ? next : nullptr, waits, lane == kLanes - 1 ? y : nullptr, row);
+        if (ends && count < kPanel)
+          for (int i = 0; i < kPanelRows; ++i) std::memcpy(to.At(r + i, j), y + i * row, count * sizeof(float));
+      }
   }
 };
 
