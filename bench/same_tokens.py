@@ -1,4 +1,4 @@
-"""Are the tokens right while instances come and go? Greedy float32 answers during scale-ups against one instance's.
+"""Are the tokens right while instances come and go? Greedy answers during scale-ups against one instance's.
 
 The reference answers are asked one by one of the same cluster before it scales. A difference at a step that float32
 rounding may decide (see figures.NEAR_TIE_MARGIN) is a near-tie; every other one is a mismatch. Both are printed.
@@ -52,12 +52,14 @@ class Trial:
     errors: tuple[str, ...]
 
 
-def measure(checkpoint: Path, scale_ups: Sequence[ScaleUp], count: int, max_tokens: int, rate_mbit: int | None
-            ) -> dict[str, object]:
-    """`count` prompts per scale-up, the same ones each time, in another order and at other moments."""
+def measure(checkpoint: Path, dtype: str, scale_ups: Sequence[ScaleUp], count: int, max_tokens: int,
+            rate_mbit: int | None) -> dict[str, object]:
+    """`count` prompts per scale-up, the same ones each time, in another order and at other moments. The checkpoint is
+    float32, the engine computes in `dtype`.
+    """
     print(f"Right tokens: {count} prompts at random moments of each scale-up", flush=True)
     tables: dict[str, dict[str, object]] = {
-        "engine": {"dtype": "float32", "max_model_len": 1024}, "cluster": {"max_world": 2 * len(scale_ups)}}
+        "engine": {"dtype": dtype, "max_model_len": 1024}, "cluster": {"max_world": 2 * len(scale_ups)}}
     with fleet.fleet(checkpoint, max(s.stop for s in scale_ups), rate_mbit, tables) as made:
         lengths = prompts.mixed_lengths(count, _SEED)
         asked = prompts.of_lengths(prompts.encoder(checkpoint), lengths, _SEED)

@@ -1,6 +1,6 @@
 """Does live scale-up work, help, and leave others alone? Right tokens, TTFT against three baselines, TPOT, readiness.
 
-    tokens  greedy float32 answers during scale-ups equal one instance's
+    tokens  greedy answers during scale-ups equal one instance's
     live    a burst and a scale-up 1 → 2 at t=0: ZigZag, best effort, stop-the-world, no scaling, side by side
     tpot    time per output token on the source during a broadcast over 1 Gbit/s links, over that before it
     ready   Scale command to first layer usable, less the transfer of that layer
@@ -52,14 +52,14 @@ def full(rounds: int) -> Size:
 QUICK = Size(1, 6, 8, 2500, same_tokens.FEW, 6, 128, True)
 
 
-def run(parts: Sequence[str], size: Size, load_ratio: float, limited: bool) -> dict[str, object]:
+def run(parts: Sequence[str], size: Size, load_ratio: float, token_dtype: str, limited: bool) -> dict[str, object]:
     """Keys of parts that were not asked for stay null."""
     result: dict[str, object] = {"modes": None, "tpot_p50_ratio": None, "ready_ms": None, "token_mismatches": None}
     found: list[dict[str, Any]] = []
     if "tokens" in parts:
         rate = size.token_link_mbit if limited else None
-        found.append(same_tokens.measure(checkpoint(_MODEL, "float32"), size.scale_ups, size.token_prompts,
-                                         size.token_length, rate))
+        found.append(same_tokens.measure(checkpoint(_MODEL, "float32"), token_dtype, size.scale_ups,
+                                         size.token_prompts, size.token_length, rate))
     if set(parts) - {"tokens"}:
         found += _pairs(parts, size, load_ratio, limited)
     for one in found:
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small round of everything, about a minute")
     parser.add_argument("--rounds", type=int, default=5, help="of the parts live, tpot and ready (default 5)")
+    parser.add_argument("--dtype", default="float32", help="part tokens: what the engine computes in (default float32)")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--load-ratio", type=float, default=5.0, help="part live: load over compute of a layer")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{_MODEL} on {machine}")
     print(f"No network namespaces here ({reason}): loopback, without link rates" if reason else
           "One network namespace per worker, links rate-limited with tc tbf")
-    result = run(parts, QUICK if args.quick else full(args.rounds), args.load_ratio, limited=not reason)
+    result = run(parts, QUICK if args.quick else full(args.rounds), args.load_ratio, args.dtype, limited=not reason)
     result |= {"model": _MODEL, "rounds": 1 if args.quick else args.rounds, "quick": args.quick,
                "network": "loopback" if reason else "namespaces", "machine": machine,
                "seconds": figures.rounded(time.monotonic() - began)}
