@@ -101,6 +101,8 @@ class Kernels(Protocol):
 
     def weighted(self, weights: jax.Array, x: jax.Array) -> jax.Array: ...
 
+    def softmax(self, x: jax.Array) -> jax.Array: ...
+
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array: ...
 
     def layer_norm(self, x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array: ...
@@ -161,6 +163,12 @@ def weighted(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Sums of K vectors each, f32[N, K], f32[N, K, D] → f32[N, D]"""
     kernels = _kernels.get()
     return jnp.sum(weights[..., None] * x, axis=1) if kernels is None else kernels.weighted(weights, x)
+
+
+def softmax(x: jax.Array) -> jax.Array:
+    """Of rows, f32[N, E]"""
+    kernels = _kernels.get()
+    return jax.nn.softmax(x) if kernels is None else kernels.softmax(x)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:

@@ -55,8 +55,8 @@ class Experts(nnx.Module):
             logits = logits + self.router_bias[...]
         best, chosen = lax.top_k(logits, self.design.experts_per_token)
         if self.design.renormalize:
-            return chosen, jax.nn.softmax(best)
-        return chosen, jnp.take_along_axis(jax.nn.softmax(logits), chosen, axis=1)
+            return chosen, blocks.softmax(best)
+        return chosen, jnp.take_along_axis(blocks.softmax(logits), chosen, axis=1)
 
     def _shared(self, tokens: jax.Array) -> jax.Array:
         y = blocks.matmul(blocks.gated(self.design.activation, tokens, self.shared_gate_up[...]), self.shared_down[...])

@@ -33,7 +33,7 @@ _SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "atten
                                                             "vectors.h"))
 _HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8",
              "matmul_float32": "BlitzjaxMatmulFloat32", "attend": "BlitzjaxAttend", "weighted": "BlitzjaxWeighted",
-             "rms_norm": "BlitzjaxRmsNorm", "layer_norm": "BlitzjaxLayerNorm"}
+             "softmax": "BlitzjaxSoftmax", "rms_norm": "BlitzjaxRmsNorm", "layer_norm": "BlitzjaxLayerNorm"}
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _BUILD_S = 120.0
@@ -101,6 +101,10 @@ class Kernels:
     def weighted(self, weights: jax.Array, x: jax.Array) -> jax.Array:
         """f32[N, K], f32[N, K, D] → f32[N, D]"""
         return self._called("weighted", (x.shape[0], x.shape[2]), weights, x)
+
+    def softmax(self, x: jax.Array) -> jax.Array:
+        """f32[N, E] → f32[N, E]"""
+        return self._called("softmax", x.shape, x)
 
     def rms_norm(self, x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
         """f32[..., *D], f32[*D] → f32[..., *D]"""

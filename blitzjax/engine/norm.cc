@@ -1,5 +1,6 @@
-// Norms of rows, and their weighted sums. XLA:CPU makes three passes of a norm, each begun apart and on one core. And whether
-// it rounds a product before it adds it depends on what else a program has: numbers of a prompt would not be those of a step.
+// Norms of rows, their softmax, and their weighted sums. XLA:CPU makes three passes of a norm, each begun apart and on one core.
+// And in which order it adds, and whether it rounds a product before, depends on how many rows there are and on what else a
+// program has: numbers of a prompt would not be those of a step.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -73,6 +74,16 @@ ffi::Error LayerNorm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   });
 }
 
+ffi::Error Softmax(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> y) {
+  const int64_t count = x.dimensions().back();
+  return NormedRows(pool, x, count, y, [&](const float* x, float* y) {
+    const float most = *std::max_element(x, x + count);
+    for (int64_t i = 0; i < count; ++i) y[i] = Exp(x[i] - most);
+    const float sum = Sum(y, count, [](float x) { return x; });
+    for (int64_t i = 0; i < count; ++i) y[i] /= sum;
+  });
+}
+
 // y[n] = sum_k weights[n, k] * x[n, k]
 ffi::Error Weighted(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> x,
                     ffi::ResultBuffer<ffi::F32> y) {
@@ -95,6 +106,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxWeighted, Weighted,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(BlitzjaxSoftmax, Softmax,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 

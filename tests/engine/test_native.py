@@ -112,6 +112,16 @@ def test_sums_of_experts_are_a_rows_own(kernels: native.Kernels) -> None:
     np.testing.assert_array_equal(last[0], got[-1])
 
 
+@pytest.mark.parametrize("count", [1, 4, 8, 60, 128])
+def test_softmax_is_xlas_and_a_rows_own(kernels: native.Kernels, count: int) -> None:
+    x = np.random.default_rng(0).normal(size=(300, count), scale=3).astype(np.float32)
+    with blocks.using(kernels):
+        softmax = jax.jit(blocks.softmax)
+        got, few = np.asarray(softmax(x)), np.asarray(softmax(x[-3:]))
+    np.testing.assert_allclose(got, jax.nn.softmax(x), rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(few, got[-3:])
+
+
 def test_matmul_takes_it_for_what_it_knows(kernels: native.Kernels) -> None:
     def calls(w: jax.Array | blocks.Int8) -> bool:
         with blocks.using(kernels):
