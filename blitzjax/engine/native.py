@@ -29,7 +29,7 @@ from blitzjax.models.blocks import BLOCK, Int8, Scoring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "norm.cc", "team.h",
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matmul.cc", "attention.cc", "rows.cc", "team.h",
                                                             "vectors.h"))
 _HANDLERS = {"matmul": "BlitzjaxMatmul", "matmul_int8": "BlitzjaxMatmulInt8",
              "matmul_float32": "BlitzjaxMatmulFloat32", "attend": "BlitzjaxAttend", "weighted": "BlitzjaxWeighted",
