@@ -23,6 +23,8 @@ from blitzjax import cli_serve
 from blitzjax import config as configs
 from blitzjax.cli_sim import check_writable
 from blitzjax.config import Config
+from blitzjax.engine import native
+from blitzjax.engine.executables import cpu_features
 from blitzjax.errors import BlitzError
 from blitzjax.serve.client import Client
 from blitzjax.serve.local import LocalCluster
@@ -166,12 +168,13 @@ class Demo:
 
 
 def config(cores: int) -> Config:
-    """One core per instance, float32 so that tokens must be equal, and every round runs its prompts: no prefix cache. The
-    demo itself plays the operator.
+    """One core per instance, and every round runs its prompts: no prefix cache. Tokens must be equal: bfloat16 where an
+    answer does not depend on its batch, else float32. The demo itself plays the operator.
     """
     pool = 2 if cores < 3 else 3
+    dtype = "bfloat16" if native.best(cpu_features()) and native.compiler() else "float32"
     return configs.load(None, (
-        "serve.port=0", "engine.dtype=float32", "engine.max_model_len=768", "engine.max_num_seqs=16",
+        "serve.port=0", f"engine.dtype={dtype}", "engine.max_model_len=768", "engine.max_num_seqs=16",
         "engine.max_num_batched_tokens=512", "engine.prefix_caching=false", "scale.policy=manual",
         f"scale.max_instances={pool}", f"cluster.pool={pool}", "cluster.threads=1", "cluster.pin_cores=true"))
 

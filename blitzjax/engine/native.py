@@ -140,15 +140,24 @@ class Kernels:
         return _source(self.variant)
 
 
+def best(cpu_features: str) -> Variant | None:
+    """Of VARIANTS, for a CPU; None where none can run."""
+    return next((v for v in VARIANTS if v.needs <= set(cpu_features.split())), None)
+
+
+def compiler() -> str | None:
+    return next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
 _REGISTERED: set[Variant] = set()  # with XLA, once and for the whole process
 
 
 def kernels(directory: Path, cpu_features: str, fetch: Fetch = lambda name: None) -> Kernels | None:
-    """The best of VARIANTS for the CPU, fetched or built into `directory` unless it is there; None where none can run.
+    """The best for the CPU, fetched or built into `directory` unless it is there; None where none can run.
 
     Several processes may share the directory.
     """
-    found = next((v for v in VARIANTS if v.needs <= set(cpu_features.split())), None)
+    found = best(cpu_features)
     if found is None:
         log.info("no native code for this CPU")
         return None
@@ -205,12 +214,12 @@ def _opened(path: Path) -> ctypes.CDLL | None:
 
 def _build(variant: Variant, path: Path) -> None:
     """Raises OSError or subprocess.SubprocessError."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise OSError(f"none of {', '.join(_COMPILERS)} is installed (on Debian: apt install g++)")
     draft = path.with_suffix(f".built.{os.getpid()}.tmp")
     units = [str(source) for source in _SOURCES if source.suffix == ".cc"]
-    command = [compiler, *_FLAGS, *variant.flags, f"-I{jax.ffi.include_dir()}", *units, "-o", str(draft)]
+    command = [found, *_FLAGS, *variant.flags, f"-I{jax.ffi.include_dir()}", *units, "-o", str(draft)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_S)
         keep(path, draft.read_bytes())  # whoever loads it does not mind bytes behind it

@@ -31,6 +31,16 @@ def test_ci_runs_the_documented_tests() -> None:
     assert "launch/test.sh" in (ROOT / ".ci/run").read_text()
 
 
+@pytest.mark.parametrize("compiler, best, dtype", [("c++", "avx2", "bfloat16"), (None, "avx2", "float32"), ("c++", None, "float32")])
+def test_demo_computes_in_what_makes_its_tokens_equal(compiler: str | None, best: str | None, dtype: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="the demo's picture")
+    from launch import demo
+    monkeypatch.setattr(demo.native, "compiler", lambda: compiler)
+    monkeypatch.setattr(demo.native, "best", lambda features: best)
+    assert demo.config(2).engine.dtype == dtype
+
+
 def test_demo_help_names_its_options() -> None:
     pytest.importorskip("matplotlib", reason="the demo's picture")
     done = subprocess.run([sys.executable, "-m", "launch.demo", "--help"], cwd=ROOT, capture_output=True, text=True)
