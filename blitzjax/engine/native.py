@@ -75,17 +75,17 @@ class Kernels:
 
     def takes(self, w: jax.Array | Int8) -> bool:
         """Whether it multiplies rows with weights [out, k]: float32 ones, too, whose sums are a row's own then."""
-        if isinstance(w, Int8):
-            return w.values.shape[1] == w.scales.shape[1] * BLOCK
-        return w.dtype in (jax.numpy.bfloat16, jax.numpy.float32)
+        return _short(w) or not isinstance(w, Int8) and w.dtype == jax.numpy.float32
 
     def multiply(self, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
         """f32[rows, k], [out, k] → f32[rows, out]"""
-        return self._multiplied(x, w, gate=0, ways=1)
+        if isinstance(w, Int8) or w.dtype != jax.numpy.float32:
+            return self._multiplied(x, w, gate=0, ways=1)
+        return self._called("matmul_float32", (x.shape[0], w.shape[0]), x, w)
 
     def gates(self, activation: str, w: jax.Array | Int8) -> bool:
         """Whether `gated` takes it."""
-        return activation in _GATES and self.takes(w) and (isinstance(w, Int8) or w.dtype != jax.numpy.float32)
+        return activation in _GATES and _short(w)
 
     def gated(self, activation: str, x: jax.Array, w: jax.Array | Int8) -> jax.Array:
         """f32[rows, k], [2 * out, k], each unit's gate and up → activated gate times up, f32[rows, out]"""
@@ -93,10 +93,7 @@ class Kernels:
 
     def _multiplied(self, x: jax.Array, w: jax.Array | Int8, gate: int, ways: int) -> jax.Array:
         kind, weights = ("matmul_int8", (w.values, w.scales)) if isinstance(w, Int8) else ("matmul", (w,))
-        shape = (x.shape[0], weights[0].shape[0] // ways)
-        if weights[0].dtype == np.float32:
-            return self._called("matmul_float32", shape, x, *weights)
-        return self._called(kind, shape, x, *weights, gate=np.int64(gate))
+        return self._called(kind, (x.shape[0], weights[0].shape[0] // ways), x, *weights, gate=np.int64(gate))
 
     def weighted(self, weights: jax.Array, x: jax.Array) -> jax.Array:
         """f32[N, K], f32[N, K, D] → f32[N, D]"""
@@ -127,17 +124,24 @@ class Kernels:
         """f32[R, H, hd], bits of bfloat16 u16[B, KV, hd, S] and u16[B, KV, S, hd], i32[R] → f32[R, H * hd]; of R / B rows
         for each of the cache, row r reads up to last[r].
         """
-        out = jax.ShapeDtypeStruct((q.shape[0], q.shape[1] * q.shape[2]), jax.numpy.float32)
+        shape = (q.shape[0], q.shape[1] * q.shape[2])
         q = q * (q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale)
         sinks = jax.numpy.float32(-np.inf) if scoring.sinks is None else scoring.sinks.astype(jax.numpy.float32)
         sinks = jax.numpy.broadcast_to(sinks, (k.shape[1], q.shape[1] // k.shape[1]))
         window = k.shape[3] if scoring.window is None else scoring.window
-        return jax.ffi.ffi_call(_target("attend", self.variant), out)(
-            q, k, v, last, sinks, window=np.int64(window), softcap=np.float32(scoring.softcap or 0))
+        return self._called("attend", shape, q, k, v, last, sinks, window=np.int64(window),
+                            softcap=np.float32(scoring.softcap or 0))
 
     def source(self) -> str:
         """What it computes, for whoever keeps programs that call it."""
         return _source(self.variant)
+
+
+def _short(w: jax.Array | Int8) -> bool:
+    """bfloat16, or int8 in whole blocks."""
+    if isinstance(w, Int8):
+        return w.values.shape[1] == w.scales.shape[1] * BLOCK
+    return w.dtype == jax.numpy.bfloat16
 
 
 def best(cpu_features: str) -> Variant | None:

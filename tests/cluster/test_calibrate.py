@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rig import POOL, SPEC, Rig, until_caught
+from rig import POOL, SPEC, Rig, caught
 
 from blitzjax.arrivals import Arrival
 from blitzjax.calibrate import Calibration
@@ -31,4 +31,4 @@ def test_measured_costs_explain_what_the_cluster_does(rig: Rig, model_dir: Path,
         return (model.decode_s(1, 64) < 1 and machine.handoff_s + machine.rpc_s < 1
                 and alone / 8 < found < 8 * alone)  # it was measured while another instance computed too
 
-    until_caught(once)
+    assert caught(once)

@@ -12,7 +12,7 @@ import pytest
 from blitzjax.control.scaling import MAX_FAILURES
 from blitzjax.serve.client import Result
 from blitzjax.v1 import inference_pb2 as pb
-from rig import POOL, Rig, phases, prompts, until_caught
+from rig import POOL, Rig, caught, phases, prompts
 
 LONG = 90  # tokens: nobody is ready before the next controller is there
 LETTERS = {"regex": "([a-z][0-9]){99}"}  # what every other answer must be
@@ -59,7 +59,7 @@ def test_while_requests_decode(rig: Rig, long) -> None:
         assert rig.pids() == workers
         return under_way
 
-    until_caught(once)
+    assert caught(once)
 
 
 def loading(status: pb.ClusterStatus) -> bool:
@@ -95,7 +95,7 @@ def test_in_the_middle_of_a_scale_up(rig: Rig, long, live: str) -> None:
         assert "lost" not in said
         return under_way and "could not load" not in said  # a chain breaks without us if a member gets no time for 3 s
 
-    until_caught(once)
+    assert caught(once)
 
 
 def test_one_without_a_journal_loads_with_workers_whose_chains_have_broken(rig: Rig) -> None:

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from blitzjax.v1 import inference_pb2 as pb
-from rig import POOL, SPEC, Rig, phases, prompts, until_caught
+from rig import POOL, SPEC, Rig, caught, phases, prompts
 
 ANSWERS = 16
 
@@ -59,7 +59,7 @@ def test_serving_worker(rig: Rig, expected, serving: int) -> None:
         assert only_the_killed_one_died(rig)
         return any(answer.result().usage.attempts > 1 for _, answer in answers)
 
-    until_caught(once)
+    assert caught(once)
 
 
 def has_layers(status: pb.ClusterStatus, *phases: str) -> list[int]:
@@ -93,7 +93,7 @@ def test_source_of_a_multicast(rig: Rig, expected, live: str) -> None:
         assert any(r.get("command") == "Assign" for r in records[lost:whole[0]]) == (live == "zigzag")
         return True
 
-    until_caught(once)
+    assert caught(once)
 
 
 @pytest.mark.parametrize("role", ["loading", "live"])
@@ -114,7 +114,7 @@ def test_target_of_a_multicast(rig: Rig, expected, role: str) -> None:
         lost = next(n for n, (event, *_) in enumerate(what) if event == "InstanceLost")
         return bool(has_layers(status, role)) and ("TransferEnded", f"i{victims[0]}", "") not in what[:lost]
 
-    until_caught(once)
+    assert caught(once)
 
 
 def ended(rig: Rig, told: int, hung: int) -> list[object]:
@@ -139,7 +139,7 @@ def test_hung_target_is_left_behind(rig: Rig, expected) -> None:
         assert all_right(burst(rig), expected)
         return any(ended(rig, told, hung))
 
-    until_caught(once)
+    assert caught(once)
 
 
 def test_coordination_service(rig: Rig, expected) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import gpu_worker
 import pytest
-from rig import until_caught, written
+from rig import caught, written
 
 from blitzjax import config as configs
 from blitzjax.serve.client import Client, Result
@@ -93,4 +93,4 @@ def test_prompts_run_behind_the_loader_where_nobody_serves(pair: Pair, expected,
             assert min(assigned) > whole
         return live == "off" or max(assigned) < whole  # all were taken while parameters arrived
 
-    until_caught(once)
+    assert caught(once)

@@ -18,7 +18,7 @@ import pytest
 from blitzjax.serve.client import Result
 from blitzjax.serve.local import LocalCluster
 from blitzjax.v1 import inference_pb2 as pb
-from rig import SPEC, Rig, phases, prompts, until_caught
+from rig import SPEC, Rig, caught, phases, prompts
 
 LONG = 100  # tokens: answers are still being decoded when their instance dies
 LETTERS = {"regex": "([a-z][0-9]){99}", "temperature": 0.9, "seed": 5}
@@ -114,7 +114,7 @@ def test_prefill_grows_live_under_a_burst(split: Rig, answers) -> None:
         split.wait(lambda s: logged_bytes(split) == received(s), "every byte in the event log")
         return any(0 < result.usage.layers_helped < SPEC.layers for result in results)
 
-    until_caught(once)
+    assert caught(once)
 
 
 def stop_while_busy(split: Rig, answers: dict, role: str) -> tuple[int, Burst]:
@@ -164,7 +164,7 @@ def test_the_decode_instance_dies(split: Rig, answers) -> None:
         assert decoding(status) & prefill, "nobody mutated"
         return again(results())
 
-    until_caught(once)
+    assert caught(once)
     settle(split, 2)
 
 
@@ -181,7 +181,7 @@ def test_a_decode_instance_that_hangs_is_left_behind(split: Rig, answers) -> Non
         split.cluster.signal_worker(hung)
         return again(got) and any(result.usage.attempts == 1 for result in got)
 
-    until_caught(once)
+    assert caught(once)
     settle(split, 2)
 
 
@@ -191,5 +191,5 @@ def test_the_prefill_instance_dies(split: Rig, answers) -> None:
         _, results = kill_while_busy(split, answers, "prefill")
         return again(results())
 
-    until_caught(once)
+    assert caught(once)
     settle(split, 1)

@@ -15,7 +15,7 @@ from blitzjax.serve import eventlog
 from blitzjax.serve.local import LocalCluster
 from blitzjax.commands import PrepareTransfer
 from blitzjax.types import MulticastPlan
-from rig import PATIENT, POOL, SPEC, Rig, phases, prompts, until_caught
+from rig import PATIENT, POOL, SPEC, Rig, caught, phases, prompts
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,7 +70,7 @@ def test_tokens_are_right_while_two_targets_load_by_halves(rig: Rig, log: Path) 
         assert [ring.instances for ring in plan.rings] == [tuple(c.instances[1] for c in plan.chains)]
         return not more  # a second one if a member got no time for 3 s
 
-    until_caught(once)
+    assert caught(once)
 
 
 @pytest.mark.parametrize("phase", ["serving", "live"])
@@ -92,4 +92,4 @@ def test_a_killed_member_of_a_lane_costs_no_request(rig: Rig, log: Path, phase: 
         assert [chain.lanes for chain in first.chains] == [2, 2]
         return bool(more)
 
-    until_caught(once)
+    assert caught(once)

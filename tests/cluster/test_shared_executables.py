@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rig import until_caught
+from rig import caught
 
 from blitzjax import config as configs
 from blitzjax.engine.convert import TINY, write_random
@@ -71,11 +71,11 @@ def test_cold_workers_divide_the_work_and_a_new_one_compiles_nothing(model: Path
             restart_without_cache(cluster, tmp_path, 1)
             return ready(cluster, 1, next(lives))
 
-        until_caught(lambda: again() == (0, 0, stages))  # a peer that gets no time for 5 s is not waited for
+        assert caught(lambda: again() == (0, 0, stages))  # a peer that gets no time for 5 s is not waited for
         (damaged, *_) = sorted((tmp_path / "home-0" / "executables").glob("*.xla"))
         *whole, last = damaged.read_bytes()
         damaged.write_bytes(bytes([*whole, last ^ 1]))
-        until_caught(lambda: again() == (1, 0, stages - 1))  # what came damaged is compiled
+        assert caught(lambda: again() == (1, 0, stages - 1))  # what came damaged is compiled
         assert f"{damaged.name} came damaged" in cluster.tail("worker-1", 10_000)
 
         assert client.scale(2, wait=True, timeout_s=300).serving == 2
