@@ -40,6 +40,9 @@ class Pair:
     def kept_by(self, worker: str) -> str:
         return next(m.name for m in self.client.status().models if m.host_copy == worker)
 
+    def phase(self, worker: str) -> str:
+        return next(i.phase for i in self.client.status().instances if i.id == worker)
+
     def log(self) -> list[dict[str, object]]:
         """Events and commands so far."""
         return [json.loads(line) for line in self.event_log.read_text().rpartition("\n")[0].splitlines()[1:]]
@@ -75,7 +78,11 @@ def test_prompts_run_behind_the_loader_where_nobody_serves(pair: Pair, expected,
     def once() -> bool:
         busy, woken = pair.kept_by("i0"), pair.kept_by("i1")
         pair.scale(2, busy)
-        pair.scale(1, busy)  # i0 drains: i1 serves one model and keeps the other
+        pair.scale(1, busy)
+        if pair.phase("i1") != "serving":  # i0 was still busy with its sending
+            pair.scale(0, busy)
+            return False
+        # i0 has drained: i1 serves one model and keeps the other
         begun = len(pair.log())
         pair.client.scale(1, model=woken, live=live)
         answers = pair.ask(woken)
