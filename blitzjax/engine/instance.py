@@ -163,6 +163,9 @@ class Instance:
     def find(self, request_id: RequestId) -> Sequence | None:
         return self._sequences.get(request_id)
 
+    def sequences(self) -> Iterable[Sequence]:
+        return self._sequences.values()
+
     def sequence(self, work: Work) -> Sequence:
         return sequence_of(work, self.spec, self._grammars)
 
@@ -265,18 +268,21 @@ class Instance:
         for layer in range(prefill.next_layer, self.spec.layers):
             before = prefill.x[-1] if prefill.x else None
             self.runner.run_span(prefill, Span(layer, layer + 1))
-            if not self._between_layers(sequence, before):
+            if not self._between_layers(sequence, before, prefill.x[-1]):
                 return
             self._maybe_pull(self.spec.layers - layer - 1)
         self._first_token(sequence)
 
-    def _between_layers(self, sequence: Sequence, x: Array | None) -> bool:
+    def _between_layers(self, sequence: Sequence, before: Array | None, x: Array) -> bool:
         """Reads the inbox while a prompt runs: a partner waits for answers. → whether the prompt is still here.
 
-        `x` is what the last layer works on: one layer is always under way, so the device does not wait.
+        `x` comes out of the last layer, `before` went in: one layer is always under way, so the device does not wait. But
+        a CPU's only thread goes from layer to layer and leaves arrays that are to be sent or received until the end.
         """
-        if x is not None:
-            x.block_until_ready()
+        moving = not self.store.own_memory and (self._moves.busy or self._partners.busy)
+        last = x if moving else before
+        if last is not None:
+            last.block_until_ready()
         self._receive(wait=False)
         return self._here(sequence)
 
@@ -298,9 +304,10 @@ class Instance:
         for index in [i for i, piece in enumerate(prefill.chunks) if chunk.start <= piece.start < chunk.stop]:
             before: Array | None = None
             for layer in self.runner.layers_of_chunk(prefill, index):
-                if not self._between_layers(sequence, before):
+                x = prefill.x[index]
+                if not self._between_layers(sequence, before, x):
                     return
-                before = prefill.x[index]
+                before = x
                 if index == last:
                     self._maybe_pull(self.spec.layers - layer - 1)
             if sequence.scored:

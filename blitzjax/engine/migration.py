@@ -11,8 +11,9 @@ takes them from there, and the source never has the whole.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Protocol
 
 from blitzjax.engine import messages as m
@@ -25,7 +26,8 @@ from blitzjax.commands import Migrate
 from blitzjax.events import Event, KVMigrated, RequestFailed
 from blitzjax.types import InstanceId, RequestId, Work
 
-_PIECE_BYTES = 1 << 20  # so many layers travel together that a round trip is worth it
+_PIECE_BYTES = 1 << 20  # so many layers are offered together that a round trip is worth it
+_AT_ONCE = 8  # pieces that a target asks for together
 
 Message = Migrate | m.KVOffered | m.KVWithdrawn | m.KVArrived | m.KVAnswered | m.KVUnanswered
 
@@ -102,6 +104,11 @@ class Moves:
                 self._forget(offer)
             case m.KVArrived():
                 self._arrived(message)
+
+    @property
+    def busy(self) -> bool:
+        """KV is on its way to or from here."""
+        return bool(self._leaving or self._coming)
 
     def leaving(self, sequence: Sequence) -> bool:
         """Its KV is on its way, or will be."""
@@ -197,10 +204,10 @@ class Moves:
         return leaving
 
     def _withdraw(self, pieces: tuple[m.KVPiece, ...]) -> None:
-        """Pieces are taken in order: those before one that was taken are gone, too."""
-        own = [piece.uuid for piece in pieces if self._handoff.offers(piece.uuid)]
-        for uuid in reversed(own):
-            if not self._handoff.withdraw(uuid):
+        """What is taken together comes in order: those before one that was taken are gone, too."""
+        for together in reversed(list(_together(pieces))):
+            own = [piece.uuid for piece in reversed(together) if self._handoff.offers(piece.uuid)]
+            if not all([self._handoff.withdraw(uuid) for uuid in own]):
                 return
 
     def _fail(self, request_id: RequestId, attempt: int, why: str) -> None:
@@ -213,13 +220,15 @@ class Moves:
         layers: dict[int, KV] = {}
         error = ""
         try:
-            for piece in coming.offer.pieces:
+            for pieces in _together(coming.offer.pieces):
                 if coming.withdrawn.is_set():
                     return
-                specs = self._stages.taken_specs(piece.layout, piece.width) * (piece.stop - piece.start)
-                arrays = self._handoff.take(piece.address, piece.uuid, specs, self._timeout_s)
-                pairs = zip(arrays[::2], arrays[1::2], strict=True)
-                layers |= dict(zip(range(piece.start, piece.stop), pairs, strict=True))
+                wanted = [(piece.uuid, self._stages.taken_specs(piece.layout, piece.width) * (piece.stop - piece.start))
+                          for piece in pieces]
+                taken = self._handoff.take_all(pieces[0].address, wanted, self._timeout_s)
+                for piece, arrays in zip(pieces, taken, strict=True):
+                    pairs = zip(arrays[::2], arrays[1::2], strict=True)
+                    layers |= dict(zip(range(piece.start, piece.stop), pairs, strict=True))
         except TransferError as e:
             error = str(e)
         self._host.post(m.KVArrived(coming.offer, [layers[layer] for layer in sorted(layers)], error))
@@ -259,6 +268,13 @@ class Moves:
         """As long as a decode cache can take."""
         length = self._stages.shapes.context(max(map(self._stages.layout.tokens, kv)))
         return [self._stages.fitted(pair, length) for pair in kv]
+
+
+def _together(pieces: Iterable[m.KVPiece]) -> Iterator[list[m.KVPiece]]:
+    """In order, those that a target asks for together: all of one address, a few at a time."""
+    for _, there in groupby(pieces, key=lambda piece: piece.address):
+        while here := list(islice(there, _AT_ONCE)):
+            yield here
 
 
 def _settle(sequence: Sequence, taken: bool) -> None:

@@ -34,6 +34,9 @@ class Host(Protocol):
 
     def find(self, request_id: RequestId) -> Sequence | None: ...
 
+    def sequences(self) -> Iterable[Sequence]:
+        """All that are here."""
+
     def sequence(self, work: Work) -> Sequence:
         """A new one, that the host does not have yet."""
 
@@ -75,6 +78,11 @@ class Partners:
     def prompt_is_near(self) -> bool:
         """A partner's prompt is ready to run, or will be in a moment: worth a pause, which a hung partner cannot stretch."""
         return bool(self.ready) or self._now() < self.awaited_until
+
+    @property
+    def busy(self) -> bool:
+        """What a partner computed is on its way here."""
+        return any(sequence.kv_missing for sequence in self._host.sequences())
 
     def handle(self, message: Message) -> None:
         match message:

@@ -107,34 +107,39 @@ class HandOff:
         Blocks until the data is here. Raises TransferError after `timeout_s`, or at once when the peer dies; other
         takes from the same address that are under way fail with it, later ones connect afresh.
         """
-        if not specs:
-            return []
+        return self.take_all(address, [(uuid, specs)], timeout_s)[0] if specs else []
+
+    def take_all(self, address: str, wanted: Sequence[tuple[int, Sequence[jax.ShapeDtypeStruct]]],
+                 timeout_s: float) -> list[list[jax.Array]]:
+        """Several offers of one address, each as for `take`: their ways there and back are one wait together."""
         connection = self._connection(address)
         try:
-            return self._taken(connection, address, uuid, specs, timeout_s)
+            return self._taken(connection, address, wanted, timeout_s)
         except TransferError:
             self._drop(address, connection)
             raise
 
-    def _taken(self, connection: compat.TransferConnection, address: str, uuid: int,
-               specs: Sequence[jax.ShapeDtypeStruct], timeout_s: float) -> list[jax.Array]:
+    def _taken(self, connection: compat.TransferConnection, address: str,
+               wanted: Sequence[tuple[int, Sequence[jax.ShapeDtypeStruct]]], timeout_s: float) -> list[list[jax.Array]]:
         with self._watchdog.guard(connection, timeout_s) as guard:
             try:
-                return self._pulled(connection, uuid, specs)
+                return self._pulled(connection, wanted)
             except compat.ERRORS as e:
                 compat.poison(connection)
                 self._try_server()
                 why = f"nothing came within {timeout_s:g} s" if guard.fired else str(e)
-                raise TransferError(f"hand-off {uuid} from {address} failed: {why}") from e
+                uuids = ", ".join(str(uuid) for uuid, _ in wanted)
+                raise TransferError(f"hand-off {uuids} from {address} failed: {why}") from e
 
-    def _pulled(self, connection: compat.TransferConnection, uuid: int, specs: Sequence[jax.ShapeDtypeStruct]
-                ) -> list[jax.Array]:
+    def _pulled(self, connection: compat.TransferConnection, wanted: Sequence[tuple[int, Sequence[jax.ShapeDtypeStruct]]]
+                ) -> list[list[jax.Array]]:
         host = self._host
         if host is None:
-            return jax.block_until_ready(connection.pull(uuid, list(specs)))
-        parts = connection.pull(uuid, [part for spec in specs for part in staging.specs(spec, host)])
-        arriving = iter(jax.block_until_ready(parts))
-        return jax.block_until_ready([staging.lifted(spec, arriving) for spec in specs])
+            return jax.block_until_ready([connection.pull(uuid, list(specs)) for uuid, specs in wanted])
+        parts = [connection.pull(uuid, [part for spec in specs for part in staging.specs(spec, host)])
+                 for uuid, specs in wanted]
+        arriving = iter(jax.block_until_ready([part for some in parts for part in some]))
+        return jax.block_until_ready([[staging.lifted(spec, arriving) for spec in specs] for _, specs in wanted])
 
     def withdraw(self, uuid: int) -> bool:
         """Frees an offer that nobody will take, by taking it ourselves. False if it was taken, or is being taken.
@@ -150,7 +155,7 @@ class HandOff:
             wait([copying])
         address = self._address(offer.server)
         try:
-            self._taken(self._connected(address), address, uuid, offer.specs, _WITHDRAW_TIMEOUT_S)
+            self._taken(self._connected(address), address, [(uuid, offer.specs)], _WITHDRAW_TIMEOUT_S)
         except TransferError:
             return False
         return True
@@ -183,7 +188,7 @@ class HandOff:
         uuid, address = next(self._uuids), self._address(server)
         server.await_pull(uuid, arrays)
         try:
-            self._taken(self._connected(address), address, uuid, [_spec(a) for a in arrays], _TRIAL_TIMEOUT_S)
+            self._taken(self._connected(address), address, [(uuid, [_spec(a) for a in arrays])], _TRIAL_TIMEOUT_S)
         except TransferError:
             return False
         return True

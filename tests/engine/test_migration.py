@@ -12,7 +12,7 @@ from blitzjax.config import EngineConfig
 from blitzjax.engine import messages as m
 from blitzjax.engine.attention import Attention, fused
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
-from blitzjax.events import Drained, KVMigrated, LiveDrained, RequestFailed, RequestFinished
+from blitzjax.events import Drained, KVMigrated, LiveDrained, PrefillDone, RequestFailed, RequestFinished
 from blitzjax.types import LivePair, TokenLogprob, Work
 from test_instance import (LETTERS, PATIENT, PENALISED, SPEC, DirectPartner, Rig, answers, depth, finished, reference, wait,
                            work)
@@ -91,15 +91,16 @@ def catch_up(rig: Rig) -> None:
 
 def held(rig: Rig, begin: Callable[[], object], timeout_s: float = 60.0) -> list[str]:
     """It takes KV once `begin`; give a short timeout if that is there no more by then. → where it was taken from."""
-    take, addresses = rig.handoff.take, []
+    take, addresses = rig.handoff.take_all, []
 
-    def later(address, uuid, specs, _):
+    def later(address, wanted, _):
+        specs = wanted[0][1]
         if len(specs) >= 2 and specs[0].shape != specs[1].shape:  # keys and values, no residuals
             addresses.append(address)
             wait(begin, "begun")
-        return take(address, uuid, specs, timeout_s)
+        return take(address, wanted, timeout_s)
 
-    rig.handoff.take = later
+    rig.handoff.take_all = later
     return addresses
 
 
@@ -263,6 +264,29 @@ def test_the_source_decodes_on_when_its_target_is_gone_and_may_send_again(make) 
     assert client(p, d, e) == wanted and not of(d, KVMigrated)
 
 
+def test_no_layer_of_a_prompt_runs_ahead_while_kv_is_on_its_way(make, monkeypatch) -> None:
+    """A CPU's only thread would go from layer to layer, and send what is to be sent once the prompt is through."""
+    rigs = make("p", "d")
+    p, d = rigs["p"], rigs["d"]
+    sent, ready, run = threading.Event(), [], p.instance.runner._run_layer
+
+    def layer(prefill, number, index):
+        if prefill.chunks[-1].stop == 150 and number:
+            ready.append(prefill.x[index].is_ready())
+        run(prefill, number, index)
+
+    monkeypatch.setattr(p.instance.runner, "_run_layer", layer)
+    held(d, sent.is_set)
+    migrate_after(1, p, "r0", d)
+    p.instance.post(WORKS[0])
+    wait(lambda: p.session is not None, "the offer")
+    p.instance.post(WORKS[4])
+    wait(lambda: of(p, PrefillDone)[1:], "the prompt")
+    sent.set()
+    wait(lambda: {"r0", "r4"} == ended(p, d).keys(), "ends")
+    assert len(ready) >= 2 * (SPEC.layers - 1) and all(ready)
+
+
 def test_a_later_migrate_replaces_one_that_hangs(make) -> None:
     rigs = make("p", "d", "e")
     p, d, e = rigs["p"], rigs["d"], rigs["e"]
@@ -309,23 +333,23 @@ def test_a_target_whose_kv_lies_otherwise_declines(make) -> None:
 def test_a_request_that_is_aborted_on_its_way_is_nowhere(make, when: str, ends: str) -> None:
     rigs = make("p", "d")
     p, d = rigs["p"], rigs["d"]
-    take = d.handoff.take
+    take = d.handoff.take_all
 
     def abort_if(moment: str) -> None:
         if moment == when:
             p.instance.post(Abort("p", "r4"))
             wait(lambda: ended(p), "the abort")
 
-    def taken(address, uuid, specs, timeout_s):
+    def taken(address, wanted, timeout_s):
         abort_if("offered")
-        arrays = take(address, uuid, specs, 1.0 if when == "offered" else timeout_s)
+        arrays = take(address, wanted, 1.0 if when == "offered" else timeout_s)
         abort_if("taken")
         return arrays
 
     def abort_both() -> None:  # as the brain does when it hears that a request that is over has a new owner
         p.instance.post(Abort("p", "r4")), d.instance.post(Abort("d", "r4"))
 
-    d.handoff.take = taken
+    d.handoff.take_all = taken
     if "d" in ends:
         d.acts["r4"] = (1 if when == "adopted" else 2, abort_both)
     migrate_after(1, p, "r4", d)
