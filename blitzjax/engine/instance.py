@@ -177,8 +177,8 @@ class Instance:
 
     def lift(self, sequence: Sequence) -> list[KV] | None:
         kv = self._decoding.lift(sequence)
-        if kv is None and self._partners.old is not None:
-            self._partners.old.leave_rest(sequence.work)
+        if kv is None and sequence.leave_kv is not None:
+            sequence.leave_kv()
         return kv
 
     def admit(self, sequence: Sequence) -> bool:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -30,6 +31,7 @@ from blitzjax.types import InstanceId, LivePair, RequestId, Span, Work
 
 log = logging.getLogger(__name__)
 _LOANS_AHEAD = 2  # prompts: enough to keep NEW busy
+_KV_AT_ONCE = 1 << 20  # bytes: residuals do not wait long behind them, and not every layer costs a round trip
 
 
 class NewSide:
@@ -162,7 +164,7 @@ class NewSide:
 class OldSide:
     """Owned by OLD's engine thread; two threads of its own wait for arrays.
 
-    Both kinds of arrays come over one link, and residuals are needed first: KV is taken a layer at a time, and only
+    Both kinds of arrays come over one link, and residuals are needed first: KV is taken a few layers at a time, and only
     while no residuals are on their way.
     """
 
@@ -180,8 +182,9 @@ class OldSide:
         self._link_free.set()
         self._lock = threading.Lock()
         self._closed = False
-        self._leaving: set[tuple[RequestId, int]] = set()  # attempts whose KV that is not here yet stays with NEW
-        self._elsewhere: set[int] = set()  # hand-overs whose KV others take from NEW
+        self._owed: set[int] = set()  # hand-overs whose KV is not all here, nor with whoever takes the rest from NEW
+        self._leaving: set[int] = set()  # hand-overs whose KV that is not here yet stays with NEW
+        self._fetches: dict[int, tuple[Future[None], int]] = {}  # of KV, and how long it is, by hand-over
 
     def pull(self) -> None:
         assert not self.waiting
@@ -190,15 +193,17 @@ class OldSide:
         self.partner.pull(self._seq)
 
     def take(self, answer: HandOver) -> Prefill | None:
-        """NEW handed a prompt over: starts fetching what NEW computed. Returns it at once if nothing was computed."""
+        """NEW handed a prompt over: starts fetching what NEW computed. Returns the prompt at once if nothing was."""
         work = answer.work
         assert work is not None
         prefill = self._runner.begin([*work.prompt, *work.generated])
         if answer.next_layer == 0:
             return prefill
         self._link_free.clear()
+        with self._lock:
+            self._owed.add(answer.seq)
         self._activations.submit(self._take_activations, work, answer, self._residuals(prefill))
-        self._kv.submit(self._take_kv, work, answer, prefill.context)
+        self._fetches[answer.seq] = self._kv.submit(self._take_kv, answer, prefill.context), prefill.context
         return None
 
     def lend(self, borrow: Borrow) -> None:
@@ -208,41 +213,32 @@ class OldSide:
             rows = narrow
         self.partner.lend(Loan(borrow.request_id, borrow.attempt, rows.dtype.name, rows.tobytes()))
 
-    def leave_rest(self, work: Work) -> None:
-        """The attempt leaves this instance: what is not here of its KV need not come, while the pair goes on."""
-        with self._lock:
-            self._leaving.add((work.request.id, work.attempt))
+    def leave_rest(self, answer: HandOver) -> None:
+        """The request leaves this instance: what is not here of its KV need not come."""
+        self._leaving.add(answer.seq)
+        fetch, context = self._fetches.get(answer.seq, (None, 0))
+        if fetch is not None and fetch.cancel():  # it was behind others
+            self._kv_over(answer, context, [], "")
 
     def close(self) -> None:
-        """Nothing is pulled any more; arrays on their way still arrive, then the connection closes."""
+        """Nothing is pulled any more; arrays on their way still arrive, here or elsewhere, then the connection closes."""
+        self._activations.shutdown(wait=False)
         with self._lock:
             self._closed = True
-            over = not self._elsewhere
-        self._activations.shutdown(wait=False)
-        if over:
-            self._hang_up()
+            self._hang_up_if_over()
 
-    def _hang_up(self) -> None:
-        self._kv.submit(self.partner.close)
-        self._kv.shutdown(wait=False)
+    def _hang_up_if_over(self) -> None:
+        if self._closed and not self._owed:
+            self._kv.submit(self.partner.close)
+            self._kv.shutdown(wait=False)
 
     def _settle(self, seq: int, taken: bool) -> None:
         """Nobody needs NEW's KV of hand-over `seq` any more; NEW frees it now, or with the connection."""
         if taken:
             self.partner.taken(seq)
         with self._lock:
-            self._elsewhere.remove(seq)
-            over = self._closed and not self._elsewhere
-        if over:
-            self._hang_up()
-
-    def _stays(self, work: Work, seq: int) -> bool:
-        """The rest of the KV is left to whoever gets the request; the connection stays open for it."""
-        with self._lock:
-            stays = (work.request.id, work.attempt) in self._leaving and not self._closed
-            if stays:
-                self._elsewhere.add(seq)
-        return stays
+            self._owed.remove(seq)
+            self._hang_up_if_over()
 
     def _take_activations(self, work: Work, answer: HandOver, specs: list[jax.ShapeDtypeStruct]) -> None:
         arrays: list[Array] = []
@@ -254,22 +250,33 @@ class OldSide:
         self._link_free.set()
         self._post(ActivationsTaken(work, answer.seq, answer.next_layer, arrays, error))
 
-    def _take_kv(self, work: Work, answer: HandOver, context: int) -> None:
-        """Keys and values of every layer that NEW ran, layer by layer, unless the request leaves meanwhile."""
+    def _take_kv(self, answer: HandOver, context: int) -> None:
+        """Keys and values of every layer that NEW ran, some layers at a time, unless the request leaves meanwhile."""
         arrays: list[Array] = []
-        error, rest = "", None
+        error = ""
         try:
             specs = self._runner.stages.taken_specs(answer.layout, context)
-            for index, uuid in enumerate(answer.kv_uuids):
+            step = max(1, _KV_AT_ONCE // sum(spec.size * spec.dtype.itemsize for spec in specs))
+            for at in range(0, len(answer.kv_uuids), step):
                 self._link_free.wait()
-                if self._stays(work, answer.seq):
-                    rest = KVRest(answer.address, answer.kv_uuids[index:], context, partial(self._settle, answer.seq))
+                if answer.seq in self._leaving:
                     break
-                arrays += self._handoff.take(answer.address, uuid, specs, self._timeout_s)
-            else:
-                self.partner.taken(answer.seq)
+                wanted = [(uuid, specs) for uuid in answer.kv_uuids[at : at + step]]
+                arrays += chain.from_iterable(self._handoff.take_all(answer.address, wanted, self._timeout_s))
         except TransferError as e:
             error = str(e)
+        self._kv_over(answer, context, arrays, error)
+
+    def _kv_over(self, answer: HandOver, context: int, arrays: list[Array], error: str) -> None:
+        """Nothing more comes here; what stays with NEW is for whoever gets the request."""
+        self._fetches.pop(answer.seq, None)
+        rest, kept = None, answer.kv_uuids[len(arrays) // 2 :]
+        if kept and not error:
+            rest = KVRest(answer.address, kept, context, partial(self._settle, answer.seq))
+        else:
+            self._settle(answer.seq, taken=not error)
+        work = answer.work
+        assert work is not None
         self._post(KVTaken(work.request.id, work.attempt, arrays, error, rest))
 
     def _residuals(self, prefill: Prefill) -> list[jax.ShapeDtypeStruct]:

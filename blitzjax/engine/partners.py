@@ -7,6 +7,7 @@ of KV are here; what a partner said before its StartLive came is answered when i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -217,7 +218,8 @@ class Partners:
             if not host.enqueue(sequence):
                 self._fail(work, f"{host.name} can never hold a request handed over by {old.pair.new}")
             return
-        sequence.layers_helped, sequence.kv_missing = answer.next_layer, answer.next_layer > 0
+        sequence.layers_helped = answer.next_layer
+        sequence.leave_kv = partial(old.leave_rest, answer) if answer.next_layer else None
         sequence.prefill = old.take(answer)
         sequence.awaited = sequence.prefill is None
         self.awaited_until = self._now() + _NEAR_S if sequence.awaited else 0.0
@@ -248,7 +250,7 @@ class Partners:
             self._host.leave(sequence)
             self._fail(sequence.work, message.error)
             return
-        sequence.partner_kv, sequence.partner_rest, sequence.kv_missing = message.arrays, message.rest, False
+        sequence.partner_kv, sequence.partner_rest, sequence.leave_kv = message.arrays, message.rest, None
         if sequence.prefill is not None:
             self._adopt_kv(sequence)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,7 +31,7 @@ class Sequence:
     prefill: Prefill | None = None  # until the sequence joined the decode batch
     layers_helped: int = 0  # layers of the prompt pass that a live partner ran
     awaited: bool = False  # its residuals are on their way from a partner
-    kv_missing: bool = False  # the partner's layers of KV are still on their way
+    leave_kv: Callable[[], None] | None = None  # tells the partner's layers of KV to stay there; None: none are on their way
     keys: list[PageKey] = field(default_factory=list)  # of its full pages so far, see PrefixCache
     cached_tokens: int | None = None  # of the prompt, that the prefix cache had when it was first run here
     partner_kv: list[Array] = field(default_factory=list)  # they are here: k, v of layer 0, k, v of layer 1, ...
@@ -41,6 +42,11 @@ class Sequence:
     @property
     def id(self) -> RequestId:
         return self.work.request.id
+
+    @property
+    def kv_missing(self) -> bool:
+        """Layers of KV that a partner ran are still on their way."""
+        return self.leave_kv is not None
 
     @property
     def begun(self) -> Prefill:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from blitzjax.config import EngineConfig
-from blitzjax.engine import messages as m
+from blitzjax.engine import live, messages as m
 from blitzjax.engine.attention import Attention, fused
 from blitzjax.commands import Abort, EndLive, Migrate, Release, StartLive
 from blitzjax.events import Drained, KVMigrated, LiveDrained, PrefillDone, RequestFailed, RequestFinished
@@ -160,27 +160,39 @@ def test_many_requests_move_on_twice_while_others_are_decoded(make) -> None:
     assert set(ended(e).values()) == {"length"} and len(ended(e)) == len(works)
 
 
-@pytest.mark.parametrize("then", ["nothing", "the pair ends", "another target", "the target is gone", "abort"])
-def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
+@pytest.mark.parametrize("then", ["nothing", "the pair ends", "the pair has ended", "another target", "the target is gone",
+                                  "abort"])
+def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str, monkeypatch) -> None:
     """OLD emits the first token before NEW's layers of KV are with it; Migrate comes in between."""
+    monkeypatch.setattr(live, "_KV_AT_ONCE", 1)
     rigs = make("old", "d", "e")
     old, d, e = rigs["old"], rigs["d"], rigs["e"]
     new = make("new", units=0)["new"]
     wanted = expected(old, WORKS[4:5])
-    moves = then in ("nothing", "the pair ends")
+    moves = then in ("nothing", "the pair ends", "the pair has ended")
     acted = threading.Event()
     kv_takes = {"old": held(old, lambda: leaves(old, "r4")), "d": held(d, acted.is_set, 60.0 if moves else 1.0)}
     pair = LivePair("old", "new", "zigzag")
     new.post(StartLive("new", pair), WORKS[4])
     new.load(SPEC.units - 1)  # all but the head
     wait(lambda: depth(new, WORKS[4]) == SPEC.layers - 1, "layers")
-    migrate_after(1, old, "r4", d)
-    old.instance.post(StartLive("old", pair))
+
+    def end() -> None:
+        old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
+        wait(lambda: old.instance._partners.old is None and not new.instance._partners.new.open, "the end of the pair")
+
+    if then == "the pair has ended":
+        old.instance.post(StartLive("old", pair))
+        wait(lambda: of(old, PrefillDone), "the first token")
+        end()
+        migrate(old, "r4", d)
+    else:
+        migrate_after(1, old, "r4", d)
+        old.instance.post(StartLive("old", pair))
     wait(lambda: old.session is not None, "the offer")
     offered = old.session
     if then == "the pair ends":
-        old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
-        wait(lambda: old.instance._partners.old is None and not new.instance._partners.new.open, "the end of the pair")
+        end()
     elif then == "another target":
         migrate(old, "r4", e)
         wait(lambda: old.session is not offered, "the other offer")
@@ -206,14 +218,39 @@ def test_a_prompt_of_two_instances_is_taken_from_both(make, then: str) -> None:
         assert set(kv_takes["d"]) == {old.handoff.offer().address, new.handoff.offer().address}
         whole = SPEC.layers * 2 * SPEC.kv_heads * SPEC.head_dim * 4 * 256
         assert [moved.kv_bytes for moved in of(d, KVMigrated)] == [whole]
-    if then != "the pair ends":
+    if not then.startswith("the pair"):
         old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
         old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
     wait(lambda: new.instance.idle and new.instance._partners.new is None, "the pair is over")
 
 
+def test_a_request_whose_kv_waits_behind_anothers_leaves_at_once(make) -> None:
+    rigs = make("old", "d")
+    old, d, new = rigs["old"], rigs["d"], make("new", units=0)["new"]
+    works = WORKS[3:5]
+    wanted = expected(old, works)
+    left = threading.Event()
+    kv_takes = {"old": held(old, left.is_set), "d": held(d, lambda: True)}
+    pair = LivePair("old", "new", "zigzag")
+    new.post(StartLive("new", pair), *works)
+    new.load(SPEC.units - 1)
+    wait(lambda: all(depth(new, item) == SPEC.layers - 1 for item in works), "layers")
+    migrate_after(1, old, "r4", d)
+    old.instance.post(StartLive("old", pair))
+    wait(lambda: "r4" in ended(d), "the end of the one that left")
+    assert kv_takes["old"] == [new.handoff.offer().address] and not ended(old)
+    assert set(kv_takes["d"]) == {old.handoff.offer().address, new.handoff.offer().address}
+    left.set()
+    wait(lambda: "r3" in ended(old), "the end of the other one")
+    assert client(old, new, d) == wanted
+    new.load(SPEC.units)
+    old.wait(lambda events: any(isinstance(e, LiveDrained) for e in events), "LiveDrained")
+    old.instance.post(EndLive("old", pair)), new.instance.post(EndLive("new", pair))
+
+
 def test_the_next_attempt_of_a_request_that_did_not_get_away_has_all_of_its_kv(make, monkeypatch) -> None:
     """In the same pair: that the one before should leave a part with NEW says nothing about this one."""
+    monkeypatch.setattr(live, "_KV_AT_ONCE", 1)
     rigs = make("old", "d")
     old, new = rigs["old"], make("new", units=0)["new"]
     wanted = expected(old, WORKS[4:5])
