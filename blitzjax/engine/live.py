@@ -61,6 +61,11 @@ class NewSide:
         """Nothing queued, nothing to be taken, and nobody will ask."""
         return not self.open and not self._sequences and not self._offers
 
+    @property
+    def offered(self) -> bool:
+        """OLD has not taken all that was handed over."""
+        return bool(self._offers)
+
     def add(self, sequence: Sequence) -> None:
         sequence.prefill = self._runner.begin(sequence.tokens)
         self._sequences[sequence.id] = sequence

@@ -82,8 +82,9 @@ class Partners:
 
     @property
     def busy(self) -> bool:
-        """What a partner computed is on its way here."""
-        return any(sequence.kv_missing for sequence in self._host.sequences())
+        """What one partner computed is on its way to the other."""
+        offered = self.new is not None and self.new.offered
+        return offered or any(sequence.kv_missing for sequence in self._host.sequences())
 
     def handle(self, message: Message) -> None:
         match message:
