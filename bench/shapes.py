@@ -52,10 +52,10 @@ class Row:
     seconds: float
     load: float
 
-    def trace_of(self, seconds: float) -> list[Arrival]:
+    def trace_of(self, seconds: float, seed: int) -> list[Arrival]:
         cut = arrivals.window(arrivals.read(arrivals.find(self.trace)), 0, min(seconds, self.seconds))
         small = arrivals.truncate(cut, 4095, 12000)
-        return list(arrivals.scale(small, scale_factor(small, self.model, self.instances, self.load), 1))
+        return list(arrivals.scale(small, scale_factor(small, self.model, self.instances, self.load), seed))
 
 
 _A, _B = costs.MACHINES["A"], costs.MACHINES["B"]
@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="120 s of each trace instead of 480 and 360")
     parser.add_argument("--roles", choices=("mixed", "split"), default="mixed")
+    parser.add_argument("--seed", type=int, default=1, help="of which requests an up-scaled trace has more (default 1)")
     parser.add_argument("--page", type=Path, default=Path("shapes.html"), help="the figures (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file as well")
     args = parser.parse_args(argv)
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, dict[str, Any]] = {}
     pages = []
     for row in ROWS:
-        trace = row.trace_of(seconds)
+        trace = row.trace_of(seconds, args.seed)
         runs = outcomes(row, trace, args.roles)
         found[row.name] = by_row(row, runs)
         pages.append(report.to_html(list(runs.values()), {"row": row.name, "roles": args.roles}))
@@ -193,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     held |= {key: found[key]["holds"] for key in ("iii", "iv", "v", "viii")}
     print("\n".join(f"  {name:14} {'holds' if ok else 'FAILS'}" for name, ok in held.items()))
     print(f"figures are in {args.page}")
-    say("shapes", {"holds": all(held.values()), "criteria": found, "roles": args.roles, "quick": args.quick,
+    say("shapes", {"holds": all(held.values()), "criteria": found, "roles": args.roles, "seed": args.seed, "quick": args.quick,
                    "seconds": round(time.monotonic() - began, 1)}, argv, args.out)
     return 0
 

@@ -47,11 +47,12 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    known = sorted(_TRACES.glob("*.csv.gz"))
-    found = next((p for p in known if p.name.startswith(name)), None)
-    if found is None:
-        raise ConfigError(f"no trace {name!r}; give a file, or one of {', '.join(p.name[:-7] for p in known)}")
-    return found
+    known = {path.name[:-7]: path for path in sorted(_TRACES.glob("*.csv.gz"))}
+    found = [one for one in known if one.startswith(name)]
+    if len(found) != 1:
+        raise ConfigError(f"{'no trace' if not found else 'more than one trace begins with'} {name!r}; give a file, or one of "
+                          f"{', '.join(found or known)}")
+    return known[found[0]]
 
 
 def read(path: Path) -> list[Arrival]:

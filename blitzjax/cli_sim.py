@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 import tempfile
 import time
@@ -19,14 +18,15 @@ from blitzjax.sim import costs, report, shell
 from blitzjax.sim.costs import ModelCosts
 from blitzjax.sim.systems import SYSTEMS
 
+_MOST_LOAD = 100  # times what all instances can serve
 _LONGEST_PROMPT = 4095  # tokens; the paper's client cuts longer ones. Of a short context half is for answers
 
 
 def sim(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
-    if not (args.duration_s > 0 and 0 < args.load < math.inf):
-        raise ConfigError("--duration-s and --load must be above 0")
+    if not (args.duration_s > 0 and 0 < args.load <= _MOST_LOAD):
+        raise ConfigError(f"--duration-s and --load must be above 0, --load at most {_MOST_LOAD}")
     if not (args.zero_after_s >= 0 and args.down_after_s >= 0):
         raise ConfigError("--zero-after-s and --down-after-s must be at least 0")
     if args.out:  # found out before the minutes that it takes
