@@ -30,7 +30,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Migrate:
-    """Stop decoding this request and send its KV to `target`, which answers KVMigrated. Only with split roles.
+    """Stop decoding this request and send its KV to `target`, which answers KVMigrated.
 
     A later Migrate of it replaces this one (its target was lost); without one, the source decodes it on when the target
     is gone. A request that is not here any more is answered by RequestFailed: its target may have died with it.

@@ -78,6 +78,7 @@ class ScaleConfig:
     prefill_tokens_per_s: float = 0.0  # one instance's prefill rate, as `bench calibrate` measures it; 0: learned
     forecast_s: float = 0.0  # the policy looks so far ahead along the growth of the backlog; 0: not at all
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
+    drain_by_moving: bool = False  # answers of mixed instances that drain move to others, with their KV, and end there
     zero_after_s: float = 30.0  # with min_instances 0: the last one drains when nobody has asked for this long
     host_copies: bool = True  # a model without an instance stays in the memory of one host; false: on disk only
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on

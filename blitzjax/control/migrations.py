@@ -1,8 +1,11 @@
-"""Whose KV goes where? Split roles: requests whose prompt is done move from where it ran to where they are decoded.
+"""Whose KV goes where?
 
-First come, first served. Invariant: an instance receives the KV of at most one request at a time, and sends that of at
-most one; a target has room for everything that is on its way to it. When no target has room the requests stay, keep
-their pages and thereby hold back new prompts.
+Split roles: requests whose prompt is done move from where it ran to where they are decoded, first come, first served. When
+no target has room they stay, keep their pages and thereby hold back new prompts. Mixed roles: where that is configured,
+answers leave instances that drain for those that serve.
+
+Invariant: an instance receives the KV of at most one request at a time, and sends that of at most one; a target has room
+for everything that is on its way to it.
 """
 
 from __future__ import annotations
@@ -30,11 +33,12 @@ class _Move:
 class Migrations:
     """Requests that wait for a decode instance, and those on their way. Owned by the Cluster.
 
-    A look costs nothing unless a request left an instance, or a member changed, since the last one.
+    A look costs nothing unless a request left an instance, or a member changed, since the last one. `empties`: mixed
+    instances that drain send their answers to others.
     """
 
-    def __init__(self, fleet: Fleet, book: RequestBook) -> None:
-        self._fleet, self._book = fleet, book
+    def __init__(self, fleet: Fleet, book: RequestBook, empties: bool) -> None:
+        self._fleet, self._book, self._empties = fleet, book, empties
         self._waiting: dict[InstanceId, deque[_Move]] = {}  # by source, in order of their turns; some may be void
         self._ready: list[tuple[int, InstanceId]] = []  # heap: first turns of sources that send nothing
         self._inbound: dict[InstanceId, _Move] = {}  # by target
@@ -56,9 +60,15 @@ class Migrations:
     def inbound(self, target: InstanceId) -> bool:
         return target in self._inbound
 
+    def reserved(self, target: InstanceId) -> int:
+        """KV pages that the request on its way to `target` will need there; 0: there is none."""
+        move = self._inbound.get(target)
+        return 0 if move is None else self._book.need(move.entry.request, self._fleet.members[target].page_size)
+
     def start(self) -> list[Command]:
         """Begins every move that can begin now."""
-        if not self._waiting and not self._inbound:
+        emptying = self._empties and self._fleet.count(Phase.DRAINING) > 0
+        if not self._waiting and not self._inbound and not emptying:
             return []
         commands = self._notice()
         while not self._stuck and (move := self._first()) is not None:
@@ -67,9 +77,8 @@ class Migrations:
                 self._stuck = True  # nothing overtakes it
                 break
             self._take(move.source)
-            self._inbound[target.id], self._sending[move.source] = move, target.id
-            commands.append(Migrate(move.source, move.entry.request.id, move.attempt, target.id))
-        return commands
+            commands.append(self._begin(move, target))
+        return commands + (self._empty() if emptying else [])
 
     def lost(self, target: InstanceId) -> None:
         """`target` died: what was on its way to it waits again, before all others."""
@@ -100,8 +109,32 @@ class Migrations:
                 commands += self._kept(self._waiting.pop(source))
         return commands
 
+    def _begin(self, move: _Move, target: Member) -> Command:
+        self._inbound[target.id], self._sending[move.source] = move, target.id
+        self._book.changed.add(target.id)
+        return Migrate(move.source, move.entry.request.id, move.attempt, target.id)
+
+    def _empty(self) -> list[Command]:
+        """An answer of each mixed instance that drains and sends nothing, to the one with the fewest pages in use."""
+        commands: list[Command] = []
+        for source in self._fleet.in_phase(Phase.DRAINING):
+            if source.role is not Role.MIXED or source.releasing or source.id in self._sending:
+                continue
+            entry = next((e for e in self._book.owned(source.id) if e.answered and not e.cancelled), None)
+            able = [m for m in self._fleet.serving(Role.MIXED)
+                    if entry is not None and m.id not in self._inbound and self._has_room(m, entry)]
+            if entry is not None and able:
+                target = min(able, key=lambda m: (self._book.pages(m.id), m.id))
+                commands.append(self._begin(_Move(0, entry, entry.attempt, source.id), target))
+        return commands
+
+    def _has_room(self, m: Member, entry: Entry) -> bool:
+        return (self._book.owns(m.id) < m.slots
+                and self._book.pages(m.id) + self._book.need(entry.request, m.page_size) <= m.pages)
+
     def _arrived(self, target: InstanceId) -> _Move:
         """Nothing is on its way to `target` any more."""
+        self._book.changed.add(target)
         move = self._inbound.pop(target)
         del self._sending[move.source]
         self._offer(move.source)
@@ -157,7 +190,7 @@ class Migrations:
         return move.entry.owner == move.source and move.entry.attempt == move.attempt and move.entry.answered
 
     def _may_decode(self, m: Member) -> bool:
-        return (m.role is Role.DECODE and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
+        return (m.role is not Role.PREFILL and m.phase in (Phase.SERVING, Phase.DRAINING) and not m.releasing
                 and self._fleet.alive(m.id) is not None)
 
     def _welcome(self, target: InstanceId) -> None:
@@ -177,7 +210,7 @@ class Migrations:
                 self._welcome(target)
             elif used < pages or target in self._inbound:
                 continue  # there is another entry, or will be
-            elif self._book.owns(target) < m.slots and used + self._book.need(entry.request, m.page_size) <= m.pages:
+            elif self._has_room(m, entry):
                 chosen = m
             else:
                 full.append((pages, target))
@@ -199,6 +232,6 @@ class Migrations:
             assert all(least[i] <= self._book.pages(i) for i in free), "one that could receive is forgotten"
         for target, move in self._inbound.items():
             m = self._fleet.members[target]
-            if self._holds(move) and self._may_decode(m):
+            if self._holds(move) and self._may_decode(m) and m.role is Role.DECODE:  # others get prompts of a live partner, too
                 need = self._book.need(move.entry.request, m.page_size)
                 assert self._book.pages(target) + need <= m.pages, f"{target} has no room for what comes"

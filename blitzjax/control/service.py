@@ -42,7 +42,7 @@ class Service:
         share = answer_share(config)
         self.book = RequestBook(config.serve.max_attempts, share)
         self.provisioner = Provisioner(spec, self.fleet, self.book, transfers, copies)
-        self.migrations = Migrations(self.fleet, self.book)
+        self.migrations = Migrations(self.fleet, self.book, scale.drain_by_moving)
         self._pace = Pace()
         self.scaler = Scaler(config, self.fleet, self.book, self.provisioner, copies, self.migrations.inbound, self._pace)
         self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens, share)
@@ -232,9 +232,9 @@ class Service:
     def _seat(self, m: Member) -> Seat:
         """LIVE and SERVING members are never being released; those of other models take nothing."""
         phase = m.phase if m.index is self.fleet.index else Phase.IDLE
-        account = self.book.account(m.id)
-        return Seat(m.id, phase, m.slots - len(account.entries), m.pages - account.pages, m.page_size,
-                    account.backlog_tokens, m.role is Role.DECODE or self.provisioner.redirected(m.id))
+        account, coming = self.book.account(m.id), self.migrations.reserved(m.id)
+        return Seat(m.id, phase, m.slots - len(account.entries) - (coming > 0), m.pages - account.pages - coming,
+                    m.page_size, account.backlog_tokens, m.role is Role.DECODE or self.provisioner.redirected(m.id))
 
     # ---- pictures
 

@@ -108,7 +108,8 @@ class Node:
             log.info("%s compiles %d stages for %s, unless others have them", self.name, missing, spec.name)
         with computing_on(self._core):
             stages.compile_all(self._peers.begin)
-            if self.config.scale.roles == "split" or store.own_memory and self.config.engine.prefix_caching:
+            scale = self.config.scale
+            if scale.roles == "split" or scale.drain_by_moving or store.own_memory and self.config.engine.prefix_caching:
                 stages.compile_moves()
             self._peers.close()
             checkpoint = Path(model.checkpoint) if model.checkpoint else None

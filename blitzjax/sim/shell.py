@@ -87,6 +87,7 @@ def config_of(setup: Setup) -> Config:
                             tensor_parallel=model.tensor_parallel),
         scale=replace(setup.scale, policy="auto", min_instances=n - setup.decoding, max_instances=most,
                       live=system.live, source=system.source, forecast_s=system.forecast_s,
+                      drain_by_moving=system.drain_by_moving,
                       prefill_tokens_per_s=model.prefill_tokens_per_s,
                       down_after_s=setup.down_after_s, roles=setup.roles, min_decode=max(1, setup.decoding),
                       host_copies=system.source != "disk",

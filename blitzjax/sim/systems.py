@@ -23,6 +23,7 @@ class System:
     host_ttl_s: float = 0.0
     scatter: bool = False  # receivers get units in different orders and serve in pipelines before they are whole
     forecast_s: float = 0.0  # as in scale.forecast_s
+    drain_by_moving: bool = False  # as in scale.drain_by_moving
     share: float | None = None  # fixed provision: this part of all instances serves, for ever; None: scales
 
 
@@ -31,6 +32,8 @@ SYSTEMS: Mapping[str, System] = MappingProxyType({s.name: s for s in (
     System("blitz-best-effort", "multicast, live without ZigZag", live="best_effort"),
     System("blitz-forecast", "blitz, scaling for the backlog that a trend of 0.2 s foresees", live="zigzag",
            forecast_s=0.2),
+    System("blitz-moving", "blitz, mixed instances that drain send their answers to others", live="zigzag",
+           drain_by_moving=True),
     System("multicast", "multicast, stop the world", live="off"),
     System("lambda-scale", "like λScale: receivers with complementary blocks serve together until they are whole",
            scatter=True),

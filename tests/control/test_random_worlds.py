@@ -85,24 +85,26 @@ def run(world: World, steps: list[tuple[str, int]], start: int) -> None:
 
 @settings(max_examples=WORLDS, deadline=None)
 @given(steps=STEPS, policy=st.sampled_from(["auto", "manual"]), start=st.integers(0, 4),
-       roles=st.sampled_from(["mixed", "split"]))
+       roles=st.sampled_from(["mixed", "split"]), moving=st.booleans())
 @example(steps=[*[("work", 0)] * 11, ("arrive", 1), ("join", 2), ("scale", 2), *[("work", 0)] * 10, ("compute", 1),
                 ("arrive", 1), ("work", 0), ("work", 0), ("migrate", 1), ("crash", 0)],
-         policy="auto", start=2, roles="split")  # who took the KV dies before it says so, and who sent it decodes instead
-def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int, roles: str) -> None:
-    world = World(len(NAMES), config(policy=policy, prefill_tokens_per_s=100.0, max_instances=4, roles=roles))
+         policy="auto", start=2, roles="split", moving=False)  # who took the KV dies before it says so, and who sent it decodes instead
+def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: str, start: int, roles: str,
+                                          moving: bool) -> None:
+    world = World(len(NAMES), config(policy=policy, prefill_tokens_per_s=100.0, max_instances=4, roles=roles,
+                                     drain_by_moving=moving))
     run(world, steps, start)
     assert any(i.phase.value == "serving" for i in world.brain.status().instances)
 
 
 @settings(max_examples=WORLDS, deadline=None)
-@given(steps=STEPS, start=st.integers(0, 4), least=st.integers(0, 1), models=st.integers(1, 3))
+@given(steps=STEPS, start=st.integers(0, 4), least=st.integers(0, 1), models=st.integers(1, 3), moving=st.booleans())
 @example(steps=[*[("work", 0)] * 15, ("join", 1), *[("work", 0)] * 8, ("join", 0), ("join", 2), ("scale", 3),
-                ("work", 0), ("work", 0), ("scale", 4)], start=0, least=0, models=1)  # who makes the copy drains too
+                ("work", 0), ("work", 0), ("scale", 4)], start=0, least=0, models=1, moving=False)  # who makes the copy drains too
 def test_models_share_the_workers_and_each_has_a_copy_in_the_end(steps: list[tuple[str, int]], start: int, least: int,
-                                                                 models: int) -> None:
+                                                                 models: int, moving: bool) -> None:
     world = World(len(NAMES), config(policy="auto", prefill_tokens_per_s=100.0, max_instances=4, min_instances=least,
-                                     zero_after_s=3.0, down_after_s=1.0), specs=SPECS[:models])
+                                     zero_after_s=3.0, down_after_s=1.0, drain_by_moving=moving), specs=SPECS[:models])
     run(world, steps, start)
     for spec in world.specs:
         instances = [w.id for w in world.workers.values() if w.model == spec.name]

@@ -1,0 +1,43 @@
+"""Mixed instances that drain send their answers to others: they are free before those end, and every token is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blitzjax.serve.local import LocalCluster
+from rig import Rig, caught, phases
+from test_prefill_and_decode import Burst, answers  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def moving(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    mixed, log = rig.cluster.config, tmp_path_factory.mktemp("moving") / "events.jsonl"
+    config = replace(mixed, scale=replace(mixed.scale, drain_by_moving=True),
+                     serve=replace(mixed.serve, port=0, event_log=str(log)))
+    with LocalCluster(config, model_dir) as cluster:
+        cluster.wait_ready(300)
+        rig = Rig(cluster)
+        rig.settle(1)
+        yield rig
+
+
+def test_an_instance_that_drains_is_free_before_its_answers_end(moving: Rig, answers) -> None:  # noqa: F811
+    def once() -> bool:
+        moving.only(3)
+        result = Burst(moving, answers)
+        moving.wait(lambda s: result.over or not s.queued_requests and all(not i.waiting for i in s.instances), "answering")
+        told = len(moving.log())
+        moving.scale(1)
+        moving.wait(lambda s: phases(s).count("idle") == 3, "drained")
+        early = not result.over
+        result()
+        records = moving.whole_log()[told:]
+        moved = [r for r in records if r.get("event") == "KVMigrated"]
+        assert not any(r.get("event") in ("RequestFailed", "InstanceLost") for r in records), "one ran again"
+        return early and bool(moved) and all(r["kv_bytes"] > 0 for r in moved)
+
+    assert caught(once)
