@@ -111,7 +111,8 @@ class Migrations:
 
     def _begin(self, move: _Move, target: Member) -> Command:
         self._inbound[target.id], self._sending[move.source] = move, target.id
-        self._book.changed.add(target.id)
+        if self._empties:  # it runs prompts, too: room is reserved there
+            self._book.changed.add(target.id)
         return Migrate(move.source, move.entry.request.id, move.attempt, target.id)
 
     def _empty(self) -> list[Command]:
@@ -121,9 +122,10 @@ class Migrations:
             if source.role is not Role.MIXED or source.releasing or source.id in self._sending:
                 continue
             entry = next((e for e in self._book.owned(source.id) if e.answered and not e.cancelled), None)
-            able = [m for m in self._fleet.serving(Role.MIXED)
-                    if entry is not None and m.id not in self._inbound and self._has_room(m, entry)]
-            if entry is not None and able:
+            if entry is None:
+                continue
+            able = [m for m in self._fleet.serving(Role.MIXED) if m.id not in self._inbound and self._has_room(m, entry)]
+            if able:
                 target = min(able, key=lambda m: (self._book.pages(m.id), m.id))
                 commands.append(self._begin(_Move(0, entry, entry.attempt, source.id), target))
         return commands
@@ -134,7 +136,8 @@ class Migrations:
 
     def _arrived(self, target: InstanceId) -> _Move:
         """Nothing is on its way to `target` any more."""
-        self._book.changed.add(target)
+        if self._empties:
+            self._book.changed.add(target)
         move = self._inbound.pop(target)
         del self._sending[move.source]
         self._offer(move.source)
