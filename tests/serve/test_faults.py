@@ -277,7 +277,9 @@ def test_waiting_callers_are_told_when_the_server_leaves(start):
     with cluster.client() as client, ThreadPoolExecutor(2) as callers:
         for k in range(2):
             cluster.signal_worker(k, signal.SIGSTOP)
-        waiting = [callers.submit(client.scale, 2, wait=True), callers.submit(lambda: list(client.watch()))]
+        pictures = client.watch()
+        next(pictures)  # the server has heard of it
+        waiting = [callers.submit(client.scale, 2, wait=True), callers.submit(list, pictures)]
         eventually(lambda: client.status().target_instances == 2)
         cluster.terminate()
         for call in waiting:
