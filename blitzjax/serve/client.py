@@ -1,4 +1,4 @@
-"""A small Python client: `Client` for scripts, `AsyncClient` for programs. Needs grpc only.
+"""A small Python client: `Client` for scripts, `AsyncClient` for programs with many streams. Needs grpc only.
 
 `grpcs://HOST:PORT` is TLS; `cacert`, a PEM file, is of who may have signed the server's certificate. `api_key` None means
 $BLITZJAX_API_KEY. Failures are the exceptions of blitzjax/errors.py; other gRPC statuses (DEADLINE_EXCEEDED, say) are a
@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from blitzjax.serve import access
 from blitzjax.serve.asking import (Chunk, Options, Prompt, Result, Tools, chunk_of, collect, collect_all,
                                    generate_request)
+from blitzjax.serve.bundle import Bundle
 from blitzjax.serve.channels import TO_CONTROLLER
 from blitzjax.serve.rejoin import Patience, Rejoin, Server
 from blitzjax.types import LiveMode, Source
@@ -179,6 +180,7 @@ class AsyncClient:
         self._stub = rpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._server = Server(address)
+        self._bundle = Bundle(lambda requests: self._stub.Relay(requests, metadata=self._metadata), self._server)
         self._running: dict[str, str] = {}  # request ids, by key
         self.address = address
 
@@ -190,6 +192,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         await self._leave(*self._running)
+        await self._bundle.close()
         await self._channel.close()
 
     async def _leave(self, *keys: str) -> None:
@@ -216,19 +219,15 @@ class AsyncClient:
         self._running[rejoin.request.key] = rejoin.request.request_id
         try:
             while not patience.over:
-                call = self._stub.Generate(rejoin.request, timeout=patience.left_s, metadata=self._metadata)
                 try:
-                    async for message in call:
-                        if (new := rejoin.unseen(message)) is not None:
-                            yield chunk_of(new, patience.started)
-                    self._server.said(await call.initial_metadata())
+                    async with contextlib.aclosing(self._bundle.generate(rejoin.request, patience.left_s)) as call:
+                        async for message in call:
+                            if (new := rejoin.unseen(message)) is not None:
+                                yield chunk_of(new, patience.started)
                     patience.over = True
-                except grpc.RpcError as e:
-                    pause_s = patience.pause_after(e, await call.initial_metadata(), await call.trailing_metadata())
-                    await asyncio.sleep(pause_s)
+                except grpc.aio.AioRpcError as e:
+                    await asyncio.sleep(patience.pause_after(e, e.initial_metadata(), e.trailing_metadata()))
                     rejoin.restart()
-                finally:
-                    call.cancel()
         finally:
             if not patience.over:
                 await self._leave(rejoin.request.key)

@@ -8,19 +8,18 @@ connection of who has a key) also ends its generation.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import typing
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator
 
 import grpc
 
-from blitzjax.errors import BlitzError, InvalidRequest, Unavailable, brief
+from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve import deployments
-from blitzjax.serve.answers import Answer, Piece
-from blitzjax.serve.orders import order_of, prompt_of
-from blitzjax.serve.rejoin import FINAL_KEY, RESUME_KEY
-from blitzjax.types import LiveMode, Phase, Source, TokenLogprob
+from blitzjax.serve.orders import prompt_of
+from blitzjax.serve.rejoin import RESUME_KEY
+from blitzjax.serve.relay import Relay
+from blitzjax.serve.streams import abort, answering, pieces, response, tell_progress
+from blitzjax.types import LiveMode, Phase, Source
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import inference_pb2_grpc as rpc
 
@@ -28,10 +27,8 @@ if typing.TYPE_CHECKING:
     from blitzjax.control.status import ModelStatus
     from blitzjax.serve.controller import Controller
     from blitzjax.serve.model import ServedModel
-    from blitzjax.serve.tokenizer import Tokenizer
 
 SERVICE = "blitzjax.v1.Inference"
-_FINAL = ((FINAL_KEY, "1"),)
 _WATCH_GAP_S = 0.05  # between two pictures
 _WATCH_PERIOD_S = 1.0  # a picture at least this often
 
@@ -45,7 +42,18 @@ class Frontend(rpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         await self._promise(context)
         async with answering(lambda: request, self._controller, context) as (answers, model):
-            await _stream(answers, model, self._controller, context, request.progress)
+            if request.progress:
+                await tell_progress(answers[0], model, self._controller, context.write)
+            async for answer, piece, last in pieces(answers, self._controller):
+                if last or piece.token_ids:
+                    await context.write(response(answer, piece, last, model.tokenizer, self._controller))
+
+    async def Relay(self, requests: AsyncIterator[pb.RelayRequest], context: grpc.aio.ServicerContext) -> None:
+        await self._promise(context)
+        try:
+            await Relay(self._controller, context.write).run(requests)
+        except BlitzError as e:
+            await abort(context, e)
 
     async def _promise(self, context: grpc.aio.ServicerContext) -> None:
         """The client may call again if the connection breaks or this process crashes."""
@@ -151,117 +159,6 @@ class Superseded(BlitzError):
     code = "ABORTED"
 
 
-@contextlib.asynccontextmanager
-async def answering(asked: Callable[[], pb.GenerateRequest], controller: Controller,
-                    context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[tuple[Answer, ...], ServedModel]]:
-    """Starts what is `asked` for, which may raise. → its answers, their model. They end with the block, and what fails in
-    it ends the call; but who has a key and did not say a last word may come back for them.
-    """
-    answers: tuple[Answer, ...] = ()
-    broken = False
-    try:
-        request = asked()
-        model = controller.model_for(request.model, request.request_id, request.key)
-        order = await order_of(request, model, controller.context_tokens(model), controller.page_size,
-                               controller.config.serve.tool_call_parser)
-        answers = controller.submit(order, request.resume, request.key)
-        yield answers, model
-    except BlitzError as e:
-        await abort(context, e)
-    except (asyncio.CancelledError, grpc.aio.InternalError):  # the second where it happens during a write
-        broken = bool(request.key) and context.time_remaining() != 0  # at 0 it is the deadline
-        raise
-    finally:
-        if answers:
-            controller.leave(answers, broken)
-
-
-async def _stream(answers: tuple[Answer, ...], model: ServedModel, controller: Controller,
-                  context: grpc.aio.ServicerContext, progress: bool) -> None:
-    """Until all answers of one order have ended. Before the first token, with `progress`, what they wait for."""
-    if progress:
-        await _tell_progress(answers[0].changed, answers[0].order.request_id, model, controller, context)
-    async for answer, piece, last in pieces(answers, controller, context):
-        if last or piece.token_ids:
-            await context.write(_response(answer, piece, last, model.tokenizer, controller))
-
-
-async def pieces(answers: tuple[Answer, ...], controller: Controller,
-                 context: grpc.aio.ServicerContext) -> AsyncIterator[tuple[Answer, Piece, bool]]:
-    """What answers of one order say, as it comes, joined when the client is slower than the tokens, and whether it was
-    the last of that answer. The first that fails ends the call, and with it the others.
-    """
-    changed, left = answers[0].changed, list(answers)
-    while left:
-        await changed.wait()
-        changed.clear()
-        for answer in list(left):
-            piece, last = answer.take(), answer.ended
-            latencies = controller.latencies[answer.order.model]
-            latencies.told(answer)
-            if answer.failure is not None:
-                which = f"answer {answer.index} of n={len(answers)}: " if len(answers) > 1 else ""
-                await context.abort(grpc.StatusCode[answer.failure.code], brief(which + answer.failure.message), _FINAL)
-            yield answer, piece, last
-            if last:
-                left.remove(answer)
-                latencies.ended(answer, controller.now())
-
-
-async def _tell_progress(changed: asyncio.Event, request_id: str, model: ServedModel, controller: Controller,
-                         context: grpc.aio.ServicerContext) -> None:
-    """Returns when there is something to send."""
-    told = None
-    while not changed.is_set():
-        status = controller.status()
-        state = next(m for m in status.models if m.name == model.name)
-        units = max((i.units for i in status.instances if i.model == model.name), default=0)
-        now = pb.Progress(serving=state.serving, layers_loaded=model.spec.layers_loaded(units),
-                          layers=model.spec.layers, queued=state.queued)
-        if now != told:
-            told = now
-            await context.write(pb.GenerateResponse(request_id=request_id, progress=now))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(changed.wait(), _WATCH_GAP_S)
-
-
-def _response(answer: Answer, piece: Piece, last: bool, tokenizer: Tokenizer | None,
-              controller: Controller) -> pb.GenerateResponse:
-    return pb.GenerateResponse(
-        request_id=answer.order.request_id, index=answer.index, text=piece.text, token_ids=piece.token_ids,
-        finish_reason=answer.finish_reason if last else "", usage=_usage(answer, controller) if last else None,
-        logprobs=_scored(piece.token_ids, piece.logprobs, tokenizer), prompt_token_ids=piece.prompt_token_ids,
-        prompt_logprobs=_scored(answer.order.prompt[1:], piece.prompt_logprobs, tokenizer),
-        tool_call_parser=answer.order.tool_call_parser, prompt_tokens=answer.request.prompt_tokens)
-
-
-def _scored(ids: Iterable[int], logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer | None) -> list[pb.ScoredToken]:
-    """Nothing when there are no logprobs; then one for each of `ids`."""
-    if not logprobs:
-        return []
-    scored = list(zip(ids, logprobs, strict=True))
-    seen = {token for token, _ in scored}.union(*(known.top_ids for known in logprobs))
-    alone = {token: ("", b"") if tokenizer is None else tokenizer.alone(token) for token in seen}
-    special = () if tokenizer is None else tokenizer.special
-
-    def one(token: int, logprob: float, rank: int, top: Iterable[pb.ScoredToken] = ()) -> pb.ScoredToken:
-        text, raw = alone[token]
-        return pb.ScoredToken(token_id=token, logprob=logprob, rank=rank, text=text, raw=raw, top=top,
-                              special=token in special)
-
-    return [one(token, known.logprob, known.rank, map(one, known.top_ids, known.top_logprobs, itertools.count(1)))
-            for token, known in scored]
-
-
-def _usage(answer: Answer, controller: Controller) -> pb.Usage:
-    arrival, now = answer.request.arrival_s, controller.now()
-    assigned = now if answer.assigned_s is None else answer.assigned_s
-    first = 0.0 if answer.first_token_s is None else answer.first_token_s - arrival
-    return pb.Usage(prompt_tokens=answer.request.prompt_tokens, completion_tokens=len(answer.generated),
-                    seed=answer.sampling.seed, queue_s=assigned - arrival, ttft_s=first,
-                    layers_helped=answer.layers_helped, attempts=answer.attempts, cached_tokens=answer.cached_tokens)
-
-
 def _choice(name: str, value: str, kind: object) -> typing.Any:
     allowed = typing.get_args(kind)
     if value not in allowed:
@@ -301,8 +198,3 @@ def _model_picture(state: ModelStatus, model: ServedModel, controller: Controlle
 def _prefix_counts(controller: Controller, kind: str, name: str) -> dict[str, int]:
     counts, key = controller.replica.prefixes, (kind, name)
     return {"prefix_cache_queries": counts.queries[key], "prefix_cache_hits": counts.hits[key]}
-
-
-async def abort(context: grpc.aio.ServicerContext, error: BlitzError) -> typing.NoReturn:
-    await context.abort(grpc.StatusCode[error.code], brief(str(error)), _FINAL)
-    raise AssertionError  # abort has raised

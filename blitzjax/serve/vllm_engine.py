@@ -15,7 +15,7 @@ import grpc
 import blitzjax
 from blitzjax.errors import InvalidRequest, UnknownModel
 from blitzjax.serve.answers import Answer, Piece
-from blitzjax.serve.frontend import abort, answering, pieces
+from blitzjax.serve.streams import abort, answering, pieces
 from blitzjax.types import Phase, TokenLogprob
 from blitzjax.v1 import inference_pb2 as pb
 from blitzjax.v1 import vllm_engine_pb2 as vllm
@@ -43,7 +43,7 @@ class VllmEngine(rpc.VllmEngineServicer):
 
     async def _stream(self, answers: tuple[Answer, ...], stream: bool, context: grpc.aio.ServicerContext) -> None:
         whole = {answer.index: Piece() for answer in answers}
-        async for answer, piece, last in pieces(answers, self._controller, context):
+        async for answer, piece, last in pieces(answers, self._controller):
             so_far = whole[answer.index]
             so_far.token_ids += piece.token_ids
             so_far.logprobs += piece.logprobs

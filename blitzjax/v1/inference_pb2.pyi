@@ -183,6 +183,38 @@ class GenerateResponse(_message.Message):
     prompt_tokens: int
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., index: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ScoredToken, _Mapping]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., tool_call_parser: _Optional[str] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
+class RelayRequest(_message.Message):
+    __slots__ = ("call", "generate")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    generate: GenerateRequest
+    def __init__(self, call: _Optional[int] = ..., generate: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
+
+class RelayResponse(_message.Message):
+    __slots__ = ("said",)
+    SAID_FIELD_NUMBER: _ClassVar[int]
+    said: _containers.RepeatedCompositeFieldContainer[Relayed]
+    def __init__(self, said: _Optional[_Iterable[_Union[Relayed, _Mapping]]] = ...) -> None: ...
+
+class Relayed(_message.Message):
+    __slots__ = ("call", "response", "end")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    response: GenerateResponse
+    end: CallEnd
+    def __init__(self, call: _Optional[int] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ..., end: _Optional[_Union[CallEnd, _Mapping]] = ...) -> None: ...
+
+class CallEnd(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
 class Progress(_message.Message):
     __slots__ = ("serving", "layers_loaded", "layers", "queued")
     SERVING_FIELD_NUMBER: _ClassVar[int]

@@ -43,6 +43,11 @@ class InferenceStub(object):
                 request_serializer=blitzjax_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=blitzjax_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Relay = channel.stream_stream(
+                '/blitzjax.v1.Inference/Relay',
+                request_serializer=blitzjax_dot_v1_dot_inference__pb2.RelayRequest.SerializeToString,
+                response_deserializer=blitzjax_dot_v1_dot_inference__pb2.RelayResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/blitzjax.v1.Inference/Tokenize',
                 request_serializer=blitzjax_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
@@ -91,6 +96,14 @@ class InferenceServicer(object):
         """Streams text and token ids as they are generated; the last message has finish_reason set. After a crash the same
         request, with its request_id and `resume`, gets its whole answer, if it is sent within "blitzjax-resume-s"; with its
         `key` also after a broken connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Relay(self, request_iterator, context):
+        """Many such calls in one, for who makes many at once: what their answers say at the same time comes in one message. If
+        it breaks, each of them does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +165,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=blitzjax_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=blitzjax_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Relay': grpc.stream_stream_rpc_method_handler(
+                    servicer.Relay,
+                    request_deserializer=blitzjax_dot_v1_dot_inference__pb2.RelayRequest.FromString,
+                    response_serializer=blitzjax_dot_v1_dot_inference__pb2.RelayResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -220,6 +238,33 @@ class Inference(object):
             '/blitzjax.v1.Inference/Generate',
             blitzjax_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             blitzjax_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relay(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/blitzjax.v1.Inference/Relay',
+            blitzjax_dot_v1_dot_inference__pb2.RelayRequest.SerializeToString,
+            blitzjax_dot_v1_dot_inference__pb2.RelayResponse.FromString,
             options,
             channel_credentials,
             insecure,
