@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import grpc
 
+from blitzjax.serve.channels import MAX_REQUEST_BYTES
 from blitzjax.serve.rejoin import FINAL_KEY, Server
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -27,6 +28,8 @@ class Bundle:
 
     async def generate(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGenerator[pb.GenerateResponse]:
         """Closing it ends the call. Raises AioRpcError: with the initial metadata of the relay, if that broke."""
+        if (size := request.ByteSize()) > MAX_REQUEST_BYTES:  # in a relay it would break the others, too
+            raise _error("INVALID_ARGUMENT", f"the request has {size} bytes, more than {MAX_REQUEST_BYTES}", final=True)
         if self._open is None or self._open.over:
             self._open = _Open(self._relay, self._server)
         number, relay, loop = self._calls, self._open, asyncio.get_running_loop()
@@ -61,7 +64,7 @@ class _Open:
     def __init__(self, relay: Callable[[AsyncIterator[pb.RelayRequest]], _Call], server: Server):
         self.over = False
         self._server = server
-        self._unsent: asyncio.Queue[pb.RelayRequest] = asyncio.Queue()
+        self._unsent: asyncio.Queue[pb.RelayRequest | None] = asyncio.Queue()  # None: no more
         self._said: dict[int, asyncio.Queue[pb.Relayed | grpc.aio.AioRpcError]] = {}  # of the calls that have not ended
         self._call = relay(self._requests())
         self._reading = asyncio.create_task(self._read())
@@ -84,8 +87,8 @@ class _Open:
         await asyncio.wait([self._reading])
 
     async def _requests(self) -> AsyncIterator[pb.RelayRequest]:
-        while True:
-            yield await self._unsent.get()
+        while (request := await self._unsent.get()) is not None:
+            yield request
 
     async def _read(self) -> None:
         broken = _error("UNAVAILABLE", "the relay ended")
@@ -101,6 +104,7 @@ class _Open:
             broken = e
         finally:
             self.over = True
+            self._unsent.put_nowait(None)
             for waiting in self._said.values():
                 waiting.put_nowait(broken)
             self._said = {}

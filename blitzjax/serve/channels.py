@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 Options: TypeAlias = tuple[tuple[str, int], ...]
+MAX_REQUEST_BYTES = 64 << 20  # and what a relay says around it
 
 
 def pings(every_ms: int) -> Options:
@@ -31,5 +32,5 @@ TO_WORKER = (*_AFRESH, *_ANY_SIZE, *pings(4_000))
 WORKER_SERVER = (*_ALONE, *_ANY_SIZE, *pings(15_000), ("grpc.http2.max_ping_strikes", 0))
 TO_CONTROLLER = (*_AFRESH, ("grpc.max_receive_message_length", -1), ("grpc.initial_reconnect_backoff_ms", 100),
                  ("grpc.max_reconnect_backoff_ms", 1000), _SAYS_SOMETHING, *pings(20_000))
-CONTROLLER_SERVER = (*_ALONE, *_ALL_CALLS, ("grpc.max_receive_message_length", 64 << 20), *pings(20_000),
+CONTROLLER_SERVER = (*_ALONE, *_ALL_CALLS, ("grpc.max_receive_message_length", MAX_REQUEST_BYTES + 1024), *pings(20_000),
                      ("grpc.http2.min_ping_interval_without_data_ms", 5_000))

@@ -45,20 +45,23 @@ class Relay:
         self._calls: dict[int, _Call] = {}
         self._ready: dict[int, None] = {}  # calls with something to say, in that order
         self._out: list[pb.Relayed] = []  # to be said before that
-        self._over = False
 
     async def run(self, requests: AsyncIterator[pb.RelayRequest]) -> None:
-        """Until there are no more requests. Raises InvalidRequest for a number that had a call, Unavailable at shutdown."""
+        """Until there are no more requests, and each has its end. Raises InvalidRequest for a number that had a call,
+        Unavailable at shutdown.
+        """
         with self._controller.subscribe() as self._changed:
             reading = asyncio.create_task(self._read(requests))
+            reading.add_done_callback(lambda _: self._changed.set())
             try:
-                while not self._over:
+                while not reading.done() or self._beginning or self._calls or self._out:
                     await self._changed.wait()
                     self._changed.clear()
                     if said := list(self._said()):
                         await self._write(pb.RelayResponse(said=said))
                     self._controller.check_open()
-                await reading  # raises what it refused
+                    if reading.done():
+                        reading.result()  # raises what it refused
             finally:
                 tasks = [reading, *self._beginning.values()]
                 for task in tasks:
@@ -69,18 +72,14 @@ class Relay:
 
     async def _read(self, requests: AsyncIterator[pb.RelayRequest]) -> None:
         latest = -1
-        try:
-            async for request in requests:
-                if not request.HasField("generate"):
-                    self._leave(request.call)
-                    continue
-                if request.call <= latest:
-                    raise InvalidRequest(f"call {request.call} is not the relay's first of that number; count upwards")
-                latest = request.call
-                self._beginning[request.call] = asyncio.create_task(self._begin(request.call, request.generate))
-        finally:
-            self._over = True
-            self._changed.set()
+        async for request in requests:
+            if not request.HasField("generate"):
+                self._leave(request.call)
+                continue
+            if request.call <= latest:
+                raise InvalidRequest(f"call {request.call} is not the relay's first of that number; count upwards")
+            latest = request.call
+            self._beginning[request.call] = asyncio.create_task(self._begin(request.call, request.generate))
 
     async def _begin(self, number: int, request: pb.GenerateRequest) -> None:
         """Until it needs no task any more."""

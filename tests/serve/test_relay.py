@@ -42,8 +42,11 @@ class Caller:
         for message in self.call:
             yield from message.said
 
-    def close(self) -> None:
+    def no_more(self) -> None:
         self._requests.put(None)
+
+    def close(self) -> None:
+        self.no_more()
         self.call.cancel()
         self._channel.close()
 
@@ -59,6 +62,7 @@ def test_each_call_has_its_answers_and_its_end(caller, client):
     for number, length in lengths.items():
         caller.begin(number, [number], max_tokens=length, temperature=SLOW if length > 3 else 0.0)
     caller.begin(10, "a", n=2, max_tokens=4, temperature=SLOW)
+    caller.no_more()
     tokens: dict[tuple[int, int], tuple[int, ...]] = {}
     ended: dict[int, str] = {}
     for said in caller.said():
@@ -68,8 +72,6 @@ def test_each_call_has_its_answers_and_its_end(caller, client):
         else:
             place = said.call, said.response.index
             tokens[place] = (*tokens.get(place, ()), *said.response.token_ids)
-        if len(ended) == 5:
-            break
     assert ended == dict.fromkeys((*lengths, 10), "OK")
     assert tokens == {**{(n, 0): toy(n, length) for n, length in lengths.items()}, (10, 0): toy(97, 4), (10, 1): toy(97, 4)}
     eventually(lambda: quiet(client))
@@ -150,12 +152,13 @@ def test_streams_of_a_client_share_one_call_and_fail_alone(cluster, client):
             caller._stub.Relay = counted
             results = await asyncio.gather(
                 *(caller.generate([k], max_tokens=5, temperature=SLOW) for k in range(8)), caller.generate([]),
-                caller.generate([1], timeout_s=0.2, **LASTING), return_exceptions=True)
+                caller.generate([1], timeout_s=0.2, **LASTING), caller.generate("a" * (64 << 20)), return_exceptions=True)
             again = await caller.generate([9], max_tokens=2)
             return opened, results, again
 
     opened, results, again = asyncio.run(asked())
     assert opened == 1 and [r.token_ids for r in results[:8]] == [toy(k, 5) for k in range(8)]
     assert isinstance(results[8], InvalidRequest) and isinstance(results[9], BlitzError)
+    assert isinstance(results[10], InvalidRequest) and "bytes, more than 67108864" in str(results[10])
     assert results[9].code == "DEADLINE_EXCEEDED" and again.token_ids == toy(9, 2)
     eventually(lambda: quiet(client))
