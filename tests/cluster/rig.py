@@ -4,6 +4,7 @@ enough to be interrupted: about 0.2 s a layer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -129,6 +130,25 @@ def written(factory: pytest.TempPathFactory, specs: Sequence[ModelSpec]) -> list
     return directories
 
 
+@contextlib.contextmanager
+def another(rig: Rig, model_dir: Path, place: Path, serving: int, **scale: object) -> Iterator[Rig]:
+    """A cluster beside `rig` that differs in rows of [scale] only, with `serving` instances and its event log in `place`."""
+    base = rig.cluster.config
+    config = replace(base, scale=replace(base.scale, **scale),
+                     serve=replace(base.serve, port=0, event_log=str(place / "events.jsonl")))
+    with started(config, model_dir, serving) as other:
+        yield other
+
+
+@contextlib.contextmanager
+def started(config: configs.Config, model_dir: Path, serving: int) -> Iterator[Rig]:
+    with LocalCluster(config, model_dir) as cluster:
+        cluster.wait_ready(300)
+        rig = Rig(cluster)
+        rig.settle(serving)
+        yield rig
+
+
 @pytest.fixture(scope="package")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("models") / "tiny"
@@ -147,10 +167,7 @@ def rig(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         "transfer.chunk_bytes=1024", "transfer.collective_timeout_s=3.0", *PATIENT,
         f"serve.event_log={tmp_path_factory.mktemp('log') / 'events.jsonl'}",
         f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"))
-    with LocalCluster(config, model_dir) as cluster:
-        cluster.wait_ready(300)
-        rig = Rig(cluster)
-        rig.settle(1)
+    with started(config, model_dir, 1) as rig:
         yield rig
 
 

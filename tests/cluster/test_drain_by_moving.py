@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from blitzjax.serve.local import LocalCluster
-from rig import Rig, caught, phases
+from rig import Rig, another, caught, phases
 from test_prefill_and_decode import Burst, answers  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def moving(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    mixed, log = rig.cluster.config, tmp_path_factory.mktemp("moving") / "events.jsonl"
-    config = replace(mixed, scale=replace(mixed.scale, drain_by_moving=True),
-                     serve=replace(mixed.serve, port=0, event_log=str(log)))
-    with LocalCluster(config, model_dir) as cluster:
-        cluster.wait_ready(300)
-        rig = Rig(cluster)
-        rig.settle(1)
-        yield rig
+    with another(rig, model_dir, tmp_path_factory.mktemp("moving"), 1, drain_by_moving=True) as moving:
+        yield moving
 
 
 def test_an_instance_that_drains_is_free_before_its_answers_end(moving: Rig, answers) -> None:  # noqa: F811

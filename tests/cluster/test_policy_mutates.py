@@ -5,27 +5,20 @@ prefill instance decode, in place, and recruits another for prompts; afterwards 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blitzjax.cli_replay import fresh, turns
-from blitzjax.serve.local import LocalCluster
 from blitzjax.types import Phase, Role
-from rig import Rig
+from rig import Rig, another
 from test_prefill_and_decode import Burst, answers, received, roles  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def auto(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    mixed, log = rig.cluster.config, tmp_path_factory.mktemp("auto") / "events.jsonl"
-    config = replace(mixed, scale=replace(mixed.scale, roles="split", policy="auto", min_instances=2, down_after_s=2.0),
-                     serve=replace(mixed.serve, port=0, event_log=str(log)))
-    with LocalCluster(config, model_dir) as cluster:
-        cluster.wait_ready(300)
-        auto = Rig(cluster)
-        auto.settle(3)
+    with another(rig, model_dir, tmp_path_factory.mktemp("auto"), 3, roles="split", policy="auto", min_instances=2,
+                 down_after_s=2.0) as auto:
         yield auto
 
 

@@ -10,15 +10,13 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blitzjax.serve.client import Result
-from blitzjax.serve.local import LocalCluster
 from blitzjax.v1 import inference_pb2 as pb
-from rig import SPEC, Rig, caught, phases, prompts
+from rig import SPEC, Rig, another, caught, phases, prompts
 
 LONG = 100  # tokens: answers are still being decoded when their instance dies
 LETTERS = {"regex": "([a-z][0-9]){99}", "temperature": 0.9, "seed": 5}
@@ -27,13 +25,7 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "repetition_penalty": 1
 
 @pytest.fixture(scope="module")
 def split(rig: Rig, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    mixed, log = rig.cluster.config, tmp_path_factory.mktemp("split") / "events.jsonl"
-    config = replace(mixed, scale=replace(mixed.scale, roles="split"),
-                     serve=replace(mixed.serve, port=0, event_log=str(log)))
-    with LocalCluster(config, model_dir) as cluster:
-        cluster.wait_ready(300)
-        split = Rig(cluster)
-        split.settle(2)
+    with another(rig, model_dir, tmp_path_factory.mktemp("split"), 2, roles="split") as split:
         yield split
 
 
