@@ -77,7 +77,7 @@ class _Open:
         return said
 
     def leave(self, number: int) -> None:
-        """Nobody wants it any more."""
+        """Nobody wants it any more. Abort says so, too, and waits until it is heard, but finds nothing that has not begun."""
         if self._said.pop(number, None) is not None:
             self._unsent.put_nowait(pb.RelayRequest(call=number))
 

@@ -86,10 +86,10 @@ class Relay:
         try:
             answers, model = await begin(request, self._controller)
             self._calls[number] = _Call(answers, list(answers), model, request.key)
-            changed = _Changed(self, number)
+            changed, waits = _Changed(self, number), answers[0].changed.is_set()
             for answer in answers:
                 answer.changed = changed
-            if any(answer.ended or answer.generated for answer in answers):  # its caller came back
+            if waits:  # refused, or its caller came back
                 changed.set()
             if request.progress:
                 await tell_progress(answers[0], model, self._controller, functools.partial(self._tell, number))

@@ -87,7 +87,7 @@ def test_a_call_that_is_refused_or_aborted_ends_alone(caller, client):
     ends: dict[int, pb.CallEnd] = {}
     reasons = {}
     for one in said:
-        if one.call == 4 and not ends.keys() & {1, 2}:
+        if one.call == 4:
             client.abort(aborted)
         if one.HasField("end"):
             ends[one.call] = one.end
@@ -126,16 +126,18 @@ def test_a_number_may_be_used_once(caller, client):
 
 
 def test_what_a_relay_that_breaks_had_goes_to_who_comes_back_with_the_key(caller, cluster, client):
-    kept = caller.begin(1, [1], key="secret", max_tokens=40, temperature=SLOW)
+    kept = caller.begin(1, [1], key="secret", max_tokens=60, temperature=SLOW)
     caller.begin(2, [2], **LASTING)  # without a key: nobody can come back
-    eventually(lambda: client.status().running_requests == 2)
+    said, heard = caller.said(), set()
+    while heard != {1, 2}:
+        heard.add(next(said).call)
     caller.close()
-    eventually(lambda: client.status().running_requests == 1)
-    request = generate_request([1], {"request_id": kept, "max_tokens": 40, "temperature": SLOW})
+    eventually(lambda: client.status().running_requests <= 1)  # the first one may be over
+    request = generate_request([1], {"request_id": kept, "max_tokens": 60, "temperature": SLOW})
     request.key, request.resume = "secret", True
     with grpc.insecure_channel(cluster.address) as channel:
         messages = list(rpc.InferenceStub(channel).Generate(request))
-    assert sum((tuple(m.token_ids) for m in messages), ()) == toy(1, 40) and messages[-1].usage.attempts == 1
+    assert sum((tuple(m.token_ids) for m in messages), ()) == toy(1, 60) and messages[-1].usage.attempts == 1
 
 
 def test_streams_of_a_client_share_one_call_and_fail_alone(cluster, client):
