@@ -155,8 +155,9 @@ def _padded(x: Array) -> Array:
 
 def sample(logits: Array, draws: Draws) -> Array:
     """Greedy rows as they are; others by temperature, filters, then Gumbel-max with the row's own noise. i32[rows]"""
-    drawn = lax.cond(jnp.any(draws.temperature > 0), _draw, lambda logits, _: greedy(logits), logits, draws)
-    return jnp.where(draws.temperature > 0, drawn, greedy(logits))
+    best = greedy(logits)
+    drawn = lax.cond(jnp.any(draws.temperature > 0), lambda _, *of: _draw(*of), lambda best, *_: best, best, logits, draws)
+    return jnp.where(draws.temperature > 0, drawn, best)
 
 
 def _draw(logits: Array, draws: Draws) -> Array:
