@@ -1,8 +1,9 @@
 """What does it cost to stream tokens, and what to draw them by temperature?
 
 16 answers of SmolLM2-135M at once by one instance on all cores, which it shares with controller, gateway and client: by a
-Generate each, by one Relay (AsyncClient), and over HTTP, greedily and by temperature 1, which is OpenAI's default. Each
-round has all six, in turns; CPU times are the processes' own. Medians over rounds; last line: one JSON object.
+Generate each, by one Relay (AsyncClient), and over HTTP, greedily and by temperature 1, which is OpenAI's default; by Relay
+also with top-p, and with top-k and top-p. Each round has all eight, in turns; CPU times are the processes' own. Medians
+over rounds; last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from blitzjax.v1 import inference_pb2_grpc as rpc
 _MODEL = "smollm2-135m"
 _STREAMS, _PROMPT, _ANSWER = 16, 32, 128  # tokens
 _SEED = 90
+_KINDS: dict[str, Options] = {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 1.0}}
+_FILTERED: dict[str, Options] = {"top_p": {"temperature": 1.0, "top_p": 0.95},
+                                 "top_k_top_p": {"temperature": 1.0, "top_k": 64, "top_p": 0.95}}
 
 
 def measure(rounds: int) -> dict[str, object]:
@@ -42,24 +46,27 @@ def measure(rounds: int) -> dict[str, object]:
 
 async def _rounds(rounds: int, address: str, url: str, pids: dict[str, int | None],
                   texts: Sequence[prompts.Tokens]) -> list[dict[str, float]]:
-    ways = {"generate": (address, _generates), "relay": (address, _relay), "http": (url, _over_http)}
+    ways = {"generate": (address, _generates, _KINDS), "relay": (address, _relay, {**_KINDS, **_FILTERED}),
+            "http": (url, _over_http, _KINDS)}
     rows: list[dict[str, float]] = []
     for k in range(rounds + 1):  # the first warms up
         row: dict[str, float] = {}
-        for way, (where, ask) in ways.items():
-            for kind, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+        for way, (where, ask, kinds) in ways.items():
+            for kind, drawing in kinds.items():
                 before, began = {name: figures.cpu_s(pid) for name, pid in pids.items()}, time.monotonic()
-                tokens = await ask(where, texts, temperature)
+                tokens = await ask(where, texts, drawing)
                 assert tokens == _STREAMS * _ANSWER, f"{tokens} tokens came over {way}"
                 row[f"{way}_{kind}_tokens_per_s"] = tokens / (time.monotonic() - began)
                 for name, pid in pids.items():
                     row[f"{way}_{kind}_{name}_us"] = (figures.cpu_s(pid) - before[name]) / tokens * 1e6
-            row[f"{way}_drawn_to_greedy"] = row[f"{way}_drawn_tokens_per_s"] / row[f"{way}_greedy_tokens_per_s"]
+                if kind != "greedy":
+                    row[f"{way}_{kind}_to_greedy"] = row[f"{way}_{kind}_tokens_per_s"] / row[f"{way}_greedy_tokens_per_s"]
         for way in ("relay", "http"):
             row[f"{way}_to_generate"] = row[f"{way}_drawn_tokens_per_s"] / row["generate_drawn_tokens_per_s"]
         rows.append(row)
         print("  round {}: tokens/s, greedy and drawn: Generate {generate_greedy_tokens_per_s:.0f} "
-              "{generate_drawn_tokens_per_s:.0f}, Relay {relay_greedy_tokens_per_s:.0f} {relay_drawn_tokens_per_s:.0f}, "
+              "{generate_drawn_tokens_per_s:.0f}, Relay {relay_greedy_tokens_per_s:.0f} {relay_drawn_tokens_per_s:.0f} "
+              "(top-p {relay_top_p_tokens_per_s:.0f}, top-k and top-p {relay_top_k_top_p_tokens_per_s:.0f}), "
               "HTTP {http_greedy_tokens_per_s:.0f} {http_drawn_tokens_per_s:.0f}".format(k, **row), flush=True)
     return rows[1:]
 
@@ -77,35 +84,35 @@ def _gateway(address: str) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-def _options(temperature: float, index: int) -> Options:
-    return {"max_tokens": _ANSWER, "ignore_eos": True, "temperature": temperature, "seed": _SEED + index}
+def _options(drawing: Options, index: int) -> Options:
+    return {"max_tokens": _ANSWER, "ignore_eos": True, "seed": _SEED + index, **drawing}
 
 
-async def _generates(address: str, texts: Sequence[prompts.Tokens], temperature: float) -> int:
+async def _generates(address: str, texts: Sequence[prompts.Tokens], drawing: Options) -> int:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = rpc.InferenceStub(channel)
 
         async def one(index: int, text: prompts.Tokens) -> int:
-            return sum([len(m.token_ids) async for m in stub.Generate(generate_request(text, _options(temperature, index)))])
+            return sum([len(m.token_ids) async for m in stub.Generate(generate_request(text, _options(drawing, index)))])
 
         return await _all(one, texts)
 
 
-async def _relay(address: str, texts: Sequence[prompts.Tokens], temperature: float) -> int:
+async def _relay(address: str, texts: Sequence[prompts.Tokens], drawing: Options) -> int:
     async with AsyncClient(address) as client:
 
         async def one(index: int, text: prompts.Tokens) -> int:
-            return len((await client.generate(text, **_options(temperature, index))).token_ids)
+            return len((await client.generate(text, **_options(drawing, index))).token_ids)
 
         return await _all(one, texts)
 
 
-async def _over_http(url: str, texts: Sequence[prompts.Tokens], temperature: float) -> int:
+async def _over_http(url: str, texts: Sequence[prompts.Tokens], drawing: Options) -> int:
     async with aiohttp.ClientSession() as session:
 
         async def one(index: int, text: prompts.Tokens) -> int:
             usage: dict[str, int] = {}
-            body = {"prompt": text, "stream": True, "stream_options": {"include_usage": True}, **_options(temperature, index)}
+            body = {"prompt": text, "stream": True, "stream_options": {"include_usage": True}, **_options(drawing, index)}
             async with session.post(f"{url}/completions", json=body) as reply:
                 reply.raise_for_status()
                 async for line in reply.content:

@@ -19,7 +19,9 @@ from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, ModelS
 
 _ALL = np.uint32(0xFFFFFFFF)  # 32 tokens that are allowed
 _BLOCK = 64  # tokens of which one is searched or drawn at once
-_NEAR = 256  # most draws end among these; finding them in 49152 takes 0.2 ms a row, bisection 1.8 (one CPU core)
+_FEW = 64  # the largest top-k by which tokens are drawn from the likeliest alone; most checkpoints ask for 20 to 64
+_MANY = 256  # the largest top-k for which this many likeliest are found faster than a threshold
+_TIES = 8  # tokens that may be as likely as the last of them
 
 
 class Edits(NamedTuple):
@@ -148,9 +150,9 @@ def _first_largest(x: Array) -> Array:
     return jnp.minimum(jnp.where(x == x.max(-1, keepdims=True), ids, x.shape[1]).min(-1), x.shape[1] - 1)
 
 
-def _padded(x: Array) -> Array:
-    """With -inf, to whole blocks."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)), constant_values=-jnp.inf)
+def _padded(x: Array, value: float = -jnp.inf) -> Array:
+    """To whole blocks."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % _BLOCK)), constant_values=value)
 
 
 def sample(logits: Array, draws: Draws) -> Array:
@@ -161,14 +163,14 @@ def sample(logits: Array, draws: Draws) -> Array:
 
 
 def _draw(logits: Array, draws: Draws) -> Array:
-    """From the likeliest tokens in rows whose filters keep no others, from the whole vocabulary in the rest: skipped when
-    there is no such row. Which way a row goes depends on that row alone.
+    """From the likeliest tokens in rows whose top-k says how few they are, from the whole vocabulary in the rest: skipped
+    when there is no such row. Which way a row goes depends on that row alone.
     """
     x = logits / jnp.maximum(draws.temperature, 1e-6)[:, None]
-    filtered = _filtered(draws)
+    few = (draws.top_k > 0) & (draws.top_k <= _FEW)
     none = (jnp.zeros(x.shape[0], jnp.int32), jnp.zeros(x.shape[0], jnp.bool_))
-    near, done = lax.cond(jnp.any(filtered), _draw_near, lambda *_: none, x, draws)
-    done &= filtered  # others are drawn differently there, and would be for their neighbours' sake
+    near, done = lax.cond(jnp.any(few), _draw_near, lambda *_: none, x, draws)
+    done &= few  # others are drawn differently there, and would be for their neighbours' sake
     off = {"top_k": jnp.where(done, 0, draws.top_k), "top_p": jnp.where(done, 1.0, draws.top_p),
            "min_p": jnp.where(done, 0.0, draws.min_p)}
     rest = draws._replace(**off)  # type: ignore[arg-type]  # what was NumPy on the way in is jax's here
@@ -178,37 +180,72 @@ def _draw(logits: Array, draws: Draws) -> Array:
 
 def _draw_near(x: Array, draws: Draws) -> tuple[Array, Array]:
     """→ tokens, and the rows whose filters keep none but those looked at."""
-    ids, kept, whole = likeliest(x, draws)
-    best = (kept + _noise(draws, ids)).argmax(-1, keepdims=True)
+    ids, kept, whole = keep_few(x, draws)
+    best = _first_largest(kept + _noise(draws, ids))[:, None]
     return jnp.take_along_axis(ids, best, axis=1)[:, 0], whole
 
 
 def _draw_far(x: Array, draws: Draws) -> Array:
     """First one of the groups that `masses` adds up, then a token of it: of all tokens that takes one exp each, where noise
     for each would be twenty rounds of a hash and two logarithms.
+
+    Top-p by rejection: a token is kept when those likelier than it weigh less than top-p of all. If it is not, neither are
+    those less likely, and the next is drawn from what remains, of which `masses` is known by then.
     """
-    x = lax.cond(jnp.any(_filtered(draws)), keep, lambda x, _: x, x, draws)
-    mass = masses(x)
+    wanted = jnp.any((draws.top_k > 0) | (draws.min_p > 0))
+    x = lax.cond(wanted, keep, lambda x, _: x, x, draws)
+    top = x.max(-1, keepdims=True)
+    mass = masses(x, top)
+    share = draws.top_p * _total(mass)  # [rows]
+
+    def attempt(state):
+        count, token, floor, mass, drawn = state
+        fresh = _draw_grouped(x, floor, mass, draws, count)
+        token = jnp.where(drawn, token, fresh)
+        floor = jnp.where(drawn, floor, jnp.take_along_axis(x, token[:, None], axis=1)[:, 0])
+        open_ = (draws.top_p < 1) & ~drawn
+        mass = lax.cond(jnp.any(open_), lambda floor, _: masses(jnp.where(x > floor[:, None], x, -jnp.inf), top),
+                        lambda _, mass: mass, floor, mass)
+        drawn = ~(open_ & (_total(mass) >= share))  # also where logits are no numbers
+        return count + 1, token, floor, mass, drawn
+
+    rows = x.shape[0]
+    begun = (jnp.int32(0), jnp.zeros(rows, jnp.int32), jnp.full(rows, -jnp.inf), mass, jnp.zeros(rows, jnp.bool_))
+    return lax.while_loop(lambda state: ~jnp.all(state[-1]), attempt, begun)[1]
+
+
+def _draw_grouped(x: Array, floor: Array, mass: Array, draws: Draws, attempt: Array) -> Array:
+    """A token above f32[rows] `floor`; `mass` is what those weigh."""
     groups, vocab = mass.shape[1], x.shape[1]
+    new = attempt * (vocab + groups)  # noise of this attempt
     every = lax.broadcasted_iota(jnp.int32, mass.shape, 1)
-    group = _first_largest(jnp.log(mass) + _noise(draws, vocab + every))[:, None]
+    group = _first_largest(jnp.log(mass) + _noise(draws, new + vocab + every))[:, None]
     ids = group + groups * lax.broadcasted_iota(jnp.int32, (x.shape[0], _BLOCK), 1)
     inside = jnp.take_along_axis(x, ids, axis=1, mode="fill", fill_value=-jnp.inf)
-    best = _first_largest(inside + _noise(draws, ids))[:, None]
+    inside = jnp.where(inside > floor[:, None], inside, -jnp.inf)
+    best = _first_largest(inside + _noise(draws, new + ids))[:, None]
     return jnp.take_along_axis(ids, best, axis=1)[:, 0]
 
 
-def masses(x: Array) -> Array:
-    """exp(x - max), added up over tokens g, g + groups, g + 2 groups, ...: f32[rows, groups].
+def masses(x: Array, top: Array) -> Array:
+    """exp(x - top), added up over tokens g, g + groups, g + 2 groups, ...: f32[rows, groups]."""
+    return _added_up(jnp.exp(_padded(x) - top))
 
-    In an order that is written out: how XLA orders a sum depends on the number of rows.
-    """
-    mass = jnp.exp(_padded(x) - x.max(-1, keepdims=True))
-    groups = mass.shape[1] // _BLOCK
-    while mass.shape[1] > groups:
-        half = mass.shape[1] // 2
-        mass = mass[:, :half] + mass[:, half:]
-    return lax.optimization_barrier(mass)
+
+def _added_up(x: Array) -> Array:
+    """f32[rows, 64 n] → f32[rows, n], in a written-out order: how XLA orders a sum depends on the number of rows."""
+    groups = x.shape[1] // _BLOCK
+    while x.shape[1] > groups:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return lax.optimization_barrier(x)
+
+
+def _total(mass: Array) -> Array:
+    """[rows]"""
+    while mass.shape[1] > 1:
+        mass = _added_up(_padded(mass, 0.0))
+    return mass[:, 0]
 
 
 def _noise(draws: Draws, ids: Array) -> Array:
@@ -258,48 +295,58 @@ def _penalise(logits: Array, edits: Edits) -> Array:
     return logits - edits.frequency[:, None] * counts - edits.presence[:, None] * (counts > 0)
 
 
-def _filtered(draws: Draws) -> Array:
-    return (draws.top_k > 0) | (draws.top_p < 1) | (draws.min_p > 0)  # type: ignore[return-value]  # jax's, in a jit
+def likeliest(x: Array, count: int) -> tuple[Array, Array]:
+    """lax.top_k, in a fraction of its time: the largest are in the blocks that have the largest. f32[rows, n], i32[rows, n]"""
+    rows, count = x.shape[0], min(count, x.shape[1])
+    blocks = _padded(x).reshape(rows, -1, _BLOCK)
+    best = lax.optimization_barrier(blocks.max(-1))
+    _, which = lax.top_k(best, min(count, best.shape[1]))
+    which = jnp.sort(lax.optimization_barrier(which), axis=-1)  # of equal ones the first comes first
+    inside = lax.optimization_barrier(jnp.take_along_axis(blocks, which[:, :, None], axis=1).reshape(rows, -1))
+    largest, at = map(lax.optimization_barrier, lax.top_k(inside, count))  # XLA:CPU sorts all when it sees a slice of these
+    return largest, jnp.take_along_axis(which, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
 
 
-def likeliest(x: Array, draws: Draws) -> tuple[Array, Array, Array]:
-    """The largest of each row: ids i32[rows, n], x f32[rows, n] with -inf for what `keep` leaves out; and bool[rows],
-    whether that is all that `keep` keeps. Other rows are not to be used.
+def keep_few(x: Array, draws: Draws) -> tuple[Array, Array, Array]:
+    """In rows whose top-k is at most _FEW: ids i32[rows, n] of the likeliest, x f32[rows, n] with -inf for what min-p, then
+    top-k, then top-p leave out; and bool[rows], whether that is all that they keep.
     """
-    count = min(_NEAR, x.shape[1])
-    best, ids = lax.top_k(x, count)
-    best = lax.optimization_barrier(best)  # XLA:CPU sorts the whole row when it sees the slices below
-    least = best[:, 0] + jnp.log(draws.min_p)  # [rows], of what is kept so far
-    known = (draws.top_k <= count) | (least > best[:, -1])  # else top-p is a share of tokens that are not all here
-    kth = jnp.take_along_axis(best, jnp.clip(draws.top_k - 1, 0, count - 1)[:, None], axis=1)[:, 0]
-    least = jnp.maximum(least, jnp.where(draws.top_k > 0, kth, -jnp.inf))
-    mass = jnp.where(x >= least[:, None], jnp.exp(x - best[:, :1]), 0).sum(-1)
-    p = jnp.where(best >= least[:, None], jnp.exp(best - best[:, :1]), 0) / mass[:, None]
-    enough = jnp.cumsum(p, axis=1) - p < draws.top_p[:, None]  # the token is needed to reach top_p
-    last = jnp.where(enough, best, jnp.inf).min(-1)
-    least = jnp.maximum(least, jnp.where(draws.top_p < 1, last, -jnp.inf))
-    ruled_out = best[:, -1] == -jnp.inf  # and so are all outside
-    whole = known & (least > best[:, -1]) | ruled_out | (count == x.shape[1])  # a tie with the last may have others outside
-    return ids, jnp.where(best >= least[:, None], best, -jnp.inf), whole
+    best, ids = likeliest(x, _FEW + _TIES)
+    top, last = best[:, :1], best[:, -1]
+    kth = jnp.take_along_axis(best, jnp.clip(draws.top_k - 1, 0, best.shape[1] - 1)[:, None], axis=1)
+    least = jnp.maximum(top + jnp.log(draws.min_p)[:, None], kth)
+    whole = (least[:, 0] > last) | (last == -jnp.inf) | (best.shape[1] == x.shape[1])  # others may be as likely as the last
+    mass = jnp.where(best >= least, jnp.exp(best - top), 0)
+    width = 1
+    while width < mass.shape[1]:  # what a token and those before it weigh, added up in an order that is written out
+        mass, width = mass + jnp.pad(mass, ((0, 0), (width, 0)))[:, : mass.shape[1]], 2 * width
+    before = jnp.pad(mass, ((0, 0), (1, 0)))[:, :-1]
+    enough = jnp.where(before < draws.top_p[:, None] * mass[:, -1:], best, jnp.inf).min(-1, keepdims=True)
+    least = jnp.where(draws.top_p[:, None] < 1, jnp.maximum(least, enough), least)
+    return ids, jnp.where(best >= least, best, -jnp.inf), whole
 
 
 def keep(x: Array, draws: Draws) -> Array:
-    """Sets to -inf what min-p, then top-k, then top-p over what is left, leave out. f32[rows, vocab]"""
+    """Sets to -inf what min-p, then top-k, leave out. f32[rows, vocab]"""
     x = jnp.where(x >= x.max(-1, keepdims=True) + jnp.log(draws.min_p)[:, None], x, -jnp.inf)
-    bisected = jnp.any((draws.top_k > 0) | (draws.top_p < 1))
-    return lax.cond(bisected, _bisect, lambda x, *_: x, x, draws.top_k, draws.top_p)
+    return lax.cond(jnp.any(draws.top_k > 0), _keep_k, lambda x, _: x, x, draws.top_k)
 
 
-def _bisect(x: Array, top_k: Array, top_p: Array) -> Array:
-    """Exact thresholds over the whole vocabulary, without a sort."""
+def _keep_k(x: Array, top_k: Array) -> Array:
+    kth = lax.cond(jnp.all(top_k <= _MANY), _kth_of_many, _kth, x, top_k)[:, None]
+    return jnp.where((x >= kth) | (top_k[:, None] <= 0), x, -jnp.inf)
+
+
+def _kth_of_many(x: Array, top_k: Array) -> Array:
+    largest, _ = likeliest(x, _MANY)
+    return jnp.take_along_axis(largest, jnp.clip(top_k - 1, 0, largest.shape[1] - 1)[:, None], axis=1)[:, 0]
+
+
+def _kth(x: Array, top_k: Array) -> Array:
+    """By bisection, without a sort."""
     order = _ordered_bits(x)  # [rows, vocab]
-    k = jnp.where(top_k > 0, top_k, x.shape[1])
-    in_k = order >= _largest(lambda t: (order >= t[:, None]).sum(-1) >= k, x.shape[0])[:, None]
-    x = jnp.where(in_k, x, -jnp.inf)
-    p = jax.nn.softmax(x, axis=-1)
-    mass = jnp.where(top_p < 1, top_p, 2.0)  # 2: unreachable, keeps everything
-    enough = _largest(lambda t: jnp.where(order >= t[:, None], p, 0).sum(-1) >= mass, x.shape[0])
-    return jnp.where(order >= enough[:, None], x, -jnp.inf)
+    kth = _largest(lambda t: (order >= t[:, None]).sum(-1) >= top_k, x.shape[0])
+    return jnp.where(order >= kth[:, None], x, jnp.inf).min(-1)
 
 
 def _ordered_bits(x: Array) -> Array:
@@ -323,7 +370,7 @@ def describe(logits: Array, tokens: Array) -> Array:
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [rows, 1]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     rank = 1 + (logits > chosen).sum(-1, keepdims=True, dtype=jnp.int32)
-    best, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    best, ids = likeliest(logits, MAX_LOGPROBS)
     return jnp.concatenate([tokens[:, None], rank, _bits(chosen - total), ids, _bits(best - total)], axis=1)
 
 

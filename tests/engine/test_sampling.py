@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blitzjax.engine.sampling import (
-    describe, described, edit, edits_until, greedy_draws, keep, likeliest, masses, no_edits, sample, token_logprob,
+    Draws, describe, described, edit, edits_until, greedy_draws, keep, keep_few, likeliest, masses, no_edits, sample, token_logprob,
 )
 from blitzjax.types import MAX_LOGPROBS, LogitBias, ModelSpec, Sampling
 
@@ -90,7 +90,7 @@ def test_frequencies_follow_the_softmax(tokens: tuple[int, ...]) -> None:
 def test_what_groups_weigh_does_not_depend_on_other_rows(vocab: int) -> None:
     """To the last bit: else a seed would give another answer in another batch, once in a long while."""
     logits = np.random.default_rng(1).normal(0, 4, (16, vocab)).astype(np.float32)
-    weigh = jax.jit(masses)
+    weigh = jax.jit(lambda x: masses(x, x.max(-1, keepdims=True)))
     alone = np.concatenate([weigh(logits[row : row + 1]) for row in range(16)])
     exact = np.exp(logits - logits.max(-1, keepdims=True), dtype=np.float64)
     assert np.abs(alone.sum(-1) / exact.sum(-1) - 1).max() < 1e-5
@@ -161,35 +161,84 @@ def reference_keep(x: np.ndarray, s: Sampling) -> set[int]:
 
 
 FILTERS = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m)
-           for t in (0.7, 2.0) for k in (0, 1, 30) for p in (1.0, 0.6) for m in (0.0, 0.05, 1.0)]
+           for t in (0.7, 2.0) for k in (0, 1, 30, 64, 200, 300) for p in (1.0, 0.6) for m in (0.0, 0.05, 1.0)]
 
 
-def test_kept_tokens_are_the_definition() -> None:
-    scaled = logits_of(len(FILTERS)) / np.array([[s.temperature] for s in FILTERS], np.float32)
-    draws = greedy_draws(len(FILTERS))
-    for row, sampling in enumerate(FILTERS):
+def scaled_logits(rows: list[Sampling]) -> np.ndarray:
+    return logits_of(len(rows)) / np.array([[s.temperature] for s in rows], np.float32)
+
+
+def draws_of(rows: list[Sampling]) -> Draws:
+    draws = greedy_draws(len(rows))
+    for row, sampling in enumerate(rows):
         draws.set(row, sampling, 0)
-    got = np.asarray(jax.jit(keep)(scaled, draws))
-    ids, near, whole = map(np.asarray, jax.jit(likeliest)(scaled, draws))
-    for row, sampling in enumerate(FILTERS):
-        kept, expected = np.flatnonzero(got[row] > -np.inf), reference_keep(scaled[row], sampling)
-        assert set(kept.tolist()) == expected, sampling
+    return draws
+
+
+@pytest.mark.parametrize("most", [256, VOCAB])
+def test_kept_tokens_are_the_definition(most: int) -> None:
+    """Top-p is left to the draw."""
+    rows = [s for s in FILTERS if s.top_k <= most]
+    scaled = scaled_logits(rows)
+    got = np.asarray(jax.jit(keep)(scaled, draws_of(rows)))
+    for row, sampling in enumerate(rows):
+        kept = np.flatnonzero(got[row] > -np.inf)
+        assert set(kept.tolist()) == reference_keep(scaled[row], replace(sampling, top_p=1.0)), sampling
         assert (got[row][kept] == scaled[row][kept]).all()
-        assert whole[row] == (len(expected) < ids.shape[1])
-        if whole[row]:
-            assert set(ids[row][near[row] > -np.inf].tolist()) == expected, sampling
-    assert whole.any() and not whole.all()
 
 
-def test_top_p_is_a_share_of_all_that_top_k_keeps() -> None:
-    logits = np.repeat(logits_of(1) / 2, 4, axis=0)
-    draws = greedy_draws(4)
-    for row, top_k in enumerate((256, 257, 600, 5000)):  # some are more than are looked at first
-        draws.set(row, Sampling(temperature=1.0, top_k=top_k, top_p=0.9), 0)
-    _, near, whole = jax.jit(likeliest)(logits, draws)
-    kept = np.isfinite(jax.jit(keep)(logits, draws)).sum(-1)
-    assert whole[0] and (np.isfinite(near).sum(-1) == kept)[np.asarray(whole)].all()
-    assert kept[0] < kept[1] < 256 < kept[2] < kept[3]
+def test_few_kept_tokens_are_the_definition() -> None:
+    rows = [s for s in FILTERS if 0 < s.top_k <= 64]
+    scaled = scaled_logits(rows)
+    ids, x, whole = map(np.asarray, jax.jit(keep_few)(scaled, draws_of(rows)))
+    assert whole.all()
+    for row, sampling in enumerate(rows):
+        kept = ids[row][x[row] > -np.inf]
+        assert set(kept.tolist()) == reference_keep(scaled[row], sampling), sampling
+        assert (x[row][x[row] > -np.inf] == scaled[row][kept]).all()
+
+
+def test_tokens_as_likely_as_the_last_that_top_k_keeps_are_kept_too() -> None:
+    logits = np.zeros((2, VOCAB), np.float32)
+    logits[0, 100:103], logits[0, 500:505] = 3.0, 2.0  # row 1: all are
+    rows = [Sampling(temperature=1.0, top_k=4)] * 2
+    ids, x, whole = map(np.asarray, jax.jit(keep_few)(logits, draws_of(rows)))
+    assert whole.tolist() == [True, False]
+    assert sorted(ids[0][x[0] > -np.inf].tolist()) == [100, 101, 102, 500, 501, 502, 503, 504]
+    assert len({int(draw(logits[1:], [(replace(rows[1], seed=s), 0)])[0]) for s in range(100)}) > 80
+
+
+def test_the_likeliest_are_those_of_a_sort() -> None:
+    x = np.random.default_rng(2).integers(0, 40, (6, 5003)).astype(np.float32)  # many are equal
+    x[5] = -np.inf
+    for count in (1, 20, 72, 300):
+        largest, ids = map(np.asarray, jax.jit(likeliest, static_argnums=1)(x, count))
+        expected = np.argsort(-x, axis=-1, kind="stable")[:, :count]
+        assert np.array_equal(ids, expected) and np.array_equal(largest, np.take_along_axis(x, expected, 1))
+
+
+@pytest.mark.parametrize("filters", [
+    Sampling(top_p=0.9), Sampling(top_p=0.3), Sampling(top_p=0.02), Sampling(top_p=0.5, min_p=0.05), Sampling(min_p=0.2),
+    Sampling(top_k=8), Sampling(top_k=20, top_p=0.6), Sampling(top_k=100, top_p=0.5), Sampling(top_k=70, min_p=0.1)])
+def test_frequencies_follow_what_filters_keep(filters: Sampling) -> None:
+    logits, tries = logits_of(1, seed=4), 6000
+    sampling = replace(filters, temperature=1.5)
+    kept = sorted(reference_keep(logits[0] / np.float32(1.5), sampling))
+    wanted = np.exp(logits[0, kept].astype(np.float64) / 1.5)
+    wanted *= tries / wanted.sum()
+    drawn = draw(np.repeat(logits, tries, 0), [(replace(sampling, seed=s), 0) for s in range(tries)])
+    counts = np.bincount(drawn, minlength=VOCAB)
+    assert counts[kept].sum() == tries
+    many = [i for i, n in enumerate(wanted) if n >= 5]
+    chi2 = (np.square(counts[kept] - wanted) / wanted)[many].sum()
+    assert many and chi2 < len(many) + 4 * np.sqrt(2 * len(many))
+
+
+def test_logits_that_are_no_numbers_end_in_a_token() -> None:
+    logits = np.full((2, VOCAB), np.nan, np.float32)
+    logits[1] = -np.inf
+    for filters in (Sampling(top_p=0.5), Sampling(top_k=3, top_p=0.5), Sampling(top_k=300, min_p=0.1)):
+        assert (draw(logits, [(replace(filters, temperature=1.0), 0)] * 2) < VOCAB).all()
 
 
 def test_logprobs_are_those_of_the_logits_as_they_came() -> None:
