@@ -80,6 +80,7 @@ class ScaleConfig:
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     drain_by_moving: bool = False  # answers of mixed instances that drain move to others, with their KV, and end there
     zero_after_s: float = 30.0  # with min_instances 0: the last one drains when nobody has asked for this long
+    yield_after_s: float = 30.0  # a request has waited so long for a first instance: another model's last one drains for it
     host_copies: bool = True  # a model without an instance stays in the memory of one host; false: on disk only
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
 
@@ -205,9 +206,9 @@ def _check_ranges(c: Config) -> None:
     want(0 <= c.serve.port < 65536, f"serve.port must be in [0, 65535] (0: any free port), got {c.serve.port}")
     for key in ("serve.max_attempts", "serve.max_queued_requests", "cluster.pool", "cluster.max_world"):
         want(_at(c, key) >= 1, f"{key} must be at least 1")
-    for key in ("serve.shutdown_timeout_s", "scale.down_after_s", "scale.zero_after_s", "scale.live_queue_tokens",
-                "engine.kv_pages", "engine.prefix_cache_bytes", "engine.step_timeout_s", "cluster.threads",
-                "cluster.fast_gbps"):
+    for key in ("serve.shutdown_timeout_s", "scale.down_after_s", "scale.zero_after_s", "scale.yield_after_s",
+                "scale.live_queue_tokens", "engine.kv_pages", "engine.prefix_cache_bytes", "engine.step_timeout_s",
+                "cluster.threads", "cluster.fast_gbps"):
         want(_at(c, key) >= 0, f"{key} must be at least 0")
     for key in ("transfer.collective_timeout_s", "transfer.handoff_timeout_s", "cluster.heartbeat_s",
                 "scale.migrate_tokens_per_s"):

@@ -280,9 +280,9 @@ class Cluster:
         idle = self._roster.idle() if short else []
         quotas = dict.fromkeys(self._services, len(idle))
         if short and len(self._services) > 1:
-            wants = [service.scaler.want() for service in self._services.values()]
+            wants = [service.scaler.want(at, idle) for service in self._services.values()]
             quotas = sharing.deal(len(idle), wants)
-            givers = self._take_from_others(wants, quotas)
+            givers = self._take_from_others(at, wants, quotas)
             services = [*services, *(s for s in givers if s not in services)]
         for service in services:
             commands += service.scaler.reconcile(at, idle, quotas[service.name])
@@ -306,18 +306,19 @@ class Cluster:
                 member.model, member.units = "", 0
         return commands
 
-    def _take_from_others(self, wants: list[sharing.Want], quotas: dict[str, int]) -> list[Service]:
+    def _take_from_others(self, at: float, wants: list[sharing.Want], quotas: dict[str, int]) -> list[Service]:
         """A model below its least that gets no worker takes one from another, unless some are on their way already."""
         givers: list[Service] = []
         short = [w for w in wants if w.instances + quotas[w.model] < w.least and w.missing > quotas[w.model]]
         coming = sum(m.releasing or m.yielded for m in self._roster.members.values())
         for want in short[coming:]:
-            giver = sharing.donor([other for other in wants if other.model != want.model])
-            if giver is None:
-                break
-            givers.append(self._services[giver])
-            givers[-1].scaler.give_up_one(self._copies.where(want.model))
-            wants = [self._services[w.model].scaler.want() for w in wants]
+            spare = {other.model: self._services[other.model].scaler.spare(at, want.model, want.waited_s)
+                     for other in wants if other.model != want.model}
+            giver = sharing.donor([other for other in wants if spare.get(other.model)])
+            if giver is not None:
+                givers.append(self._services[giver])
+                givers[-1].scaler.give_up(spare[giver], self._copies.where(want.model))
+                wants = [self._services[w.model].scaler.want(at, []) for w in wants]
         return givers
 
     def _close(self, service: Service) -> None:

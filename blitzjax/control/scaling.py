@@ -2,7 +2,7 @@
 
 `reconcile` compares the goal with the fleet after every event and takes the next steps, so nothing that was lost, late
 or repeated needs a case of its own. Invariant: the last serving instance only drains when the goal is none, or when
-another model needs it more and nobody asks for this one.
+another model has requests and no instance: at once if nobody asks for this one, else after a while.
 """
 
 from __future__ import annotations
@@ -138,20 +138,44 @@ class Scaler:
         return Load(at, self._fleet.counted(self._prefill), self._book.total_backlog_tokens, self._book.total_pages,
                     self._fleet.roster.pages, self._fleet.counted(Role.DECODE), held)
 
-    def want(self) -> Want:
-        """This model's side when workers are short. The operator's goal is not to be taken from."""
-        has = self._fleet.counted(self._prefill) + self._fleet.counted(Role.DECODE)
-        scale, waiting = self._config.scale, self._book.queued > 0
-        least = max(scale.min_instances + scale.min_decode * self._split, 1 + self._split if waiting else 0)
-        busy = 1 + self._split if waiting or self._book.running else 0
-        floor = max(least, busy, self.goal.target if scale.policy != "auto" else 0)
-        return Want(self._fleet.model, has, self.missing, min(least, self.goal.target),
-                    self._book.total_backlog_tokens, len(self._drainable()[: max(0, has - floor)]))
+    def want(self, at: float, idle: list[Member]) -> Want:
+        """This model's side when workers are short; `idle` ones there are."""
+        return Want(self._fleet.model, self._instances, self.missing, len(self._able(at, idle)),
+                    min(self._least, self.goal.target), self._book.total_backlog_tokens,
+                    None if self._instances else self._waited_s(at))
 
-    def give_up_one(self, wished: InstanceId | None) -> None:
-        """Another model needs an instance more: `wished` if possible, else the one with the fewest requests."""
-        able = self._drainable()
-        member = min(able, key=lambda m: (m.id != wished, self._book.owns(m.id)))
+    @property
+    def _instances(self) -> int:
+        return self._fleet.counted(self._prefill) + self._fleet.counted(Role.DECODE)
+
+    @property
+    def _least(self) -> int:
+        scale = self._config.scale
+        return max(scale.min_instances + scale.min_decode * self._split, (1 + self._split) * (self._book.queued > 0))
+
+    def _waited_s(self, at: float) -> float | None:
+        head = self._book.head()
+        return None if head is None else at - head.request.arrival_s
+
+    def spare(self, at: float, model: str, waited_s: float | None) -> list[Member]:
+        """Instances that could drain for another model, which can use them, without falling below what this one must have.
+
+        The operator's goal is not to be taken from, nor the last that serves in its role while there are requests. If
+        another model waits for its first instance, though, no minimum stands in its way, and after a while only
+        requests that have waited as long.
+        """
+        scale, asked = self._config.scale, self._book.queued + self._book.running > 0
+        if waited_s is not None and waited_s >= scale.yield_after_s:
+            asked = asked and waited_s <= (self._waited_s(at) or 0.0)
+        floor = max(self._least, (1 + self._split) * asked) if asked or waited_s is None else 0
+        if self._instances <= (floor if scale.policy == "auto" else max(floor, self.goal.target)):
+            return []
+        last = {members[0].id for role in Role if asked and len(members := self._fleet.serving(role)) == 1}
+        return [m for m in self._drainable() if m.id not in last and _usable(m, at, model)]
+
+    def give_up(self, spare: list[Member], wished: InstanceId | None) -> None:
+        """Another model needs one of `spare`: `wished` if possible, else the one with the fewest requests."""
+        member = min(spare, key=lambda m: (m.id != wished, self._book.owns(m.id)))
         member.move(Phase.DRAINING)
         member.yielded = True
 
@@ -252,11 +276,17 @@ class Scaler:
             member.assume(Role.DECODE)
 
     def _reuse_decode(self) -> None:
-        """Decode instances without requests run prompts from now on; one stays."""
+        """Decode instances without requests run prompts from now on; one stays. Where nobody runs prompts, nor will, one
+        does in any case, and decodes what it has besides.
+        """
         serving = self._fleet.serving(Role.DECODE)
-        idle = [m for m in serving if not self._book.owns(m.id) and not self._receiving(m.id)]
-        count = min(self._missing(Role.PREFILL), -self._missing(Role.DECODE), len(serving) - 1)
-        for member in idle[: max(0, count)]:
+        able = sorted((m for m in serving if not self._receiving(m.id)), key=lambda m: self._book.owns(m.id))
+        if self._fleet.counted(Role.PREFILL):
+            able = [m for m in able if not self._book.owns(m.id)]
+            able = able[: max(0, min(self._missing(Role.PREFILL), -self._missing(Role.DECODE), len(serving) - 1))]
+        else:
+            able = able[:1]
+        for member in able:
             member.assume(Role.PREFILL)
 
     def _drain(self, role: Role) -> list[Command]:
@@ -308,22 +338,30 @@ class Scaler:
 
     def _recruits(self, at: float, idle: list[Member], quota: int) -> list[Member]:
         """As many IDLE instances as are missing: who keeps the host copy, then those in the world, then those that hold
-        most; those that keep copies of other models go last. Decode goes first.
+        most; those that keep copies of other models go last. Decode goes first, behind one that runs prompts.
         """
         if not self.missing or not idle:
             return []
         decode = max(0, self._missing(Role.DECODE))
         model = self._fleet.model
         keeper = self._copies.where(model)
-        able = [m for m in idle if model in m.ready and at >= m.barred_until.get(model, at)
-                and not self._provisioner.transfers.settling(m.id)]
+        able = self._able(at, idle)
         able.sort(key=lambda m: (m.id != keeper, not m.in_world, -m.units if m.model == model else 0,
                                  self._copies.count(m.id), m.id))
         chosen = able[: min(self.missing, quota)]
+        first = int(self._fleet.counted(self._prefill) == 0)
         for k, member in enumerate(chosen):
-            member.assume(Role.DECODE if k < decode else self._prefill)
+            member.assume(Role.DECODE if first <= k < first + decode else self._prefill)
             idle.remove(member)
         return chosen
+
+    def _able(self, at: float, idle: list[Member]) -> list[Member]:
+        return [m for m in idle if _usable(m, at, self._fleet.model) and not self._provisioner.transfers.settling(m.id)]
+
+
+def _usable(member: Member, at: float, model: str) -> bool:
+    """Whether it can be recruited for `model`, for all that it knows."""
+    return model in member.ready and at >= member.barred_until.get(model, at)
 
 
 def _fewer(wanted: int) -> int:

@@ -35,10 +35,13 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
         if known is None:
             _check_bounds(controller, least, most)
             controller.deploy(model, least, most)
+        deployed = controller.models[model.name]
         awaited = {link.instance: link for link in controller.links.values() if link.joined}
         while (missing := [i for i in controller.replica.cluster.uncompiled(model.name) if i in awaited]) or (
                 awaited and not any(link.joined for link in awaited.values())):  # compiling may be what they died of
             controller.check_open()
+            if controller.models.get(model.name) is not deployed:
+                raise BlitzError(f"{model.name} was undeployed")
             refusal = next((controller.refusals.pop((i, model.name)) for i in missing
                             if (i, model.name) in controller.refusals), None)
             if refusal is not None:

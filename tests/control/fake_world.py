@@ -293,7 +293,7 @@ class World:
         """
         worker = self.workers[name]
         request_id = next((r for r in worker.requests
-                           if r not in worker.sending or not self.workers[worker.sending[r]].up), None)
+                           if r not in worker.sending or not self.takes_kv(worker, self.workers[worker.sending[r]])), None)
         if request_id is None or worker.units < UNITS[worker.model]:
             return False
         if request_id in worker.answered:
@@ -307,7 +307,7 @@ class World:
         """The worker's first outgoing KV arrives, unless its target is gone."""
         worker = self.workers[name]
         request_id, target = next(((r, self.workers[i]) for r, i in worker.sending.items()
-                                   if self.workers[i].up and self.workers[i].units == SPEC.units), (None, worker))
+                                   if self.takes_kv(worker, self.workers[i])), (None, worker))
         if request_id is None:
             return False
         del worker.sending[request_id]
@@ -316,6 +316,9 @@ class World:
         target.answered.add(request_id)
         target.outbox.append(events.KVMigrated(self.at, target.id, request_id, attempt))
         return True
+
+    def takes_kv(self, source: Worker, target: Worker) -> bool:
+        return target.up and target.model == source.model and target.units == UNITS[target.model]
 
     def pull(self, name: str, reports: str = "both") -> bool:
         """OLD takes its partner's oldest unanswered request, or says that there is none. `reports`: who tells."""

@@ -235,6 +235,67 @@ def test_min_instances_are_not_taken() -> None:
     assert sorted(i.model for i in world.brain.status().instances) == ["big", "toy"]
 
 
+def test_a_model_with_requests_and_no_worker_takes_one_of_those_that_nobody_asks() -> None:
+    """Whatever the minima: three models want one each, and two workers are left."""
+    world = pool(3, specs=SPECS, policy="auto", min_instances=1)
+    world.settle()
+    victim = next(i.id for i in world.brain.status().instances if i.model == "toy")
+    world.kill(victim), world.settle(), world.tick(), world.settle()
+    assert model(world, "toy").serving == 0  # nobody asks for it
+    world.arrive("r", model="toy"), world.tick(), world.settle(compute=True)
+    assert world.ended == {"r": "length"} and model(world, "toy").serving == 1
+    for _ in range(5):
+        world.tick(), world.settle()
+    assert model(world, "toy").serving == 1  # and there it stays until another one is asked for
+
+
+def test_no_model_waits_for_ever_for_one_that_is_always_asked() -> None:
+    world = pool(1, policy="auto", yield_after_s=20.0)
+    world.arrive("b", model="toy"), world.exchange(), world.arrive("w", model="big")
+    for k in range(30):
+        world.arrive(f"r{k}", model="toy", answer=2)
+        world.exchange(), world.compute("i0"), world.exchange(), world.tick(1.0)
+        assert k < 19 or "w" in world.ended or world.of("i0").phase is not SERVING or world.of("i0").model == "big"
+    world.settle(compute=True)
+    for _ in range(40):
+        world.tick(1.0), world.settle(compute=True)
+    assert len(world.ended) == 32 and one_copy(world)
+
+
+def test_what_loads_does_not_make_the_only_one_that_serves_dispensable() -> None:
+    world = pool(2, policy="auto", source="disk", live="off", prefill_tokens_per_s=100.0)
+    world.arrive("a", model="toy"), world.settle()
+    for k in range(6):
+        world.arrive(f"a{k}", prompt=100, model="toy")
+    world.tick(0.1), world.exchange()
+    assert sorted(p.name for p in world.phases()) == ["LOADING", "SERVING"]
+    world.arrive("b", model="big"), world.tick(0.1)
+    assert sorted(p.name for p in world.phases()) == ["LOADING", "SERVING"]
+    world.settle(compute=True), world.tick(), world.settle(compute=True)
+    assert len(world.ended) == 8
+
+
+def test_nobody_makes_room_for_a_model_that_is_not_compiled_yet() -> None:
+    world = World(2, config(policy="auto", min_instances=1, prefill_tokens_per_s=100.0, down_after_s=1e6), specs=SPECS[:1])
+    world.join("i0", UNITS["toy"]), world.join("i1", UNITS["toy"]), world.scale(2), world.settle(compute=True)
+    world.send(events.ModelDeployed(world.at, BIG, 1))
+    for _ in range(3):
+        world.tick(), world.exchange()
+    assert world.phases() == [SERVING, SERVING]
+    world.send(events.ModelReady(world.at, "i1", "big")), world.tick(), world.settle()
+    assert [world.of(i).model for i in ("i0", "i1")] == ["toy", "big"]
+
+
+def test_a_model_that_is_not_compiled_yet_keeps_no_worker_from_others() -> None:
+    world = World(2, config(policy="auto", min_instances=1, prefill_tokens_per_s=100.0), specs=SPECS[:1])
+    world.join("i0", UNITS["toy"]), world.join("i1"), world.settle()
+    world.send(events.ModelDeployed(world.at, BIG, 1))
+    for k in range(6):
+        world.arrive(f"a{k}", prompt=100)
+    world.tick(), world.exchange()
+    assert world.of("i1").model == "toy"
+
+
 def test_a_worker_below_the_minimum_comes_from_who_has_more() -> None:
     world = pool(3, policy="auto", min_instances=1, down_after_s=1e6)
     world.settle()
@@ -315,15 +376,20 @@ def test_a_model_that_is_undeployed_while_it_fails_to_load_is_tried_nowhere_else
 
 
 def test_idle_workers_go_to_those_below_their_least_then_to_the_most_overloaded() -> None:
-    wants = [Want("calm", 1, 3, 1, 100), Want("hot", 2, 3, 1, 900), Want("none", 0, 2, 1, 10)]
+    wants = [Want("calm", 1, 3, 9, 1, 100), Want("hot", 2, 3, 9, 1, 900), Want("none", 0, 2, 9, 1, 10)]
     assert deal(1, wants) == {"calm": 0, "hot": 0, "none": 1}
     assert deal(3, wants) == {"calm": 0, "hot": 2, "none": 1}
     assert deal(9, wants) == {"calm": 3, "hot": 3, "none": 2}
 
 
-@pytest.mark.parametrize(("spare", "expected"), [((0, 0), None), ((1, 0), "calm"), ((0, 1), "hot"), ((1, 1), "calm")])
-def test_who_gives_up_an_instance(spare: tuple[int, int], expected: str | None) -> None:
-    assert donor([Want("calm", 2, 0, 1, 100, spare[0]), Want("hot", 2, 0, 1, 900, spare[1])]) == expected
+def test_idle_workers_go_to_models_that_can_use_them() -> None:
+    wants = [Want("compiling", 0, 2, 0, 1, 500), Want("hot", 2, 3, 2, 1, 900)]
+    assert deal(3, wants) == {"compiling": 0, "hot": 2}
+
+
+def test_who_gives_up_an_instance() -> None:
+    calm, hot = Want("calm", 2, 0, 0, 1, 100), Want("hot", 2, 0, 0, 1, 900)
+    assert [donor([]), donor([hot]), donor([hot, calm])] == [None, "hot", "calm"]
 
 
 # ---- a day

@@ -98,13 +98,18 @@ def test_every_accepted_request_ends_once(steps: list[tuple[str, int]], policy: 
 
 
 @settings(max_examples=WORLDS, deadline=None)
-@given(steps=STEPS, start=st.integers(0, 4), least=st.integers(0, 1), models=st.integers(1, 3), moving=st.booleans())
+@given(steps=STEPS, start=st.integers(0, 4), least=st.integers(0, 1), models=st.integers(1, 3), moving=st.booleans(),
+       roles=st.sampled_from(["mixed", "split"]))
 @example(steps=[*[("work", 0)] * 15, ("join", 1), *[("work", 0)] * 8, ("join", 0), ("join", 2), ("scale", 3),
-                ("work", 0), ("work", 0), ("scale", 4)], start=0, least=0, models=1, moving=False)  # who makes the copy drains too
+                ("work", 0), ("work", 0), ("scale", 4)],
+         start=0, least=0, models=1, moving=False, roles="mixed")  # who makes the copy drains too
 def test_models_share_the_workers_and_each_has_a_copy_in_the_end(steps: list[tuple[str, int]], start: int, least: int,
-                                                                 models: int, moving: bool) -> None:
+                                                                 models: int, moving: bool, roles: str) -> None:
+    if roles == "split":
+        least, models = 1, min(models, 2)
     world = World(len(NAMES), config(policy="auto", prefill_tokens_per_s=100.0, max_instances=4, min_instances=least,
-                                     zero_after_s=3.0, down_after_s=1.0, drain_by_moving=moving), specs=SPECS[:models])
+                                     zero_after_s=3.0, down_after_s=1.0, drain_by_moving=moving, roles=roles),
+                  specs=SPECS[:models])
     run(world, steps, start)
     for spec in world.specs:
         instances = [w.id for w in world.workers.values() if w.model == spec.name]

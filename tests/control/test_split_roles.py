@@ -6,13 +6,14 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from fake_world import PAGE_SIZE, PAGES, SPEC, World, config
+from fake_world import PAGE_SIZE, PAGES, SPEC, SPECS, World, config
 
 from blitzjax.config import ScaleConfig
 from blitzjax.control.autoscale import Memory, split_bands, step_split
 from blitzjax.control.executor import MATRIX, Action
 from blitzjax.control.load import Load
 from blitzjax.commands import Assign, LoadFromDisk, Migrate, PrepareTransfer, Release, StartLive
+from blitzjax.events import ModelDeployed, ModelReady
 from blitzjax.types import Phase, Role
 
 
@@ -158,6 +159,45 @@ def test_an_idle_decode_instance_runs_prompts_before_anything_is_loaded() -> Non
     world.brain._services["toy"].scaler.goal = world.brain._services["toy"].scaler.goal.__class__(2, 1, world.brain._services["toy"].scaler.goal.means, 99.0)
     world.tick()
     assert sorted(roles(world)) == ["-", "D", "P", "P"] and not world.sent(PrepareTransfer) + world.sent(LoadFromDisk)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_where_nobody_is_left_to_run_prompts_a_decode_instance_does(workers: int) -> None:
+    world = split(workers, 1, workers - 1, policy="auto", prefill_tokens_per_s=100.0)
+    prefilled(world, "a")
+    world.migrate("i0"), world.exchange()
+    world.kill("i0"), world.arrive("b"), world.tick(), world.settle(compute=True)
+    assert world.ended == {"a": "length", "b": "length"}
+    world.join("i0"), world.settle(), world.tick(), world.settle()
+    assert sorted(roles(world)) == ["D"] * (workers - 1) + ["P"]
+
+
+def test_the_first_worker_runs_prompts() -> None:
+    world = World(2, config(roles="split", min_instances=1, min_decode=1))
+    world.join("i0"), world.settle(), world.arrive("a"), world.settle(compute=True)
+    assert roles(world) == "P" and world.ended == {"a": "length"}
+    world.join("i1"), world.settle()
+    assert roles(world) == "PD"
+
+
+def test_another_model_does_not_get_the_last_that_runs_prompts() -> None:
+    """Though nobody has fewer requests than that one."""
+    world = World(3, config(policy="auto", roles="split", prefill_tokens_per_s=1000.0, down_after_s=1e6), specs=SPECS[:1])
+    for k in range(3):
+        world.join(f"i{k}")
+    scaler = world.brain._services["toy"].scaler
+    scaler.goal = replace(scaler.goal, prefill=1, decode=2, held_until=1e6)
+    world.tick(), world.settle()
+    assert sorted(roles(world)) == ["D", "D", "P"]
+    prefilled(world, "a", "b")
+    for _ in range(2):
+        world.migrate("i0"), world.migrate("i1"), world.migrate("i2"), world.exchange()
+    assert [i.running for i in world.brain.status().instances if i.role is Role.PREFILL] == [0]
+    world.send(ModelDeployed(world.at, SPECS[1], 1))
+    for name in world.workers:
+        world.send(ModelReady(world.at, name, SPECS[1].name))
+    world.tick()
+    assert sorted(roles(world)) == ["-", "D", "P"]
 
 
 def test_a_drained_decode_instance_is_released_after_its_last_request() -> None:
