@@ -58,6 +58,7 @@ class Instance:
         self.turns = 0  # how often it has looked into its inbox: between the layers of a prompt, and after every step
         self.rests = False  # there is nothing to compute
         timeout_s = config.transfer.handoff_timeout_s
+        self._to_forget = self._forgotten = 0  # times
         self._partners = Partners(self, handoff, connect, emit, now, timeout_s, checkpoint)
         self._moves = migration.Moves(self, handoff, send_kv, emit, now, timeout_s)
         self._reset()
@@ -69,6 +70,16 @@ class Instance:
                   | m.HandedOver(answer=m.HandOver(work=Work(sampling=sampling)))):
                 self._grammars.prepare(sampling.grammar)
         self._inbox.put(message)
+
+    def forget_requests(self) -> None:
+        """Thread-safe, for one caller at a time."""
+        self._to_forget += 1
+        self._inbox.put(m.ForgetRequests())
+
+    @property
+    def forgetful(self) -> bool:
+        """It was told to forget its requests and has not got to it: what it says of them is void. Thread-safe."""
+        return self._to_forget != self._forgotten
 
     def run(self) -> None:
         """Steps until Stop; sleeps in the inbox when there is nothing to compute."""
@@ -122,6 +133,7 @@ class Instance:
                 self._emit(Drained(self._now(), self.name))
             case m.ForgetRequests():
                 self._reset()
+                self._forgotten += 1
             case m.Stop():
                 self._stopped = True
             case _:

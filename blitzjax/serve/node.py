@@ -113,7 +113,8 @@ class Node:
                 stages.compile_moves()
             self._peers.close()
             checkpoint = Path(model.checkpoint) if model.checkpoint else None
-            instance = Instance(self.name, self.config, store, stages, self._handoff, self._emit,
+            instance = Instance(self.name, self.config, store, stages, self._handoff,
+                                lambda output: self._session.put(encoded(output), lambda: instance.forgetful),
                                 lambda partner: self._connect(spec.name, partner), self._send_kv, checkpoint=checkpoint,
                                 tokenizer=lambda: self._tokenizer(spec.name))
             threading.Thread(target=self._run, args=(instance.run,), name="engine", daemon=True).start()
@@ -221,12 +222,11 @@ class Node:
         timer.start()
 
     def _give_up(self, connection: int) -> None:
-        if self._session.end(connection):
-            self._forget_requests()
+        self._session.end(connection, self._forget_requests)
 
     def _forget_requests(self) -> None:
         for served in list(self._models.values()):
-            served.instance.post(m.ForgetRequests())
+            served.instance.forget_requests()
 
     def take(self, command: pb.WorkerCommand, outbox: Outbox) -> None:
         self._session.take(outbox, command, lambda: self._told(command))

@@ -81,10 +81,13 @@ class Session:
                 self._put(renew())
             return not resumes
 
-    def put(self, event: pb.WorkerEvent) -> None:
-        """Says something; it waits if the connection broke, and is dropped if there is no session."""
+    def put(self, event: pb.WorkerEvent, void: Callable[[], bool] = lambda: False) -> None:
+        """Says something, unless it is `void` by now; it waits if the connection broke, and is dropped if there is no
+        session.
+        """
         with self._lock:
-            self._put(event)
+            if not void():
+                self._put(event)
 
     def take(self, outbox: Outbox, command: pb.WorkerCommand, obey: Callable[[], None]) -> None:
         """Obeys a command that came with `outbox`'s connection, unless a later one has replaced it: the command then
@@ -107,14 +110,13 @@ class Session:
             self._left.notify_all()
             return self._connections
 
-    def end(self, connection: int) -> bool:
-        """Gives the session up if nobody has connected since; whether it did."""
+    def end(self, connection: int, forget: Callable[[], None]) -> None:
+        """Gives the session up, and what came with it, if nobody has connected since."""
         with self._lock:
-            if self._outbox is not None or self._connections != connection:
-                return False
-            self._name = ""
-            self._kept.clear()
-            return True
+            if self._outbox is None and self._connections == connection:
+                self._name = ""
+                self._kept.clear()
+                forget()
 
     @property
     def resumable(self) -> bool:

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from blitzjax import commands, config as configs, events
-from blitzjax.engine import messages
 from blitzjax.engine.convert import TINY, write_random
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError
@@ -28,6 +27,7 @@ from blitzjax.serve.node import Node
 from blitzjax.serve.replica import message_of
 from blitzjax.serve.sessions import Outbox
 from blitzjax.transfer import compat
+from blitzjax.types import Request, Sampling, Work
 from blitzjax.v1 import worker_pb2 as pb
 
 CONFIG = ("engine.dtype=float32", "engine.max_model_len=16", "engine.max_num_seqs=1", "engine.share_executables=false",
@@ -110,6 +110,46 @@ def test_a_worker_that_has_a_controller_is_no_others(tmp_path: Path, monkeypatch
         assert said(later).models == ()
 
 
+def test_what_an_engine_says_of_requests_that_it_is_to_forget_is_no_part_of_the_next_session(tmp_path: Path) -> None:
+    """It was in a step when its worker got the next controller, which knows that it has no requests."""
+    configure = configured(tmp_path)
+    with worker(configure) as node:
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        node.obey(commands.LoadFromDisk("i0", 1, 0, "m1"))
+        while not isinstance(said(outbox), events.TransferEnded):
+            pass
+        engine = node._models["m1"].instance
+        emit, in_step, go_on = engine._emit, threading.Event(), threading.Event()
+
+        def late(output: object) -> None:
+            in_step.set()
+            assert go_on.wait(60)
+            emit(output)
+
+        engine._emit = late
+        node.obey(work("old"))
+        assert in_step.wait(60)
+        node.detach(outbox)
+        node.attach(configure, later := Outbox())
+        go_on.set()
+        node.obey(work("new"))
+        first = said(later)
+        assert isinstance(first, events.InstanceJoined) and first.model == "m1"
+        heard: set[str] = set()
+        for message in later:
+            heard |= {message.tokens.request_id, message.prefill_done.request_id, message.request_finished.request_id,
+                      *message.decoded.request_ids}
+            if message.WhichOneof("event") == "request_finished":
+                break
+    assert heard == {"", "new"}
+
+
+def work(name: str) -> Work:
+    """A prompt of 3 tokens, for 2 more of m1."""
+    return Work(Request(name, "m1", 3, 2, 0.0), 1, (1, 2, 3), (), Sampling(max_tokens=2))
+
+
 def test_a_session_is_resumed_while_a_model_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configure = configured(tmp_path)
     configure.session = "journal/1"
@@ -147,7 +187,7 @@ def test_a_worker_whose_engine_is_stuck_ends(tmp_path: Path, monkeypatch: pytest
         engine = node._models["m1"].instance
         assert not ended.wait(1.3)
         monkeypatch.setattr(engine, "_step", lambda: time.sleep(0.01) or True)
-        engine.post(messages.ForgetRequests())
+        engine.forget_requests()
         assert not ended.wait(1.3)
         monkeypatch.setattr(engine, "_step", lambda: not go_on.wait())  # a device that hangs, say
         assert ended.wait(300)

@@ -68,7 +68,7 @@ class ToyWorker(rpc.WorkerServicer):
             sender.cancel()
             if (connection := self.session.disconnect(outbox)) is not None:
                 wait = self.toy.resume_timeout_s if self.session.resumable else 0
-                asyncio.get_running_loop().call_later(wait, lambda: self.session.end(connection) and self.forget())
+                asyncio.get_running_loop().call_later(wait, lambda: self.session.end(connection, self.forget))
 
     @property
     def busy(self):
