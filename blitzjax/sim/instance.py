@@ -23,22 +23,22 @@ from blitzjax.types import FinishReason, InstanceId, Request, RequestId
 
 
 class SimInstance:
-    """`emit` gives events to the brain, `find` finds partners, `hand_over(source, target, tokens, layers)` moves rows
-    and KV between live partners and says how many seconds the rows take; `send_kv(source, target, tokens, then)` moves
-    the KV of a request until what it gives is called. Reading the embedding from disk takes `embed_s`.
+    """`emit` gives events to the brain, `find` finds partners, `send_rows(source, target, tokens)` moves the rows of a
+    prompt between live partners and says how many seconds they take; `send_kv(source, target, tokens, then)` moves the
+    KV of a request until what it gives is called. Reading the embedding from disk takes `embed_s`.
     """
 
     def __init__(self, name: InstanceId, config: Config, costs: ModelCosts, clock: Clock,
                  emit: Callable[[Event], None], find: Callable[[InstanceId], SimInstance],
-                 hand_over: Callable[[InstanceId, InstanceId, int, int], float],
-                 send_kv: Callable[[InstanceId, InstanceId, int, Callable[[], None]], Callable[[], None]], rpc_s: float,
+                 send_rows: Callable[[InstanceId, InstanceId, int], float],
+                 send_kv: Callable[[InstanceId, InstanceId, float, Callable[[], None]], Callable[[], None]], rpc_s: float,
                  embed_s: float = 0.0) -> None:
         self._leaving: dict[RequestId, tuple[int, Callable[[], None]]] = {}  # KV on its way → tokens left, how it is stopped
         self.name, self.units, self._version = name, 0, 0  # the version of what is running
         self.model = ""  # that the units are of
         self._config, self._costs, self._clock, self._all_units = config, costs, clock, costs.spec.units
         self._emit, self._find, self._send_kv = emit, find, send_kv
-        self.partners = Partners(self, costs.spec, clock, emit, lambda name: find(name).partners, hand_over, rpc_s,
+        self.partners = Partners(self, costs.spec, clock, emit, lambda name: find(name).partners, send_rows, rpc_s,
                                  embed_s)
         self._reset()
 
@@ -126,16 +126,32 @@ class SimInstance:
         self.forget(sequence)
         self._say_finished(sequence, "abort")
 
-    # ---- migration
+    # ---- KV of a live partner, and migration
+
+    def send_layers(self, sequence: Sequence, old: InstanceId) -> None:
+        """The KV of the layers that ran here follows a prompt that its partner took."""
+        tokens = sequence.request.prompt_tokens * sequence.next_layer / self._costs.spec.layers
+        sequence.stop_kv = self._send_kv(self.name, old, tokens, lambda: self._find(old).kv_arrived(sequence))
+
+    def kv_arrived(self, sequence: Sequence) -> None:
+        """A prompt that is through waited for that to be decoded."""
+        sequence.stop_kv = None
+        if sequence.answered:
+            self._between_steps(partial(self._join_batch, sequence, sequence.request.max_tokens - 1))
+            self.wake()
 
     def _begin_migration(self, command: Migrate) -> None:
         """Stops decoding the request; its seat and pages stay until the KV has left. What was on its way elsewhere is
-        taken back."""
+        taken back; what was on its way here leaves from here.
+        """
         sequence = self.sequences.get(command.request_id)
         if sequence is None or sequence.attempt != command.attempt:
             return
         request = sequence.request
         left = self._retract(request.id) if request.id in self._leaving else self._decoding.leave(request)
+        if sequence.stop_kv is not None and sequence.answered:
+            left = request.max_tokens - 1
+            self._stop_kv(sequence)
         if left is not None:
             tokens = request.total_tokens - 1 - left
             then = partial(self._migrated, sequence, left, command.target)
@@ -146,6 +162,11 @@ class SimInstance:
         left, stop = self._leaving.pop(request_id)
         stop()
         return left
+
+    def _stop_kv(self, sequence: Sequence) -> None:
+        if sequence.stop_kv is not None:
+            sequence.stop_kv()
+            sequence.stop_kv = None
 
     def _migrated(self, sequence: Sequence, left: int, target: InstanceId) -> None:
         self.forget(sequence)
@@ -318,7 +339,8 @@ class SimInstance:
 
     def _first_token(self, sequence: Sequence) -> None:
         request = sequence.request
-        if request.max_tokens > 1:
+        sequence.answered = True
+        if request.max_tokens > 1 and sequence.stop_kv is None:
             self._join_batch(sequence, request.max_tokens - 1)
         self._emit(PrefillDone(self._clock.now, self.name, request.id, sequence.attempt))
         if request.max_tokens == 1:
@@ -334,5 +356,6 @@ class SimInstance:
         self.batcher.finish(request.id)
         if request.id in self._leaving:
             self._retract(request.id)
+        self._stop_kv(sequence)
         self._decoding.leave(request)
         del self.sequences[request.id]

@@ -1,11 +1,13 @@
 """How fast do bytes move when several flows share links? Fluid flows with max-min fair rates, per direction.
 
-A flow crosses a set of links at one rate, as a pipelined chain does: its rate is that of its slowest hop. Invariant: no
-link carries more than its capacity, and every flow is held back by a full link on which no flow is faster.
+A flow crosses its links at one rate, as a pipelined chain does: its rate is that of its slowest hop. A chain may cross a
+link several times. Invariant: no link carries more than its capacity, and every flow is held back by a full link on which
+no flow is faster.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import inf
 
@@ -45,9 +47,9 @@ class Fabric:
         self._clock = clock
 
     def begin(self, links: Iterable[Link], marks: list[float], passed: Callable[[int], None]) -> Flow:
-        """Starts moving marks[-1] bytes over all of `links` at once."""
+        """Starts moving marks[-1] bytes over all of `links` at once; one that is named twice carries them twice."""
         assert marks and all(a <= b for a, b in zip(marks, marks[1:])) and marks[0] >= 0
-        flow = Flow(tuple(dict.fromkeys(links)), marks, passed, self._clock.now)
+        flow = Flow(tuple(links), marks, passed, self._clock.now)
         assert flow.links
         for link in flow.links:
             link.flows[flow] = None
@@ -61,7 +63,7 @@ class Fabric:
         self._advance(flow)
         flow.version = -1
         for link in flow.links:
-            del link.flows[flow]
+            link.flows.pop(flow, None)
         for neighbour in {other: None for link in flow.links for other in link.flows}:
             self._share(neighbour)
 
@@ -108,14 +110,13 @@ class Fabric:
 def max_min(flows: Iterable[Flow]) -> dict[Flow, float]:
     """Progressive filling: the tightest link first gives its flows equal shares of what is left."""
     open_flows = dict.fromkeys(flows)
-    links = dict.fromkeys(link for flow in open_flows for link in flow.links)
-    left = {link: link.capacity for link in links}
-    counts = {link: len(link.flows) for link in links}
+    counts = Counter(link for flow in open_flows for link in flow.links)  # crossings
+    left = {link: link.capacity for link in counts}
     rates: dict[Flow, float] = {}
     while open_flows:
         tightest, share = None, inf
         for link, count in counts.items():
-            if count and left[link] / count < share:
+            if count > 0 and left[link] / count < share:
                 tightest, share = link, left[link] / count
         assert tightest is not None
         for flow in [f for f in tightest.flows if f in open_flows]:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Partners:
-    """Owned by `host`, whose batcher and sequences they share. `hand_over` and `embed_s` are as in SimInstance; `find`
+    """Owned by `host`, whose batcher and sequences they share. `send_rows` and `embed_s` are as in SimInstance; `find`
     finds the partners of another instance.
     """
 
     def __init__(self, host: SimInstance, spec: ModelSpec, clock: Clock, emit: Callable[[Event], None],
-                 find: Callable[[InstanceId], Partners], hand_over: Callable[[InstanceId, InstanceId, int, int], float],
+                 find: Callable[[InstanceId], Partners], send_rows: Callable[[InstanceId, InstanceId, int], float],
                  rpc_s: float, embed_s: float) -> None:
         self._host, self._spec, self._clock, self._emit = host, spec, clock, emit
-        self._find, self._hand_over, self._rpc_s, self._embed_s = find, hand_over, rpc_s, embed_s
+        self._find, self._send_rows, self._rpc_s, self._embed_s = find, send_rows, rpc_s, embed_s
         self.close()
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class Partners:
         if new.embedded_at is not None and not has_embedding:
             self._clock.at(new.embedded_at, self._lent, new, request.id)
         elif not has_embedding:
-            rows_s = self._hand_over(new.pair.old, self._host.name, request.prompt_tokens, 0)
+            rows_s = self._send_rows(new.pair.old, self._host.name, request.prompt_tokens)
             self._clock.after(2 * self._rpc_s + rows_s, self._lent, new, request.id)
         self.answer()
 
@@ -119,9 +119,11 @@ class Partners:
             new.puller = None
             self._emit(RequestHanded(self._clock.now, name, given.item, sequence.attempt, old.name))
             sequence.next_layer = given.next_layer
-            layers = given.next_layer
-            wait_s = self._hand_over(name, old.name, sequence.request.prompt_tokens, layers) if layers else 0.0
-            self._clock.after(self._rpc_s + wait_s, old.handed, name, sequence)
+            rows_s = 0.0
+            if given.next_layer:
+                rows_s = self._send_rows(name, old.name, sequence.request.prompt_tokens)
+                self._host.send_layers(sequence, old.name)
+            self._clock.after(self._rpc_s + rows_s, old.handed, name, sequence)
         elif not new.open or new.queue.drained:
             new.puller = None
             self._clock.after(self._rpc_s, old.handed, name, None)

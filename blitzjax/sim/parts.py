@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ class Sequence:
     request: Request
     attempt: int
     next_layer: int = 0  # layers [0, next_layer) were run by the live partner
+    stop_kv: Callable[[], None] | None = None  # their KV is on its way: how it is stopped
+    answered: bool = False  # its prompt is through
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class _Run:
     def _join(self, name: InstanceId, number: int, keeps: list[str]) -> None:
         setup, ports = self.setup, self._ports.of[name]
         instance = SimInstance(name, self._config, setup.model, self._clock, self._report, self._instances.__getitem__,
-                               self._hand_over, self._send_kv, setup.machine.rpc_s,
+                               self._send_rows, self._send_kv, setup.machine.rpc_s,
                                setup.model.unit_bytes[setup.model.spec.embed_unit] / ports.ssd.capacity)
         self._instances[name] = instance
         if number < setup.serving * setup.models:
@@ -223,21 +223,19 @@ class _Run:
         self._whole[self._instances[name].model] += 1
         self.outcome.loaded(name, ticket, self._clock.now)
 
-    def _hand_over(self, source: InstanceId, target: InstanceId, tokens: int, layers: int) -> float:
-        """Rows of a prompt between live partners, and KV of `layers` layers: counted on the links; → seconds until the
-        rows are there. They are few beside parameters, so they do not take part in sharing."""
-        model = self.setup.model
-        residuals = 2.0 * tokens * model.spec.dim
-        kv = float(tokens) * model.kv_token_bytes * layers / model.spec.layers
-        route = self._ports.route(source, target)
+    def _send_rows(self, source: InstanceId, target: InstanceId, tokens: int) -> float:
+        """Of a prompt, between live partners: → seconds until they are there. They are few beside parameters, so they
+        do not take part in sharing.
+        """
+        size, route = 2.0 * tokens * self.setup.model.spec.dim, self._ports.route(source, target)
         for link in route:
-            link.carried += residuals + kv
-        return self.setup.machine.handoff_s + residuals / min(link.capacity for link in route)
+            link.carried += size
+        return self.setup.machine.handoff_s + size / min(link.capacity for link in route)
 
-    def _send_kv(self, source: InstanceId, target: InstanceId, tokens: int,
+    def _send_kv(self, source: InstanceId, target: InstanceId, tokens: float,
                  then: Callable[[], None]) -> Callable[[], None]:
-        """Migration: shares the ports with whatever else moves. → how to stop it."""
-        size = float(tokens) * self.setup.model.kv_token_bytes
+        """Shares the ports with whatever else moves. → how to stop it."""
+        size = tokens * self.setup.model.kv_token_bytes
         flow = self._fabric.begin(self._ports.route(source, target), [size], lambda mark: then())
         return lambda: self._fabric.stop(flow)
 

@@ -17,13 +17,13 @@ from blitzjax import cli
 from blitzjax.arrivals import Arrival
 from blitzjax.errors import ConfigError
 from blitzjax.commands import Abort, Migrate
-from blitzjax.events import Event, PrefillDone
+from blitzjax.events import Event, PrefillDone, RequestFinished
 from blitzjax.sim import costs
 from blitzjax.sim.clock import Clock
 from blitzjax.sim.instance import SimInstance
 from blitzjax.sim.links import Fabric, Link
 from blitzjax.sim.outcome import Outcome, mean, quantiles
-from blitzjax.sim.parts import Stretch
+from blitzjax.sim.parts import Sequence, Stretch
 from blitzjax.sim.report import table
 from blitzjax.sim.shell import Setup, config_of, simulate
 from blitzjax.sim.systems import SYSTEMS
@@ -129,6 +129,33 @@ class Movers:
 def test_kv_that_is_sent_to_another_instance_after_all_arrives_there_only() -> None:
     first, second = (Migrate("i0", "r", 1, target) for target in ("i1", "i2"))
     assert Movers().after(first, second) == [("KVMigrated", "i2"), ("RequestFinished", "i2")]
+
+
+def handed_over(movers: Movers) -> Sequence:
+    """i1 has taken a prompt of which i0 ran half, whose KV takes a second."""
+    sequence = Sequence(Request("half", M24.spec.name, 100, 5, 0.0), 1, next_layer=M24.spec.layers // 2)
+    movers.instances["i0"].send_layers(sequence, "i1")
+    movers.instances["i1"].partners.handed("i0", sequence)
+    return sequence
+
+
+def test_a_prompt_that_two_ran_has_its_first_token_before_its_kv_is_there_and_the_others_behind_it() -> None:
+    movers = Movers()
+    handed_over(movers)
+    movers.clock.run()
+    at = {type(event): event.at for event in movers.events if event.instance == "i1"}
+    assert at[PrefillDone] < 0.5 and at[RequestFinished] > 1.0
+    movers.instances["i1"].check()
+
+
+def test_a_prompt_whose_kv_is_not_there_yet_may_move_on_and_may_be_given_up() -> None:
+    movers = Movers()
+    sequence = handed_over(movers)
+    assert movers.after(Abort("i0", "r"), Migrate("i1", "half", 1, "i2"))[-2:] == [
+        ("KVMigrated", "i2"), ("RequestFinished", "i2")] and sequence.stop_kv is None
+    movers = Movers()
+    handed_over(movers)
+    assert ("RequestFinished", "i1") in movers.after(Abort("i1", "half")) and not movers.instances["i1"].sequences
 
 
 def test_kv_of_a_request_that_is_over_does_not_arrive() -> None:
