@@ -85,6 +85,9 @@ def _check_begin(args: argparse.Namespace, setups: list[shell.Setup]) -> None:
     if args.begin == 0 and args.roles == "split":
         raise ConfigError("--begin 0 needs mixed roles: with split ones, one instance decodes all the time")
     for setup in setups:
+        share = setup.system.share
+        if share and share < 1 and setup.serving * setup.models >= setup.instances:
+            raise ConfigError(f"{setup.system.name} would serve with all of {setup.instances} instances; it takes more")
         if setup.serving * setup.models > setup.instances:
             raise ConfigError(f"{setup.system.name} begins with {setup.serving} instances of each of {setup.models} "
                               f"models, more than {setup.instances}")

@@ -27,9 +27,12 @@ _STYLE = ("body{font:14px system-ui,sans-serif;max-width:1080px;margin:2em auto;
 
 def table(outcomes: Sequence[Outcome]) -> list[Row]:
     """One row per outcome. Limits come from the fully provisioned outcome if there is one, else from the first."""
-    reference = next((o for o in outcomes if o.setup.system.share == 1.0), outcomes[0])
-    limits = SLO_FACTOR * mean(reference.ttft_s), SLO_FACTOR * mean(reference.tpot_s)
-    return [_row(outcome, *limits) for outcome in outcomes]
+    of = _reference(outcomes)
+    return [_row(outcome, SLO_FACTOR * mean(of.ttft_s), SLO_FACTOR * mean(of.tpot_s)) for outcome in outcomes]
+
+
+def _reference(outcomes: Sequence[Outcome]) -> Outcome:
+    return next((o for o in outcomes if o.setup.system.share == 1.0), outcomes[0])
 
 
 def _row(o: Outcome, ttft_limit_s: float, tpot_limit_s: float) -> Row:
@@ -87,7 +90,8 @@ def to_html(outcomes: Sequence[Outcome], arguments: Mapping[str, object]) -> str
     ]
     said = ", ".join(f"{key} {value}" for key, value in arguments.items())
     return (f"<!doctype html><meta charset=utf-8><title>blitzjax sim</title><style>{_STYLE}</style>"
-            f"<h1>blitzjax sim</h1><p>{html.escape(said)}</p>{_table_html(table(outcomes))}"
+            f"<h1>blitzjax sim</h1><p>{html.escape(said)}</p>"
+            f"{_table_html(table(outcomes), _reference(outcomes).setup.system.name)}"
             f"<div class=plots>{''.join(plots)}</div>")
 
 
@@ -108,12 +112,12 @@ def cold(outcomes: Sequence[Outcome]) -> str:
     return ", ".join(f"{o.setup.system.name} {mean(o.cold_ttft_s):.3g} s ({len(o.cold_ttft_s)})" for o in outcomes)
 
 
-def _table_html(rows: Sequence[Row]) -> str:
+def _table_html(rows: Sequence[Row], reference: str) -> str:
     moved = [key for key in rows[0] if key.endswith("_bytes") and key != "host_bytes"]
     gigabytes: list[Row] = [
         {"system": row["system"]} | {key.removesuffix("_bytes"): float(row[key]) / 1e9 for key in moved}
         for row in rows]
-    return (f"{_cells_html(rows, _SHOWN)}<p>Seconds. SLO: {SLO_FACTOR:g} times the average of full provision.</p>"
+    return (f"{_cells_html(rows, _SHOWN)}<p>Seconds. SLO: {SLO_FACTOR:g} times the average of {reference}.</p>"
             f"<h2>Moved, GB</h2>{_cells_html(gigabytes, list(gigabytes[0]))}<p>All instances, by kind of link; "
             "each hop counts where it leaves and where it arrives.</p>")
 
