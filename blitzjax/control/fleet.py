@@ -97,9 +97,8 @@ class Roster:
 
     def __init__(self) -> None:
         self.members: dict[InstanceId, Member] = {}
-        self.pages = 0  # of the instance that has most
+        self.pages = 0  # of the living instance that has most
         self._free = Index()  # IDLE and FAILED
-        self._capacity_tokens: int | None = None
 
     @property
     def version(self) -> int:
@@ -118,10 +117,6 @@ class Roster:
         """In order of id, so that every decision is deterministic."""
         return [m for _, m in sorted(self.members.items()) if m.phase is not Phase.FAILED]
 
-    def capacity_tokens(self) -> int | None:
-        """KV tokens of the largest instance; None before the first one joined."""
-        return self._capacity_tokens
-
     def join(self, event: InstanceJoined, fleets: Mapping[str, Fleet]) -> Member:
         """A new or returned instance: SERVING with every unit of a deployed model, else IDLE with what it holds."""
         model = event.model or (next(iter(fleets), "") if event.units else "")
@@ -137,13 +132,16 @@ class Roster:
             event.instance, event.incarnation, event.host, event.pages, event.page_size, event.slots, units, phase,
             model if units else "", set(event.models or fleets), home=self._free, index=index)
         index.add(member)
-        self.pages = max(m.pages for m in self.members.values())
-        self._capacity_tokens = max(m.pages * m.page_size for m in self.members.values())
+        self._count_pages()
         return member
 
     def lose(self, member: Member) -> None:
         member.move(Phase.FAILED)
         member.units, member.model, member.in_world, member.releasing = 0, "", False, False
+        self._count_pages()
+
+    def _count_pages(self) -> None:
+        self.pages = max((m.pages for m in self.members.values() if m.phase is not Phase.FAILED), default=self.pages)
 
     def check(self, fleets: Mapping[str, Fleet]) -> None:
         """Asserts that every instance is in one index, and that watermarks are in range and agree with the phases."""

@@ -43,6 +43,7 @@ class Service:
         self.book = RequestBook(config.serve.max_attempts, share)
         self.provisioner = Provisioner(spec, self.fleet, self.book, transfers, copies)
         self.migrations = Migrations(self.fleet, self.book, scale.drain_by_moving)
+        self._capacity: tuple[tuple[int, int], int | None] = ((-1, -1), None)  # as of these versions
         self._pace = Pace()
         self.scaler = Scaler(config, self.fleet, self.book, self.provisioner, copies, self.migrations.inbound, self._pace)
         self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens, share)
@@ -86,13 +87,21 @@ class Service:
         return None
 
     def _too_large(self, request: Request) -> bool:
-        """More KV than the largest instance has; unknown before one joined."""
-        capacity = self._roster.capacity_tokens()
+        """More KV than the largest instance has."""
+        capacity = self._capacity_tokens()
         return capacity is not None and request.total_tokens > capacity
+
+    def _capacity_tokens(self) -> int | None:
+        """KV of the largest instance, or where there is none of the largest worker; None: nobody is here."""
+        version = self.fleet.version, self._roster.version
+        if self._capacity[0] != version:
+            members = [*self.fleet.in_phase(Phase.SERVING), *self.fleet.loading()] or self._roster.all_alive()
+            self._capacity = version, max((m.pages * m.page_size for m in members), default=None)
+        return self._capacity[1]
 
     def _reject_too_large(self, request: Request) -> Reject:
         return Reject(request.id, "INVALID_ARGUMENT", f"prompt and max_tokens make {request.total_tokens} tokens; the "
-                                                      f"KV cache of an instance holds {self._roster.capacity_tokens()}")
+                                                      f"KV cache of an instance holds {self._capacity_tokens()}")
 
     def cancelled(self, request_id: RequestId) -> list[Command]:
         entry = self.book.get(request_id)

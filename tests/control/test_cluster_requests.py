@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fake_world import PAGE_SIZE, SLOTS, SPEC, World, config, serving
+import pytest
+from fake_world import PAGE_SIZE, SLOTS, SPEC, Worker, World, config, serving
 
 from blitzjax import events, types as t
 from blitzjax.commands import Abort, Assign, Reject
@@ -215,3 +216,18 @@ def test_late_and_odd_events_are_ignored() -> None:
     before = world.brain.status()
     assert [world.send(event) for event in nobody] == [[]] * len(nobody)
     assert world.brain.status() == before
+
+
+@pytest.mark.parametrize("large", ["idle", "dead"])
+def test_a_request_that_fits_no_instance_blocks_nobody(large: str) -> None:
+    """Workers may differ in their memory: i0 has room for 128 tokens, i1 for 256."""
+    world = World(2, config())
+    for name, pages, units in (("i0", 8, SPEC.units), ("i1", 16, 0 if large == "idle" else SPEC.units)):
+        world.workers[name] = Worker(name, 1, True, "toy" if units else "", units)
+        world.send(events.InstanceJoined(0.0, name, "1", name, units, pages, PAGE_SIZE, SLOTS, "toy" if units else ""))
+        world.settle()
+    if large == "dead":
+        world.arrive("before", prompt=150, answer=50), world.kill("i1")
+        assert world.ended == {"before": "INVALID_ARGUMENT"}
+    world.arrive("big", prompt=150, answer=50), world.arrive("small"), world.settle(compute=True)
+    assert world.ended["big"] == "INVALID_ARGUMENT" and world.ended["small"] == "length"
