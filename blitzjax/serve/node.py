@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Node:
         self._configured = configure.config_json
         self._session = Session()
         self._deploying = threading.Lock()
+        self._undeploys: Counter[str] = Counter()  # of each model, that were asked for
         self._deployments = ThreadPoolExecutor(1, thread_name_prefix="deploy")
         self._addresses = {p.instance: p.address for p in configure.peers}
         self._peers = Peers(self.name, configure.peers)
@@ -124,9 +126,8 @@ class Node:
                  time.monotonic() - started, stages.cache.compiled, stages.cache.loaded, stages.cache.fetched,
                  len(self._devices), self._devices[0].device_kind)
 
-    def _deploy(self, model: pb.Model) -> None:
-        """One more model, in a thread of its own: what serves goes on."""
-        name = codec.model_spec(model.model_json).name
+    def _deploy(self, model: pb.Model, name: str, undeploys: int) -> None:
+        """One more model, in a thread of its own: what serves goes on. If it is to go by then, nothing is said."""
         try:
             with self._deploying:
                 self._add(model)
@@ -134,9 +135,10 @@ class Node:
             if not isinstance(e, BlitzError):
                 log.exception("cannot deploy %s", name)
             message = str(e) if isinstance(e, BlitzError) else repr(e)
-            self._session.put(pb.WorkerEvent(refused=pb.Refused(instance=self.name, message=message, model=name)))
-            return
-        self._emit(events.ModelReady(time.time(), self.name, name))
+            done = pb.WorkerEvent(refused=pb.Refused(instance=self.name, message=message, model=name))
+        else:
+            done = encoded(events.ModelReady(time.time(), self.name, name))
+        self._session.put(done, lambda: self._undeploys[name] != undeploys)
 
     def _undeploy(self, name: str) -> None:
         """Forgets what was compiled for a model of which nothing is left here."""
@@ -234,8 +236,10 @@ class Node:
     def _told(self, command: pb.WorkerCommand) -> None:
         match command.WhichOneof("command"):
             case "deploy":
-                self._deployments.submit(self._deploy, command.deploy)
+                name = codec.model_spec(command.deploy.model_json).name
+                self._deployments.submit(self._deploy, command.deploy, name, self._undeploys[name])
             case "undeploy":
+                self._undeploys[command.undeploy.model] += 1
                 self._deployments.submit(self._undeploy, command.undeploy.model)
             case _:
                 self.obey(codec.decode_command(command, self.name))

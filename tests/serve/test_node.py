@@ -176,6 +176,28 @@ def test_a_session_is_resumed_while_a_model_is_compiled(tmp_path: Path, monkeypa
         monkeypatch.undo()
 
 
+def test_a_model_that_is_to_go_before_it_is_compiled_is_not_said_to_be_ready(tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one of that name may be another model."""
+    configure = configured(tmp_path)
+    first, second = configure.models.pop(), pb.Model()
+    write_random(tmp_path / "second", replace(TINY, layers=2), seed=2)
+    second.CopyFrom(message_of(load_model(tmp_path / "second", "m1")))
+    go_on, compile_all = threading.Event(), Stages.compile_all
+    with worker(configure) as node:
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        monkeypatch.setattr(Stages, "compile_all", lambda *args: go_on.wait(60) and compile_all(*args))
+        for command in (pb.WorkerCommand(deploy=first), pb.WorkerCommand(undeploy=pb.Undeploy(model="m1")),
+                        pb.WorkerCommand(deploy=second)):
+            node.take(command, outbox)
+        go_on.set()
+        while not isinstance(said(outbox), events.ModelReady):
+            pass
+        assert node._holders["m1"].checkpoint == tmp_path / "second"
+        monkeypatch.undo()
+
+
 def test_a_worker_whose_engine_is_stuck_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                              caplog: pytest.LogCaptureFixture) -> None:
     """It would answer pings for ever. An engine that rests, or is busy, is not stuck."""
