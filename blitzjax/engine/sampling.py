@@ -206,7 +206,8 @@ def _draw_far(x: Array, draws: Draws) -> Array:
         open_ = (draws.top_p < 1) & ~drawn
         mass = lax.cond(jnp.any(open_), lambda floor, _: masses(jnp.where(x > floor[:, None], x, -jnp.inf), top),
                         lambda _, mass: mass, floor, mass)
-        drawn = ~(open_ & (_total(mass) >= share))  # also where logits are no numbers
+        above = _total(mass)
+        drawn = ~(open_ & (above >= share) & (above > 0))  # also where logits are no numbers, or a share is none
         return count + 1, token, floor, mass, drawn
 
     rows = x.shape[0]

@@ -234,6 +234,13 @@ def test_frequencies_follow_what_filters_keep(filters: Sampling) -> None:
     assert many and chi2 < len(many) + 4 * np.sqrt(2 * len(many))
 
 
+@pytest.mark.parametrize("p", [1e-30, 1e-40])
+def test_the_least_top_p_keeps_the_likeliest(p: float) -> None:
+    """XLA:CPU takes the second one for 0."""
+    logits = logits_of(2)
+    assert draw(logits, [(Sampling(temperature=2.0, top_p=p), 0)] * 2).tolist() == logits.argmax(-1).tolist()
+
+
 def test_logits_that_are_no_numbers_end_in_a_token() -> None:
     logits = np.full((2, VOCAB), np.nan, np.float32)
     logits[1] = -np.inf
