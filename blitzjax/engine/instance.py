@@ -68,8 +68,12 @@ class Instance:
         match message:
             case (Work(sampling=sampling) | m.KVOffered(offer=m.KVOffer(work=Work(sampling=sampling)))
                   | m.HandedOver(answer=m.HandOver(work=Work(sampling=sampling)))):
-                self._grammars.prepare(sampling.grammar)
+                self.prepare(sampling.grammar)
         self._inbox.put(message)
+
+    def prepare(self, grammar: str) -> None:
+        """Compiles it, unless it is empty or known; takes long where the tokenizer is still to be read. Thread-safe."""
+        self._grammars.prepare(grammar)
 
     def forget_requests(self) -> None:
         """Thread-safe, for one caller at a time."""

@@ -72,9 +72,12 @@ class SlotCache:
         rows = [i for i, s in enumerate(self.slots) if s is not None]
         if not rows:
             self.layers = [self._stages.blank(batch, context) for _ in range(self._stages.spec.layers)]
-        order = np.zeros(batch, np.int32)  # rows beyond the occupied ones repeat row 0: nobody reads them
-        order[: len(rows)] = rows
-        for layer, (k, v) in enumerate(self.layers if rows else ()):
-            self.layers[layer] = self._stages.resize(k, v, order, context)  # frees the old arrays one by one
+        steps = self._stages.shapes.steps(self.batch, self.context, batch, context) if rows else []
+        for layer in range(len(self.layers)):  # frees the old arrays one by one
+            packed = rows
+            for size, length in steps:
+                order = np.zeros(size, np.int32)  # rows beyond the occupied ones repeat row 0: nobody reads them
+                order[: len(rows)] = packed
+                self.layers[layer], packed = self._stages.resize(*self.layers[layer], order, length), list(range(len(rows)))
         self.slots = [self.slots[i] for i in rows] + [None] * (batch - len(rows))
         self.context = context

@@ -126,7 +126,7 @@ class NewSide:
         return None
 
     def taken(self, seq: int) -> None:
-        self._offers.pop(seq, None)
+        self._handoff.forget(self._offers.pop(seq, ()))
 
     def close(self) -> None:
         """The pair ended: nothing is handed over any more, what is queued is finished here."""

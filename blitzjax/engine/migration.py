@@ -182,6 +182,7 @@ class Moves:
         sequence = leaving.sequence
         if isinstance(message, m.KVAnswered) and not message.error:
             del self._leaving[request_id]
+            self._handoff.forget([piece.uuid for piece in leaving.offer.pieces])
             _settle(sequence, taken=True)
             self._host.leave(sequence)
             return

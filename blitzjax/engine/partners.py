@@ -74,6 +74,7 @@ class Partners:
         self.ready: list[Sequence] = []  # handed over by a partner, residuals here, layers left to run
         self.awaited_until = 0.0  # residuals should be here by then; 0: none are on their way
         self._early: dict[InstanceId, list[m.Partnered | m.Pulled]] = {}  # of sessions that came before their StartLive
+        self._left: list[live.NewSide] = []  # of earlier pairs, whose OLD is still to take what it was offered
 
     @property
     def prompt_is_near(self) -> bool:
@@ -113,8 +114,8 @@ class Partners:
                 if self.new is not None:
                     self.new.arrived(self._host.runner.store.usable)
             case m.Taken():
-                if self.new is not None and self.new.old is message.old:
-                    self.new.taken(message.seq)
+                for side in self._sides_of(message.old):
+                    side.taken(message.seq)
 
     def begin_early(self, sequence: Sequence) -> None:
         """Its prompt runs behind the parameters that arrive, in the pair's queue or, without a pair, alone."""
@@ -142,6 +143,7 @@ class Partners:
             self.old.close()
         if self.new is not None:
             self.new.close()
+            self._leave(self.new)
         self.old = self.new = None
         self.ready, self.awaited_until, self._early = [], 0.0, {}
 
@@ -150,10 +152,12 @@ class Partners:
     def _start(self, pair: LivePair) -> None:
         host = self._host
         if pair.new == host.name:
-            alone, self.new = self.new, live.NewSide(pair, host.runner, self._handoff)
+            before, self.new = self.new, live.NewSide(pair, host.runner, self._handoff)
             self.new.arrived(host.runner.store.usable)
-            for sequence in alone.sequences if alone is not None else ():
-                self.new.add(sequence)
+            if before is not None:
+                self._leave(before)
+                for sequence in before.sequences:
+                    self.new.add(sequence)
             for message in self._early.pop(pair.old, ()):
                 self._met(message)
             return
@@ -179,8 +183,16 @@ class Partners:
             self.old.waiting = False
             self._drained(self.old)
         self._early = {name: early for name, early in self._early.items() if early[0].old is not session}
-        if self.new is not None and self.new.old is session:
-            self.new.partner_left()
+        for side in self._sides_of(session):
+            side.partner_left()
+        self._left = [side for side in self._left if side.offered]
+
+    def _leave(self, side: live.NewSide) -> None:
+        if side.offered:
+            self._left.append(side)
+
+    def _sides_of(self, session: m.Old | m.Partner) -> list[live.NewSide]:
+        return [side for side in (self.new, *self._left) if side is not None and side.old is session]
 
     def _drained(self, old: live.OldSide) -> None:
         """OLD asks no more."""
@@ -213,6 +225,11 @@ class Partners:
             if answer.drained:
                 self._drained(old)
             return
+        here = host.find(work.request.id)
+        if here is not None and here.work.attempt >= work.attempt:
+            return  # NEW frees what it offered with the session
+        if here is not None:  # void, its Abort is still on the way
+            host.leave(here)
         self._handed(work, host.name)
         sequence = host.sequence(work)
         if not host.admit(sequence):  # once there is room it runs whole; what NEW ran of it stays there

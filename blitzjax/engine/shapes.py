@@ -42,6 +42,13 @@ class Shapes:
     def context(self, tokens: int) -> int:
         return _first_at_least(self.contexts, tokens)
 
+    def steps(self, batch: int, context: int, to_batch: int, to_context: int) -> list[tuple[int, int]]:
+        """The sizes that a cache of [batch, context] has on its way to others: next buckets only, first the fewer rows."""
+        rows, lengths = _between(self.batches, batch, to_batch), _between(self.contexts, context, to_context)
+        if to_batch <= batch:
+            return [(b, context) for b in rows] + [(to_batch, c) for c in lengths]
+        return [(batch, c) for c in lengths] + [(b, to_context) for b in rows]
+
     @property
     def hit_tokens(self) -> int:
         """What the prefix cache has of a prompt is used in multiples of this."""
@@ -108,6 +115,12 @@ def shapes_for(spec: ModelSpec, config: EngineConfig) -> Shapes:
         widths=_powers(min(_MIN_CHUNK, chunk), chunk),
         hits=config.prefix_caching,
     )
+
+
+def _between(options: tuple[int, ...], start: int, stop: int) -> list[int]:
+    """Those behind `start`, up to `stop` or down to it."""
+    a, b = options.index(start), options.index(stop)
+    return [options[i] for i in (range(a + 1, b + 1) if b >= a else range(a - 1, b - 1, -1))]
 
 
 def _powers(start: int, limit: int) -> tuple[int, ...]:

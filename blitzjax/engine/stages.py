@@ -165,9 +165,9 @@ class Stages:
                 yield from (("decode", g.start, g.stop, rows, context) for g in dict.fromkeys(self.groups.values()))
                 yield "blank", rows, context
                 yield from (("insert", rows, context, staged) for staged in s.contexts if staged <= context)
-        for a, b in pairwise(s.batches):
+        for a, b in (*pairwise(s.batches), *pairwise(s.batches[::-1])):
             yield from (("resize", a, context, b, context) for context in s.contexts)
-        for a, b in pairwise(s.contexts):
+        for a, b in (*pairwise(s.contexts), *pairwise(s.contexts[::-1])):
             yield from (("resize", rows, a, rows, b) for rows in s.batches)
 
     def compile_moves(self) -> None:

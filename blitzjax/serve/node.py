@@ -231,6 +231,10 @@ class Node:
             served.instance.forget_requests()
 
     def take(self, command: pb.WorkerCommand, outbox: Outbox) -> None:
+        """What is slow comes first: the session is locked while it takes a command, and an engine cannot say anything."""
+        work = command.assign.work
+        if work.sampling.grammar and work.request.model in self._models:
+            self._models[work.request.model].instance.prepare(work.sampling.grammar)
         self._session.take(outbox, command, lambda: self._told(command))
 
     def _told(self, command: pb.WorkerCommand) -> None:

@@ -17,7 +17,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -159,6 +159,12 @@ class HandOff:
         except TransferError:
             return False
         return True
+
+    def forget(self, uuids: Iterable[int]) -> None:
+        """They were taken. Others' are ignored."""
+        with self._lock:
+            for uuid in uuids:
+                self._offers.pop(uuid, None)
 
     def offers(self, uuid: int) -> bool:
         """Whether `uuid` was offered here and not withdrawn, taken or not."""

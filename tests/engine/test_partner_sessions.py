@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
 from test_instance import SPEC, WORKS, Rig, answers, finished, reference, rigs, wait, work  # noqa: F401
 
 from blitzjax.commands import EndLive, Release, StartLive
 from blitzjax.engine import messages as m
 from blitzjax.engine.attention import fused
+from blitzjax.errors import TransferError
 from blitzjax.events import Drained, LiveDrained, RequestFailed, RequestFinished, RequestHanded
 from blitzjax.types import LivePair
 
@@ -87,3 +89,42 @@ def test_a_prompt_that_old_has_no_room_for_waits_there(rigs) -> None:  # noqa: F
     over = (RequestFinished, RequestFailed)
     old.wait(lambda events: sum(isinstance(e, over) for e in events) == 2, "answers")
     assert answers(old) == expected and old.instance.idle
+
+
+def test_a_void_attempt_that_old_still_runs_gives_way_to_what_new_hands_over(rigs) -> None:  # noqa: F811
+    """The controller's Abort may come later than the partner's word."""
+    old, new = rigs["old"], rigs["new"]
+    item = work(1, 40, max_tokens=100, ignore_eos=True)
+    expected = reference(old, [item])
+    new.load(3)
+    pair, second = LivePair("old", "new", "zigzag"), replace(item, attempt=2)
+    old.acts["r1"] = (2, lambda: (new.post(StartLive("new", pair), second), old.instance.post(StartLive("old", pair))))
+    old.post(item)
+    old.wait(lambda events: any(isinstance(e, RequestFinished) and e.attempt == 2 for e in events), "the later attempt's end")
+    tokens = [t for e in old.events if isinstance(e, m.Tokens) and e.attempt == 2 for t in e.token_ids]
+    assert tokens == expected["r1"] and any(isinstance(e, RequestHanded) and e.attempt == 2 for e in old.events)
+    new.load(SPEC.units)
+
+
+@pytest.mark.parametrize("how", ["release", "next pair"])
+def test_what_old_has_not_taken_is_freed_when_its_session_ends_whatever_new_does_by_then(
+        rigs, monkeypatch, how: str) -> None:  # noqa: F811
+    old, new = rigs["old"], rigs["new"]
+    old.load(SPEC.units), new.load(SPEC.embed_unit + 1)
+
+    def gone(*args, **kwargs):
+        raise TransferError("nothing arrives")
+
+    for name in ("take", "take_all"):
+        monkeypatch.setattr(old.handoff, name, gone)
+    pair = LivePair("old", "new", "zigzag")
+    new.post(StartLive("new", pair), *[work(n, 40) for n in range(3)])
+    side = new.instance._partners
+    wait(lambda: side.new and any(s.begun.next_layer for s in list(side.new._sequences.values())), "a layer")
+    old.instance.post(StartLive("old", pair))
+    wait(lambda: side.new.offered, "an offer")
+    offered = [uuid for uuids in list(side.new._offers.values()) for uuid in uuids]
+    new.instance.post(EndLive("new", pair))
+    new.instance.post(Release("new") if how == "release" else StartLive("new", LivePair("third", "new", "zigzag")))
+    old.partner.close()
+    wait(lambda: not any(map(new.handoff.offers, offered)), "the end of what was offered")

@@ -150,6 +150,27 @@ def work(name: str) -> Work:
     return Work(Request(name, "m1", 3, 2, 0.0), 1, (1, 2, 3), (), Sampling(max_tokens=2))
 
 
+def test_an_engine_can_speak_while_a_grammar_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one reads the tokenizer, or asks other workers for it."""
+    configure = configured(tmp_path)
+    with worker(configure) as node:
+        outbox = Outbox()
+        node.attach(configure, outbox)
+        engine, spoke = node._models["m1"].instance, []
+
+        def prepare(grammar: str) -> None:
+            speaking = threading.Thread(target=node._emit, args=(events.LiveDrained(0.0, "i0"),), daemon=True)
+            speaking.start()
+            speaking.join(10)
+            spoke.append((grammar, not speaking.is_alive()))
+
+        monkeypatch.setattr(engine._grammars, "prepare", lambda grammar: spoke or prepare(grammar))
+        item = replace(work("r"), sampling=Sampling(max_tokens=2, grammar="a grammar"))
+        node.take(codec.encode_command(commands.Assign("i0", "r", 1), item), outbox)
+        assert spoke == [("a grammar", True)]
+        monkeypatch.undo()
+
+
 def test_a_session_is_resumed_while_a_model_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configure = configured(tmp_path)
     configure.session = "journal/1"
