@@ -36,7 +36,9 @@ def api_key() -> str:
 
 def check(authorization: str, key: str) -> None:
     """The header that a caller sent. Raises Unauthenticated."""
-    if key and not hmac.compare_digest(authorization.removeprefix("Bearer ").encode(errors="surrogateescape"), key.encode()):
+    scheme, _, token = authorization.partition(" ")
+    given = token if scheme.lower() == "bearer" else authorization
+    if key and not hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode()):
         raise Unauthenticated(_REFUSED)
 
 

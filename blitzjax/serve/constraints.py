@@ -54,7 +54,7 @@ def _alternatives(choices: typing.Sequence[str]) -> str:
     """In Lark."""
     if not choices or not all(choices):
         raise InvalidRequest("choice needs at least 1 text, and none may be empty")
-    return "start: " + " | ".join(map(json.dumps, choices))
+    return "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices))  # of a terminal, there may be thousands
 
 
 @functools.lru_cache(_KEPT)

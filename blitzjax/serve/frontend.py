@@ -68,7 +68,7 @@ class Frontend(rpc.InferenceServicer):
         except BlitzError as e:
             await abort(context, e)
         if request.HasField("tokens") and model.tokenizer is not None:
-            text = model.tokenizer.decode(ids)
+            text = model.tokenizer.decode(ids, shown=model.tokenizer.special)
         return pb.TokenizeResponse(token_ids=ids, text=text, max_model_len=self._controller.context_tokens(model))
 
     async def Abort(self, request: pb.AbortRequest, context: grpc.aio.ServicerContext) -> pb.AbortResponse:

@@ -33,7 +33,9 @@ _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_ident
 _HARMLESS: Mapping[str, tuple[JSON, ...]] = {  # fields of features that are not here, and values that do not ask for them
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "add_special_tokens": (True,), "return_token_strs": (False,), "prompt_logprobs": (),
-    "stream_options.include_obfuscation": (False,), "modalities": (["text"],), "skip_special_tokens": (True,)}
+    "stream_options.include_obfuscation": (False,), "modalities": (["text"],), "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,), "use_beam_search": (False,), "return_tokens_as_token_ids": (False,),
+    "length_penalty": (1.0,), "spaces_between_special_tokens": (True,)}
 _RENDERING: Mapping[str, Any] = {  # vLLM's, of chats: what it does without them
     "add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False,
     "chat_template_kwargs": {}}

@@ -90,9 +90,10 @@ class Reply:
             tokens = [*_echoed(prompt, part.prompt_logprobs), *tokens]
         as_sent = len(part.prompt_token_ids) if isinstance(prompt, str) else 0
         known = [token.rank > 0 for token in tokens]
-        return {"tokens": [t.text for t in tokens], "text_offset": [told.place(t, k < as_sent) for k, t in enumerate(tokens)],
+        return {"tokens": [_name(t) for t in tokens],
+                "text_offset": [told.place(t, k < as_sent) for k, t in enumerate(tokens)],
                 "token_logprobs": [t.logprob if yes else None for t, yes in zip(tokens, known, strict=True)],
-                "top_logprobs": [{o.text: o.logprob for o in t.top} if yes else None
+                "top_logprobs": [{_name(other): other.logprob for other in (t, *reversed(t.top))} if yes else None
                                  for t, yes in zip(tokens, known, strict=True)]}
 
 
@@ -128,6 +129,14 @@ class _Told:
 
 def _scored(token: pb.ScoredToken) -> dict[str, JSON]:
     return {"token": token.text, "logprob": token.logprob, "bytes": list(_bytes(token))}
+
+
+def _name(token: pb.ScoredToken) -> str:
+    """Its text, or as OpenAI has them the bytes of one that is no whole characters: others have the same U+FFFD."""
+    try:
+        return token.raw.decode() or token.text
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
 
 
 def _bytes(token: pb.ScoredToken) -> bytes:

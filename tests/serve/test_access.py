@@ -96,6 +96,7 @@ def test_http_is_encrypted_too(guarded: LocalCluster) -> None:
             return 0
 
     eventually(lambda: get("/health") == 200)
+    assert [get("/v1/models", Authorization=f"{scheme} secret") for scheme in ("Bearer", "bearer", "Basic")] == [200, 200, 401]
     assert (get("/v1/models"), get("/v1/models", Authorization="Bearer secret")) == (401, 200)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from toy import EOS, SPEC, write_model
@@ -90,3 +91,13 @@ def test_a_model_without_a_tokenizer_says_that_it_needs_one(tmp_path) -> None:
     request = generate_request([1, 2], {"choice": ["a"]})
     with pytest.raises(InvalidRequest, match="no tokenizer, so its answers cannot follow"):
         asyncio.run(order_of(request, model, 512, 0))
+
+
+def test_there_may_be_thousands_of_choices() -> None:
+    choices = [f'w{k} "\\n/|' for k in range(5000)]
+    grammar = asyncio.run(grammar_of(of_outputs(choice=choices).sampling))
+    matcher = Grammars(SPEC, lambda: byte_tokenizer({"<eos>": EOS}).to_str()).matcher(Sampling(grammar=grammar), ())
+    assert matcher is not None and np.count_nonzero(matcher.allowed(0)) == 1 and not matcher.error
+    for byte in choices[4711].encode():
+        matcher.push(byte)
+    assert not matcher.error and matcher.allowed(len(choices[4711]))[EOS // 32] >> EOS % 32 & 1
