@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from blitzjax.serve import client as clients
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests that want a GPU say so, see README
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")

@@ -184,9 +184,10 @@ def chosen(spec: ModelSpec, config: EngineConfig, devices: Sequence[jax.Device],
         fits = config.native_kernels and len(devices) == 1
         return Attention(_SHORT, native.kernels(directory, cpu_features(), fetch) if fits else None)
     capability = str(devices[0].compute_capability) if platform == "gpu" else ""
-    if config.cudnn_attention and cudnn_fits(spec, capability):
+    options = dict(spec.options)
+    if config.cudnn_attention and cudnn_fits(spec, capability) and not (options.get("softcap") or options.get("sinks")):
         return fused("cudnn", spec.compute_dtype)
-    return Attention()
+    return Attention(replace(_PLAIN, dtype=np.dtype(spec.compute_dtype)))
 
 
 def fused(implementation: Fused, dtype: str) -> Attention:

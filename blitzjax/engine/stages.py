@@ -364,8 +364,11 @@ class Stages:
         return score, args, (), self.replicated
 
     def _logits(self, weights: Params, table: Array | None, x: Array) -> Array:
-        """f32[rows, D] → f32[rows, vocab]"""
-        return lax.with_sharding_constraint(modules.bind(self.spec, "head")(weights)(x, table), self.replicated)
+        """f32[rows, D] → f32[rows, vocab]. Each device multiplies its part of the vocabulary: else XLA gathers weights."""
+        logits = modules.bind(self.spec, "head")(weights)(x, table)
+        if self.spec.vocab % self.mesh.size == 0:
+            logits = lax.with_sharding_constraint(logits, NamedSharding(self.mesh, P(None, params.TP_AXIS)))
+        return lax.with_sharding_constraint(logits, self.replicated)
 
     def _head_args(self, rows: int):
         table = self._weights("embed")["table"] if self.spec.tied_embeddings else None

@@ -125,13 +125,14 @@ class Device:
     ("gpu", "gfx942", {}, True, None),
     ("gpu", "9.0", {"head_dim": 20}, True, None),
     ("gpu", "9.0", {"dtype": "float32"}, True, None),
+    ("gpu", "9.0", {"options": (("softcap", 50.0),)}, True, None), ("gpu", "9.0", {"options": (("sinks", True),)}, True, None),
     ("gpu", "9.0", {}, False, None),
     ("tpu", "", {}, True, None)])
 def test_the_devices_choose(tmp_path: Path, platform: str, capability: str, changes: dict[str, object], knob: bool,
                             expected: str | None) -> None:
     way = chosen(replace(SPEC, **changes), EngineConfig(cudnn_attention=knob), [Device(platform, capability)], tmp_path)
     assert way.fused == expected and way.kernels is None
-    assert way.layout.dtype == (jnp.bfloat16 if expected else jnp.float32)
+    assert way.layout.dtype == changes.get("dtype", "bfloat16")
 
 
 def test_cpus_keep_what_the_model_computes_in_whatever_can_be_built_there(tmp_path: Path) -> None:

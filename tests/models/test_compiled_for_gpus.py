@@ -7,6 +7,7 @@ private parts of jax, checked with 0.10.2, to make it believe in that GPU.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -62,7 +63,8 @@ def stages(spec: ModelSpec, gpus: list[jax.Device], directory: Path, **sizes: in
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_every_family_compiles(case: str, tp: int, gpus: list[jax.Device], tmp_path: Path) -> None:
     made = stages(read_config(CHECKPOINTS[case]["config"], case, "bfloat16"), gpus[:tp], tmp_path, **SMALL)
-    assert made.attention.fused == "cudnn"
+    odd = {"softcap", "sinks"} & {name for name, value in made.spec.options if value}  # cuDNN knows neither
+    assert made.attention.fused == (None if odd else "cudnn") and made.attention.layout.dtype == "bfloat16"
     for stage in made._all():
         if case == "llama" or stage[0] in OF_A_FAMILY:
             made._stage(*stage)
@@ -77,3 +79,16 @@ def test_a_step_of_a_large_model_updates_its_cache_in_place(tp: int, gpus: list[
     stats = made._stage("decode", 0, 1, 16, 2048).memory_analysis()
     cache = sum(2 * np.prod(a.shape) for a in made.kv_specs(16, 2048)) / tp
     assert stats.alias_size_in_bytes == cache and stats.temp_size_in_bytes < cache / 16
+
+
+def test_the_head_of_a_large_model_gathers_logits_and_no_weights(gpus: list[jax.Device], tmp_path: Path) -> None:
+    spec = MODELS["llama-3-8b"]
+    stats = stages(spec, gpus, tmp_path)._stage("logits", 16).memory_analysis()
+    assert stats.temp_size_in_bytes < 4 * 16 * spec.vocab * 4 < spec.vocab * spec.dim / 8
+
+
+def test_soft_caps_do_not_turn_the_cache_around(gpus: list[jax.Device], tmp_path: Path) -> None:
+    spec = replace(MODELS["llama-3-8b"], options=(("softcap", 50.0),))
+    made = stages(spec, gpus[:1], tmp_path)
+    stats = made._stage("decode", 0, 1, 16, 2048).memory_analysis()
+    assert stats.temp_size_in_bytes < sum(2 * np.prod(a.shape) for a in made.kv_specs(16, 2048)) / 8
