@@ -112,7 +112,7 @@ def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
                         help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, OWNER/NAME on the "
                              "Hugging Face hub, a built-in name, or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (engine.dtype)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (engine.dtype; bfloat16 if nothing is said)")
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:

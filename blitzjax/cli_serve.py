@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -43,7 +44,8 @@ _KNOBS = {
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Runs until Ctrl-C, SIGTERM, or the controller's end; returns the controller's exit code."""
+    """Runs until Ctrl-C, SIGTERM, a terminal that is closed, or the controller's end; returns the controller's exit code.
+    """
     from blitzjax.serve.local import LocalCluster
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a conversion as Ctrl-C does
@@ -67,14 +69,20 @@ def serve(args: argparse.Namespace) -> int:
     if args.host_index:
         return _only_workers(config, launch)
     cluster = LocalCluster(config, models, replace(launch, console=True), names)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: cluster.terminate())
+    _on_end(cluster.terminate)
     with cluster:
         print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
         with contextlib.suppress(BlitzError):  # it ended, and has said why; or it was killed, and begins again
             wait_ready(cluster)
             print(banner(cluster), flush=True)
         return cluster.wait()
+
+
+def _on_end(act: Callable[[], None]) -> None:
+    """What is to happen on SIGTERM, Ctrl-C, and when the terminal is closed, unless nohup let that be ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: act())
 
 
 def wait_ready(cluster: LocalCluster) -> None:
@@ -88,10 +96,9 @@ def wait_ready(cluster: LocalCluster) -> None:
 
 
 def _only_workers(config: Config, launch: Launch) -> int:
-    """This machine's part of a cluster whose controller is elsewhere. Runs until Ctrl-C or SIGTERM."""
+    """This machine's part of a cluster whose controller is elsewhere. Runs until Ctrl-C, SIGTERM or a closed terminal."""
     host = WorkerHost(config, launch)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: host.stop())
+    _on_end(host.stop)
     names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in host.workers.processes)
     print(f"starting workers {names}; their logs are in {host.workers.run_dir}", flush=True)
     asyncio.run(host.run())

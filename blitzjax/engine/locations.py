@@ -82,6 +82,8 @@ def place(model: str, dtype: str, models: Path, download: bool = True) -> tuple[
     if _REPOSITORY.fullmatch(model):
         path, name = _snapshot(model, download), model.partition("/")[2]
         return path, name, models / f"{name}-{stamp(path.resolve()):08x}-{dtype}"
+    if path.suffix == ".gguf" or model.startswith(("/", "~", ".")):
+        raise CheckpointError(f"there is no {path}" if not path.exists() else f"{path} is no checkpoint")
     raise CheckpointError(f"no model {model!r}: give a checkpoint directory, a .gguf file, package.module:function, "
                           f"OWNER/NAME on the Hugging Face hub, or one of {', '.join(BUILT_IN)}")
 

@@ -111,7 +111,8 @@ class Controller:
         """The model of this name; without a name, the one deployed first. Raises UnknownModel."""
         model = self.models.get(name) if name else next(iter(self.models.values()), None)
         if model is None:
-            raise UnknownModel(f"no model {name!r} here; served: {', '.join(self.models) or 'none'}")
+            served = ", ".join(self.models)
+            raise UnknownModel(f"no model {name!r} here; served: {served}" if served else "no model is served; deploy one")
         return model
 
     def model_for(self, name: str, request_id: str, key: str) -> ServedModel:

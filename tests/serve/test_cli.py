@@ -268,6 +268,7 @@ def test_a_simulation_without_instances_is_refused(capsys: pytest.CaptureFixture
     ("scale --to 1 --timeout-s nan", "--timeout-s must be in"), ("scale --to 1 --timeout-s 0", "--timeout-s must be in"),
     ("sim --load inf", "--load at most 100"), ("sim --load 1e300", "--load at most 100"), ("sim --load nan", "must be above 0"),
     ("sim --instances 1 --systems blitz,half", "half would serve with all of 1 instances"),
+    ("serve /nowhere/model.gguf", "there is no /nowhere/model.gguf"),
     ("sim --trace azure", "more than one trace begins with 'azure'"),
     ("sim --duration-s nan", "--duration-s"), ("sim --down-after-s nan", "--down-after-s must be at least 0"),
     ("controller --workers i0=h:1 --model-dir x --config-json []", "--config-json must be an object of tables")])

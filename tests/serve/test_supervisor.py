@@ -128,7 +128,7 @@ def test_a_controller_that_dies_as_it_is_ready_ends_no_cluster(model_dir: Path, 
     monkeypatch.setattr(cli_serve, "Launch", lambda: _LAUNCH)
     monkeypatch.setattr(cli_serve, "checkpoint", lambda *args: model_dir)
     monkeypatch.setattr(cli_serve, "banner", banner)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         with ThreadPoolExecutor(1) as thread:
             assert cli.main(["serve", "toy", "--port", "0", "--pool", "1"]) == 0
