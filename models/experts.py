@@ -81,10 +81,12 @@ class Experts(nnx.Module):
             return lax.dynamic_update_slice_in_dim(y, made, start, 0)
 
         def step(block: jax.Array, y: jax.Array) -> jax.Array:
-            # The condition always holds. XLA:CPU widens a bfloat16 array that a loop slices to float32, whole and ahead
-            # of the loop (20x slower); it does not move work out of a branch.
-            owner = plan.owner[block]
-            return lax.cond(owner < self.design.experts, run, lambda _, y, __: y, block * plan.rows, y, owner)
+            # XLA:CPU widens a bfloat16 array that a loop slices to float32, whole and ahead of the loop (20x slower); it
+            # does not move work out of a branch. XLA:GPU asks the device which branch it is, and copies y for it.
+            def branch(start: jax.Array, y: jax.Array, owner: jax.Array) -> jax.Array:
+                return lax.cond(owner < self.design.experts, run, lambda _, y, __: y, start, y, owner)  # always true
+
+            return lax.platform_dependent(block * plan.rows, y, plan.owner[block], cpu=branch, default=run)
 
         return lax.fori_loop(0, plan.blocks, step, jnp.zeros_like(laid_out))[plan.row]
 
@@ -114,5 +116,5 @@ def _lay_out(chosen: jax.Array, count: int) -> _Plan:
     shift = jnp.append(0, ends[:-1]) * rows - (jnp.cumsum(sizes) - sizes)  # from place in order to row
     row = (shift[experts[order]] + jnp.arange(pairs)).astype(jnp.int32)
     token = jnp.zeros(room * rows, jnp.int32).at[row].set(order // chosen.shape[1])
-    owner = jnp.searchsorted(ends, jnp.arange(room), side="right")
+    owner = jnp.searchsorted(ends, jnp.arange(room), side="right", method="compare_all")
     return _Plan(rows, ends[-1], token, owner, jnp.zeros(pairs, jnp.int32).at[order].set(row).reshape(chosen.shape))

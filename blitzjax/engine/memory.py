@@ -19,7 +19,7 @@ from blitzjax.engine.shapes import Shapes
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError
 
-_STAGED_ROWS = 2  # a prompt that runs, and one that comes or goes
+_STAGED_ROWS = 6  # of a prompt that runs, one that comes and one that goes, each with a copy of another length
 _TEMPORARIES = 2  # one execution's are still there when the next is enqueued
 
 

@@ -198,7 +198,7 @@ class Stages:
                 with blocks.using(self.attention.kernels):
                     found = self._found[(kind, *sizes)] = self.cache.get(name, lambda: self._program(kind, *sizes))
             except RuntimeError as e:
-                if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode"):
+                if self.attention.fused != "cudnn" or kind not in ("first", "next", "decode") or "RESOURCE_EXHAUSTED" in str(e):
                     raise
                 raise ConfigError(f"{name} of {self.spec.name} does not compile with cuDNN's attention; without it: "
                                   f"engine.cudnn_attention=false. {e}") from e

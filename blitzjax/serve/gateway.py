@@ -30,7 +30,7 @@ from blitzjax.serve.client import AsyncClient
 from blitzjax.v1 import inference_pb2 as pb
 
 _BODY_BYTES = 64 << 20
-_AT_ONCE = 512  # answers of one body: half of what may wait by default
+_AT_ONCE = 512  # answers of bodies that have many prompts: half of what may wait by default
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
 _OPEN = ("/health", "/ping")  # without the key
@@ -40,10 +40,11 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Gateway:
-    """Handlers. Holds nothing but the client."""
+    """Handlers. Holds nothing but the client, and places for the prompts of bodies that have many."""
 
     def __init__(self, client: AsyncClient, api_key: str):
         self._client, self._key, self._started = client, api_key, int(time.time())
+        self._places = asyncio.Semaphore(_AT_ONCE)  # first come, first served; a body with one prompt needs none
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._answer_errors])
@@ -142,9 +143,10 @@ class Gateway:
         """Of the answers to all prompts, as they come, each with its prompt's number. Closing it ends all."""
         queue: asyncio.Queue[tuple[int, Chunk] | None] = asyncio.Queue()
         room = asyncio.Semaphore(max(1, _AT_ONCE // max(1, asked.answers)))
+        places = self._places if len(asked.prompts) > 1 else contextlib.nullcontext()
 
         async def read(number: int, prompt: Prompt) -> None:
-            async with room:
+            async with room, places:
                 async for chunk in self._client.stream(prompt, **asked.options):
                     queue.put_nowait((number, chunk))
 

@@ -296,6 +296,13 @@ def test_a_request_has_the_id_that_it_came_with_or_gets_one(site):
         assert said["id"] == f"cmpl-{name}" and (name == given or len(name) == 32 and not given)
 
 
+def test_bodies_of_many_prompts_wait_for_each_other(site):
+    """All of them together are more than may wait."""
+    with ThreadPoolExecutor(4) as threads:
+        bodies = [threads.submit(site.complete, ["ab"] * 300, max_tokens=1, temperature=SLOW) for _ in range(4)]
+        assert [len(body.result()["choices"]) for body in bodies] == [300] * 4
+
+
 def test_tokens_of_a_prompt_and_back(site):
     assert site.post("/tokenize", prompt="ab", add_special_tokens=True) == {
         "tokens": [97, 98], "count": 2, "max_model_len": 512}
