@@ -123,7 +123,6 @@ class Runner:
     def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> Drawn:
         """One step for every row: tokens i32[B] enter at positions lengths i32[B]."""
         x, aux = self.stages.embed(self.store.embedding, tokens[:, None], lengths[:, None])
-        lengths = jax.device_put(lengths, self.stages.replicated)  # once, not with every layer
         for group in self.stages.groups:
             weights = [self.store.params(layer) for layer in range(group.start, group.stop)]
             kv = cache.layers[group.start : group.stop]
