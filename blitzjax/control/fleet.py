@@ -98,6 +98,7 @@ class Roster:
     def __init__(self) -> None:
         self.members: dict[InstanceId, Member] = {}
         self.pages = 0  # of the living instance that has most
+        self.tokens: int | None = None  # KV of the largest living one; None before the first one joined
         self._free = Index()  # IDLE and FAILED
 
     @property
@@ -141,7 +142,9 @@ class Roster:
         self._count_pages()
 
     def _count_pages(self) -> None:
-        self.pages = max((m.pages for m in self.members.values() if m.phase is not Phase.FAILED), default=self.pages)
+        living = [m for m in self.members.values() if m.phase is not Phase.FAILED]
+        self.pages = max((m.pages for m in living), default=self.pages)
+        self.tokens = max((m.pages * m.page_size for m in living), default=self.tokens)
 
     def check(self, fleets: Mapping[str, Fleet]) -> None:
         """Asserts that every instance is in one index, and that watermarks are in range and agree with the phases."""

@@ -43,7 +43,7 @@ class Service:
         self.book = RequestBook(config.serve.max_attempts, share)
         self.provisioner = Provisioner(spec, self.fleet, self.book, transfers, copies)
         self.migrations = Migrations(self.fleet, self.book, scale.drain_by_moving)
-        self._capacity: tuple[tuple[int, int], int | None] = ((-1, -1), None)  # as of these versions
+        self._capacity: tuple[int, int | None] = (-1, None)  # of the largest instance, as of this version
         self._pace = Pace()
         self.scaler = Scaler(config, self.fleet, self.book, self.provisioner, copies, self.migrations.inbound, self._pace)
         self._router = Router(2 * config.engine.max_num_batched_tokens, config.scale.live_queue_tokens, share)
@@ -92,12 +92,11 @@ class Service:
         return capacity is not None and request.total_tokens > capacity
 
     def _capacity_tokens(self) -> int | None:
-        """KV of the largest instance, or where there is none of the largest worker; None: nobody is here."""
-        version = self.fleet.version, self._roster.version
-        if self._capacity[0] != version:
-            members = [*self.fleet.in_phase(Phase.SERVING), *self.fleet.loading()] or self._roster.all_alive()
-            self._capacity = version, max((m.pages * m.page_size for m in members), default=None)
-        return self._capacity[1]
+        """KV of the largest instance, or where there is none of the largest worker; None before the first one joined."""
+        if self._capacity[0] != self.fleet.version:
+            members = [*self.fleet.in_phase(Phase.SERVING), *self.fleet.loading()]
+            self._capacity = self.fleet.version, max((m.pages * m.page_size for m in members), default=None)
+        return self._roster.tokens if self._capacity[1] is None else self._capacity[1]
 
     def _reject_too_large(self, request: Request) -> Reject:
         return Reject(request.id, "INVALID_ARGUMENT", f"prompt and max_tokens make {request.total_tokens} tokens; the "

@@ -128,3 +128,4 @@ def test_what_old_has_not_taken_is_freed_when_its_session_ends_whatever_new_does
     new.instance.post(Release("new") if how == "release" else StartLive("new", LivePair("third", "new", "zigzag")))
     old.partner.close()
     wait(lambda: not any(map(new.handoff.offers, offered)), "the end of what was offered")
+    assert offered and not any(isinstance(e, RequestFinished) for e in old.events)  # nothing of it was taken
