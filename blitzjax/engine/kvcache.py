@@ -72,12 +72,13 @@ class SlotCache:
         rows = [i for i, s in enumerate(self.slots) if s is not None]
         if not rows:
             self.layers = [self._stages.blank(batch, context) for _ in range(self._stages.spec.layers)]
-        steps = self._stages.shapes.steps(self.batch, self.context, batch, context) if rows else []
+        moves, packed = [], rows
+        for size, length in self._stages.shapes.steps(self.batch, self.context, batch, context) if rows else ():
+            order = np.zeros(size, np.int32)  # rows beyond the occupied ones repeat row 0: nobody reads them
+            order[: len(rows)], packed = packed, list(range(len(rows)))
+            moves.append((order, length))
         for layer in range(len(self.layers)):  # frees the old arrays one by one
-            packed = rows
-            for size, length in steps:
-                order = np.zeros(size, np.int32)  # rows beyond the occupied ones repeat row 0: nobody reads them
-                order[: len(rows)] = packed
-                self.layers[layer], packed = self._stages.resize(*self.layers[layer], order, length), list(range(len(rows)))
+            for order, length in moves:
+                self.layers[layer] = self._stages.resize(*self.layers[layer], order, length)
         self.slots = [self.slots[i] for i in rows] + [None] * (batch - len(rows))
         self.context = context
