@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -47,9 +48,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dic
 
 
 def nothing_is_taken() -> None:
-    for thread in [t for t in threading.enumerate() if t.name in ("take-moved-kv", "withdraw-kv")]:
-        thread.join(120)
-        assert not thread.is_alive(), "somebody waits for KV that never comes"
+    # asked for, not joined: a thread is listed before it can be joined
+    deadline = time.monotonic() + 120
+    while any(t.name in ("take-moved-kv", "withdraw-kv") for t in threading.enumerate()):
+        assert time.monotonic() < deadline, "somebody waits for KV that never comes"
+        time.sleep(0.01)
 
 
 def client(*rigs: Rig) -> dict[str, tuple[list[int], list[TokenLogprob], tuple[TokenLogprob, ...]]]:
