@@ -88,7 +88,7 @@ class HandOff:
                 self._offers.popitem(last=False)
         if self._host is None:
             for uuid, arrays in zip(uuids, groups, strict=True):
-                server.await_pull(uuid, list(arrays))
+                server.await_pull(uuid, [part for array in arrays for part in staging.lowered(array, None)])
         return Offered(self._address(server), uuids)
 
     def _stage(self, server: compat.TransferServer, uuid: int, arrays: list[jax.Array], host: jax.Device) -> None:
@@ -133,10 +133,7 @@ class HandOff:
 
     def _pulled(self, connection: compat.TransferConnection, wanted: Sequence[tuple[int, Sequence[jax.ShapeDtypeStruct]]]
                 ) -> list[list[jax.Array]]:
-        host = self._host
-        if host is None:
-            return jax.block_until_ready([connection.pull(uuid, list(specs)) for uuid, specs in wanted])
-        parts = [connection.pull(uuid, [part for spec in specs for part in staging.specs(spec, host)])
+        parts = [connection.pull(uuid, [part for spec in specs for part in staging.specs(spec, self._host)])
                  for uuid, specs in wanted]
         arriving = iter(jax.block_until_ready([part for some in parts for part in some]))
         return jax.block_until_ready([[staging.lifted(spec, arriving) for spec in specs] for _, specs in wanted])

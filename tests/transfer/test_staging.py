@@ -1,4 +1,5 @@
-"""Arrays of devices with memory of their own travel through the host: whole, sharded and replicated, bit for bit."""
+"""Arrays travel as they are cut, through the host where devices have memory of their own: whole, sharded and replicated,
+bit for bit."""
 
 from __future__ import annotations
 
@@ -56,6 +57,19 @@ def test_an_offer_is_taken_once_or_withdrawn(handoff: HandOff, monkeypatch: pyte
         assert handoff.offers(uuid) and not handoff.withdraw(uuid) and not handoff.offers(uuid)
     monkeypatch.setattr("blitzjax.transfer.handoff._WITHDRAW_TIMEOUT_S", 60.0)
     assert all(handoff.withdraw(uuid) for uuid in handoff.offer(*groups).uuids)
+
+
+@pytest.mark.parametrize("sender_has_own", [True, False])
+def test_sides_need_not_have_memory_of_the_same_kind(handoff: HandOff, sender_has_own: bool) -> None:
+    """What one cuts and the other does not would arrive as something else."""
+    shared = HandOff("127.0.0.1", jax.devices()[:2], own_memory=False)
+    sender, taker = (handoff, shared) if sender_has_own else (shared, handoff)
+    arrays = [placed(cut, 2) for cut in CUTS]
+    offered = sender.offer(arrays)
+    got = taker.take(offered.address, offered.uuids[0], [spec(a) for a in arrays], 60.0)
+    for one, sent in zip(got, arrays, strict=True):
+        assert one.sharding == sent.sharding
+        np.testing.assert_array_equal(one, sent)
 
 
 def test_a_withdrawal_in_vain_ends_no_other(handoff: HandOff) -> None:
