@@ -183,6 +183,10 @@ class Stages:
             if width < s.contexts[0]:
                 self._stage("resize", 1, width, 1, s.contexts[0])
 
+    def compiled(self) -> Iterator[tuple[Compiled, tuple]]:
+        """Every stage so far, and the arguments it takes, as pytrees of ShapeDtypeStruct with shardings."""
+        return ((found, self._program(*stage).args) for stage, found in list(self._found.items()))
+
     @property
     def temporary_bytes(self) -> int:
         """What the compiled stage that needs most takes on a device besides its arguments, results included."""

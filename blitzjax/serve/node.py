@@ -33,6 +33,7 @@ from blitzjax.engine.loading import Holder, Loader
 from blitzjax.engine.memory import common
 from blitzjax.engine.params import LayerStore
 from blitzjax.engine.stages import Stages
+from blitzjax.engine.warmup import run_each
 from blitzjax.errors import BlitzError, CheckpointError, ConfigError, TransferError
 from blitzjax.serve import codec
 from blitzjax.serve.couriers import KVCourier, KVReply
@@ -114,6 +115,8 @@ class Node:
             if scale.roles == "split" or scale.drain_by_moving or store.own_memory and self.config.engine.prefix_caching:
                 stages.compile_moves()
             self._peers.close()
+            if store.own_memory:
+                self._warm(stages)
             checkpoint = Path(model.checkpoint) if model.checkpoint else None
             instance = Instance(self.name, self.config, store, stages, self._handoff,
                                 lambda output: self._session.put(encoded(output), lambda: instance.forgetful),
@@ -125,6 +128,15 @@ class Node:
         log.info("%s is ready for %s in %.2f s: %d stages compiled, %d loaded, %d fetched, for %d x %s", self.name, spec.name,
                  time.monotonic() - started, stages.cache.compiled, stages.cache.loaded, stages.cache.fetched,
                  len(self._devices), self._devices[0].device_kind)
+
+    def _warm(self, stages: Stages) -> None:
+        """Not beside another model's instance, whose requests would wait and whose memory is counted."""
+        if any(served.store.held_bytes for served in self._models.values()):
+            return
+        try:
+            run_each(stages)
+        except jax.errors.JaxRuntimeError as e:
+            log.warning("%s did not run all stages of %s once, the first requests will: %s", self.name, stages.spec.name, e)
 
     def _deploy(self, model: pb.Model, name: str, undeploys: int) -> None:
         """One more model, in a thread of its own: what serves goes on. If it is to go by then, nothing is said."""

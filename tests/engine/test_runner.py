@@ -2,7 +2,9 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,15 +15,13 @@ from blitzjax.engine.runner import Prefill, Runner
 from blitzjax.engine.sampling import greedy_draws
 from blitzjax.engine.shapes import shapes_for
 from blitzjax.engine.stages import Stages
+from blitzjax.engine.warmup import run_each
 from blitzjax.types import ModelSpec, Sampling, Span
 
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32")
 
 
 def build(tmp_path_factory, tp: int, dtype: str = "float32", fused_layers: int = 0) -> Runner:
-    import jax
-    from dataclasses import replace
-
     spec = replace(SPEC, dtype=dtype)
     store = LayerStore(spec, jax.local_devices()[:tp])
     rng = np.random.default_rng(0)
@@ -69,6 +69,28 @@ def test_chunk_by_chunk_equals_layer_by_layer(runner: Runner) -> None:
         assert list(runner.layers_of_chunk(chunked, index)) == list(range(SPEC.layers))
     assert len(chunked.chunks) == 3 and same(chunked.x, whole.x)
     assert all(same(a, b) for a, b in zip(chunked.kv, whole.kv, strict=True))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_stage_has_run_before_a_request_needs_it(tmp_path_factory, tp: int) -> None:
+    runner = build(tmp_path_factory, tp)
+    runner.stages.compile_all()
+    runner.stages.compile_moves()
+    ran = set()
+
+    class Watched:  # what is compiled, and notes that it ran
+        def __init__(self, stage: tuple, compiled) -> None:
+            self.stage, self.compiled = stage, compiled
+
+        def __call__(self, *args):
+            ran.add(self.stage)
+            return self.compiled(*args)
+
+    runner.stages._found = {stage: Watched(stage, found) for stage, found in runner.stages._found.items()}
+    before = len(jax.live_arrays())
+    run_each(runner.stages)
+    assert ran == set(runner.stages._found)
+    assert len(jax.live_arrays()) <= before, "nothing of it stays in memory"
 
 
 def first_token(runner: Runner, prefill: Prefill) -> int:
@@ -175,7 +197,6 @@ def test_executables_are_loaded_on_the_second_start(tmp_path_factory, runner: Ru
 
 @pytest.mark.parametrize("limit,chunk", [(2048, 512), (512, 64), (100, 512), (40, 8)])
 def test_every_prompt_fits_compiled_shapes(limit: int, chunk: int) -> None:
-    from dataclasses import replace
 
     shapes = shapes_for(replace(SPEC, max_len=4096), EngineConfig(max_model_len=limit, max_num_batched_tokens=chunk))
     first, later = set(shapes.first_chunks()), set(shapes.next_chunks())
