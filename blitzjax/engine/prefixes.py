@@ -6,8 +6,11 @@ that its key stands for and of the parameters; whoever drops the parameters drop
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -21,6 +24,24 @@ from blitzjax.engine.sequence import Sequence as Running
 from blitzjax.engine.stages import KV, Stages
 
 
+KEPT_ROWS = 2  # on their way from a device to the host
+
+
+@dataclass(slots=True)
+class _Page:
+    """Keys and values [L, ...] as the layout has them, in memory of their own."""
+
+    kv: tuple[np.ndarray, np.ndarray] | None = None
+    coming: Future[None] | None = None  # what sets `kv`
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.kv is None:
+            assert self.coming is not None
+            self.coming.result()
+        assert self.kv is not None
+        return self.kv
+
+
 class PrefixCache:
     """Owned by the engine thread. Copies pages from the arrays of prompts and of the decode batch, and back."""
 
@@ -28,7 +49,9 @@ class PrefixCache:
         """`own_memory`: what is kept is copied from the devices, see `staging.has_own_memory`."""
         self._stages, self._batcher, self._own_memory = stages, batcher, own_memory
         self._page_size, self._on = config.page_size, config.prefix_caching
-        self._pages: dict[PageKey, tuple[np.ndarray, np.ndarray]] = {}  # [L, ...]: a page as the layout has it
+        self._pages: dict[PageKey, _Page] = {}
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="prefix-copies")  # from devices with memory of their own
+        self._copies: collections.deque[Future[None]] = collections.deque()
 
     def check(self) -> None:
         """Asserts the invariant."""
@@ -50,26 +73,35 @@ class PrefixCache:
         news = self._batcher.remember(sequence.id, keys)
         while self._batcher.forgotten:
             del self._pages[self._batcher.forgotten.pop()]
-        rows = self._rows(layers, row, tokens) if news else []
-        for index in news:
-            keys_at, values_at = self._page(index, dims=3)
-            self._pages[keys[index]] = np.stack([k[keys_at] for k, _ in rows]), np.stack([v[values_at] for _, v in rows])
+        if news:
+            pages = {index: _Page() for index in news}
+            self._pages |= {keys[index]: page for index, page in pages.items()}
+            self._fill(pages, layers, row, tokens)
 
-    def _rows(self, layers: Sequence[KV], row: int, tokens: int) -> list[tuple[np.ndarray, ...]]:
-        """The first `tokens` tokens in row `row`, and whatever follows them, on the host. Views where the device's memory
-        is the host's, so they must not outlive the next step.
-        """
+    def _fill(self, pages: dict[int, _Page], layers: Sequence[KV], row: int, tokens: int) -> None:
+        """Where devices have memory of their own the row is copied there, and that to the host by a thread: steps go on."""
         stages = self._stages
-        if self._own_memory:  # of all rows, that one alone is copied
-            index, length = np.array([row], np.int32), stages.shapes.moved(tokens)
-            layers = [(k, v) if len(k) == 1 else stages.resize(k, v, index, stages.layout.tokens((k, v))) for k, v in layers]
-            layers, row = [stages.fitted(kv, length) for kv in layers], 0
-        parts = [[_shards(a, stages.layout.heads) for a in kv] for kv in layers]
-        if self._own_memory:
-            for part in [part for kv in parts for shards in kv for part in shards]:
-                part.copy_to_host_async()
-        return [tuple(_joined([np.asarray(part)[row] for part in shards], stages.layout.heads - 1) for shards in kv)
+        if not self._own_memory:
+            self._cut(pages, [[_shards(a, stages.layout.heads) for a in kv] for kv in layers], row)
+            return
+        index, length = np.array([row], np.int32), stages.shapes.moved(tokens)
+        layers = [(k, v) if len(k) == 1 else stages.resize(k, v, index, stages.layout.tokens((k, v))) for k, v in layers]
+        parts = [[_shards(a, stages.layout.heads) for a in stages.fitted(kv, length)] for kv in layers]
+        for part in [part for kv in parts for shards in kv for part in shards]:
+            part.copy_to_host_async()
+        while len(self._copies) >= KEPT_ROWS:
+            self._copies.popleft().result()
+        self._copies.append(self._copier.submit(self._cut, pages, parts, 0))
+        for page in pages.values():
+            page.coming = self._copies[-1]
+
+    def _cut(self, pages: dict[int, _Page], parts: list[list[list[Array]]], row: int) -> None:
+        """`parts`: of every layer's keys and values, those of each device."""
+        rows = [tuple(_joined([np.asarray(part)[row] for part in shards], self._stages.layout.heads - 1) for shards in kv)
                 for kv in parts]
+        for index, page in pages.items():
+            keys_at, values_at = self._page(index, dims=3)
+            page.kv = np.stack([k[keys_at] for k, _ in rows]), np.stack([v[values_at] for _, v in rows])
 
     def staged(self, sequence: Running, hit: int) -> list[KV]:
         """Every layer's staging arrays for its prompt, with the first `hit` tokens in them, which its seat owns."""
@@ -77,7 +109,7 @@ class PrefixCache:
         k, v = (_zeros((self._stages.spec.layers, *spec.shape[1:]), spec.dtype) for spec in specs)
         for index, key in enumerate(sequence.keys[: hit // self._page_size]):
             keys_at, values_at = self._page(index, dims=4)
-            k[keys_at], v[values_at] = self._pages[key]
+            k[keys_at], v[values_at] = self._pages[key].read()
         sharding = self._stages.kv_sharding
         return [tuple(jax.device_put((k[layer : layer + 1], v[layer : layer + 1]), sharding)) for layer in range(len(k))]
 

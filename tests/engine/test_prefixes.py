@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from blitzjax.config import EngineConfig
 from blitzjax.control.batching import Batcher
 from blitzjax.engine import messages as m
 from blitzjax.engine.decoding import DecodeBatch
-from blitzjax.engine.prefixes import kept_pages
+from blitzjax.engine.prefixes import PrefixCache, kept_pages
 from blitzjax.engine.stages import Stages
 from blitzjax.commands import Abort, EndLive, Release, StartLive
 from blitzjax.events import Drained, LiveDrained, PrefillDone, RequestHanded
@@ -84,6 +86,25 @@ def test_the_next_turn_of_a_conversation_hits_what_was_answered(rig_of, own_memo
         hits.append((hit, len(talk)))
         talk += tuple(answer) + tokens_of(20 + turn, 9)
     assert hits == [(0, 50), (64, 99), (128, 148), (160, 197)]
+
+
+def test_answers_go_on_while_pages_are_copied_off_a_device(rig_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, cached = rig_of("plain", prefix_caching=False), rig_of("cached", own_memory=True)
+    for rig in (plain, cached):
+        rig.load(SPEC.units)
+    copying, cut = threading.Event(), PrefixCache._cut
+    monkeypatch.setattr(PrefixCache, "_cut", lambda self, *args: (copying.wait(300), cut(self, *args)))
+    first = asking(tokens_of(6, 100), max_tokens=40)
+    expected = told(plain, first)[0]
+    assert told(cached, first) == (expected, 0) and not copying.is_set()
+    again = asking(first.prompt + tuple(expected), max_tokens=40)
+    cached.post(again)
+    time.sleep(0.1)  # it has nothing to begin with
+    assert again.request.id not in answers(cached)
+    copying.set()
+    cached.wait(lambda events: again.request.id in finished(events), "an answer")
+    assert answers(cached)[again.request.id] == told(plain, again)[0]
+    assert messages(cached, replace(again, request=replace(again.request, id="hit")))[0].cached_tokens == 128
 
 
 def test_a_sharded_instance_hits_too(rig_of) -> None:

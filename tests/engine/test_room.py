@@ -17,24 +17,24 @@ from blitzjax.types import ModelSpec
 
 SPEC = ModelSpec("tiny", "llama", 5, 64, 4, 2, 16, 128, 272, 512, 10000.0, 1e-5, True, "float32")
 SHAPES = Shapes(batches=(2, 4, 8, 16), contexts=(256, 512, 1024), widths=(32, 64), hits=True)
-NEEDS = Needs(parameters=50_000, temporaries=5_000, token=10)  # a row: 10,240; beside rows: 50,000 + 10,000 + 61,440
+NEEDS = Needs(parameters=50_000, temporaries=5_000, token=10)  # a row: 10,240; beside rows: 50,000 + 10,000 + 81,920
 ENGINE = EngineConfig(max_num_seqs=12, max_model_len=1000, page_size=16)
 
 
 @pytest.mark.parametrize("budget, slots", [
-    (121_440 + 16 * 10_240, 12), (121_440 + 16 * 10_240 - 1, 8), (121_440 + 8 * 10_240, 8), (121_440 + 2 * 10_240, 2)])
+    (141_920 + 16 * 10_240, 12), (141_920 + 16 * 10_240 - 1, 8), (141_920 + 8 * 10_240, 8), (141_920 + 2 * 10_240, 2)])
 def test_rows_at_full_length_fit(budget: int, slots: int) -> None:
     """Rows come in powers of two: 12 sequences lie in 16."""
     assert room(ENGINE, SHAPES, NEEDS, budget) == Room(slots, slots * 63)
 
 
 def test_pages_that_were_asked_for_stay() -> None:
-    assert room(EngineConfig(max_num_seqs=12, kv_pages=77), SHAPES, NEEDS, 121_440 + 4 * 10_240) == Room(4, 77)
+    assert room(EngineConfig(max_num_seqs=12, kv_pages=77), SHAPES, NEEDS, 141_920 + 4 * 10_240) == Room(4, 77)
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_knobs() -> None:
     with pytest.raises(ConfigError, match=r"50,000 bytes of parameters.*engine\.memory_fraction.*engine\.max_model_len"):
-        room(ENGINE, SHAPES, NEEDS, 121_440 + 2 * 10_240 - 1)
+        room(ENGINE, SHAPES, NEEDS, 141_920 + 2 * 10_240 - 1)
 
 
 def test_a_worker_takes_what_the_largest_of_its_models_leaves() -> None:
