@@ -123,10 +123,12 @@ class Runner:
     def decode(self, cache: SlotCache, tokens: np.ndarray, lengths: np.ndarray, draws: Draws) -> Drawn:
         """One step for every row: tokens i32[B] enter at positions lengths i32[B]."""
         x, aux = self.stages.embed(self.store.embedding, tokens[:, None], lengths[:, None])
+        # one copy for all layers; on CPUs that costs more than it saves
+        at = jax.device_put(lengths, self.stages.replicated) if self.store.own_memory else lengths
         for group in self.stages.groups:
             weights = [self.store.params(layer) for layer in range(group.start, group.stop)]
             kv = cache.layers[group.start : group.stop]
-            x, cache.layers[group.start : group.stop] = self.stages.decode(group, weights, x, aux, kv, lengths)
+            x, cache.layers[group.start : group.stop] = self.stages.decode(group, weights, x, aux, kv, at)
         return self._head(x, draws)
 
     def _run_layer(self, prefill: Prefill, layer: int, index: int) -> None:
