@@ -8,8 +8,10 @@ chains are lanes: each moves 1/k of every unit and the domain gathers them. Plai
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from blitzjax.control.topology import Topology
 from blitzjax.types import Chain, InstanceId, MulticastPlan, Ring
@@ -36,19 +38,18 @@ def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Hel
     complete = sorted(i for i, units in sources if units >= stop_unit and not topology.sending(i))
     usable = [i for i in complete if i not in local]
     units = dict(targets)
-    groups = _groups(usable, units, topology)
+    groups = _groups(units, topology)
     inner = _deal_inside([i for i in complete if i in local], usable, groups, topology)
     groups = [group for group in groups if all(group[0] not in draft.members for draft in inner)]
     if not usable and inner:  # the first targets send on to the others
-        drafts = _deal(inner, [i for group in groups for i in group], topology)
-        return _finish(ticket, model, drafts, [], units, stop_unit, generation_of)
+        return _finish(ticket, model, _deal(inner, groups, topology), [], units, stop_unit, generation_of)
     if not usable or not targets:
         return MulticastPlan(ticket, model, ())
     lanes, sharded = _choose_lanes(len(usable), groups, topology)
-    ordered = [i for group in groups if group not in sharded for i in group]
-    seeds = _seeds(usable, [i for group in groups for i in group], topology)
-    whole = _deal([_Draft([seed]) for seed in seeds[lanes:][: len(ordered)]], ordered, topology)
-    drafts = _deal_lanes(seeds[:lanes], sharded) + whole + inner
+    others = [group for group in groups if group not in sharded]
+    seeds = _seeds(usable, sharded, topology)[:lanes]
+    whole = [_Draft([seed]) for seed in _seeds([i for i in usable if i not in seeds], others, topology)]
+    drafts = _deal_lanes(seeds, _ordered(sharded, seeds[:1], topology)) + _deal(whole, others, topology) + inner
     rings = [ring for group in sharded for ring in _rings(group, lanes)]
     return _finish(ticket, model, drafts, rings, units, stop_unit, generation_of)
 
@@ -74,15 +75,30 @@ def _deal_inside(local: list[InstanceId], usable: list[InstanceId], groups: list
             if ports[group[0]].domain in source_of]
 
 
-def _groups(sources: list[InstanceId], targets: dict[InstanceId, int], topology: Topology) -> list[list[InstanceId]]:
-    """Targets by domain: those that share a fast one with a source first, then the largest summed bandwidth."""
-    ports = topology.ports
-    near = {ports[i].domain for i in sources if ports[i].fast_gbps}
+def _groups(targets: Collection[InstanceId], topology: Topology) -> list[list[InstanceId]]:
+    """Targets by domain, the fastest of each first."""
     groups: dict[str, list[InstanceId]] = {}
-    for i in sorted(targets, key=lambda i: (-ports[i].gbps, i)):
-        groups.setdefault(ports[i].domain, []).append(i)
-    speed = {domain: sum(ports[i].gbps for i in members) for domain, members in groups.items()}
-    return [groups[d] for d in sorted(groups, key=lambda d: (d not in near, -speed[d], groups[d][0]))]
+    for i in sorted(targets, key=lambda i: (-topology.ports[i].gbps, i)):
+        groups.setdefault(topology.ports[i].domain, []).append(i)
+    return list(groups.values())
+
+
+def _ordered(groups: list[list[InstanceId]], tails: Collection[InstanceId],
+             topology: Topology) -> list[list[InstanceId]]:
+    """What shares a fast domain with a tail first, then what passes on most.
+
+    Of equals a leaf's come together, those in a tail's leaf first, so that no chain comes back to a leaf that it left;
+    inside a leaf the largest summed bandwidth comes first.
+    """
+    ports = topology.ports
+    near = {ports[i].domain for i in tails if ports[i].fast_gbps}
+    leaves = {ports[i].leaf for i in tails}
+
+    def key(group: list[InstanceId]) -> tuple[bool, float, bool, str, float, InstanceId]:
+        slowest, speed = ports[group[-1]], sum(ports[i].gbps for i in group)
+        return (slowest.domain not in near, -slowest.gbps, slowest.leaf not in leaves, slowest.leaf, -speed, group[0])
+
+    return sorted(groups, key=key)
 
 
 def _choose_lanes(sources: int, groups: list[list[InstanceId]],
@@ -117,20 +133,29 @@ def _rings(group: list[InstanceId], lanes: int) -> list[tuple[InstanceId, ...]]:
     return [tuple(group[start:] if start == starts[-1] else group[start:start + lanes]) for start in starts]
 
 
-def _seeds(sources: list[InstanceId], targets: list[InstanceId], topology: Topology) -> list[InstanceId]:
-    """As many sources as targets at most; those in a target's domain first, then in its leaf, then the fastest."""
+def _seeds(sources: list[InstanceId], groups: list[list[InstanceId]], topology: Topology) -> list[InstanceId]:
+    """As many sources as targets at most: for each target one in its domain, else in its leaf, else the fastest.
+
+    Those that are near no target come first: who asks from afar gets them.
+    """
     ports = topology.ports
-    domains, leaves = {ports[i].domain for i in targets}, {ports[i].leaf for i in targets}
-    ranked = sorted(sources, key=lambda i: (ports[i].domain not in domains, ports[i].leaf not in leaves,
-                                            -ports[i].gbps, i))
-    return ranked[: len(targets)]
+    targets = [ports[i] for group in groups for i in group]
+    ranked = sorted(sources, key=lambda i: (-ports[i].gbps, i))
+    for place in (attrgetter("domain"), attrgetter("leaf")):
+        near, far, lacking = [], [], Counter(map(place, targets))
+        for i in ranked:
+            (near if lacking[place(ports[i])] > 0 else far).append(i)
+            lacking[place(ports[i])] -= 1
+        ranked = near + far
+    return far[: len(targets) - len(near)] + near
 
 
-def _deal(drafts: list[_Draft], targets: list[InstanceId], topology: Topology) -> list[_Draft]:
+def _deal(drafts: list[_Draft], groups: list[list[InstanceId]], topology: Topology) -> list[_Draft]:
     """Appends each target to the chain whose tail is in its domain, else in its leaf, else to the shortest.
 
     Once only as many targets are left as chains are empty, an empty chain gets it: k live tails need k chains.
     """
+    targets = [i for group in _ordered(groups, [d.members[-1] for d in drafts], topology) for i in group]
     tails = _Tails(drafts, topology)
     empty, only_empty = sum(len(d.members) == 1 for d in drafts), False
     for left, instance in zip(range(len(targets), 0, -1), targets):

@@ -55,6 +55,17 @@ def test_wide_domains_come_first_and_chains_stay_inside_a_leaf() -> None:
     assert chains(top, {"s": 6, "t": 6}, dict.fromkeys("abcdef", 0)) == [("s", "e", "b", "d"), ("t", "a", "c", "f")]
 
 
+def test_of_equal_groups_a_leaf_s_are_visited_together_and_leaves_with_a_source_first() -> None:
+    top = topology(s="h0/y", a="h1/x", b="h2/y", c="h3/x", d="h4/x", e="h4/x", f="h5/y", g="h6/z@50", h="h7/x@50")
+    assert chains(top, {"s": 6}, dict.fromkeys("abcdefgh", 0)) == [("s", "b", "f", "d", "e", "a", "c", "h", "g")]
+
+
+def test_each_leaf_with_targets_has_a_source_of_its_own_where_there_is_one() -> None:
+    top = topology(s="h0/x", t="h0/x", u="h1/y", a="h3/x", b="h4/y", c="h5/z")
+    assert sorted(chains(top, dict.fromkeys("stu", 6), dict.fromkeys("ab", 0))) == [("s", "a"), ("u", "b")]
+    assert sorted(chains(top, dict.fromkeys("stu", 6), dict.fromkeys("bc", 0))) == [("s", "c"), ("u", "b")]
+
+
 def test_what_shares_nvlink_with_a_source_goes_before_the_network() -> None:
     top = topology(s="F0", a="F1", b="F1", c="F0")
     assert chains(top, {"s": 6}, {"a": 0, "b": 0, "c": 0}) == [("s", "c", "a", "b")]
@@ -133,6 +144,18 @@ def test_a_chain_starts_at_the_lowest_watermark_of_its_targets() -> None:
     plan = multicast.plan(1, "toy", [("s", 6)], [("a", 4), ("b", 2)], top, UNITS, lambda members: len(members))
     (chain,) = plan.chains
     assert (chain.start_unit, chain.stop_unit, chain.generation) == (2, 6, 3)
+
+
+@given(st.integers(1, 5), st.integers(1, 16), st.lists(st.integers(0, 9), min_size=21, max_size=21), st.integers(1, 4),
+       st.integers(0, 3))
+def test_no_chain_enters_a_leaf_twice(sources: int, targets: int, hosts: list[int], leaves: int, local: int) -> None:
+    names = [f"i{k}" for k in range(sources + targets)]
+    top = topology(**{name: f"{'F' if host % 2 else 'h'}{host}/l{host % leaves}" for name, host in zip(names, hosts)})
+    held, missing = [(i, UNITS) for i in names[:sources]], [(i, 0) for i in names[sources:]]
+    for chain in multicast.plan(1, "toy", held, missing, top, UNITS, lambda members: 0, names[:local]).chains:
+        visited = [leaf for leaf, _ in itertools.groupby(top.ports[i].leaf for i in chain.instances)]
+        entered = visited[1:] if chain.lanes > 1 else visited  # lanes go the same way, and so back to where one began
+        assert len(set(entered)) == len(entered), (chain, visited)
 
 
 @given(st.integers(0, 4), st.integers(0, 6), st.lists(st.integers(0, 2), min_size=10, max_size=10),
