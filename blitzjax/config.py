@@ -80,7 +80,7 @@ class ScaleConfig:
     down_after_s: float = 5.0  # load must stay low for this long before an instance drains
     drain_by_moving: bool = False  # answers of mixed instances that drain move to others, with their KV, and end there
     zero_after_s: float = 30.0  # with min_instances 0: the last one drains when nobody has asked for this long
-    yield_after_s: float = 30.0  # a request has waited so long for a first instance: another model's last one drains for it
+    yield_after_s: float = 30.0  # of waiting for a first instance: then another model's last one drains, or, manual, it ends
     host_copies: bool = True  # a model without an instance stays in the memory of one host; false: on disk only
     live_queue_tokens: int = 16384  # prompt tokens a loading instance may take on
 

@@ -47,6 +47,7 @@ class Cluster:
         self._copies = HostCache(self._roster, self._transfers, config.cluster.pool, config.scale.host_copies)
         self._services: dict[str, Service] = {}
         self._parts: set[InstanceId] = set()  # joined IDLE with some units of an instance
+        self._shut_out: dict[str, float] = {}  # models with requests that get no worker, and since when
         for spec in [specs] if isinstance(specs, ModelSpec) else specs:
             self._deploy(ModelDeployed(0.0, spec))
 
@@ -109,7 +110,7 @@ class Cluster:
             case events.Ticked(at=at):
                 for service in self._services.values():
                     service.scaler.tick(at)
-                return []
+                return self._turn_away(at)
             case events.ModelDeployed():
                 return self._deploy(event)
             case events.ModelUndeployed(model=model):
@@ -320,6 +321,18 @@ class Cluster:
                 givers[-1].scaler.give_up(spare[giver], self._copies.where(want.model))
                 wants = [self._services[w.model].scaler.want(at, []) for w in wants]
         return givers
+
+    def _turn_away(self, at: float) -> list[Command]:
+        """Where operators set the goals nobody makes room: who has found every worker in those of others is told so."""
+        scale, services, alive = self._config.scale, self._services.values(), self._roster.all_alive()
+        fixed = scale.policy == "manual" and alive and all(m.counted for m in alive) and not any(
+            s.scaler.surplus for s in services)
+        shut_out = [s for s in services if fixed and s.book.queued and not s.fleet.size]
+        self._shut_out = {s.name: self._shut_out.get(s.name, at) for s in shut_out}
+        goals = ", ".join(f"{s.name} {s.scaler.goal.target}" for s in services if s.fleet.size)
+        why = f"for {scale.yield_after_s:g} s all workers have served other models, as they were told to ({goals}); scale down"
+        late = at - scale.yield_after_s
+        return [c for s in shut_out if self._shut_out[s.name] <= late for c in s.turn_away(late, why)]
 
     def _close(self, service: Service) -> None:
         """A model that was undeployed is forgotten once nothing of it is left."""

@@ -43,6 +43,11 @@ class Member:
     def loading(self) -> bool:
         return self.phase in (Phase.LOADING, Phase.LIVE) and not self.releasing
 
+    @property
+    def counted(self) -> bool:
+        """It is among those that a goal is about."""
+        return self.loading or self.phase is Phase.SERVING
+
     def move(self, to: Phase) -> None:
         to = lifecycle.move(self.phase, to)
         self.index.remove(self)

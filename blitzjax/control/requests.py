@@ -83,6 +83,10 @@ class RequestBook:
         """The queued request that goes next: first in rank, whatever its attempt."""
         return self._entries[self._queue[0][1]] if self._queue else None
 
+    def waiting(self) -> list[Entry]:
+        """Everything queued, in the order in which it goes."""
+        return [self._entries[request_id] for _, request_id in self._queue]
+
     @property
     def queued(self) -> int:
         return len(self._queue)

@@ -100,6 +100,11 @@ class Scaler:
         return max(0, self._missing(self._prefill)) + max(0, self._missing(Role.DECODE))
 
     @property
+    def surplus(self) -> bool:
+        """There are more instances than wanted."""
+        return self._instances > self.goal.target
+
+    @property
     def asleep(self) -> bool:
         """No instance is wanted: a request must wake the model."""
         return not self.goal.target

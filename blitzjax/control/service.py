@@ -102,6 +102,13 @@ class Service:
         return Reject(request.id, "INVALID_ARGUMENT", f"prompt and max_tokens make {request.total_tokens} tokens; the "
                                                       f"KV cache of an instance holds {self._capacity_tokens()}")
 
+    def turn_away(self, arrived_by: float, why: str) -> list[Command]:
+        """Those that have waited for an instance since then, and get none."""
+        late = [entry for entry in self.book.waiting() if entry.request.arrival_s <= arrived_by]
+        for entry in late:
+            self.book.forget(entry)
+        return [Reject(entry.request.id, "UNAVAILABLE", f"no instance of {self.name!r}: {why}") for entry in late]
+
     def cancelled(self, request_id: RequestId) -> list[Command]:
         entry = self.book.get(request_id)
         if entry is None:

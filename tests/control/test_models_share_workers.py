@@ -262,6 +262,28 @@ def test_no_model_waits_for_ever_for_one_that_is_always_asked() -> None:
     assert len(world.ended) == 32 and one_copy(world)
 
 
+def test_who_finds_all_workers_in_the_goals_of_others_is_told_so_in_time() -> None:
+    world = pool(2, yield_after_s=20.0)
+    world.scale(2, model="toy"), world.settle()
+    world.arrive("a", model="big"), world.tick(0.0), world.tick(19.0)
+    world.arrive("b", model="big")
+    assert world.tick(1.0) == [Reject("a", "UNAVAILABLE", "no instance of 'big': for 20 s all workers have served other "
+                                      "models, as they were told to (toy 2); scale down")]
+    world.scale(1, model="toy"), world.tick(30.0), world.settle(compute=True)
+    assert world.ended == {"a": "UNAVAILABLE", "b": "length"}
+
+
+def test_who_waits_for_a_worker_to_come_back_is_not_sent_away() -> None:
+    world = pool(2, yield_after_s=20.0)
+    world.scale(1, model="toy"), world.scale(1, model="big"), world.settle()
+    world.arrive("a", model="big"), world.tick(60.0)
+    lost = whole(world, "big")[0]
+    world.kill(lost), world.tick(1.0), world.tick(15.0)
+    assert not world.ended
+    world.join(lost), world.settle(compute=True)
+    assert world.ended == {"a": "length"}
+
+
 def test_what_loads_does_not_make_the_only_one_that_serves_dispensable() -> None:
     world = pool(2, policy="auto", source="disk", live="off", prefill_tokens_per_s=100.0)
     world.arrive("a", model="toy"), world.settle()
