@@ -15,6 +15,7 @@ from blitzjax.config import Config
 from blitzjax.control import sharing
 from blitzjax.control.fleet import Fleet, Member, Roster
 from blitzjax.control.hostcache import HostCache
+from blitzjax.control.scaling import usable
 from blitzjax.control.service import Service
 from blitzjax.control.status import ClusterStatus, InstanceStatus
 from blitzjax.control.topology import Port, Topology
@@ -308,11 +309,15 @@ class Cluster:
         return commands
 
     def _take_from_others(self, at: float, wants: list[sharing.Want], quotas: dict[str, int]) -> list[Service]:
-        """A model below its least that gets no worker takes one from another, unless some are on their way already."""
+        """A model below its least that gets no worker takes one from another, unless one is on its way already."""
         givers: list[Service] = []
         short = [w for w in wants if w.instances + quotas[w.model] < w.least and w.missing > quotas[w.model]]
-        coming = sum(m.releasing or m.yielded for m in self._roster.members.values())
-        for want in short[coming:]:
+        coming = [m for m in self._roster.members.values() if m.releasing or m.yielded]
+        for want in short:
+            expected = next((m for m in coming if usable(m, at, want.model)), None)
+            if expected is not None:
+                coming.remove(expected)
+                continue
             spare = {other.model: self._services[other.model].scaler.spare(at, want.model, want.waited_s)
                      for other in wants if other.model != want.model}
             giver = sharing.donor([other for other in wants if spare.get(other.model)])

@@ -176,7 +176,7 @@ class Scaler:
         if self._instances <= (floor if scale.policy == "auto" else max(floor, self.goal.target)):
             return []
         last = {members[0].id for role in Role if asked and len(members := self._fleet.serving(role)) == 1}
-        return [m for m in self._drainable() if m.id not in last and _usable(m, at, model)]
+        return [m for m in self._drainable() if m.id not in last and usable(m, at, model)]
 
     def give_up(self, spare: list[Member], wished: InstanceId | None) -> None:
         """Another model needs one of `spare`: `wished` if possible, else the one with the fewest requests."""
@@ -361,10 +361,10 @@ class Scaler:
         return chosen
 
     def _able(self, at: float, idle: list[Member]) -> list[Member]:
-        return [m for m in idle if _usable(m, at, self._fleet.model) and not self._provisioner.transfers.settling(m.id)]
+        return [m for m in idle if usable(m, at, self._fleet.model) and not self._provisioner.transfers.settling(m.id)]
 
 
-def _usable(member: Member, at: float, model: str) -> bool:
+def usable(member: Member, at: float, model: str) -> bool:
     """Whether it can be recruited for `model`, for all that it knows."""
     return model in member.ready and at >= member.barred_until.get(model, at)
 

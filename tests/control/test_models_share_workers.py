@@ -318,6 +318,21 @@ def test_a_model_that_is_not_compiled_yet_keeps_no_worker_from_others() -> None:
     assert world.of("i1").model == "toy"
 
 
+def test_a_worker_that_drains_for_one_model_keeps_no_other_waiting_that_cannot_use_it() -> None:
+    world = pool(3, policy="auto", down_after_s=1e6, specs=SPECS[:1])
+    world.scale(3), world.settle(compute=True)
+    for name, spec in (("i1", TINY), ("i0", BIG)):
+        world.send(events.ModelDeployed(world.at, spec, 0)), world.send(events.ModelReady(world.at, name, spec.name))
+    for k in range(3):
+        world.arrive(f"long{k}")
+    world.exchange(), world.arrive("b", model="big"), world.exchange()
+    assert world.of("i0").phase is Phase.DRAINING
+    world.arrive("t", model="tiny"), world.exchange(), world.tick()
+    assert world.of("i1").phase is Phase.DRAINING
+    world.settle(compute=True)
+    assert {world.of("i0").model, world.of("i1").model} == {"big", "tiny"} and not world.open
+
+
 def test_a_worker_below_the_minimum_comes_from_who_has_more() -> None:
     world = pool(3, policy="auto", min_instances=1, down_after_s=1e6)
     world.settle()
