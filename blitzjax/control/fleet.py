@@ -172,7 +172,6 @@ class Fleet:
         self.model, self.units, self.roster = model, units, roster
         self.index = Index()
         self._counts: tuple[int, Counter[Role]] = (-1, Counter())  # as of this version
-        self._loading: tuple[int, list[Member]] = (-1, [])  # as of this version
         self._serving: tuple[int, dict[Role, list[Member]]] = (-1, {})  # as of this version
 
     @property
@@ -220,10 +219,8 @@ class Fleet:
 
     def loading(self) -> list[Member]:
         """LOADING and LIVE instances that are not being released."""
-        if self._loading[0] != self.index.version:
-            found = self.index.members(Phase.LOADING) + self.index.members(Phase.LIVE)
-            self._loading = (self.index.version, sorted((m for m in found if not m.releasing), key=lambda m: m.id))
-        return self._loading[1]
+        found = self.index.members(Phase.LOADING) + self.index.members(Phase.LIVE)
+        return sorted((m for m in found if not m.releasing), key=lambda m: m.id)
 
     def counted(self, role: Role) -> int:
         """LOADING, LIVE and SERVING instances of this role."""

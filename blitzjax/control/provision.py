@@ -47,7 +47,6 @@ class Provisioner:
         self.pairs = LivePairs()
         self._waiting_since: dict[InstanceId, float] = {}  # for the world
         self._left: dict[InstanceId, float] = {}  # since when a broken transfer, that others are still in
-        self._resting: tuple[tuple[int, int], list[Member]] = ((-1, -1), [])  # as of these versions
         self._roots: frozenset[InstanceId] = frozenset()  # served when this scale-up began
 
     # ---- views
@@ -62,10 +61,7 @@ class Provisioner:
 
     def _at_rest(self) -> list[Member]:
         """LOADING and LIVE instances that are in no transfer."""
-        version = (self._fleet.version, self.transfers.version)
-        if self._resting[0] != version:
-            self._resting = (version, [m for m in self._fleet.loading() if not self.transfers.busy(m.id)])
-        return self._resting[1]
+        return [m for m in self._fleet.loading() if not self.transfers.busy(m.id)]
 
     def redirected(self, instance: InstanceId) -> bool:
         """OLD side of a pair whose NEW side still loads: requests go to NEW."""
