@@ -238,10 +238,10 @@ class Cluster:
         commands = service.provisioner.unpair(member.id, lost=True) if service is not None else []
         runs, cancels = self._transfers.lose(member.id)
         commands += cancels
-        for run in runs:
-            commands += self._start(run.ticket)
         self._roster.lose(member)
         self._copies.lost(member.id)
+        for run in runs:  # others may wait for nobody else; whoever goes live pairs with the living
+            commands += self._start(run.ticket)
         return commands if service is None else commands + service.lost(member, reason)
 
     def _released(self, member: Member) -> None:

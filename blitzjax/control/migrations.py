@@ -105,8 +105,11 @@ class Migrations:
             for m in self._fleet.serving(Role.DECODE):
                 self._welcome(m.id)
             self._again([self._arrived(i) for i in list(self._inbound) if not self._may_decode(self._fleet.members[i])])
-            for source in [i for i in self._waiting if self._fleet.members[i].role is not Role.PREFILL]:
-                commands += self._kept(self._waiting.pop(source))
+            for source in list(self._waiting):
+                if self._fleet.members[source].role is not Role.PREFILL:
+                    commands += self._kept(self._waiting.pop(source))
+                elif not self._fleet.counted(Role.DECODE):
+                    commands += self._kept(self._waiting[source])
         return commands
 
     def _begin(self, move: _Move, target: Member) -> Command:
@@ -153,7 +156,9 @@ class Migrations:
             self._stuck = False
 
     def _kept(self, moves: deque[_Move]) -> list[Command]:
-        """Their source decodes now and keeps what it has. What was sent once may be gone: it runs again."""
+        """Their source decodes now, or nobody else does: it keeps what it has. What was sent once may be gone: it runs
+        again.
+        """
         commands: list[Command] = []
         for move in moves:
             if move.begun and self._holds(move):

@@ -12,7 +12,7 @@ from blitzjax.config import ScaleConfig
 from blitzjax.control.autoscale import Memory, split_bands, step_split
 from blitzjax.control.executor import MATRIX, Action
 from blitzjax.control.load import Load
-from blitzjax.commands import Assign, LoadFromDisk, Migrate, PrepareTransfer, Release, StartLive
+from blitzjax.commands import Assign, LoadFromDisk, Migrate, PrepareTransfer, Release, StartLive, StartTransfer
 from blitzjax.events import ModelDeployed, ModelReady
 from blitzjax.types import Phase, Role
 
@@ -129,10 +129,20 @@ def test_a_source_that_is_asked_again_takes_nothing_from_the_target_that_has_it(
 
 def test_the_source_decodes_on_when_nobody_else_can() -> None:
     world = split(2, 1, 1, max_instances=2)
-    prefilled(world, "r")
+    prefilled(world, "r", "s")
     world.kill("i1")
-    world.settle(compute=True)
-    assert world.ended == {"r": "length"} and not world.sent(Assign)[1:]
+    world.settle(compute=True), world.tick(), world.settle(compute=True)
+    assert world.ended == {"r": "length", "s": "length"}
+    assert world.sent(Assign)[2:] == [Assign("i0", "r", 2)]  # what was on its way may be gone
+
+
+def test_what_the_last_decode_instance_took_before_it_died_runs_again() -> None:
+    world = split(2, 1, 1, max_instances=2)
+    prefilled(world, "r")
+    world.migrate("i0"), world.kill("i1")  # it has not said that it has the KV
+    for _ in range(3):
+        world.settle(compute=True), world.tick()
+    assert world.ended == {"r": "length"} and world.sent(Assign)[1:] == [Assign("i0", "r", 2)]
 
 
 def test_short_decode_is_filled_by_prefill_in_place_and_prefill_is_scaled_live() -> None:
@@ -198,6 +208,18 @@ def test_another_model_does_not_get_the_last_that_runs_prompts() -> None:
         world.send(ModelReady(world.at, name, SPECS[1].name))
     world.tick()
     assert sorted(roles(world)) == ["-", "D", "P"]
+
+
+def test_a_chain_that_starts_because_a_source_of_another_died_is_not_live_with_the_dead_one() -> None:
+    world = split(4, 1, 1, source="unicast")
+    world.scale(4)
+    for name in ("i1", "i2", "i3"):  # i0, the source of the other chain, has not answered
+        world.obey(name), world.deliver(name)
+    world.kill("i0")
+    assert {c.instance for c in world.sent(StartTransfer)} == {"i1", "i3"} and not world.sent(StartLive)
+    assert world.of("i3").phase is Phase.LIVE  # alone: nobody else runs prompts
+    world.settle(compute=True)
+    assert roles(world) == "-DPP"
 
 
 def test_a_drained_decode_instance_is_released_after_its_last_request() -> None:
