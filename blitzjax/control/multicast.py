@@ -47,8 +47,9 @@ def plan(ticket: int, model: str, sources: Sequence[Held], targets: Sequence[Hel
         return MulticastPlan(ticket, model, ())
     lanes, sharded = _choose_lanes(len(usable), groups, topology)
     others = [group for group in groups if group not in sharded]
-    seeds = _seeds(usable, sharded, topology)[:lanes]
-    whole = [_Draft([seed]) for seed in _seeds([i for i in usable if i not in seeds], others, topology)]
+    seeds = _seeds(usable, sharded, lanes, topology)
+    free = [i for i in usable if i not in seeds]
+    whole = [_Draft([seed]) for seed in _seeds(free, others, sum(map(len, others)), topology)]
     drafts = _deal_lanes(seeds, _ordered(sharded, seeds[:1], topology)) + _deal(whole, others, topology) + inner
     rings = [ring for group in sharded for ring in _rings(group, lanes)]
     return _finish(ticket, model, drafts, rings, units, stop_unit, generation_of)
@@ -133,21 +134,23 @@ def _rings(group: list[InstanceId], lanes: int) -> list[tuple[InstanceId, ...]]:
     return [tuple(group[start:] if start == starts[-1] else group[start:start + lanes]) for start in starts]
 
 
-def _seeds(sources: list[InstanceId], groups: list[list[InstanceId]], topology: Topology) -> list[InstanceId]:
-    """As many sources as targets at most: for each target one in its domain, else in its leaf, else the fastest.
+def _seeds(sources: list[InstanceId], groups: list[list[InstanceId]], most: int, topology: Topology) -> list[InstanceId]:
+    """So many sources, at `most`: for each target one in its domain, else in its leaf, else the fastest.
 
-    Those that are near no target come first: who asks from afar gets them.
+    The nearest come last: a target that is near none gets another.
     """
     ports = topology.ports
     targets = [ports[i] for group in groups for i in group]
+    near: dict[InstanceId, int] = {}
     ranked = sorted(sources, key=lambda i: (-ports[i].gbps, i))
-    for place in (attrgetter("domain"), attrgetter("leaf")):
-        near, far, lacking = [], [], Counter(map(place, targets))
+    for level, place in enumerate((attrgetter("domain"), attrgetter("leaf"))):
+        lacking = Counter(map(place, targets))
         for i in ranked:
-            (near if lacking[place(ports[i])] > 0 else far).append(i)
+            if lacking[place(ports[i])] > 0:
+                near.setdefault(i, level)
             lacking[place(ports[i])] -= 1
-        ranked = near + far
-    return far[: len(targets) - len(near)] + near
+        ranked.sort(key=lambda i: near.get(i, 2))
+    return sorted(ranked[:most], key=lambda i: -near.get(i, 2))
 
 
 def _deal(drafts: list[_Draft], groups: list[list[InstanceId]], topology: Topology) -> list[_Draft]:

@@ -47,7 +47,7 @@ def test_targets_follow_a_tail_on_their_host() -> None:
 
 def test_every_chain_gets_a_tail_even_across_hosts() -> None:
     top = topology(s="h0", t="h1", a="h0", b="h0")
-    assert chains(top, {"s": 6, "t": 6}, {"a": 0, "b": 0}) == [("s", "a"), ("t", "b")]
+    assert sorted(chains(top, {"s": 6, "t": 6}, {"a": 0, "b": 0})) == [("s", "a"), ("t", "b")]
 
 
 def test_wide_domains_come_first_and_chains_stay_inside_a_leaf() -> None:
@@ -64,6 +64,8 @@ def test_each_leaf_with_targets_has_a_source_of_its_own_where_there_is_one() -> 
     top = topology(s="h0/x", t="h0/x", u="h1/y", a="h3/x", b="h4/y", c="h5/z")
     assert sorted(chains(top, dict.fromkeys("stu", 6), dict.fromkeys("ab", 0))) == [("s", "a"), ("u", "b")]
     assert sorted(chains(top, dict.fromkeys("stu", 6), dict.fromkeys("bc", 0))) == [("s", "c"), ("u", "b")]
+    top = topology(s="h1", t="h2", a="h0", b="h1")
+    assert sorted(chains(top, dict.fromkeys("st", 6), dict.fromkeys("ab", 0))) == [("s", "b"), ("t", "a")]
 
 
 def test_what_shares_nvlink_with_a_source_goes_before_the_network() -> None:
@@ -112,6 +114,12 @@ def test_domains_too_narrow_for_the_lanes_have_a_source_of_their_own_or_no_lanes
     made = lanes(top, {"s": 6, "t": 6, "u": 6}, {"a": 0, "b": 0, "c": 0})
     assert [(c.instances, c.lanes) for c in made] == [(("s", "a"), 2), (("t", "b"), 2), (("u", "c"), 1)]
     assert [c.lanes for c in lanes(top, {"s": 6, "t": 6}, {"a": 0, "b": 0, "c": 0})] == [1, 1]
+
+
+def test_lanes_begin_near_their_targets() -> None:
+    top = topology(s="F0/x", t="F0/x", p="h1/y", a="F0/x", b="F0/x", c="F0/x", d="h2/y")
+    made = lanes(top, {"p": 6, "s": 6, "t": 6}, dict.fromkeys("abcd", 0))
+    assert [(c.instances, c.lanes) for c in made] == [(("s", "a", "c"), 2), (("t", "b"), 2), (("p", "d"), 1)]
 
 
 def test_a_thousand_targets_are_planned_in_50_ms() -> None:
