@@ -112,6 +112,8 @@ class World:
         worker = self.workers[command.instance]
         if worker.up:
             worker.inbox.append(command)
+        else:  # a test told the brain of it by hand
+            assert self.of(command.instance).phase is not Phase.FAILED, f"to a worker that is gone: {command}"
 
     def end(self, request_id: str, how: str) -> None:
         assert request_id in self.open, f"{request_id} ended twice: {self.ended.get(request_id)}, {how}"

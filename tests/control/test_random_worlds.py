@@ -11,6 +11,8 @@ from fake_world import SPECS, UNITS, World, config, copies, whole
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from blitzjax.types import Phase
+
 ACTIONS = ("work", "work", "work", "obey", "deliver", "load", "compute", "pull", "pull", "arrive", "arrive", "cancel",
            "tick", "kill", "join", "scale", "break", "echo", "migrate", "migrate", "crash")
 NAMES = [f"i{k}" for k in range(4)]
@@ -80,6 +82,8 @@ def run(world: World, steps: list[tuple[str, int]], start: int) -> None:
     heal(world)
     status = world.brain.status()
     assert status.queued == status.running == 0
+    world.settle(rounds=2000, compute=True)
+    assert set(world.phases()) <= {Phase.IDLE, Phase.SERVING}, "an instance never gets where it was going"
     assert set(world.open) <= world.cancelled
 
 
