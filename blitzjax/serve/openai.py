@@ -114,9 +114,9 @@ def tokenize(body: JSON) -> tuple[Prompt, Options]:
 def detokenize(body: JSON) -> tuple[Prompt, str]:
     """POST /detokenize. → token ids, model. Raises InvalidRequest."""
     fields = _Fields(body)
-    model, tokens = fields.take("model", str), fields.take("tokens", list)
+    model, tokens = fields.take("model", str), _ids(fields.take("tokens", list))
     fields.done()
-    if not tokens or not all(map(_is_id, tokens)):
+    if not tokens:
         raise InvalidRequest("tokens must be a list of token ids, at least 1")
     return tokens, model or ""
 
@@ -149,10 +149,12 @@ class _Fields:
         self._left = {key: value for key, value in body.items() if value is not None}
 
     def take(self, name: str, *kinds: type[T]) -> T | None:
-        """Raises InvalidRequest for a value of another type; bool is no number."""
+        """Raises InvalidRequest for a value of another type; bool is no number, and 2.0 is an int, too."""
         value = self._left.pop(name, None)
         if value is None:
             return None
+        if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
+            value = int(value)
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
@@ -194,8 +196,11 @@ def _options(fields: _Fields) -> Options:
         options["stop"] = _strings("stop", [stop] if isinstance(stop, str) else stop)
     if (bias := fields.take("logit_bias", dict)) is not None:
         options["logit_bias"] = _bias(bias)
-    if not all(_is_id(t) for t in options.get("stop_token_ids", ())):
-        raise InvalidRequest("stop_token_ids must be a list of token ids")
+    if "stop_token_ids" in options:
+        ids = _ids(options["stop_token_ids"])
+        if ids is None:
+            raise InvalidRequest("stop_token_ids must be a list of token ids")
+        options["stop_token_ids"] = ids
     return options
 
 
@@ -241,23 +246,30 @@ def _strings(name: str, given: Sequence[JSON]) -> list[str]:
     return texts
 
 
+def _ids(given: JSON) -> tuple[int, ...] | None:
+    """Token ids; None: they are none."""
+    return tuple(map(int, given)) if isinstance(given, list) and all(map(_is_id, given)) else None
+
+
 def _is_id(value: JSON) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+    """97.0 is one, as clients write it whose numbers are all of one kind."""
+    whole = type(value) is int or type(value) is float and value.is_integer()
+    return whole and 0 <= value < 1 << 31
 
 
 def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
     """A text, several, token ids, or several lists of them."""
+    if ids := _ids(given):
+        return (ids,)
     match given:
         case str():
             return (given,)
-        case [*ids] if ids and all(_is_id(t) for t in ids):
-            return (tuple(ids),)
         case [*several] if len(several) > _MAX_PROMPTS:
             raise InvalidRequest(f"prompt may have {_MAX_PROMPTS} texts or lists of token ids, got {len(several)}")
         case [*several] if several and all(isinstance(p, str) for p in several):
             return tuple(several)
-        case [*several] if several and all(isinstance(p, list) and p and all(_is_id(t) for t in p) for p in several):
-            return tuple(tuple(p) for p in several)
+        case [*several] if several and all(of_each := tuple(map(_ids, several))):
+            return of_each
     raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
 
 

@@ -168,6 +168,16 @@ def test_sampling_fields_reach_the_model(site):
     assert site.complete([254], max_tokens=6)["usage"]["completion_tokens"] == 2
 
 
+def test_whole_numbers_may_be_written_with_a_point(site):
+    """As clients do whose numbers are all of one kind."""
+    asked = {"max_tokens": 4.0, "seed": 7.0, "top_k": 5.0, "logprobs": 1.0, "n": 1.0, "priority": 0.0, "stop_token_ids": [100.0]}
+    for prompt in ([97.0], [[97.0]]):
+        [choice] = site.complete(prompt, **asked)["choices"]
+        assert (choice["text"], choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("bc", "stop", 3)
+    said = site.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], temperature=0, max_completion_tokens=2.0)
+    assert said["usage"]["completion_tokens"] == 2 and site.post("/detokenize", tokens=[97.0]) == {"prompt": "a"}
+
+
 def test_logprobs(site):
     scored = site.complete("ab", max_tokens=2, logprobs=2, echo=True)["choices"][0]
     assert scored["text"] == "abcd"
@@ -237,6 +247,10 @@ def test_models(site):
     ("/v1/completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature must be int or float, got 'hot'"),
     ("/v1/completions", {"prompt": "a", "n": 0}, 400, "n must be in [1, 64], got 0"),
     ("/v1/completions", {"prompt": "a", "n": True}, 400, "n must be int, got True"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 2.5}, 400, "max_tokens must be int, got 2.5"),
+    ("/v1/completions", b'{"prompt": "a", "max_tokens": Infinity}', 400, "max_tokens must be int, got inf"),
+    ("/v1/completions", {"prompt": [97.5]}, 400, "prompt must be"),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [1, 2.5]}, 400, "stop_token_ids must be a list of token ids"),
     ("/v1/completions", {"prompt": "a", "temperature": -1}, 400, "temperature must be in"),
     ("/v1/completions", {"prompt": "a", "best_of": 3}, 400, "best_of"),
     ("/v1/completions", {"prompt": "a", "prompt_logprobs": 1}, 400, "prompt_logprobs is not supported"),  # echo shows them
