@@ -1,13 +1,18 @@
 """How is HOST:PORT written, and can one listen there? An IPv6 address has brackets in it, and none where a host stands
-alone.
+alone. And how are the origins of web pages?
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import socket
 
 from blitzjax.errors import BlitzError
+
+ORIGINS = '["https://chat.example.org", "http://localhost:3000"], or ["*"], any'
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 def joined(host: str, port: int) -> str:
@@ -28,6 +33,22 @@ def address(text: str) -> str:
 def is_address(text: str) -> bool:
     port = text.rpartition(":")[2]
     return ":" in text and port.isdecimal() and int(port) < 1 << 16
+
+
+def origins(text: str) -> list[str]:
+    """`text`, the type of an argument, if it is a JSON list of origins. Raises ArgumentTypeError."""
+    try:
+        named = json.loads(text)
+    except ValueError:
+        named = None
+    if not isinstance(named, list) or not all(map(is_origin, named)):
+        raise argparse.ArgumentTypeError(f"wants a JSON list of origins, as {ORIGINS}, got {text!r}")
+    return named
+
+
+def is_origin(text: object) -> bool:
+    """As a browser says where a page is from; `*`: any."""
+    return isinstance(text, str) and bool(_ORIGIN.fullmatch(text))
 
 
 def check_free(address: str) -> None:

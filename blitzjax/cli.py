@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import blitzjax
+from blitzjax.addresses import ORIGINS, origins
 from blitzjax.errors import BlitzError
 from blitzjax.types import DTYPES
 
@@ -137,6 +138,9 @@ def _add_serve(parser: argparse.ArgumentParser, several: bool = True) -> None:
     parser.add_argument("--port", type=int, help="listen here; 0: any free port (serve.port)")
     parser.add_argument("--http-port", type=int, metavar="PORT",
                         help="OpenAI's interface over HTTP (serve.http_port; default: none)")
+    parser.add_argument("--allowed-origins", type=origins, metavar="JSON",
+                        help=f"whose web pages may call over HTTP, as {ORIGINS} (serve.allowed_origins; default: any if "
+                             "there is a key, else none)")
     parser.add_argument("--tool-call-parser", choices=("auto", "hermes", "llama3_json", "mistral", "qwen3_coder"),
                         help="how models write calls of functions (serve.tool_call_parser; as the chat template says)")
     parser.add_argument("--ssl-certfile", metavar="FILE",

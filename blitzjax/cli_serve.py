@@ -33,7 +33,8 @@ _SILENT_S = 15.0  # a start that takes longer says why
 
 _KNOBS = {
     "instances": "scale.min_instances", "pool": "cluster.pool", "host": "serve.host", "port": "serve.port",
-    "http_port": "serve.http_port", "ssl_certfile": "serve.ssl_certfile", "ssl_keyfile": "serve.ssl_keyfile",
+    "http_port": "serve.http_port", "allowed_origins": "serve.allowed_origins",
+    "ssl_certfile": "serve.ssl_certfile", "ssl_keyfile": "serve.ssl_keyfile",
     "tool_call_parser": "serve.tool_call_parser", "dtype": "engine.dtype", "max_model_len": "engine.max_model_len",
     "max_num_seqs": "engine.max_num_seqs",
     "tensor_parallel_size": "engine.tensor_parallel", "live": "scale.live", "source": "scale.source",

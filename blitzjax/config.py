@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from blitzjax.addresses import ORIGINS, is_origin
 from blitzjax.errors import ConfigError, reason
 from blitzjax.types import DTYPES, LiveMode, Roles, Source, ToolCallParser
 
@@ -27,6 +28,7 @@ class ServeConfig:
     prefix_routing: bool = True  # among instances with room, one that was sent prompts which begin alike
     tool_call_parser: ToolCallParser = "auto"  # how models write calls of functions; auto: as the chat template says
     http_port: int = 0  # OpenAI's interface at http://HOST:PORT/v1; 0: none
+    allowed_origins: tuple[str, ...] = ()  # whose web pages may call over HTTP, "*": any; none: any if there is a key
     ssl_certfile: str = ""  # PEM, with the chain: gRPC and HTTP are encrypted; metrics are not. Empty: neither is
     ssl_keyfile: str = ""  # PEM, of that certificate
     metrics_port: int = 0  # Prometheus' text at http://HOST:PORT/metrics; 0: none
@@ -169,6 +171,10 @@ def _coerce(key: str, kind: object, value: object) -> object:
         return float(value)
     if kind is float and type(value) is float and not math.isfinite(value):
         raise ConfigError(f"{key} must be a finite number, got {value}")
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+            raise ConfigError(f"{key} must be a list of texts, got {value!r}")
+        return tuple(value)
     assert isinstance(kind, type) and not isinstance(kind, types.GenericAlias)
     if type(value) is not kind:
         raise ConfigError(f"{key} must be {kind.__name__}, got {value!r}")
@@ -176,7 +182,7 @@ def _coerce(key: str, kind: object, value: object) -> object:
 
 
 def _parse_scalar(text: str) -> object:
-    """A TOML scalar, or the bare word as a string."""
+    """A TOML value of one line, or the bare word as a string."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -216,6 +222,8 @@ def _check_ranges(c: Config) -> None:
     want(c.serve.resume_timeout_s >= 0, "serve.resume_timeout_s must be at least 0 (0: a crash loses all requests)")
     want(c.serve.hang_timeout_s >= 0, "serve.hang_timeout_s must be at least 0 (0: what hangs stays)")
     want(0 <= c.serve.http_port < 65536, "serve.http_port must be in [0, 65535] (0: no HTTP)")
+    want(all(map(is_origin, c.serve.allowed_origins)),
+         f"serve.allowed_origins must be origins, as {ORIGINS}, got {list(c.serve.allowed_origins)}")
     want(0 <= c.serve.metrics_port < 65536, "serve.metrics_port must be in [0, 65535] (0: no metrics)")
     ports = [port for port in (c.serve.port, c.serve.http_port, c.serve.metrics_port) if port]
     want(len(set(ports)) == len(ports), "serve.port, serve.http_port and serve.metrics_port must be different ports")

@@ -16,17 +16,18 @@ import ssl
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 
 from aiohttp import web
 
 import blitzjax
-from blitzjax.addresses import check_free, joined
+from blitzjax.addresses import ORIGINS, check_free, joined, origins
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel, reason
 from blitzjax.serve import access, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
+from blitzjax.serve.origins import Origins, asks_first, yes
 from blitzjax.v1 import inference_pb2 as pb
 
 _BODY_BYTES = 64 << 20
@@ -42,12 +43,15 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Gateway:
     """Handlers. Holds nothing but the client, and places for the prompts of bodies that have many."""
 
-    def __init__(self, client: AsyncClient, api_key: str):
+    def __init__(self, client: AsyncClient, api_key: str, pages: Collection[str] = ()):
+        """`pages`: origins whose pages may call."""
         self._client, self._key, self._started = client, api_key, int(time.time())
+        self._origins = Origins(pages, api_key)
         self._places = asyncio.Semaphore(_AT_ONCE)  # first come, first served; a body with one prompt needs none
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._answer_errors])
+        app.on_response_prepare.append(self._add_headers)
         app.add_routes([
             web.get("/health", self.health), web.get("/ping", self.ping), web.get("/version", self.version),
             web.get("/v1/models", self.models), web.get("/v1/models/{name:.+}", self.model),
@@ -114,8 +118,7 @@ class Gateway:
 
     async def _stream(self, request: web.Request, asked: openai.Asked, reply: replies.Reply) -> web.StreamResponse:
         """Server-sent events. What fails before the first is an HTTP status; afterwards, an event."""
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache",
-                                               _ID: request.match_info[_ID]})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         usages: list[list[pb.Usage]] = [[] for _ in asked.prompts]
         async with contextlib.aclosing(self._chunks(asked)) as arriving:
             try:
@@ -174,26 +177,39 @@ class Gateway:
         """Checks the key, names the request and gives every failure OpenAI's form."""
         request.match_info[_ID] = request.headers.get(_ID) or uuid.uuid4().hex
         try:
+            if asks_first(request):
+                return self._may(request)
             if request.path not in _OPEN:
                 access.check(request.headers.get("Authorization", ""), self._key)
-            response = await handler(request)
+            return await handler(request)
         except web.HTTPNotFound:
-            response = _failed(UnknownModel(f"{request.method} {request.path} is not there"))
+            return _failed(UnknownModel(f"{request.method} {request.path} is not there"))
         except web.HTTPMethodNotAllowed as e:
             allowed = sorted(e.allowed_methods)
             response = _refused(e, f"{request.path} takes {' and '.join(allowed)}, not {e.method}")
             response.headers["Allow"] = ", ".join(allowed)
+            return response
         except web.HTTPRequestEntityTooLarge as e:
-            response = _refused(e, f"a body may have {_BODY_BYTES >> 20} MiB; send less at once")
+            return _refused(e, f"a body may have {_BODY_BYTES >> 20} MiB; send less at once")
         except web.HTTPException as e:
-            response = _refused(e, e.reason)
+            return _refused(e, e.reason)
         except ConnectionError:  # the reader left
             raise
         except Exception as e:
-            response = _failed(_told(e, request))
-        if not response.prepared:
-            response.headers[_ID] = request.match_info[_ID]
-        return response
+            return _failed(_told(e, request))
+
+    def _may(self, request: web.Request) -> web.Response:
+        """Raises HTTPForbidden."""
+        origin = request.headers["Origin"]
+        if not self._origins.may(origin):
+            raise web.HTTPForbidden(reason="pages of this origin may not call; name it with --allowed-origins "
+                                           "(serve.allowed_origins)")
+        return yes(request)
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """To every answer, just before it begins."""
+        response.headers[_ID] = request.match_info[_ID]
+        response.headers.update(self._origins.headers(request.headers.get("Origin", "")))
 
 
 def _told(error: Exception, request: web.Request) -> BlitzError:
@@ -234,8 +250,8 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     async with AsyncClient(args.address, api_key=api_key, cacert=args.cacert) as client:
-        runner = web.AppRunner(Gateway(client, api_key).application(), handler_cancellation=True, access_log=None,
-                               shutdown_timeout=_SHUTDOWN_S)
+        runner = web.AppRunner(Gateway(client, api_key, args.allowed_origins).application(), handler_cancellation=True,
+                               access_log=None, shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, args.host, args.port, ssl_context=tls).start()
@@ -257,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cacert", type=Path, metavar="FILE", help="who signed the controller's certificate, PEM")
     parser.add_argument("--ssl-certfile", default="", metavar="FILE", help="certificate, PEM: HTTPS instead of HTTP")
     parser.add_argument("--ssl-keyfile", default="", metavar="FILE", help="its key, PEM")
+    parser.add_argument("--allowed-origins", type=origins, default=(), metavar="JSON",
+                        help=f"whose web pages may call, as {ORIGINS} (default: any if there is a key, else none)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:

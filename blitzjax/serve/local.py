@@ -76,8 +76,8 @@ class LocalCluster:
             Pulse(self._inside, hang_s) if config.serve.resume_timeout_s else None)  # else killing it would be the end
         self._gateway = [Process("gateway", (
             sys.executable, "-m", "blitzjax.serve.gateway", "--address", self._inside, "--host", host, "--port",
-            str(config.serve.http_port), "--ssl-certfile", config.serve.ssl_certfile, "--ssl-keyfile",
-            config.serve.ssl_keyfile), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
+            str(config.serve.http_port), "--allowed-origins", json.dumps(config.serve.allowed_origins), "--ssl-certfile",
+            config.serve.ssl_certfile, "--ssl-keyfile", config.serve.ssl_keyfile), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
 
     # ---- life
 

@@ -75,6 +75,10 @@ def test_a_reader_that_left_is_no_error():
     (("status", "--address", "http://127.0.0.1:8000"), "an address is HOST:PORT"),
     (("status", "--address", "no.such.host.invalid:1"), "no host of that name"),
     (("gateway", "--port", "80000"), "port must be 0-65535"),
+    (("gateway", "--allowed-origins", "*"), "wants a JSON list of origins, as [\"https://chat.example.org\""),
+    (("serve", "toy", "--allowed-origins", '["a.org"]'), "wants a JSON list of origins"),
+    (("serve", "toy", "--set", 'serve.allowed_origins=["https://a.org/"]'), "serve.allowed_origins must be origins"),
+    (("serve", "toy", "--set", "serve.allowed_origins=*"), "serve.allowed_origins must be a list of texts, got '*'"),
     (("chat", "hi", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("scale", "--to", "2", "--watch", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("deploy", "smollm2-135m", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
@@ -200,10 +204,12 @@ def test_what_the_banner_proposes_can_be_typed():
 
 def test_flags_become_knobs():
     config = configure("--instances", "2", "--pool", "4", "--dtype", "float32", "-tp", "2", "--live", "off",
-                       "--scaling-policy", "manual", "--pin-cores", "--max-model-len", "99", "--event-log", "a b.jsonl")
+                       "--scaling-policy", "manual", "--pin-cores", "--max-model-len", "99", "--event-log", "a b.jsonl",
+                       "--allowed-origins", '["https://a.org", "*"]')
     assert (config.scale.min_instances, config.cluster.pool, config.engine.dtype) == (2, 4, "float32")
     assert (config.engine.tensor_parallel, config.scale.live, config.scale.policy) == (2, "off", "manual")
     assert (config.cluster.pin_cores, config.engine.max_model_len, config.serve.event_log) == (True, 99, "a b.jsonl")
+    assert config.serve.allowed_origins == ("https://a.org", "*")
 
 
 def test_instances_are_bounded_by_the_pool_unless_said_otherwise():

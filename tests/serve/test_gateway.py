@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -24,6 +25,8 @@ from blitzjax.serve.hosts import free_ports
 from blitzjax.serve.local import LocalCluster
 from blitzjax.v1 import inference_pb2 as pb
 
+PAGE = "https://chat.example.org"
+
 
 class Site:
     """What a client sees at one port."""
@@ -39,7 +42,8 @@ class Site:
             connection.request(method, path, data, {"Content-Type": "application/json", **headers})
             response = connection.getresponse()
             said = response.read()
-            return response.status, json.loads(said) if said else None, dict(response.headers)
+            is_json = response.headers.get_content_type() == "application/json"
+            return response.status, json.loads(said) if said and is_json else None, dict(response.headers)
         except ConnectionRefusedError:
             return 0, None, {}
         finally:
@@ -73,7 +77,8 @@ def site(model_dir, tmp_path_factory) -> Iterator[Site]:
     """`blitzjax serve --http-port`."""
     [port] = free_ports(1)
     launch = toy_launch(tmp_path_factory.mktemp("run"))
-    with LocalCluster(toy_config(f"serve.http_port={port}"), model_dir, launch) as cluster:
+    config = toy_config(f"serve.http_port={port}", f'serve.allowed_origins=["{PAGE}"]')
+    with LocalCluster(config, model_dir, launch) as cluster:
         wait_whole(cluster)
         site = Site(port)
         site.cluster = cluster
@@ -170,11 +175,12 @@ def test_sampling_fields_reach_the_model(site):
 
 def test_whole_numbers_may_be_written_with_a_point(site):
     """As clients do whose numbers are all of one kind."""
-    asked = {"max_tokens": 4.0, "seed": 7.0, "top_k": 5.0, "logprobs": 1.0, "n": 1.0, "priority": 0.0, "stop_token_ids": [100.0]}
+    asked = {"max_tokens": 4.0, "seed": 7.0, "top_k": 5.0, "logprobs": 1.0, "n": 1.0, "stop_token_ids": [100.0]}
     for prompt in ([97.0], [[97.0]]):
         [choice] = site.complete(prompt, **asked)["choices"]
         assert (choice["text"], choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("bc", "stop", 3)
-    said = site.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}], temperature=0, max_completion_tokens=2.0)
+    messages = [{"role": "user", "content": "x"}]
+    said = site.post("/v1/chat/completions", messages=messages, temperature=0, max_completion_tokens=2.0)
     assert said["usage"]["completion_tokens"] == 2 and site.post("/detokenize", tokens=[97.0]) == {"prompt": "a"}
 
 
@@ -389,17 +395,61 @@ def test_an_answer_survives_the_controllers_crash(site):
     eventually(lambda: site.ask("GET", "/health")[0] == 200)
 
 
-def test_a_key_is_asked_for(site):
+@contextlib.contextmanager
+def gateway(site: Site, *flags: str, key: str = "") -> Iterator[Site]:
+    """Another one, in front of the same cluster."""
     [port] = free_ports(1)
-    gateway = subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--address", site.cluster.address,
-                                "--port", str(port)], env=os.environ | {"BLITZJAX_API_KEY": "secret"})
-    keyed = Site(port)
-    eventually(lambda: keyed.ask("GET", "/health")[0] == 200)
-    assert keyed.ask("GET", "/ping")[0] == 200 and keyed.ask("GET", "/v1/models")[0] == 401
-    assert keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
-    assert keyed.ask("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
-    gateway.terminate()
-    assert gateway.wait(300) == 0
+    process = subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--address", site.cluster.address,
+                                "--port", str(port), *flags], env=os.environ | {"BLITZJAX_API_KEY": key})
+    try:
+        eventually(lambda: Site(port).ask("GET", "/health")[0] == 200)
+        yield Site(port)
+    finally:
+        process.terminate()
+        assert process.wait(300) == 0
+
+
+def test_a_key_is_asked_for(site):
+    with gateway(site, key="secret") as keyed:
+        assert keyed.ask("GET", "/ping")[0] == 200 and keyed.ask("GET", "/v1/models")[0] == 401
+        assert keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")[0] == 401
+        assert keyed.ask("GET", "/v1/models", Authorization="Bearer secret")[0] == 200
+
+
+ASKS_FIRST = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+
+def told(site: Site, method: str, path: str, body: object = None, origin: str = PAGE,
+         **headers: str) -> tuple[int, str | None]:
+    """→ status, whose pages may read it."""
+    status, _, said = site.ask(method, path, body, Origin=origin, **headers)
+    return status, said.get("Access-Control-Allow-Origin")
+
+
+def test_any_page_may_call_where_there_is_a_key(site):
+    """Errors are for it, too, and a browser that asks first has no key."""
+    with gateway(site, key="secret") as keyed:
+        status, _, said = keyed.ask("OPTIONS", "/v1/chat/completions", Origin=PAGE, **ASKS_FIRST)
+        assert (status, said["Access-Control-Allow-Origin"], said["Access-Control-Allow-Methods"]) == (204, "*", "GET, POST")
+        assert said["Access-Control-Allow-Headers"] == "authorization,content-type"
+        assert told(keyed, "GET", "/v1/models") == (401, "*")
+        assert told(keyed, "GET", "/v1/models", Authorization="Bearer secret") == (200, "*")
+        assert told(keyed, "POST", "/v1/completions", b"{", Authorization="Bearer secret") == (400, "*")
+        assert told(keyed, "GET", "/nowhere", Authorization="Bearer secret") == (404, "*")
+        assert "Access-Control-Allow-Origin" not in keyed.ask("GET", "/ping")[2]
+
+
+def test_without_a_key_only_pages_that_are_named_may_call(site):
+    assert told(site, "OPTIONS", "/v1/completions", **ASKS_FIRST) == (204, PAGE)
+    for stream in (False, True):
+        assert told(site, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 1, "stream": stream}) == (200, PAGE)
+    assert told(site, "OPTIONS", "/v1/completions", None, "https://example.org", **ASKS_FIRST) == (403, None)
+    assert told(site, "GET", "/v1/models", None, "https://example.org") == (200, None)
+    assert site.ask("GET", "/v1/models", Origin="https://example.org")[2]["Vary"] == "Origin"
+    with gateway(site) as silent:
+        status, said, _ = silent.ask("OPTIONS", "/v1/completions", Origin=PAGE, **ASKS_FIRST)
+        assert status == 403 and "name it with --allowed-origins" in said["error"]["message"]
+        assert told(silent, "GET", "/v1/models") == (200, None)
 
 
 def test_without_a_controller_it_says_so():
