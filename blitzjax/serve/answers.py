@@ -211,7 +211,7 @@ def _tags(order: Order, tokenizer: Tokenizer) -> Collection[int]:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """The seed of answer `index` of an order, in [0, 2^63); answer 0 is the one that n = 1 gives."""
+    """The seed of answer `index` of an order, beyond the first in [0, 2^63); answer 0 is the one that n = 1 gives."""
     if index == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()) >> 1

@@ -135,7 +135,6 @@ def _check_draw(s: pb.SamplingParams) -> None:
     _want(not s.HasField("top_p") or 0 < s.top_p <= 1, f"top_p must be in (0, 1], got {s.top_p:g}")
     _want(s.top_k >= -1, f"top_k must be at least 1, or 0 or -1 (off), got {s.top_k}")
     _want(0 <= s.min_p <= 1, f"min_p must be in [0, 1], got {s.min_p:g}")
-    _want(s.seed >= -1, f"seed must be in [0, 2^63), or -1 (drawn here), got {s.seed}")
     _want(not s.HasField("n") or 1 <= s.n <= MAX_N, f"n must be in [1, {MAX_N}], got {s.n}")
     _want(s.n <= 1 or s.temperature > 0, f"n={s.n} greedy answers would be the same; set a temperature above 0")
 

@@ -52,8 +52,8 @@ def test_a_row_of_few_allowed_tokens_ignores_a_filter_beside_it() -> None:
 def test_same_seed_and_step_draw_the_same_and_others_do_not() -> None:
     logits = np.zeros((1, VOCAB), np.float32)
     tokens = {(seed, step): int(draw(logits, [(Sampling(temperature=1.0, seed=seed), step)])[0])
-              for seed in (1, 2, 2 + (1 << 32)) for step in range(4)}
-    assert len(set(tokens.values())) > 9
+              for seed in (1, 2, 2 + (1 << 32), -2, -(1 << 63)) for step in range(4)}
+    assert len(set(tokens.values())) > 15
     assert int(draw(logits, [(Sampling(temperature=1.0, seed=2), 3)])[0]) == tokens[2, 3]
 
 
