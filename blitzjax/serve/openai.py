@@ -123,7 +123,10 @@ def detokenize(body: JSON) -> tuple[Prompt, str]:
 
 def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: int | None, fields: _Fields,
            wants: tools.Tools = tools.Tools()) -> Asked:
-    stream, about = fields.take("stream", bool) or False, fields.within("stream_options")
+    stream = fields.take("stream", bool) or False
+    if not stream and "stream_options" in fields:
+        raise InvalidRequest("stream_options needs stream: true")
+    about = fields.within("stream_options")
     include_usage = about.take("stream_options.include_usage", bool) or False
     each_usage = about.take("stream_options.continuous_usage_stats", bool) or False  # vLLM's
     about.done()
@@ -158,6 +161,9 @@ class _Fields:
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         return value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
 
     def within(self, name: str) -> _Fields:
         """Those of the object `name`, as name.field. Raises InvalidRequest."""

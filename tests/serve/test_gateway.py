@@ -285,10 +285,12 @@ def test_models(site):
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"structural_tag": "x"}}, 400, "structural_tag is not supp"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": [1]}}, 400, "choice must be a string or a list"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, 400, "json_schema and regex"),
-    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": "yes"}}, 400,
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options needs stream: true"),
+    ("/v1/completions", {"prompt": "a", "stream": True, "stream_options": {"include_usage": "yes"}}, 400,
      "stream_options.include_usage must be bool, got 'yes'"),
-    ("/v1/completions", {"prompt": "a", "stream_options": {"usage": True}}, 400, "stream_options.usage is no field"),
-    ("/v1/completions", {"prompt": "a", "stream_options": {"include_obfuscation": True}}, 400,
+    ("/v1/completions", {"prompt": "a", "stream": True, "stream_options": {"usage": True}}, 400,
+     "stream_options.usage is no field"),
+    ("/v1/completions", {"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}}, 400,
      "stream_options.include_obfuscation is not supported; leave it out"),
     ("/v1/embeddings", {"input": "x"}, 404, "POST /v1/embeddings is not there"),
 ])
@@ -469,7 +471,8 @@ def test_without_a_controller_it_says_so():
 
 @pytest.mark.parametrize(("body", "says"), [
     ({"prompt": "a", "n": 1 << 40}, "n: Value out of range"),
-    ({"prompt": "a", "seed": 1 << 70}, "seed: Value out of range"),
+    ({"prompt": "a", "seed": 1 << 63}, "seed: Value out of range"),
+    ({"prompt": "a", "seed": -(1 << 63) - 1}, "seed: Value out of range"),
     ({"prompt": "a", "temperature": 10**400}, "temperature: int too large"),
     ({"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias must map"),
     ({"prompt": "a", "logit_bias": {str(1 << 40): 1}}, "logit_bias: Value out of range"),
