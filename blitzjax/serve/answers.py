@@ -45,8 +45,9 @@ class Piece:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one for each token, if asked for
-    prompt_token_ids: tuple[int, ...] = ()  # with the first token, if asked for
-    prompt_logprobs: Sequence[TokenLogprob] = ()  # the same; none for the prompt's first token
+    prompt_token_ids: tuple[int, ...] = ()  # of an echo, whose text is the prompt's
+    prompt_logprobs: Sequence[TokenLogprob] = ()  # in an echo or with the first token; none for the prompt's first one
+    echo: Piece | None = None  # a message of its own, before this: nobody could tell where in a text the answer begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +190,10 @@ class Answer:
 
     def _begin(self, now: float, prompt_logprobs: Sequence[TokenLogprob]) -> None:
         """The first token is here; what is said of the prompt goes with it."""
-        self.first_token_s = now
-        self._piece.prompt_logprobs = self._prompt_logprobs = prompt_logprobs
+        self.first_token_s, self._prompt_logprobs, about = now, prompt_logprobs, self._piece
         if self.order.echo is not None:
-            self._piece.text, self._piece.prompt_token_ids = self.order.echo, self.order.prompt
+            about = self._piece.echo = Piece(text=self.order.echo, prompt_token_ids=self.order.prompt)
+        about.prompt_logprobs = prompt_logprobs
 
     def _append(self, token: int, silent: bool) -> None:
         self.generated.append(token)

@@ -65,7 +65,7 @@ class Chunk:
     logprobs: tuple[pb.ScoredToken, ...]  # of token_ids, if asked for
     finish_reason: str
     usage: pb.Usage | None
-    prompt_token_ids: tuple[int, ...]  # with echo
+    prompt_token_ids: tuple[int, ...]  # with echo: of this chunk, whose text is the prompt's
     prompt_logprobs: tuple[pb.ScoredToken, ...]  # of the prompt but its first token, if asked for
     progress: pb.Progress | None  # what the request waits for, if asked for; such a chunk has nothing else
     tool_call_parser: str  # with tools: how its text says calls, see calls.py
@@ -80,6 +80,7 @@ class Result:
     request_id: str
     index: int
     text: str
+    echo: str  # the part of `text` that is the prompt's
     token_ids: tuple[int, ...]
     logprobs: tuple[pb.ScoredToken, ...]
     finish_reason: str
@@ -178,6 +179,7 @@ def collect(chunks: Sequence[Chunk]) -> Result:
     times = tuple(chunk.at_s for chunk in chunks for _ in chunk.token_ids)
     return Result(
         request_id=last.request_id, index=last.index, text="".join(c.text for c in chunks),
+        echo=first.text if first.prompt_token_ids else "",
         token_ids=tuple(t for c in chunks for t in c.token_ids), logprobs=tuple(t for c in chunks for t in c.logprobs),
         finish_reason=last.finish_reason, usage=last.usage, prompt_token_ids=first.prompt_token_ids,
         prompt_logprobs=first.prompt_logprobs, tool_call_parser=last.tool_call_parser,

@@ -45,7 +45,7 @@ class Frontend(rpc.InferenceServicer):
             if request.progress:
                 await tell_progress(answers[0], model, self._controller, context.write)
             async for answer, piece, last in pieces(answers, self._controller):
-                if last or piece.token_ids:
+                if last or piece.token_ids or piece.prompt_token_ids:
                     await context.write(response(answer, piece, last, model.tokenizer, self._controller))
 
     async def Relay(self, requests: AsyncIterator[pb.RelayRequest], context: grpc.aio.ServicerContext) -> None:

@@ -151,7 +151,7 @@ class Gateway:
         async def read(number: int, prompt: Prompt) -> None:
             async with room, places:
                 async for chunk in self._client.stream(prompt, **asked.options):
-                    queue.put_nowait((number, chunk))
+                    queue.put_nowait((number, replies.of_prompt(chunk) if asked.prompt_alone else chunk))
 
         async def read_all() -> None:
             try:

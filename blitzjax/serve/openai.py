@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from blitzjax.errors import InvalidRequest
@@ -54,6 +54,7 @@ class Asked:
     each_usage: bool  # in every piece, of its answer so far
     logprobs: int | None
     tools: tools.Tools = tools.Tools()
+    prompt_alone: bool = False  # an echo, and nothing of the answer
 
     @property
     def answers(self) -> int:
@@ -67,15 +68,17 @@ def completion(body: JSON) -> Asked:
     prompts = _prompts(fields.take("prompt", str, list))
     options = _options(fields)
     options.setdefault("max_tokens", _COMPLETION_TOKENS)
-    logprobs = fields.take("logprobs", int)
+    logprobs, prompt_alone = fields.take("logprobs", int), False
     if fields.take("echo", bool):
         options["echo"] = True
+        if prompt_alone := options["max_tokens"] == 0:
+            options["max_tokens"] = 1  # nothing is said of a prompt that nothing follows
         if logprobs is not None:
             options["prompt_logprobs"] = logprobs
     best_of = fields.take("best_of", int)
     if best_of not in (None, options.get("n", 1)):
         raise InvalidRequest(f"best_of is not supported beyond n; got best_of={best_of} and n={options.get('n', 1)}")
-    return _asked(False, prompts, options, logprobs, fields)
+    return replace(_asked(False, prompts, options, logprobs, fields), prompt_alone=prompt_alone)
 
 
 def chat(body: JSON) -> Asked:

@@ -78,6 +78,7 @@ class _Extent:
 
     chars: int = 0
     tokens: int = 0
+    prompt: bool = False  # what is said of it
     ended: bool = False
 
 
@@ -108,11 +109,13 @@ class Rejoin:
             message.text = message.text[chars:]
         if tokens > 0:
             del message.token_ids[:tokens], message.logprobs[:tokens]
-        if seen.tokens:  # it came with the first one
+        if seen.prompt:
             del message.prompt_token_ids[:], message.prompt_logprobs[:]
+        seen.prompt = seen.prompt or bool(message.prompt_token_ids or message.prompt_logprobs)
         seen.chars, seen.tokens = max(seen.chars, sent.chars), max(seen.tokens, sent.tokens)
         seen.ended = bool(message.finish_reason)
-        return message if message.text or message.token_ids or seen.ended or message.HasField("progress") else None
+        new = message.text or message.token_ids or message.prompt_token_ids or seen.ended or message.HasField("progress")
+        return message if new else None
 
     def restart(self) -> None:
         """The next call begins; the server will send everything again."""

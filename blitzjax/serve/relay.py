@@ -130,7 +130,7 @@ class Relay:
                 continue
             try:
                 for answer, piece, last in taken(call.answers, call.left, self._controller):
-                    if last or piece.token_ids:
+                    if last or piece.token_ids or piece.prompt_token_ids:
                         yield pb.Relayed(call=number, response=response(answer, piece, last, call.model.tokenizer,
                                                                         self._controller))
             except Exception as e:

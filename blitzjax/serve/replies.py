@@ -8,11 +8,11 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blitzjax.errors import BlitzError, brief
 from blitzjax.serve import tools
-from blitzjax.serve.asking import JSON, Chunk, Prompt, Result
+from blitzjax.serve.asking import JSON, Chunk, Result
 from blitzjax.serve.openai import Asked
 from blitzjax.v1 import inference_pb2 as pb
 
@@ -49,7 +49,7 @@ class Reply:
         told = self._told.setdefault(index, _Told(tools.Said(asked.tools)))
         told.tokens += len(chunk.token_ids)
         choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
-                                   "logprobs": self._logprobs(number, chunk, told)}
+                                   "logprobs": self._logprobs(number, chunk, chunk.text, told)}
         if asked.chat:
             part = told.said.part(chunk.text, chunk.tool_call_parser, last=bool(chunk.finish_reason))
             choice["finish_reason"] = told.said.finish_reason(chunk.finish_reason) or None
@@ -73,22 +73,23 @@ class Reply:
         told = _Told(tools.Said(self.asked.tools))
         choice: dict[str, JSON] = {
             "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
-            "logprobs": self._logprobs(number, result, told)}
+            "logprobs": self._logprobs(number, result, result.echo, told)}
         if not self.asked.chat:
             return {**choice, "text": result.text}
         message: JSON = {"role": "assistant", **told.said.whole(result.text, result.tool_call_parser)}
         return {**choice, "message": message, "finish_reason": told.said.finish_reason(result.finish_reason)}
 
-    def _logprobs(self, number: int, part: Chunk | Result, told: _Told) -> JSON:
+    def _logprobs(self, number: int, part: Chunk | Result, echo: str, told: _Told) -> JSON:
+        """`echo`: text of the prompt's tokens, if `part` has them."""
         if self.asked.logprobs is None:
             return None
         if self.asked.chat:
             return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]}
                                 for t in part.logprobs]}
-        prompt, tokens = self.asked.prompts[number], list(part.logprobs)
-        if part.prompt_token_ids:  # echo
-            tokens = [*_echoed(prompt, part.prompt_logprobs), *tokens]
-        as_sent = len(part.prompt_token_ids) if isinstance(prompt, str) else 0
+        as_sent = len(part.prompt_token_ids) if isinstance(self.asked.prompts[number], str) else 0
+        tokens = list(part.logprobs)
+        if part.prompt_token_ids:
+            tokens = [*_echoed(echo, bool(as_sent), part.prompt_logprobs), *tokens]
         known = [token.rank > 0 for token in tokens]
         return {"tokens": [_name(t) for t in tokens],
                 "text_offset": [told.place(t, k < as_sent) for k, t in enumerate(tokens)],
@@ -97,15 +98,33 @@ class Reply:
                                  for t, yes in zip(tokens, known, strict=True)]}
 
 
-def _echoed(prompt: Prompt, scored: Sequence[pb.ScoredToken]) -> list[pb.ScoredToken]:
-    """With the prompt's first token, of which the model says nothing: rank 0. Its text is what the others leave."""
-    if not isinstance(prompt, str):
-        return [pb.ScoredToken(), *scored]
-    said, rest = prompt.encode(), sum(len(_bytes(token)) for token in scored)
-    if rest > len(said):  # the space before a first word, which SentencePiece adds behind BOS
+def of_prompt(chunk: Chunk) -> Chunk:
+    """What it says but for the answer."""
+    usage = chunk.usage and pb.Usage(prompt_tokens=chunk.usage.prompt_tokens, cached_tokens=chunk.usage.cached_tokens)
+    return replace(chunk, text=chunk.text if chunk.prompt_token_ids else "", token_ids=(), logprobs=(), usage=usage,
+                   finish_reason="length" if chunk.finish_reason == "stop" else chunk.finish_reason)
+
+
+def _echoed(text: str, as_sent: bool, scored: Sequence[pb.ScoredToken]) -> list[pb.ScoredToken]:
+    """With the prompt's first token, of which the model says nothing: rank 0. Its text is what the others leave of the
+    prompt's; `as_sent`: in that are its special tokens.
+    """
+    said = text.encode()
+    others = b"".join(_bytes(token) for token in scored if as_sent or not token.special)
+    if not as_sent:
+        said += _half(others)  # is said with the answer that completes it
+    if len(others) > len(said):  # the space before a first word, which SentencePiece adds behind BOS
         scored[0].text = scored[0].text.removeprefix(" ")
-    raw = said[: max(0, len(said) - rest)]
+    unclear = not as_sent and "\ufffd" in text  # nobody knows for how many bytes that is
+    raw = b"" if unclear else said[: max(0, len(said) - len(others))]
     return [pb.ScoredToken(text=raw.decode(errors="replace"), raw=raw), *scored]
+
+
+def _half(text: bytes) -> bytes:
+    """The beginning of a character that ends it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(text)
+    return decoder.getstate()[0]
 
 
 @dataclass(slots=True)

@@ -82,6 +82,8 @@ def taken(answers: Sequence[Answer], left: list[Answer], controller: Controller)
             failure = BlitzError(which + answer.failure.message)
             failure.code = answer.failure.code
             raise failure
+        if piece.echo is not None:
+            yield answer, piece.echo, False
         yield answer, piece, last
         if last:
             left.remove(answer)

@@ -10,7 +10,7 @@ from toy import EOS, toy_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blitzjax.serve.answers import Answer, Order, seed_of
+from blitzjax.serve.answers import Answer, Order, Piece, seed_of
 from blitzjax.serve.controller import Controller
 from blitzjax.serve.model import load_model
 from blitzjax.types import Sampling, TokenLogprob
@@ -82,17 +82,18 @@ def test_stop_strings_count_only_after_the_least_number_of_tokens():
     assert (a.take().text, a.finish_reason) == ("bcd", "length")
 
 
-def test_what_is_said_of_the_prompt_goes_with_the_first_token_once():
+def test_what_is_said_of_the_prompt_goes_before_the_first_token_once():
     a = Answer("mine#0", replace(order(), echo="the prompt "), 0, _MODEL[0], 1.0, asyncio.Event())
-    assert (a.take().text, a.take().prompt_token_ids) == ("", ())
+    assert (a.take().text, a.take().echo) == ("", None)
     known = [TokenLogprob(-float(i), 1, (), ()) for i in range(3)]
     a.push(0, [98], None, 2.0, known[:1], known[2:])
     a.push(0, [98, 99], None, 2.0, known[:2], known[2:])  # a later attempt says it again
     piece = a.take()
-    assert (piece.text, piece.prompt_token_ids, piece.prompt_logprobs) == ("the prompt bc", (97,), known[2:])
-    assert (piece.token_ids, piece.logprobs) == ([98, 99], known[:2])
+    assert piece.echo == Piece("the prompt ", prompt_token_ids=(97,), prompt_logprobs=known[2:])
+    assert (piece.text, piece.token_ids, piece.logprobs) == ("bc", [98, 99], known[:2])
     a.push(2, [100], "length", 2.0, known[:1])
-    assert (a.take().text, a.generated) == ("d", [98, 99, 100])
+    piece = a.take()
+    assert (piece.text, piece.echo, a.generated) == ("d", None, [98, 99, 100])
 
 
 def test_answers_of_one_order_have_seeds_of_their_own():

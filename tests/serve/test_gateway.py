@@ -197,6 +197,37 @@ def test_logprobs(site):
     assert [(t["token"], t["bytes"], len(t["top_logprobs"])) for t in chat] == [("b", [98], 1), ("c", [99], 1)]
 
 
+def test_of_a_prompt_alone_the_logprobs_are_told(site):
+    """As who compares likelihoods asks for them."""
+    for prompts in ("abc", [97, 98, 99], ["abc", "xy"]):
+        asked = {"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0, "stop": "d"}
+        said = site.post("/v1/completions", **asked)
+        choice = said["choices"][0]
+        assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("abc", "length", ["a", "b", "c"])
+        assert choice["logprobs"]["token_logprobs"] == [None, -98, -99]
+        assert said["usage"]["completion_tokens"] == 0 < said["usage"]["prompt_tokens"]
+        events = site.events("/v1/completions", **asked, stream_options={"include_usage": True, "continuous_usage_stats": True})
+        pieces = [c for e in events for c in e["choices"] if c["index"] == 0]
+        assert "".join(c["text"] for c in pieces) == "abc" and [c["finish_reason"] for c in pieces] == [None, "length"]
+        assert [name for c in pieces for name in c["logprobs"]["tokens"]] == ["a", "b", "c"]
+        assert all(e["usage"]["completion_tokens"] == 0 for e in events) and events[-1]["usage"] == said["usage"]
+    several = site.complete("ab", max_tokens=0, echo=True, n=2, temperature=0.001)
+    assert [(c["index"], c["text"], c["logprobs"]) for c in several["choices"]] == [(0, "ab", None), (1, "ab", None)]
+    status, said, _ = site.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 0})
+    assert status == 400 and said["error"]["message"] == "max_tokens must be at least 1, got 0"
+
+
+def test_an_echo_of_token_ids_has_the_texts_and_places_that_one_of_text_has(site):
+    asked = {"max_tokens": 2, "temperature": 0, "logprobs": 0, "echo": True}
+    for text in ("abc", "éa", "aÀé"):
+        [by_text], [by_ids] = (site.complete(p, **asked)["choices"] for p in (text, list(text.encode())))
+        assert by_ids == by_text
+    for ids, tokens, offsets in (([97, 0xE2, 0x82], ["a", *(f"bytes:\\x{b}" for b in ("e2", "82", "83", "84"))], [0, 1, 1, 1, 2]),
+                                 ([98, 256, 99], ["b", "<|eos|>", "c", "d", "e"], [0, 1, 1, 2, 3])):
+        scored = site.complete(ids, **asked)["choices"][0]["logprobs"]
+        assert (scored["tokens"], scored["text_offset"]) == (tokens, offsets)
+
+
 def test_tokens_of_one_character_have_its_place(site):
     """Also where the prompt's first token is a part of one."""
     scored = site.complete("éaÀ", max_tokens=3, temperature=0, logprobs=1, echo=True)["choices"][0]

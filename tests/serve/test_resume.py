@@ -232,7 +232,9 @@ async def test_a_client_may_come_back_for_what_it_could_have_missed(toys):
             [after] = world.controller.submit(o, resume=True)
             await ended(after)
             assert (after.finish_reason, after.generated) == ("length", before.generated)
-            assert after.take().text == ("once more" if o.echo else "") + "".join(map(chr, before.generated))
+            piece = after.take()
+            assert piece.text == "".join(map(chr, before.generated))
+            assert (piece.echo.text if piece.echo else None) == o.echo
         with pytest.raises(Unavailable, match="not known any more"):  # another client has claimed it
             world.controller.submit(orders[0], resume=True)
         world.controller.leave([after])
