@@ -100,6 +100,7 @@ class Reader:
         self._bare = not known.written[0]  # an object at the very beginning is a call
         self._behind = False  # a call, and nothing but white space since
         self.calls = 0
+        self.broken: list[int] = []  # calls that were told, and turned out to be none, or cut off
 
     def push(self, text: str, last: bool) -> list[str | Call]:
         """Content and calls, in their order. `last`: no more text will come."""
@@ -151,12 +152,15 @@ class Reader:
             self._at += fits
         whole = bool(made.size) and not made.depth
         over = whole or last or not fits
-        if not self._tell(said, over) and over:
-            call = _valid(self._held[self._begin:self._at]) if whole else None
-            if call is None:
-                return self._no_call(said)
-            said.append(Call(self.calls, *call))
+        told = self._tell(said, over)
         if over:
+            call = _valid(self._held[self._begin:self._at]) if whole else None
+            if call is None and not told:
+                return self._no_call(said)
+            if call is None:
+                self.broken.append(self.calls)
+            elif not told:
+                said.append(Call(self.calls, *call))
             self.calls += 1
             self._held, self._at, self._bare, self._behind = self._held[self._at:], 0, False, whole
             self._phase = self._after if whole else self._content

@@ -25,6 +25,7 @@ class Reader:
     def __init__(self, schemas: Mapping[str, Mapping[str, object]]):
         """`schemas`: of the functions' arguments, by name."""
         self._schemas, self._held = schemas, ""
+        self.broken: list[int] = []  # none: they are told when they are whole
         self._behind = False  # a call, and nothing but white space since
         self.calls = 0
 

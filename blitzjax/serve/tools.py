@@ -136,5 +136,6 @@ class Said:
         return {"content": part.get("content", None if "tool_calls" in part else "")} | part
 
     def finish_reason(self, reason: str) -> str:
-        """OpenAI's: a call that the caller chose is an ordinary end."""
-        return "tool_calls" if reason == "stop" and self._ids and not self.tools.named else reason
+        """OpenAI's: of a call that the caller chose the end is an ordinary one, and so is that within a call."""
+        whole = self._reader is not None and not any(k < len(self._ids) for k in self._reader.broken)
+        return "tool_calls" if reason == "stop" and self._ids and whole and not self.tools.named else reason

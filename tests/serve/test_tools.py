@@ -206,6 +206,20 @@ def test_an_answer_ends_as_openais_do(body, reason, finish) -> None:
     assert all("content" not in choice["delta"] for choice in stream) and stream[0]["delta"]["role"] == "assistant"
 
 
+@pytest.mark.parametrize("body", [{}, {"tool_choice": "required"}])
+@pytest.mark.parametrize(("behind", "finish"), [
+    ('<tool_call>{"name": "now", "arguments": {"a": [1', "stop"), ('<tool_call>{"name": "now", "arguments": {}', "stop"),
+    ('<tool_call>{"name": "now", "arguments": {"a": x', "stop"), ('<tool_call>{"name": "now", "arguments": {"a": 1,}}', "stop"),
+    ('<tool_call>{"name": "now"', "tool_calls"), ("<tool_", "tool_calls")])
+def test_an_answer_that_stops_within_a_call_is_not_said_to_end_with_calls(body, behind, finish) -> None:
+    """As where a stop string ends it; a call that nobody was told of is content."""
+    call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    for before, parallel, wanted in ((call, True, finish), ("", True, "stop"), (call, False, "tool_calls")):
+        whole, stream = answer(chat(tools=TOOLS, parallel_tool_calls=parallel, **body), list(before + behind))
+        assert whole["finish_reason"] == stream[-1]["finish_reason"] == wanted
+        assert answer(chat(tools=TOOLS, **body), list(before + behind), "length")[0]["finish_reason"] == "length"
+
+
 def test_text_is_text_with_tools_and_without() -> None:
     text = ["<tool_call>", "{}", "</tool_call> ", "is how"]
     whole, stream = answer(chat(tools=TOOLS), text)
