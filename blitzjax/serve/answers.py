@@ -106,6 +106,11 @@ class Answer:
     def ended(self) -> bool:
         return self.finish_reason is not None or self.failure is not None
 
+    @property
+    def stop_string(self) -> str:
+        """That ended it; empty: something else did, or will."""
+        return self._stops.hit
+
     def ends(self, token: int) -> bool:
         """It stops this answer, unless that is too short yet, and is not part of its text."""
         return token in self._silent

@@ -170,17 +170,17 @@ class StopStrings:
     def __init__(self, stops: Sequence[str] = ()):
         self._stops = tuple(stops)
         self._held = ""
-        self.hit = False
+        self.hit = ""  # the stop string that is complete, none of which is empty
 
     def push(self, text: str) -> str:
         """Text that cannot be part of a stop string any more; sets `hit` and drops the rest when one is complete."""
         if self.hit:
             return ""
         self._held += text
-        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
-            self.hit = True
-            cut, self._held = self._held[:min(ends)[1]], ""
+            _, at, self.hit = min(ends)
+            cut, self._held = self._held[:at], ""
             return cut
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         out, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]

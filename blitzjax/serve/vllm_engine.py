@@ -147,7 +147,9 @@ def _complete(answer: Answer, whole: Piece) -> vllm.GenerateComplete:
     out = vllm.GenerateComplete(
         output_ids=whole.token_ids, finish_reason=answer.finish_reason, output_logprobs=_output_logprobs(whole),
         input_logprobs=_input_logprobs(answer, whole.prompt_logprobs), **_counts(answer))
-    if answer.finish_reason == "stop" and whole.token_ids and answer.ends(whole.token_ids[-1]):
+    if answer.stop_string:
+        out.matched_stop_str = answer.stop_string
+    elif answer.finish_reason == "stop" and whole.token_ids and answer.ends(whole.token_ids[-1]):
         out.matched_token_id = whole.token_ids[-1]
     return out
 

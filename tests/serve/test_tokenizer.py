@@ -151,13 +151,14 @@ def test_missing_and_broken_files_are_named(tmp_path):
         Tokenizer(write_model(tmp_path, template="{% if %}"))
 
 
-def naive_cut(text: str, stops: list[str]) -> tuple[str, bool]:
+def naive_cut(text: str, stops: list[str]) -> tuple[str, str]:
     """Grows the text by characters until a stop string ends there; cuts before the longest such one."""
     for end in range(len(text) + 1):
         ending = [s for s in stops if text[:end].endswith(s)]
         if ending:
-            return text[:end - max(map(len, ending))], True
-    return text, False
+            longest = max(ending, key=len)
+            return text[:end - len(longest)], longest
+    return text, ""
 
 
 @settings(max_examples=500, deadline=None)

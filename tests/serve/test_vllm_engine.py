@@ -66,8 +66,11 @@ def test_n_answers_and_stops(stub):
     assert sorted(r.complete.index for r in answers) == [0, 1, 2]
     [stopped] = ask(stub, [97], max_tokens=20, stop_token_ids=[101])
     assert (tuple(stopped.complete.output_ids), stopped.complete.matched_token_id) == (toy(97, 4), 101)
-    [by_text] = ask(stub, [97], max_tokens=20, stop=["e"])
-    assert by_text.complete.finish_reason == "stop" and not by_text.complete.WhichOneof("matched_stop")
+    for stream in (False, True):  # both are complete with the same token
+        *_, by_text = call(stub, [97], stream, max_tokens=20, stop=["x", "e", "de"], stop_token_ids=[102])
+        assert (by_text.complete.finish_reason, by_text.complete.matched_stop_str) == ("stop", "de")
+    [neither] = ask(stub, [97], max_tokens=2, stop=["e"])
+    assert neither.complete.finish_reason == "length" and not neither.complete.WhichOneof("matched_stop")
 
 
 def test_logprobs_of_answer_and_prompt(stub):
