@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _MAX_PROMPTS = 2048  # of one body: each is a request of its own, and others wait while so many begin
-_MAX_PARTS = 1 << 14  # messages or tools of a chat: others wait while a million is read
+_MAX_PARTS = 1 << 14  # of anything but token ids, such as messages of a chat: others wait while a million is read
+_LONG = ("prompt", "tokens")  # fields that have limits of their own
 _TEMPERATURE = 1.0  # likewise; our own requests are greedy by default
 _NUMBER = (int, float)
 _SAMPLING: Mapping[str, tuple[type, ...]] = {
@@ -84,7 +85,7 @@ def completion(body: JSON) -> Asked:
 def chat(body: JSON) -> Asked:
     """POST /v1/chat/completions. Raises InvalidRequest. Without a limit the answer may fill the context."""
     fields = _Fields(body)
-    messages = _messages(fields.parts("messages"))
+    messages = _messages(fields.take("messages", list))
     _check_rendering(fields)
     options = _options(fields)
     newer = fields.take("max_completion_tokens", int)
@@ -95,7 +96,7 @@ def chat(body: JSON) -> Asked:
     wanted, top = fields.take("logprobs", bool), fields.take("top_logprobs", int)
     if top is not None and not wanted:
         raise InvalidRequest("top_logprobs needs logprobs: true")
-    wants = tools.asked(fields.parts("tools"), fields.take("tool_choice", str, dict),
+    wants = tools.asked(fields.take("tools", list), fields.take("tool_choice", str, dict),
                         fields.take("parallel_tool_calls", bool))
     return _asked(True, (messages,), options | wants.options, (top or 0) if wanted else None, fields, wants)
 
@@ -104,12 +105,12 @@ def tokenize(body: JSON) -> tuple[Prompt, Options]:
     """POST /tokenize, as vLLM has it. → prompt, its model and tools. Raises InvalidRequest."""
     fields = _Fields(body)
     options = Options(model=fields.take("model", str) or "")
-    prompt, messages = fields.take("prompt", str), fields.parts("messages")
+    prompt, messages = fields.take("prompt", str), fields.take("messages", list)
     if (prompt is None) == (messages is None):
         raise InvalidRequest("give either prompt, a text, or messages")
     if messages is not None:
         _check_rendering(fields)
-        options |= tools.asked(fields.parts("tools"), None, None).options
+        options |= tools.asked(fields.take("tools", list), None, None).options
     fields.done()
     return _messages(messages) if prompt is None else prompt, options
 
@@ -155,7 +156,7 @@ class _Fields:
         self._left = {key: value for key, value in body.items() if value is not None}
 
     def take(self, name: str, *kinds: type[T]) -> T | None:
-        """Raises InvalidRequest for a value of another type; bool is no number, and 2.0 is an int, too."""
+        """Raises InvalidRequest for a value of another type, or with too many parts; bool is no number, 2.0 is an int, too."""
         value = self._left.pop(name, None)
         if value is None:
             return None
@@ -163,6 +164,8 @@ class _Fields:
             value = int(value)
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
             raise InvalidRequest(f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+        if isinstance(value, list | dict) and name not in _LONG:
+            _check_parts(name, len(value))
         return value
 
     def __contains__(self, name: str) -> bool:
@@ -171,13 +174,6 @@ class _Fields:
     def within(self, name: str) -> _Fields:
         """Those of the object `name`, as name.field. Raises InvalidRequest."""
         return _Fields({f"{name}.{key}": value for key, value in (self.take(name, dict) or {}).items()})
-
-    def parts(self, name: str) -> list[JSON] | None:
-        """Of a chat. Raises InvalidRequest."""
-        given = self.take(name, list)
-        if given is not None and len(given) > _MAX_PARTS:
-            raise InvalidRequest(f"at most {_MAX_PARTS} {name}, got {len(given)}")
-        return given
 
     def done(self) -> None:
         """Raises InvalidRequest for what nobody took."""
@@ -237,8 +233,14 @@ def _constraint(fields: _Fields) -> Options:
             raise InvalidRequest(f"structured_outputs: {name} {what}; leave it out")
         options["json_schema" if name == "json" else name] = value  # type: ignore[literal-required]  # of _CONSTRAINTS
     if "choice" in options:
+        _check_parts("choice", len(options["choice"]))
         _strings("choice", options["choice"])
     return options
+
+
+def _check_parts(name: str, count: int) -> None:
+    if count > _MAX_PARTS:
+        raise InvalidRequest(f"at most {_MAX_PARTS} {name}, got {count}")
 
 
 def _bias(given: Mapping[str, Any]) -> dict[int, float]:
@@ -284,6 +286,8 @@ def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
 
 def _messages(given: Sequence[JSON] | None) -> list[dict[str, JSON]]:
     out: list[dict[str, JSON]] = []
+    parts = (value for message in given or () if isinstance(message, dict) for value in message.values())
+    _check_parts("parts and tool_calls of messages", sum(len(value) for value in parts if isinstance(value, list)))
     for k, message in enumerate(given or ()):
         if not isinstance(message, dict) or not isinstance(role := message.get("role"), str):
             raise InvalidRequest(f"messages[{k}] must be an object with role and content")
