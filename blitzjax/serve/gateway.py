@@ -24,7 +24,7 @@ from aiohttp import web
 import blitzjax
 from blitzjax.addresses import ORIGINS, check_free, joined, origins
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel, reason
-from blitzjax.serve import access, openai, replies
+from blitzjax.serve import access, metrics, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
 from blitzjax.serve.origins import Origins, asks_first, yes
@@ -54,6 +54,7 @@ class Gateway:
         app.on_response_prepare.append(self._add_headers)
         app.add_routes([
             web.get("/health", self.health), web.get("/ping", self.ping), web.get("/version", self.version),
+            web.get("/metrics", self.metrics),
             web.get("/v1/models", self.models), web.get("/v1/models/{name:.+}", self.model),
             web.post("/v1/completions", self.completions), web.post("/v1/chat/completions", self.chat),
             web.post("/tokenize", self.tokenize), web.post("/detokenize", self.detokenize)])
@@ -69,6 +70,10 @@ class Gateway:
 
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": blitzjax.__version__})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """What the controller's picture tells: gauges, which routers and autoscalers read, and prefix caches."""
+        return web.Response(text=metrics.render(await self._client.status(), {}), headers={"Content-Type": metrics.TYPE})
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response(replies.models(await self._client.status(), self._started))

@@ -18,18 +18,20 @@ from blitzjax.serve.latencies import Histogram, Latencies
 from blitzjax.v1 import inference_pb2 as pb
 
 _log = logging.getLogger("blitzjax.controller")
-_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _Sample = tuple[dict[str, str], float]
 _Metric = tuple[str, str, str, list[_Sample]]  # name, type, what it is
 
 
 def render(picture: pb.ClusterStatus, latencies: Mapping[str, Latencies]) -> str:
-    """One block for each metric: help, type, samples. `latencies` are those of models by name."""
-    blocks = [*_metrics(picture), *_counters(latencies)]
+    """One block for each metric: help, type, samples. `latencies` are those of models by name; without them, as where
+    only the picture is known, there are no counters of answers and no histograms.
+    """
+    blocks = [*_metrics(picture), *(_counters(latencies) if latencies else ())]
     lines = [line for name, kind, about, samples in blocks for line in (
         f"# HELP {name} {about}", f"# TYPE {name} {kind}", *(_line(name, *sample) for sample in samples))]
-    for name, about, read in _HISTOGRAMS:
+    for name, about, read in _HISTOGRAMS if latencies else ():
         lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
         for model, known in latencies.items():
             lines += _histogram(name, {"model_name": model}, read(known))
@@ -117,13 +119,13 @@ async def endpoint(metrics: Callable[[], str], ready: Callable[[], bool], host: 
     from aiohttp import web  # costs a start 0.1 s
 
     async def scrape(request: web.Request) -> web.Response:
-        return web.Response(text=metrics(), headers={"Content-Type": _TYPE})
+        return web.Response(text=metrics(), headers={"Content-Type": TYPE})
 
     async def health(request: web.Request) -> web.Response:
-        return web.Response(status=200 if ready() else 503, headers={"Content-Type": _TYPE})
+        return web.Response(status=200 if ready() else 503, headers={"Content-Type": TYPE})
 
     async def ping(request: web.Request) -> web.Response:
-        return web.Response(headers={"Content-Type": _TYPE})
+        return web.Response(headers={"Content-Type": TYPE})
 
     app = web.Application()
     app.add_routes([web.get("/metrics", scrape), web.get("/health", health), web.get("/ping", ping)])

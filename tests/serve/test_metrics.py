@@ -114,11 +114,16 @@ def test_answers_that_ended_are_in_histograms(model_dir: Path) -> None:
     assert read['vllm:generation_tokens_total{model_name="toy"}'] == 14
 
 
-def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) -> None:
-    (port,) = free_ports(1)
-    config = toy_config(f"serve.metrics_port={port}")
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    def scrape(path: str = "/metrics") -> str:
+
+def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) -> None:
+    port, http_port = free_ports(2)
+    config = toy_config(f"serve.metrics_port={port}", f"serve.http_port={http_port}")
+
+    def scrape(path: str = "/metrics", port: int = port) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=300) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             return answer.read().decode()
@@ -135,6 +140,9 @@ def test_a_cluster_is_scraped_while_it_answers(model_dir: Path, tmp_path: Path) 
         read = samples(scrape())
         assert read['vllm:prefix_cache_queries_total{model_name="toy"}'] == 5
         assert read['blitzjax:instances{model_name="toy",phase="serving"}'] == 1
+        eventually(lambda: listens(http_port))
+        assert 'vllm:num_requests_waiting{model_name="toy"}' in samples(scrape(port=http_port))
+        eventually(lambda: samples(scrape(port=http_port)).items() < samples(scrape()).items())  # it has no histograms
         known = {re.sub("{.*", "", name) for name in read}
         asked = set(re.findall(r"(?:vllm|blitzjax):\w+", DASHBOARD.read_text()))
         assert len(asked) > 9 and asked <= known, asked - known
