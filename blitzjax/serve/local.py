@@ -77,7 +77,8 @@ class LocalCluster:
         self._gateway = [Process("gateway", (
             sys.executable, "-m", "blitzjax.serve.gateway", "--address", self._inside, "--host", host, "--port",
             str(config.serve.http_port), "--allowed-origins", json.dumps(config.serve.allowed_origins), "--ssl-certfile",
-            config.serve.ssl_certfile, "--ssl-keyfile", config.serve.ssl_keyfile), dict(os.environ), self.run_dir / "gateway.log")] if config.serve.http_port else []
+            config.serve.ssl_certfile, "--ssl-keyfile", config.serve.ssl_keyfile), dict(os.environ),
+            self.run_dir / "gateway.log")] if config.serve.http_port else []
 
     # ---- life
 

@@ -264,8 +264,8 @@ def _ids(given: JSON) -> tuple[int, ...] | None:
 
 def _is_id(value: JSON) -> bool:
     """97.0 is one, as clients write it whose numbers are all of one kind."""
-    whole = type(value) is int or type(value) is float and value.is_integer()
-    return whole and 0 <= value < 1 << 31
+    return (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 31
+            and value == int(value))
 
 
 def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
@@ -279,8 +279,8 @@ def _prompts(given: str | Sequence[Any] | None) -> tuple[Prompt, ...]:
             raise InvalidRequest(f"prompt may have {_MAX_PROMPTS} texts or lists of token ids, got {len(several)}")
         case [*several] if several and all(isinstance(p, str) for p in several):
             return tuple(several)
-        case [*several] if several and all(of_each := tuple(map(_ids, several))):
-            return of_each
+        case [*several] if several and len(each := [ids for p in several if (ids := _ids(p))]) == len(several):
+            return tuple(each)
     raise InvalidRequest("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
 
 

@@ -206,7 +206,8 @@ def test_of_a_prompt_alone_the_logprobs_are_told(site):
         assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("abc", "length", ["a", "b", "c"])
         assert choice["logprobs"]["token_logprobs"] == [None, -98, -99]
         assert said["usage"]["completion_tokens"] == 0 < said["usage"]["prompt_tokens"]
-        events = site.events("/v1/completions", **asked, stream_options={"include_usage": True, "continuous_usage_stats": True})
+        events = site.events("/v1/completions", **asked,
+                             stream_options={"include_usage": True, "continuous_usage_stats": True})
         pieces = [c for e in events for c in e["choices"] if c["index"] == 0]
         assert "".join(c["text"] for c in pieces) == "abc" and [c["finish_reason"] for c in pieces] == [None, "length"]
         assert [name for c in pieces for name in c["logprobs"]["tokens"]] == ["a", "b", "c"]
@@ -222,7 +223,8 @@ def test_an_echo_of_token_ids_has_the_texts_and_places_that_one_of_text_has(site
     for text in ("abc", "éa", "aÀé"):
         [by_text], [by_ids] = (site.complete(p, **asked)["choices"] for p in (text, list(text.encode())))
         assert by_ids == by_text
-    for ids, tokens, offsets in (([97, 0xE2, 0x82], ["a", *(f"bytes:\\x{b}" for b in ("e2", "82", "83", "84"))], [0, 1, 1, 1, 2]),
+    half = ["a", *(f"bytes:\\x{byte}" for byte in ("e2", "82", "83", "84"))]
+    for ids, tokens, offsets in (([97, 0xE2, 0x82], half, [0, 1, 1, 1, 2]),
                                  ([98, 256, 99], ["b", "<|eos|>", "c", "d", "e"], [0, 1, 1, 2, 3])):
         scored = site.complete(ids, **asked)["choices"][0]["logprobs"]
         assert (scored["tokens"], scored["text_offset"]) == (tokens, offsets)

@@ -209,7 +209,8 @@ def test_an_answer_ends_as_openais_do(body, reason, finish) -> None:
 @pytest.mark.parametrize("body", [{}, {"tool_choice": "required"}])
 @pytest.mark.parametrize(("behind", "finish"), [
     ('<tool_call>{"name": "now", "arguments": {"a": [1', "stop"), ('<tool_call>{"name": "now", "arguments": {}', "stop"),
-    ('<tool_call>{"name": "now", "arguments": {"a": x', "stop"), ('<tool_call>{"name": "now", "arguments": {"a": 1,}}', "stop"),
+    ('<tool_call>{"name": "now", "arguments": {"a": x', "stop"),
+    ('<tool_call>{"name": "now", "arguments": {"a": 1,}}', "stop"),
     ('<tool_call>{"name": "now"', "tool_calls"), ("<tool_", "tool_calls")])
 def test_an_answer_that_stops_within_a_call_is_not_said_to_end_with_calls(body, behind, finish) -> None:
     """As where a stop string ends it; a call that nobody was told of is content."""
