@@ -65,6 +65,17 @@ def check_free(address: str) -> None:
         raise BlitzError(f"cannot listen on {address}: {e.strerror}") from e
 
 
+def is_here(host: str) -> bool:
+    """Whether it is, or is the name of, an address that this machine has. Raises OSError for a name that has none."""
+    found = resolved(host)
+    with socket.socket(socket.AF_INET6 if ":" in found else socket.AF_INET) as probe:
+        try:
+            probe.bind((found, 0))
+        except OSError:
+            return False
+    return True
+
+
 def resolved(host: str) -> str:
     """An address of that name, IPv4 if there is one. Raises OSError."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)

@@ -23,7 +23,7 @@ from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import locations
 from blitzjax.errors import BlitzError, CheckpointError
 from blitzjax.serve import access
-from blitzjax.serve.hosts import Launch, WorkerHost, across
+from blitzjax.serve.hosts import Launch, WorkerHost, across, check_ports
 
 if TYPE_CHECKING:
     from blitzjax.serve.local import LocalCluster
@@ -50,7 +50,7 @@ def serve(args: argparse.Namespace) -> int:
     from blitzjax.serve.local import LocalCluster
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a conversion as Ctrl-C does
-    hosts = args.hosts.split(",") if args.hosts else []
+    hosts = [host.strip() for host in args.hosts.split(",")] if args.hosts else []
     config = configure(args, len(args.model), max(1, len(hosts)))
     if args.host_index and not hosts:
         raise BlitzError("--host-index says which of --hosts this machine is; give --hosts, the same on all machines")
@@ -66,13 +66,15 @@ def serve(args: argparse.Namespace) -> int:
     for port in (config.serve.port, config.serve.http_port, config.serve.metrics_port):
         if not args.host_index:
             check_free(joined(config.serve.host, port))
+    if hosts:
+        check_ports(launch)
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
     if args.host_index:
         return _only_workers(config, launch)
     cluster = LocalCluster(config, models, replace(launch, console=True), names)
     _on_end(cluster.terminate)
     with cluster:
-        print(f"starting {config.cluster.pool} workers; their logs are in {cluster.run_dir}", flush=True)
+        print(f"starting {cluster.workers}; logs are in {cluster.run_dir}", flush=True)
         with contextlib.suppress(BlitzError):  # it ended, and has said why; or it was killed, and begins again
             wait_ready(cluster)
             print(banner(cluster), flush=True)
@@ -100,8 +102,7 @@ def _only_workers(config: Config, launch: Launch) -> int:
     """This machine's part of a cluster whose controller is elsewhere. Runs until Ctrl-C, SIGTERM or a closed terminal."""
     host = WorkerHost(config, launch)
     _on_end(host.stop)
-    names = ", ".join(f"i{k} at {host.workers.addresses[k]}" for k in host.workers.processes)
-    print(f"starting workers {names}; their logs are in {host.workers.run_dir}", flush=True)
+    print(f"starting {host.workers}; logs are in {host.workers.run_dir}", flush=True)
     asyncio.run(host.run())
     return 0
 

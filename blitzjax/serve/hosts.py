@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blitzjax.addresses import joined, resolved
+from blitzjax.addresses import check_free, host_of, is_here, joined, resolved
 from blitzjax.config import Config
-from blitzjax.errors import ConfigError
+from blitzjax.errors import BlitzError, ConfigError
 from blitzjax.serve.metrics import endpoint
-from blitzjax.serve.processes import Process, worker_env
+from blitzjax.serve.processes import Process, say, worker_env
 from blitzjax.serve.rundir import RunDir
 
 POLL_S = 0.05
+_ASK_S = 2.0  # for the first machine, and between two tries
 _PORTS = (20000, 32000)  # below Linux's ephemeral ports: nobody's outgoing connection takes one between two lives
 
 
@@ -62,14 +63,51 @@ def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
     if pool % len(hosts):
         raise ConfigError(f"a pool of {pool} workers cannot be divided over {len(hosts)} hosts; give --pool a multiple")
     each = pool // len(hosts)
-    for host in hosts:
-        try:
-            resolved(host)
-        except OSError as e:
-            print(f"blitzjax: --hosts: cannot resolve {host} ({e.strerror}); waiting until it has an address", file=sys.stderr)
+    found = [_address(host) for host in hosts]
+    for host, address in zip(hosts, found, strict=True):
+        if address is not None and found.index(address) < hosts.index(host):
+            raise ConfigError(f"--hosts: {hosts[found.index(address)]} and {host} are the same machine, {address}")
+    _check_own(hosts[index], found, index)
     return Launch(hosts=tuple(hosts[k // each] for k in range(pool)), coordinator_host=hosts[0],
                   ports=(base, *(base + 1 + k % each for k in range(pool))),
                   here=range(index * each, (index + 1) * each))
+
+
+def _address(host: str) -> str | None:
+    """None, and told, for a name that has none."""
+    try:
+        return resolved(host)
+    except OSError as e:
+        say(f"--hosts: cannot resolve {host} ({e.strerror}); waiting until it has an address")
+        return None
+
+
+def _check_own(host: str, found: Sequence[str | None], index: int) -> None:
+    """Raises ConfigError for an address that is another machine's; a name may become ours."""
+    own, here = found[index], [k for k, address in enumerate(found) if address is not None and is_here(address)]
+    if own is None or index in here:
+        return
+    hint = f"; --host-index {' or '.join(map(str, here))} is one" if here else ""
+    if own == host:
+        raise ConfigError(f"--host-index {index} of --hosts is {host}, no address of this machine{hint}")
+    say(f"--host-index {index} of --hosts is {host} ({own}), no address of this machine{hint}; waiting until it is")
+
+
+def check_ports(launch: Launch) -> None:
+    """Of a part of a cluster on several machines. Raises BlitzError when it cannot listen where it must."""
+    assert launch.here is not None
+    wanted = [(launch.hosts[k], launch.ports[k + 1]) for k in launch.here]
+    if 0 in launch.here:
+        wanted.append((launch.coordinator_host, launch.ports[0]))
+    for host, port in wanted:
+        with contextlib.suppress(OSError):
+            if not is_here(host):
+                continue  # it may be, later
+            try:
+                check_free(joined(host, port))
+            except BlitzError as e:
+                raise BlitzError(f"{e}; does this command run here already, with this --host-index? cluster.base_port "
+                                 "moves all ports of this kind, the same on all hosts") from e
 
 
 class Workers:
@@ -84,6 +122,14 @@ class Workers:
         self.addresses = tuple(joined(self._host(k), ports[k + 1]) for k in range(pool))
         here = range(pool) if launch.here is None else launch.here
         self.processes = {k: self._process(k, number, len(here)) for number, k in enumerate(here)}
+
+    def __str__(self) -> str:
+        """What starts here, and what is to come from other machines."""
+        if len(self.processes) == len(self.addresses):
+            return f"{len(self.addresses)} workers"
+        here = ", ".join(f"i{k} at {self.addresses[k]}" for k in self.processes)
+        others = [host_of(address) for k, address in enumerate(self.addresses) if k not in self.processes]
+        return f"workers {here}; others are to come from {', '.join(dict.fromkeys(others))}"
 
     def tidy(self) -> None:
         """A temporary directory goes, unless a worker started again: then somebody may ask why."""
@@ -118,6 +164,7 @@ class WorkerHost:
         Raises BlitzError when it cannot listen for probes.
         """
         processes, serve = self.workers.processes.values(), self._serve
+        first = asyncio.create_task(self._await_first())
         async with endpoint(lambda: "", self._whole, serve.host, serve.metrics_port):
             while not self._stopping:
                 for process in processes:
@@ -127,13 +174,36 @@ class WorkerHost:
                 await asyncio.sleep(POLL_S)
             for process in processes:
                 process.kill()
+        first.cancel()
         self.workers.tidy()
+
+    async def _await_first(self) -> None:
+        """Our workers wait for the first machine as long as it takes: whoever started them should know."""
+        address, told = self.workers.coordinator, False
+        while not await _answers(address):
+            if not told:
+                say(f"waiting for {address}: the same command must run there, with --host-index 0, --hosts and --pool as here")
+            told = True
+            await asyncio.sleep(_ASK_S)
+        if told:
+            say(f"{address} answers now")
 
     def _whole(self) -> bool:
         return all(process.pid is not None for process in self.workers.processes.values())
 
     def stop(self) -> None:
         self._stopping = True
+
+
+async def _answers(address: str) -> bool:
+    """Whether something listens there."""
+    try:
+        async with asyncio.timeout(_ASK_S):
+            _, writer = await asyncio.open_connection(host_of(address), address.rpartition(":")[2])
+    except OSError:  # TimeoutError is one
+        return False
+    writer.close()
+    return True
 
 
 def free_ports(count: int) -> list[int]:

@@ -52,8 +52,8 @@ class LocalCluster:
         address = joined(host, self.config.serve.port)
         tls = bool(config.serve.ssl_certfile)
         self.address = f"{TLS}{address}" if tls else address
-        self._workers = Workers(config, launch, launch.ports or ports[1:])
-        self.run_dir, self.worker_addresses = self._workers.run_dir, self._workers.addresses
+        self.workers = Workers(config, launch, launch.ports or ports[1:])
+        self.run_dir, self.worker_addresses = self.workers.run_dir, self.workers.addresses
         socket = self.run_dir / "controller.sock"  # the certificate may be of other names than we call it by
         self._inside = f"unix:{socket}" if tls else address
         self._stopping = threading.Event()
@@ -62,9 +62,9 @@ class LocalCluster:
         self._lock = threading.RLock()  # guards every process against the supervisor; signal handlers take it again
         hang_s = config.serve.hang_timeout_s
         self._coordinator = Process("coordinator", (
-            *launch.coordinator, "--address", self._workers.coordinator, "--size", str(pool), "--heartbeat-s",
+            *launch.coordinator, "--address", self.workers.coordinator, "--size", str(pool), "--heartbeat-s",
             str(config.cluster.heartbeat_s)), dict(os.environ), self.run_dir / "coordinator.log",
-            Pulse(self._workers.coordinator, hang_s))
+            Pulse(self.workers.coordinator, hang_s))
         self._journal = self.run_dir / "journal"
         journal = ("--journal", str(self._journal)) if config.serve.resume_timeout_s else ()
         listen = ("--socket", str(socket)) if tls else ()
@@ -90,7 +90,7 @@ class LocalCluster:
         self.stop()
         others = (self._controller, self._coordinator, *self._gateway)
         if kind is None and self._controller.code in (0, None) and not any(process.lives > 1 for process in others):
-            self._workers.tidy()
+            self.workers.tidy()
 
     def start(self) -> None:
         """Starts every process and returns at once; see `wait_ready`."""
@@ -146,7 +146,7 @@ class LocalCluster:
     def worker_pid(self, k: int) -> int | None:
         """None while it is down."""
         with self._lock:
-            return self._workers.processes[k].pid
+            return self.workers.processes[k].pid
 
     def controller_pid(self) -> int | None:
         """None while it is down."""
@@ -154,7 +154,7 @@ class LocalCluster:
             return self._controller.pid
 
     def signal_worker(self, k: int, number: signal.Signals = signal.SIGKILL) -> None:
-        self._signal(self._workers.processes[k], number)
+        self._signal(self.workers.processes[k], number)
 
     def signal_controller(self, number: signal.Signals = signal.SIGKILL) -> None:
         self._signal(self._controller, number)
@@ -173,7 +173,7 @@ class LocalCluster:
     # ---- the supervisor thread
 
     def _supervise(self) -> None:
-        workers = self._workers.processes.values()
+        workers = self.workers.processes.values()
         supervised = (self._coordinator, *workers, *self._gateway)
         with self._lock:
             if not self._terminating:

@@ -123,6 +123,9 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("serve toy --http-port 50051", "serve.port, serve.http_port and serve.metrics_port must be different ports"),
     ("serve toy --pool 3 --hosts a,,b", "--hosts wants HOST,HOST,..., each of them once, got 'a,,b'"),
     ("serve toy --pool 2 --hosts a,a", "--hosts wants HOST,HOST,..., each of them once, got 'a,a'"),
+    ("serve toy --pool 2 --hosts 198.51.100.1,127.0.0.1",
+     "--host-index 0 of --hosts is 198.51.100.1, no address of this machine; --host-index 1 is one"),
+    ("serve toy --pool 2 --hosts localhost,127.0.0.1", "--hosts: localhost and 127.0.0.1 are the same machine, 127.0.0.1"),
     ("serve toy --host no.such.host.invalid", "cannot listen on no.such.host.invalid:50051: "),
     ("serve toy --host 192.0.2.1 --port 1234", "cannot listen on 192.0.2.1:1234: "),
     ("serve toy --ssl-certfile {} --ssl-keyfile {}", "cannot use the certificate {} with the key {}: Is a directory"),
@@ -177,6 +180,18 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(model_dir: Path, ca
             assert cli.main(["serve", str(model_dir), "--port", "0", flag, str(port)]) == 2
             said = capsys.readouterr()
             assert said.out == "" and said.err == f"blitzjax: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_a_host_index_that_is_taken_is_said_before_anything_starts(above: int, model_dir: Path,
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    """The first host's ports: of the coordination service, then of its worker."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", str(model_dir), "--hosts", "127.0.0.1,198.51.100.1", "--pool", "2", "--port", "0",
+                         "--set", f"cluster.base_port={port - above}"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and f"cannot listen on 127.0.0.1:{port}: Address already in use; does this command run here" in said.err
 
 
 def configure(*argv: str):

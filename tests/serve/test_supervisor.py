@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import os
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from blitzjax import config as configs
 from blitzjax.errors import ConfigError, Unavailable, UnknownModel
 from blitzjax.serve import processes, pulse
 from blitzjax.serve.client import Client
-from blitzjax.serve.hosts import Launch, Workers, across, free_ports
+from blitzjax.serve.hosts import Launch, WorkerHost, Workers, across, free_ports
 from blitzjax.serve.journal import Journal
 from blitzjax.serve.local import LocalCluster
 from blitzjax.serve.rundir import RunDir
@@ -214,6 +216,28 @@ def test_workers_of_an_ipv6_host_are_written_with_brackets(tmp_path: Path) -> No
     assert (workers.coordinator, workers.addresses) == ("[::1]:6400", ("[::1]:6401", "127.0.0.1:6401"))
     with pytest.raises(ConfigError, match="without brackets, as in ::1"):
         configs.load(None, ('serve.host="[::1]"',))
+
+
+def test_a_machine_that_waits_for_the_first_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    [port] = free_ports(1)
+    config = configs.load(None, ("cluster.pool=2", f"cluster.base_port={port}"))
+    host, said = WorkerHost(config, replace(across(config, ("127.0.0.1", "127.0.0.2"), 1), worker=TOY_WORKER)), ""
+
+    async def heard(text: str) -> None:
+        nonlocal said
+        while text not in said:
+            await asyncio.sleep(0.02)
+            said += capsys.readouterr().err
+
+    async def wait() -> None:
+        async with asyncio.timeout(300), asyncio.TaskGroup() as tasks:
+            tasks.create_task(host.run())
+            await heard(f"waiting for 127.0.0.1:{port}: the same command must run there, with --host-index 0")
+            with socket.create_server(("127.0.0.1", port)):
+                await heard(f"127.0.0.1:{port} answers now")
+            host.stop()
+
+    asyncio.run(wait())
 
 
 def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
