@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blitzjax.calibrate import Calibration
-from blitzjax.cli_serve import checkpoint, configure
+from blitzjax.cli_serve import check_context, checkpoint, configure, given
 from blitzjax.cli_sim import check_writable
 from blitzjax.config import Config
 from blitzjax.serve.local import LocalCluster
@@ -27,6 +27,8 @@ def calibrate(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="blitzjax-calibrate-") as directory:
         config = measured(configure(args), Path(directory) / "events.jsonl")
         model = load_model(checkpoint(args.model, config.engine.dtype, args.checkpoint))
+        if "engine.max_model_len" in given(args):
+            check_context(config, [model.spec])
         print(f"starting {config.cluster.pool} workers with {model.name}", flush=True)
         with LocalCluster(config, model.directory, Launch(run_dir=Path(directory))) as cluster:
             cluster.wait_ready(_READY_S)

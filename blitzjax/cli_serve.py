@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,11 @@ from blitzjax import config as configs
 from blitzjax.addresses import check_free, joined
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import locations
-from blitzjax.errors import BlitzError, CheckpointError
+from blitzjax.errors import BlitzError, CheckpointError, ConfigError
 from blitzjax.serve import access
 from blitzjax.serve.hosts import Launch, WorkerHost, across, check_ports
+from blitzjax.serve.model import read_manifest
+from blitzjax.types import ModelSpec
 
 if TYPE_CHECKING:
     from blitzjax.serve.local import LocalCluster
@@ -69,6 +72,8 @@ def serve(args: argparse.Namespace) -> int:
     if hosts:
         check_ports(launch)
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
+    if "engine.max_model_len" in given(args):
+        check_context(config, [read_manifest(model, name)[0] for model, name in zip_longest(models, names, fillvalue="")])
     if args.host_index:
         return _only_workers(config, launch)
     cluster = LocalCluster(config, models, replace(launch, console=True), names)
@@ -127,12 +132,10 @@ def configure(args: argparse.Namespace, models: int = 1, hosts: int = 1) -> Conf
     """File, then flags, then --set. Sizes that nobody gave follow each other: the pool bounds the instances of so many
     models, and is divided over so many hosts.
     """
-    flags = [f"{key}={json.dumps(value)}" for name, key in _KNOBS.items() if (value := getattr(args, name)) is not None]
-    given = _given(args.config) | {text.partition("=")[0].strip() for text in (*flags, *args.set)}
-    overrides = [*flags, *args.set]
-    if "scale.max_instances" not in given:  # as the pool allows; never an error that nobody caused
+    overrides, said = _overrides(args), given(args)
+    if "scale.max_instances" not in said:  # as the pool allows; never an error that nobody caused
         overrides.insert(0, f"scale.max_instances={1 << 30}")
-    if "cluster.pool" not in given:
+    if "cluster.pool" not in said:
         lowest = _least(configs.load(args.config, overrides).scale) * models
         overrides.insert(0, f"cluster.pool={ceil(max(_POOL, lowest) / hosts) * hosts}")
     config = configs.load(args.config, overrides)
@@ -142,7 +145,7 @@ def configure(args: argparse.Namespace, models: int = 1, hosts: int = 1) -> Conf
         names = "scale.min_instances" + (" + scale.min_decode" if config.scale.roles == "split" else "")
         each = f", of each of {models} models" if models > 1 else ""
         raise BlitzError(f"{names} is {least}{each}, but the pool has {pool} workers; give --pool {needed}")
-    if "scale.max_instances" not in given:
+    if "scale.max_instances" not in said:
         config = configs.load(args.config, [*overrides, f"scale.max_instances={pool}"])
     return config
 
@@ -152,13 +155,30 @@ def _least(scale: ScaleConfig) -> int:
     return scale.min_instances + (scale.min_decode if scale.roles == "split" else 0)
 
 
-def _given(path: Path | None) -> set[str]:
-    """Keys that a configuration file sets; what is wrong with the file, `configs.load` says."""
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """What wins over the file, later ones over earlier ones."""
+    flags = [f"{key}={json.dumps(value)}" for name, key in _KNOBS.items() if (value := getattr(args, name)) is not None]
+    return [*flags, *args.set]
+
+
+def given(args: argparse.Namespace) -> set[str]:
+    """Keys that somebody set; what is wrong with the file, `configs.load` says."""
     try:
-        tables = {} if path is None else tomllib.loads(path.read_text("utf-8"))
+        tables = {} if args.config is None else tomllib.loads(args.config.read_text("utf-8"))
     except (OSError, ValueError):
-        return set()
-    return {f"{table}.{key}" for table, values in tables.items() if isinstance(values, dict) for key in values}
+        tables = {}
+    in_file = {f"{table}.{key}" for table, values in tables.items() if isinstance(values, dict) for key in values}
+    return in_file | {text.partition("=")[0].strip() for text in _overrides(args)}
+
+
+def check_context(config: Config, specs: Sequence[ModelSpec]) -> None:
+    """A length that somebody asked for: one of the models must take it, and whose is shorter is told. Raises ConfigError."""
+    wanted = config.engine.max_model_len
+    short = [f"{spec.name} takes at most {spec.max_len} tokens" for spec in specs if spec.max_len < wanted]
+    if len(short) == len(specs):
+        raise ConfigError(f"engine.max_model_len is {wanted}, but {', '.join(short)}")
+    for said in short:
+        print(f"{said}, not the {wanted} of engine.max_model_len", flush=True)
 
 
 def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:

@@ -41,7 +41,7 @@ class ServeConfig:
 class EngineConfig:
     dtype: str = "bfloat16"  # parameters and matmul inputs: "bfloat16" | "float32", KV too but on GPUs; residuals are float32;
     # "int8": matrices of layers are rounded to blocks of int8, and multiply bfloat16
-    max_model_len: int = 2048  # prompt + answer, tokens; never above the model's limit; chooses LongRoPE's factors
+    max_model_len: int = 2048  # prompt + answer, tokens; at most the model's limit; chooses LongRoPE's factors
     max_num_seqs: int = 16  # sequences decoding together
     max_num_batched_tokens: int = 512  # one step: decoding sequences + prompt chunk
     page_size: int = 16  # tokens per KV page

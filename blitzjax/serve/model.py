@@ -28,7 +28,17 @@ class ServedModel:
 def load_model(directory: Path, name: str = "") -> ServedModel:
     """Reads `manifest.json` and the tokenizer, never the arrays; the model is served as `name`, if there is one.
 
-    `manifest_json` is the same text whichever way the name was come by: workers tell models apart by it. Raises
+    Raises CheckpointError.
+    """
+    spec, manifest_json, size = read_manifest(directory, name)
+    tokenizer = Tokenizer(directory) if Tokenizer.present(directory) else None
+    return ServedModel(spec.name, directory.resolve(), spec, manifest_json, size, tokenizer)
+
+
+def read_manifest(directory: Path, name: str = "") -> tuple[ModelSpec, str, int]:
+    """→ the model, served as `name` if there is one; the manifest that says so; bytes of all units.
+
+    The manifest is the same text whichever way the name was come by: workers tell models apart by it. Raises
     CheckpointError.
     """
     path = directory / MANIFEST
@@ -44,5 +54,4 @@ def load_model(directory: Path, name: str = "") -> ServedModel:
     if version != FORMAT_VERSION:  # workers refuse it, too, but then it is deployed
         raise CheckpointError(f"{directory}: format version {version!r}, this program reads {FORMAT_VERSION}; "
                               "convert the model again")
-    tokenizer = Tokenizer(directory) if Tokenizer.present(directory) else None
-    return ServedModel(spec.name, directory.resolve(), spec, manifest_json, size, tokenizer)
+    return spec, manifest_json, size

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
 import pytest
-from toy import write_model
+from toy import SPEC, write_model
 
 from blitzjax import cli, cli_serve
 from blitzjax import config as configs
@@ -192,6 +193,19 @@ def test_a_host_index_that_is_taken_is_said_before_anything_starts(above: int, m
                          "--set", f"cluster.base_port={port - above}"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and f"cannot listen on 127.0.0.1:{port}: Address already in use; does this command run here" in said.err
+
+
+@pytest.mark.parametrize("command", ["serve --port 0", "bench calibrate"])
+def test_a_context_that_no_model_takes_is_refused(command: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*command.split(), str(model_dir), "--max-model-len", "4097"]) == 2
+    assert capsys.readouterr().err == "blitzjax: engine.max_model_len is 4097, but toy takes at most 4096 tokens\n"
+
+
+def test_of_several_models_one_takes_the_context_and_the_others_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    cli_serve.check_context(configure("--max-model-len", "5000"), [SPEC, replace(SPEC, name="long", max_len=5000)])
+    assert capsys.readouterr().out == "toy takes at most 4096 tokens, not the 5000 of engine.max_model_len\n"
 
 
 def configure(*argv: str):
