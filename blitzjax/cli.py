@@ -108,12 +108,12 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str,
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+def _add_model(parser: argparse.ArgumentParser, several: bool = False, dtype: str = "bfloat16") -> None:
     parser.add_argument("model", metavar="MODEL", nargs="+" if several else None,
                         help="a checkpoint directory (converted, Hugging Face, Orbax), a .gguf file, OWNER/NAME on the "
                              "Hugging Face hub, a built-in name, or code of your own as package.module:function")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="Orbax parameters of a model that is your code")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (engine.dtype; bfloat16 if nothing is said)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of the parameters (engine.dtype; default: {dtype})")
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +177,8 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    _add_model(parser, dtype="as the cluster has it")
+    parser.add_argument("--served-model-name", default="", metavar="NAME", help="what clients call it (default: the checkpoint's)")
     parser.add_argument("--instances", type=int, metavar="N", help="that always serve (default: as the cluster has it)")
     parser.add_argument("--max-instances", type=int, metavar="N", help="default: as the cluster has it")
     _add_address(parser)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from blitzjax.errors import InvalidRequest, Unavailable
+from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve.asking import Options, Prompt
 from blitzjax.serve.client import Client
 from blitzjax.v1 import inference_pb2 as pb
@@ -91,15 +91,27 @@ def scale(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--timeout-s must be in (0, {_LONGEST_S:g}], got {args.timeout_s:g}")
     with connected(args) as client:
         if not args.watch:
-            reply = client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=not args.no_wait,
-                                 timeout_s=args.timeout_s)
-            print(_scaled(reply))
+            print(_scaled(_scale(client, args)))
             return 0
         change = _Change(client, args)
         change.start()
         _show(change.pictures(), Console())
         print(_scaled(change.result()))
     return 0
+
+
+def _scale(client: Client, args: argparse.Namespace) -> pb.ScaleResponse:
+    """Raises TimeoutError, which says how far it came."""
+    try:
+        return client.scale(args.to, model=args.model, live=args.live, source=args.source,
+                            wait=args.watch or not args.no_wait, timeout_s=args.timeout_s)
+    except BlitzError as e:
+        if e.code != "DEADLINE_EXCEEDED":
+            raise
+        picture = client.status()
+        serving = sum(model.serving for model in picture.models if args.model in ("", model.name))
+        raise TimeoutError(f"{serving} instead of {args.to} instances serve after {args.timeout_s:g} s, and the change goes "
+                           f"on; now: {_line(picture)}{_awaited(picture)}") from e
 
 
 def _scaled(reply: pb.ScaleResponse) -> str:
@@ -115,10 +127,8 @@ class _Change(threading.Thread):
         self._reply: pb.ScaleResponse | Exception
 
     def run(self) -> None:
-        args = self._args
         try:
-            self._reply = self._client.scale(args.to, model=args.model, live=args.live, source=args.source, wait=True,
-                                             timeout_s=args.timeout_s)
+            self._reply = _scale(self._client, self._args)
         except Exception as e:  # the other thread raises it
             self._reply = e
 
@@ -160,6 +170,11 @@ def _line(picture: pb.ClusterStatus) -> str:
     return f"target {picture.target_instances}  {workers or 'no worker has joined yet'}"
 
 
+def _awaited(picture: pb.ClusterStatus) -> str:
+    """Who has not joined."""
+    return f"; not joined: {', '.join(picture.awaited)}" if picture.awaited else ""
+
+
 def _role(instance: pb.InstanceStatus) -> str:
     """What split roles use it for."""
     return "" if instance.role in ("", "mixed") or instance.phase == "idle" else f" {instance.role}"
@@ -194,7 +209,7 @@ def _title(picture: pb.ClusterStatus) -> str:
     had = sum(m.prefix_cache_hits for m in picture.models)
     cached = f"; {had / asked:.0%} of prompt tokens cached" if asked else ""
     return (f"{models}: target {picture.target_instances}, {picture.queued_requests} queued, "
-            f"{picture.running_requests} running{cached}{chains}")
+            f"{picture.running_requests} running{cached}{chains}{_awaited(picture)}")
 
 
 def _layers(picture: pb.ClusterStatus, i: pb.InstanceStatus) -> int:

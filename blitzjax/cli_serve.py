@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -22,7 +23,7 @@ from blitzjax import config as configs
 from blitzjax.addresses import check_free, joined
 from blitzjax.config import Config, ScaleConfig
 from blitzjax.engine import locations
-from blitzjax.errors import BlitzError, CheckpointError, ConfigError
+from blitzjax.errors import BlitzError, CheckpointError, ConfigError, InvalidRequest
 from blitzjax.serve import access
 from blitzjax.serve.hosts import Launch, WorkerHost, across, check_ports
 from blitzjax.serve.model import read_manifest
@@ -65,6 +66,7 @@ def serve(args: argparse.Namespace) -> int:
     names = args.served_model_name or []
     if names and len(names) != len(args.model):
         raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
+    check_names([name or locations.name_of(model) for model, name in zip_longest(args.model, names, fillvalue="")])
     launch = across(config, hosts, args.host_index) if hosts else Launch()
     for port in (config.serve.port, config.serve.http_port, config.serve.metrics_port):
         if not args.host_index:
@@ -84,6 +86,13 @@ def serve(args: argparse.Namespace) -> int:
             wait_ready(cluster)
             print(banner(cluster), flush=True)
         return cluster.wait()
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Of the models that are served; empty: not known yet. Raises BlitzError for one that two would have."""
+    for name, count in Counter(filter(None, names)).items():
+        if count > 1:
+            raise BlitzError(f"{count} models would be called {name!r}; give each its own: --served-model-name NAME NAME")
 
 
 def _on_end(act: Callable[[], None]) -> None:
@@ -116,9 +125,13 @@ def deploy(args: argparse.Namespace) -> int:
     from blitzjax.cli_client import connected
 
     with connected(args) as client:
-        client.status()  # is anybody there, before a long conversion?
-        directory = checkpoint(args.model, args.dtype or Config().engine.dtype, args.checkpoint)
-        reply = client.deploy(directory, min_instances=args.instances, max_instances=args.max_instances)
+        cluster = client.status()  # is anybody there, before a long conversion?
+        name = args.served_model_name or locations.name_of(args.model)
+        if name in {model.name for model in cluster.models}:
+            raise InvalidRequest(f"a model named {name!r} is deployed already; give this one another --served-model-name")
+        directory = checkpoint(args.model, args.dtype or cluster.dtype, args.checkpoint)
+        reply = client.deploy(directory, served_model_name=args.served_model_name, min_instances=args.instances,
+                              max_instances=args.max_instances)
     print(f"{reply.model} is deployed after {reply.seconds:.2f} s")
     return 0
 

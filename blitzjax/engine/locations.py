@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import zlib
@@ -57,6 +58,19 @@ def cached(model: str, dtype: str) -> Path | None:
         return None
     mark_used(target)
     return target
+
+
+def name_of(model: str) -> str:
+    """What MODEL's checkpoint calls it, found without converting it; empty: not known yet."""
+    try:
+        manifest = Path(model).expanduser() / MANIFEST
+        if manifest.is_file():
+            return str(json.loads(manifest.read_text("utf-8"))["spec"]["name"])
+        if not Path(model).exists() and _REPOSITORY.fullmatch(model):
+            return model.partition("/")[2]
+        return place(model, "", Path(), download=False)[1]
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError):  # whoever reads it says what is wrong
+        return ""
 
 
 def mark_used(path: Path) -> None:

@@ -117,10 +117,11 @@ class Client:
             self._stub.Scale,
             pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
 
-    def deploy(self, directory: str | Path, *, min_instances: int | None = None, max_instances: int | None = None,
-               timeout_s: float | None = None) -> pb.DeployResponse:
-        """Serves one more converted checkpoint; returns when the workers are compiled for it."""
-        return self._unary(self._stub.Deploy, deploy_request(directory, min_instances, max_instances), timeout_s)
+    def deploy(self, directory: str | Path, *, served_model_name: str = "", min_instances: int | None = None,
+               max_instances: int | None = None, timeout_s: float | None = None) -> pb.DeployResponse:
+        """Serves one more converted checkpoint, under its own name or another; returns when the workers are compiled for it."""
+        return self._unary(self._stub.Deploy, deploy_request(directory, served_model_name, min_instances, max_instances),
+                           timeout_s)
 
     def undeploy(self, model: str, timeout_s: float | None = None) -> pb.UndeployResponse:
         """Returns when the model's requests have ended and no worker holds it."""
@@ -255,10 +256,11 @@ class AsyncClient:
             self._stub.Scale,
             pb.ScaleRequest(target=target, live=live, source=source, wait=wait, model=model), timeout_s)
 
-    async def deploy(self, directory: str | Path, *, min_instances: int | None = None,
+    async def deploy(self, directory: str | Path, *, served_model_name: str = "", min_instances: int | None = None,
                      max_instances: int | None = None, timeout_s: float | None = None) -> pb.DeployResponse:
-        """Serves one more converted checkpoint; returns when the workers are compiled for it."""
-        return await self._unary(self._stub.Deploy, deploy_request(directory, min_instances, max_instances), timeout_s)
+        """Serves one more converted checkpoint, under its own name or another; returns when the workers are compiled for it."""
+        return await self._unary(
+            self._stub.Deploy, deploy_request(directory, served_model_name, min_instances, max_instances), timeout_s)
 
     async def undeploy(self, model: str, timeout_s: float | None = None) -> pb.UndeployResponse:
         """Returns when the model's requests have ended and no worker holds it."""
@@ -316,6 +318,7 @@ def _ask_again(request: Message) -> None:
         setattr(request, "resume", True)
 
 
-def deploy_request(directory: str | Path, min_instances: int | None, max_instances: int | None) -> pb.DeployRequest:
-    return pb.DeployRequest(directory=str(Path(directory).resolve()), min_instances=min_instances,
-                            max_instances=max_instances)
+def deploy_request(directory: str | Path, served_model_name: str, min_instances: int | None,
+                   max_instances: int | None) -> pb.DeployRequest:
+    return pb.DeployRequest(directory=str(Path(directory).resolve()), served_model_name=served_model_name,
+                            min_instances=min_instances, max_instances=max_instances)

@@ -99,6 +99,12 @@ class Controller:
     def busy(self) -> bool:
         return bool(self._orders)
 
+    @property
+    def awaited(self) -> list[str]:
+        """Workers that have not joined, where they are called, and why if they said so."""
+        return [f"{link.instance} at {link.address}" + f" ({link.refused})" * bool(link.refused)
+                for link in self.links.values() if not link.joined]
+
     def check_open(self) -> None:
         """Raises Unavailable when this process leaves: nobody should wait for it any longer."""
         if self.over:
@@ -197,7 +203,7 @@ class Controller:
         now = self.now()
         self.refusals = {key: said for key, said in self.refusals.items() if key[1] != model.name}
         if self.journal is not None:
-            self.journal.deployed(now, str(model.directory), least, most)
+            self.journal.deployed(now, str(model.directory), model.name, least, most)
         for event in self.replica.deploy(model, least, most, now):
             self.on_event(event)
 

@@ -25,7 +25,7 @@ async def deploy(controller: Controller, request: pb.DeployRequest) -> pb.Deploy
     Raises InvalidRequest, or what a worker says.
     """
     started = controller.now()
-    model = await asyncio.to_thread(load_model, Path(request.directory))
+    model = await asyncio.to_thread(load_model, Path(request.directory), request.served_model_name)
     known = controller.models.get(model.name)
     if known is not None and not (request.resume and known.directory == model.directory):
         raise InvalidRequest(f"a model named {model.name!r} is deployed already")

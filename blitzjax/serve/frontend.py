@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
 SERVICE = "blitzjax.v1.Inference"
 _WATCH_GAP_S = 0.05  # between two pictures
 _WATCH_PERIOD_S = 1.0  # a picture at least this often
+_OR_POLICY = ", or the automatic policy did, scale.down_after_s after the last change; with scale.policy=manual it does not"
 
 
 class Frontend(rpc.InferenceServicer):
@@ -116,7 +117,7 @@ class Frontend(rpc.InferenceServicer):
 
     async def _scale(self, request: pb.ScaleRequest) -> pb.ScaleResponse:
         controller, started = self._controller, self._controller.now()
-        target, pool = request.target, controller.pool
+        target = request.target
         if controller.draining:
             raise Unavailable("the server is shutting down")
         if not request.model and len(controller.models) > 1:
@@ -129,12 +130,7 @@ class Frontend(rpc.InferenceServicer):
                 raise Superseded(f"{name} was undeployed")
             return found
 
-        least = min(1, now().least)
-        if not least <= target <= pool:
-            raise InvalidRequest(f"target must be in [{least}, {pool}]: the pool has {pool} workers; got {target}")
-        joined = len(controller.status().instances)
-        if target > joined:
-            raise Unavailable(f"only {joined} of the pool's {pool} workers have joined so far; got target {target}")
+        _check_target(controller, now(), target)
         live = _choice("live", request.live, LiveMode) if request.HasField("live") else None
         source = _choice("source", request.source, Source) if request.HasField("source") else None
         with controller.subscribe() as changed:
@@ -144,8 +140,27 @@ class Frontend(rpc.InferenceServicer):
                 changed.clear()
                 controller.check_open()
                 if now().target != target:
-                    raise Superseded(f"the target became {now().target} while waiting for {target}")
+                    raise Superseded(f"the target became {now().target} while waiting for {target}: somebody else changed it"
+                                     f"{_OR_POLICY if controller.config.scale.policy == 'auto' else ''}")
         return pb.ScaleResponse(serving=now().serving, target=now().target, seconds=controller.now() - started)
+
+
+def _check_target(controller: Controller, model: ModelStatus, target: int) -> None:
+    """Raises InvalidRequest for what this pool never has, Unavailable for what it has not now."""
+    pool, split = controller.pool, controller.config.scale.roles == "split"
+    others = {m.name: m.least + split * controller.config.scale.min_decode for m in controller.status().models
+              if m.name != model.name}
+    least, most = (1 + split if model.least else 0), pool - sum(others.values())
+    if not least <= target <= most:
+        promised = f", {pool - most} of them promised to {', '.join(n for n, k in others.items() if k)}" * (most < pool)
+        minimum = ""
+        if target < least:
+            minimum = ", split roles need 2" if split else ", and min_instances is above 0"
+        raise InvalidRequest(f"target must be in [{least}, {most}]: the pool has {pool} workers{promised}{minimum}; got {target}")
+    joined = len(controller.status().instances)
+    if target > joined:
+        raise Unavailable(f"only {joined} of the pool's {pool} workers have joined so far, not {', '.join(controller.awaited)}; "
+                          f"got target {target}")
 
 
 def _coming(controller: Controller, model: str) -> bool:
@@ -183,7 +198,7 @@ def picture(controller: Controller) -> pb.ClusterStatus:
             model=i.model, copies=i.copies, **_prefix_counts(controller, "instance", i.id))
             for i in status.instances],
         queued_requests=status.queued, running_requests=status.running, target_instances=status.target,
-        live=scale.live, source=scale.source,
+        live=scale.live, source=scale.source, dtype=controller.config.engine.dtype, awaited=controller.awaited,
         chains=[pb.ChainStatus(ticket=ticket, instances=chain.instances) for ticket, chain in status.chains])
 
 

@@ -68,10 +68,11 @@ class StreamEnded:
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """An operator wanted the model in this directory served; see events.ModelDeployed."""
+    """An operator wanted the model in this directory served, under this name; see events.ModelDeployed."""
 
     at: float
     directory: str
+    name: str
     least: int | None
     most: int | None
 
@@ -140,8 +141,8 @@ class Journal:
     def stream_ended(self, at: float, request_id: types.RequestId, delivered: bool) -> None:
         self._record({"ended": request_id, "at": at, "delivered": delivered})
 
-    def deployed(self, at: float, directory: str, least: int | None, most: int | None) -> None:
-        self._record({"deployed": directory, "at": at, "least": least, "most": most})
+    def deployed(self, at: float, directory: str, name: str, least: int | None, most: int | None) -> None:
+        self._record({"deployed": directory, "name": name, "at": at, "least": least, "most": most})
 
     def removed(self, at: float, model: str) -> None:
         self._record({"removed": model, "at": at})
@@ -256,7 +257,7 @@ def _decoded(record: Mapping[str, Any]) -> Record:
         case {"ended": request_id}:
             return StreamEnded(record["at"], request_id, record["delivered"])
         case {"deployed": directory}:
-            return Deployed(record["at"], directory, record["least"], record["most"])
+            return Deployed(record["at"], directory, record["name"], record["least"], record["most"])
         case {"removed": model}:
             return Removed(record["at"], model)
         case {"snapshot": coded}:

@@ -107,8 +107,8 @@ def _replayed(replica: Replica, line: Line, due: list[events.Event]) -> Past:
         case StreamEnded(at=at, request_id=request_id, delivered=delivered):
             replica.orders.stream_ended(request_id, delivered, at)
             replica.orders.prune(at)
-        case Deployed(at=at, directory=directory, least=least, most=most):
-            due = [*due, *replica.deploy(load_model(Path(directory)), least, most, at)]
+        case Deployed(at=at, directory=directory, name=name, least=least, most=most):
+            due = [*due, *replica.deploy(load_model(Path(directory), name), least, most, at)]
         case Removed(at=at, model=model):
             replica.remove(model)
         case Snapshot(at=at, state=state):

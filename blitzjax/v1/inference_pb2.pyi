@@ -284,7 +284,7 @@ class WatchScaleRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("at", "models", "instances", "queued_requests", "running_requests", "target_instances", "live", "source", "chains")
+    __slots__ = ("at", "models", "instances", "queued_requests", "running_requests", "target_instances", "live", "source", "chains", "dtype", "awaited")
     AT_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
@@ -294,6 +294,8 @@ class ClusterStatus(_message.Message):
     LIVE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     CHAINS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_FIELD_NUMBER: _ClassVar[int]
     at: float
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
@@ -303,19 +305,23 @@ class ClusterStatus(_message.Message):
     live: str
     source: str
     chains: _containers.RepeatedCompositeFieldContainer[ChainStatus]
-    def __init__(self, at: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., target_instances: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[ChainStatus, _Mapping]]] = ...) -> None: ...
+    dtype: str
+    awaited: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, at: _Optional[float] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., target_instances: _Optional[int] = ..., live: _Optional[str] = ..., source: _Optional[str] = ..., chains: _Optional[_Iterable[_Union[ChainStatus, _Mapping]]] = ..., dtype: _Optional[str] = ..., awaited: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DeployRequest(_message.Message):
-    __slots__ = ("directory", "min_instances", "max_instances", "resume")
+    __slots__ = ("directory", "min_instances", "max_instances", "served_model_name", "resume")
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     MIN_INSTANCES_FIELD_NUMBER: _ClassVar[int]
     MAX_INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     directory: str
     min_instances: int
     max_instances: int
+    served_model_name: str
     resume: bool
-    def __init__(self, directory: _Optional[str] = ..., min_instances: _Optional[int] = ..., max_instances: _Optional[int] = ..., resume: bool = ...) -> None: ...
+    def __init__(self, directory: _Optional[str] = ..., min_instances: _Optional[int] = ..., max_instances: _Optional[int] = ..., served_model_name: _Optional[str] = ..., resume: bool = ...) -> None: ...
 
 class DeployResponse(_message.Message):
     __slots__ = ("model", "seconds")

@@ -323,3 +323,5 @@ def test_the_coordination_service_needs_a_heartbeat(seconds: str, capsys: pytest
 def test_each_model_has_a_name_or_none_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "smollm2-135m", "other", "--served-model-name", "chat"]) == 2
     assert "a name for each of the 2 models, got 1" in capsys.readouterr().err
+    assert cli.main(["serve", "smollm2-135m", "other", "--served-model-name", "chat", "chat"]) == 2
+    assert "2 models would be called 'chat'" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from test_frontend import LASTING
 from toy import SPEC, eventually, toy_config, toy_launch, write_model
 
-from blitzjax import cli_serve
+from blitzjax import cli, cli_serve
 from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel
 from blitzjax.serve.client import Client
 from blitzjax.serve.local import LocalCluster
@@ -26,7 +26,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     models = [write_model(root / f"{name}.d", spec=replace(SPEC, name=name, layers=layers))
               for name, layers in (("left", 4), ("right", 30))]
     config = toy_config("scale.policy=auto", "scale.min_instances=0", "scale.zero_after_s=0.5",
-                        "scale.down_after_s=600", "scale.max_instances=2")  # so long the policy leaves a wish alone
+                        "scale.down_after_s=600", "scale.max_instances=2", "engine.dtype=float32")  # so long the policy leaves a wish alone
     with LocalCluster(config, models, toy_launch(root / "run")) as cluster:
         cluster.wait_ready(300)
         with cluster.client() as client:
@@ -89,6 +89,52 @@ def test_a_model_comes_and_goes_while_others_serve(cluster: LocalCluster, client
         client.generate("x", model="third")
     assert [m.name for m in client.status().models] == ["left", "right"]
     assert not any(i.model == "third" or "third" in i.copies for i in client.status().instances)
+
+
+def test_a_model_is_deployed_in_the_clusters_dtype_under_the_name_that_is_asked_for(
+        cluster: LocalCluster, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be converted is already: the toy has no parameters."""
+    directory, dtypes = write_model(tmp_path / "toy"), []
+    monkeypatch.setattr(cli_serve, "checkpoint", lambda model, dtype, source: dtypes.append(dtype) or directory)
+    command = ["deploy", str(directory), "--address", cluster.address, "--instances", "0"]
+    assert cli.main([*command, "--served-model-name", "fourth"]) == 0
+    assert client.generate("x", model="fourth", max_tokens=2).text == "yz"
+    client.undeploy("fourth", timeout_s=300)
+    assert cli.main([*command, "--dtype", "int8"]) == 0
+    assert client.generate("x", model="toy", max_tokens=2).text == "yz"
+    assert dtypes == ["float32", "int8"]
+    client.undeploy("toy", timeout_s=300)
+
+
+@pytest.mark.parametrize("model", ["left.d", "left", "someone/left", "other --served-model-name left"])
+def test_a_name_that_is_taken_is_refused_before_anything_is_converted(
+        model: str, cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of a manifest, of a directory to convert, of a repository, or one that is given."""
+    write_model(tmp_path / "left.d", spec=replace(SPEC, name="left"))
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_serve, "checkpoint", None)
+    assert cli.main(["deploy", *model.split(), "--address", cluster.address]) == 2
+    assert "a model named 'left' is deployed already; give this one another --served-model-name" in capsys.readouterr().err
+    if "name" not in model:
+        assert cli.main(["serve", model, "left.d"]) == 2
+        assert "2 models would be called 'left'; give each its own" in capsys.readouterr().err
+
+
+def test_a_scale_up_that_does_not_come_says_what_is_instead(cluster: LocalCluster, client: Client, tmp_path: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    client.deploy(write_model(tmp_path / "third"), served_model_name="third")
+    streams = [client.stream("a", model=name, **LASTING) for name in ("left", "right")]
+    for stream in streams:
+        next(stream)  # no worker is free
+    assert cli.main(["scale", "--to", "1", "--model", "third", "--address", cluster.address, "--timeout-s", "0.5"]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"0 instead of 1 instances serve after 0.5 s, and the change goes on; now: .*i\d serving (left|right) ", said)
+    client.undeploy("third", timeout_s=300)
+    for stream in streams:
+        stream.close()
 
 
 def test_whoever_waits_for_instances_of_a_model_that_leaves_is_told(client: Client, tmp_path: Path) -> None:

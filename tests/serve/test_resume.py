@@ -323,8 +323,8 @@ async def test_a_load_that_fails_before_anything_serves_again_is_not_the_end(toy
 
 @in_a_loop
 async def test_models_that_came_and_went_at_run_time(toys, tmp_path):
-    """Also through a snapshot; workers are told once."""
-    second, third = (load_model(write_model(tmp_path / name, spec=replace(SPEC, name=name))) for name in ("2nd", "3rd"))
+    """Also through a snapshot; workers are told once. Under names that are not their checkpoints'."""
+    second, third = (load_model(write_model(tmp_path / name), name) for name in ("2nd", "3rd"))
     async with toys("cluster.pool=2") as world:
         world.start()
         await world.serving(1)

@@ -23,7 +23,7 @@ from toy import TOY_COORDINATOR, TOY_WORKER, eventually, toy_config, toy_launch,
 
 from blitzjax import cli, cli_serve
 from blitzjax import config as configs
-from blitzjax.errors import ConfigError, Unavailable, UnknownModel
+from blitzjax.errors import BlitzError, ConfigError, Unavailable, UnknownModel
 from blitzjax.serve import processes, pulse
 from blitzjax.serve.client import Client
 from blitzjax.serve.hosts import Launch, WorkerHost, Workers, across, free_ports
@@ -247,6 +247,28 @@ def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
         assert [client.generate("a", model=name, max_tokens=2).text for name in ("chat", "base")] == ["bc", "bc"]
         with pytest.raises(UnknownModel, match="served: chat, base"):
             client.generate("a", model="toy")
+
+
+@pytest.mark.parametrize(("names", "roles", "target", "says"), [
+    (["chat"], "mixed", 1, r"0 of the pool's 2 workers have joined so far, not i0 at 127.0.0.1:\d+, i1 at 127.0.0.1:\d+; got"),
+    (["chat", "base"], "mixed", 2, r"in \[1, 1\]: the pool has 2 workers, 1 of them promised to base; got 2"),
+    (["chat"], "split", 1, r"in \[2, 2\]: the pool has 2 workers, split roles need 2; got 1")])
+def test_a_target_that_cannot_be_had_is_refused_with_the_reason(names: list[str], roles: str, target: int, says: str,
+                                                               model_dir: Path) -> None:
+    config = toy_config(f"scale.roles={roles}")
+    with LocalCluster(config, [model_dir] * len(names), replace(_LAUNCH, worker=("false",)), names) as cluster:
+        with cluster.client() as client:
+            eventually(lambda: listens(client))
+            assert [text.partition(" ")[0] for text in client.status().awaited] == ["i0", "i1"]
+            with pytest.raises(BlitzError, match=says):
+                client.scale(target, model="chat")
+
+
+def listens(client: Client) -> bool:
+    try:
+        return bool(client.status().models)
+    except Unavailable:
+        return False
 
 
 def test_the_coordination_service_answers_until_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
