@@ -23,7 +23,7 @@ from aiohttp import web
 
 import blitzjax
 from blitzjax.addresses import ORIGINS, check_free, joined, origins
-from blitzjax.errors import BlitzError, InvalidRequest, UnknownModel, reason
+from blitzjax.errors import BlitzError, InvalidRequest, Unauthenticated, UnknownModel, reason
 from blitzjax.serve import access, metrics, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
@@ -34,6 +34,7 @@ _BODY_BYTES = 64 << 20
 _AT_ONCE = 512  # answers of bodies that have many prompts: half of what may wait by default
 _SHUTDOWN_S = 30.0  # requests in flight may finish after SIGTERM
 _RETRY_AFTER_S = "1"
+_ASK_S = 2.0  # for a controller, and between two tries
 _OPEN = ("/health", "/ping")  # without the key
 _ID = "X-Request-Id"
 _log = logging.getLogger("blitzjax.gateway")
@@ -263,14 +264,43 @@ async def run(args: argparse.Namespace, api_key: str, tls: ssl.SSLContext | None
             where = joined(args.host, runner.addresses[0][1])
             with contextlib.suppress(OSError):  # a full disk
                 print(f"OpenAI's interface to {args.address}: {'https' if tls else 'http'}://{where}/v1", flush=True)
-            await stopping.wait()
+            await _until(stopping, client)
         finally:
             await runner.cleanup()
 
 
+async def _until(stopping: asyncio.Event, client: AsyncClient) -> None:
+    """Raises Unauthenticated if the controller, as soon as it answers, does not take our key."""
+    introduction, stop = (asyncio.ensure_future(waiting) for waiting in (_introduce(client), stopping.wait()))
+    try:
+        await asyncio.wait({introduction, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.done():
+            introduction.result()
+        await stop
+    finally:
+        introduction.cancel()
+        stop.cancel()
+
+
+async def _introduce(client: AsyncClient) -> None:
+    said = ""
+    while True:
+        try:
+            await client.status(_ASK_S)
+            return
+        except Unauthenticated:
+            raise
+        except BlitzError as e:
+            if str(e) != said:
+                _log.warning("%s; requests fail until a controller answers there", e)
+            said = str(e)
+        await asyncio.sleep(_ASK_S)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="blitzjax gateway", description="OpenAI's HTTP interface in front of a controller.",
-                                     epilog="With BLITZJAX_API_KEY in the environment, callers must send that key.")
+                                     epilog="With BLITZJAX_API_KEY in the environment, callers must send that key, and the "
+                                            "controller gets it.")
     parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT",
                         help="the controller (default 127.0.0.1:50051); grpcs://HOST:PORT over TLS")
     parser.add_argument("--host", default="127.0.0.1", help="listen here")

@@ -113,6 +113,19 @@ def test_commands_take_the_key_from_the_environment(guarded: LocalCluster) -> No
     assert done.returncode == 2 and f"only over TLS, as {guarded.address}" in done.stderr
 
 
+def test_a_gateway_without_the_key_ends_and_says_so(guarded: LocalCluster) -> None:
+    done = blitzjax("gateway", "--port", "0", "--address", guarded.address, "--cacert", str(CERT), BLITZJAX_API_KEY="wrong")
+    assert done.returncode == 2 and "blitzjax gateway: the API key is wrong or missing" in done.stderr
+
+
+def test_a_gateway_that_speaks_in_the_clear_says_what_is_wrong_and_goes_on(guarded: LocalCluster) -> None:
+    with subprocess.Popen([sys.executable, "-m", "blitzjax.cli", "gateway", "--port", "0", "--address",
+                           guarded.address.removeprefix(access.TLS)], stderr=subprocess.PIPE, text=True) as gateway:
+        assert f"it may speak only over TLS, as {guarded.address}" in next(iter(gateway.stderr))
+        gateway.terminate()
+        assert gateway.wait(300) == 0
+
+
 @pytest.mark.parametrize(("flags", "says"), [
     (("--ssl-certfile", "/nonexistent.pem", "--ssl-keyfile", str(KEY)), "cannot use the certificate /nonexistent.pem"),
     (("--ssl-certfile", str(KEY), "--ssl-keyfile", str(CERT)), "cannot use the certificate"),
