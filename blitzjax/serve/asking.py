@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias, TypedDict
 
 from blitzjax.errors import InvalidRequest
@@ -15,6 +17,7 @@ CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, JSON]]  # text, token ids (an array, too), or a chat
 Tools: TypeAlias = Sequence[Mapping[str, JSON]]  # as OpenAI has them
+_KINDS = {"Tools": "functions, as OpenAI has them"}  # of Options, for people
 
 
 class Options(TypedDict, total=False):
@@ -94,28 +97,33 @@ class Result:
 
 
 def generate_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
-    """Raises TypeError for an option that does not exist, or for a message of a chat that is none; InvalidRequest for a
-    number or a text that no request can hold.
+    """Raises TypeError for an option that does not exist, or what is of another type than it should be; InvalidRequest
+    for a number or a text that no request can hold.
     """
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}")
     if isinstance(stop := options.get("stop"), str):  # its characters would pass for strings
         options = options | {"stop": (stop,)}
     try:
         return _request(prompt, options)
     except (ValueError, OverflowError) as e:  # a number out of range, or half a character
-        raise InvalidRequest(f"{_misfit(options)}: {e}") from e
+        raise InvalidRequest(f"{_misfit(options) or 'prompt'}: {e}") from e
+    except (TypeError, LookupError) as e:
+        if name := _misfit(options):
+            kind, value = Options.__annotations__[name].__forward_arg__, options[name]  # type: ignore[literal-required]
+            raise TypeError(f"{name} must be {_KINDS.get(kind, kind)}, got {reprlib.repr(value)}") from e
+        raise TypeError(f"a prompt is text, token ids, or a chat of messages, got {reprlib.repr(prompt)}: {e}") from e
 
 
 def _misfit(options: Options) -> str:
-    """The name of what no request can hold, if it is none of the prompt."""
+    """The name of what no request can hold; empty if that is the prompt."""
     for name, value in options.items():
         try:
             _request(({"role": "user", "content": ""},), Options({name: value}))  # type: ignore[misc]  # one of them
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, TypeError, LookupError):
             return name
-    return "prompt"
+    return ""
 
 
 def _request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
@@ -125,6 +133,8 @@ def _request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     out = pb.GenerateRequest(model=options.get("model", ""), request_id=options.get("request_id", ""),
                              priority=options.get("priority", 0), progress=options.get("progress", False),
                              sampling=sampling)
+    if not isinstance(options.get("timeout_s"), Real | None):
+        raise TypeError("no number of seconds")
     if isinstance(prompt, str):
         out.text = prompt
     elif len(prompt) and isinstance(prompt[0], Mapping):

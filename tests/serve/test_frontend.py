@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -336,6 +337,19 @@ def test_the_prompt_is_tokenized_as_generate_does(client):
         assert list(client.generate(prompt, max_tokens=1, echo=True).prompt_token_ids) == list(known.token_ids)
     with pytest.raises(InvalidRequest, match="at least 1 token"):
         client.tokenize("")
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"max_tokens": "5"}, "max_tokens must be int, got '5'"), ({"temperature": "hot"}, "temperature must be float, got 'hot'"),
+    ({"top_k": 1, "stop": [5]}, r"stop must be str | Sequence[str], got [5]"), ({"model": 5}, "model must be str, got 5"),
+    ({"logit_bias": {"a": 1}}, "logit_bias must be Mapping[int, float], got {'a': 1}"), ({"ignore_eos": "yes"}, "must be bool"),
+    ({"timeout_s": "5"}, "timeout_s must be float, got '5'"), ({"tools": [5]}, "tools must be functions, as OpenAI has them"),
+    ({"max_token": 5}, "unknown options: max_token; there are max_tokens, "), ({"prompt": 5}, "chat of messages, got 5: "),
+    ({"prompt": ["a"]}, "a prompt is text, token ids, or a chat of messages, got ['a']: "),
+    ({"prompt": [{"role": "user"}]}, "a role and a content, both of them text; got {'role': 'user'}")])
+def test_what_is_of_another_type_is_named(client: Client, options: dict, says: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(says)):
+        client.generate(**{"prompt": "a"} | options)
 
 
 @pytest.mark.parametrize("target", [0, -1, 3])
