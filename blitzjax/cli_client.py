@@ -18,6 +18,7 @@ from blitzjax.serve.client import Client
 from blitzjax.v1 import inference_pb2 as pb
 
 _LONGEST_S = 1e9  # gRPC takes much longer ones, and infinity, for over
+_ROOM = 128  # tokens for an answer, as many as a server gives without --max-tokens
 _BAR = 24  # a table of 80 columns
 _OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed", "stop", "priority")
@@ -33,13 +34,40 @@ def chat(args: argparse.Namespace) -> int:
             return 0
         for message in _messages():
             try:
-                text = _answer(client, args, message if args.raw else [*history, _said("user", message)])
-                history += [_said("user", message), _said("assistant", text)]
+                if args.raw:
+                    _answer(client, args, message)
+                    continue
+                asked = fitting(client, args, [*history, _said("user", message)])
+                history = [*asked, _said("assistant", _answer(client, args, asked))]
             except KeyboardInterrupt:
                 print(" [stopped]")
             except InvalidRequest as e:
                 print(f"blitzjax: {e}", file=sys.stderr)
     return 0
+
+
+def fitting(client: Client, args: argparse.Namespace, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation, without as many of its oldest turns as the context has no room for; the system message stays.
+
+    All of it, for the server to refuse, if the question alone is too long.
+    """
+    turns, first = divmod(len(messages) - 1, 2)  # a turn is a question and its answer
+    for forgotten in range(turns + 1):
+        asked = messages[:first] + messages[first + 2 * forgotten:]
+        if _has_room(client, args, asked):
+            if forgotten:
+                print(f"[the context is full; oldest turns forgotten: {forgotten}]", file=sys.stderr)
+            return asked
+    return messages
+
+
+def _has_room(client: Client, args: argparse.Namespace, messages: list[dict[str, str]]) -> bool:
+    """For the answer, too."""
+    try:
+        known = client.tokenize(messages, model=args.model or "")
+    except InvalidRequest:  # too long to be looked at
+        return False
+    return len(known.token_ids) + (args.max_tokens or min(_ROOM, known.max_model_len // 4)) <= known.max_model_len
 
 
 def _messages() -> Iterator[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -17,10 +18,11 @@ import grpc
 import pytest
 from toy import SPEC, write_model
 
-from blitzjax import cli, cli_serve
+from blitzjax import cli, cli_client, cli_serve
 from blitzjax import config as configs
 from blitzjax.errors import BlitzError, ConfigError, Unavailable
 from blitzjax.serve.client import Client
+from blitzjax.serve.local import LocalCluster
 
 _HEAVY = ("jax", "jaxlib", "flax", "numpy", "torch", "orbax")
 
@@ -44,6 +46,27 @@ def test_clients_and_controller_never_import_jax(modules):
     code = f"import sys, {modules}; print([m for m in {_HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_conversation_forgets_its_oldest_turns_when_the_context_is_full(
+        cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 512 tokens, which are bytes."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'x' * 200}\n" * 4 + f"{'y' * 600}\nz\n"))
+    assert cli.main(["chat", "--address", cluster.address, "--system", "s", "--max-tokens", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "bc\n" * 5
+    assert said.err.count("[the context is full; oldest turns forgotten: 1]") == said.err.count("forgotten") == 2
+    assert said.err.count("the context of 512 tokens") == 1, "a question that never fits is refused, and forgets nothing"
+
+
+@pytest.mark.parametrize("system", [0, 1])
+def test_what_a_conversation_keeps_of_the_past_is_the_system_message_and_the_latest(cluster: LocalCluster, system: int) -> None:
+    messages = [{"role": "system", "content": "s"}][:system]
+    for text in ("a" * 300, "b" * 300, "c"):
+        messages += [{"role": role, "content": text} for role in ("user", "assistant")]
+    with cluster.client() as client:
+        kept = cli_client.fitting(client, cli.build_parser().parse_args(["chat"]), messages[:-1])
+    assert [m["content"] for m in kept] == ["s"][:system] + ["c"]
 
 
 def test_version():
