@@ -27,6 +27,8 @@ _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining":
 
 def chat(args: argparse.Namespace) -> int:
     """One question, or a conversation until end of input. Ctrl-C ends an answer, twice the conversation."""
+    if args.raw and args.system is not None:
+        raise InvalidRequest("--raw has no chat template, so there is no --system message either")
     with connected(args) as client:
         history = [] if args.system is None else [{"role": "system", "content": args.system}]
         if args.message is not None:

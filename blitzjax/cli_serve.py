@@ -66,6 +66,8 @@ def serve(args: argparse.Namespace) -> int:
     names = args.served_model_name or []
     if names and len(names) != len(args.model):
         raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
+    if not all(names):
+        raise BlitzError("--served-model-name wants names that are not empty")
     check_names([name or locations.name_of(model) for model, name in zip_longest(args.model, names, fillvalue="")])
     launch = across(config, hosts, args.host_index) if hosts else Launch()
     for port in (config.serve.port, config.serve.http_port, config.serve.metrics_port):

@@ -158,6 +158,8 @@ def test_mistakes_get_one_line_and_code_2(argv, says):
     ("status --address grpcs://h:1 --cacert {}", "cannot read the CA certificate {}: Is a directory"),
     ("status --address grpcs://h:1 --cacert {}/text", "cannot read the CA certificate {}/text: "),
     ("cache --prune -1", "--prune wants days"),
+    ("chat --raw --system x hi", "--raw has no chat template, so there is no --system message either"),
+    ("serve toy --served-model-name=", "--served-model-name wants names that are not empty"),
     ("scale --to 9999999999", "Value out of range: 9999999999"),
     ("undeploy \udcff", "surrogates not allowed"),
 ])
