@@ -178,7 +178,8 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, dtype="as the cluster has it")
-    parser.add_argument("--served-model-name", default="", metavar="NAME", help="what clients call it (default: the checkpoint's)")
+    parser.add_argument("--served-model-name", default="", metavar="NAME",
+                        help="what clients call it (default: the checkpoint's name)")
     parser.add_argument("--instances", type=int, metavar="N", help="that always serve (default: as the cluster has it)")
     parser.add_argument("--max-instances", type=int, metavar="N", help="default: as the cluster has it")
     _add_address(parser)

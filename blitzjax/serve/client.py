@@ -119,7 +119,7 @@ class Client:
 
     def deploy(self, directory: str | Path, *, served_model_name: str = "", min_instances: int | None = None,
                max_instances: int | None = None, timeout_s: float | None = None) -> pb.DeployResponse:
-        """Serves one more converted checkpoint, under its own name or another; returns when the workers are compiled for it."""
+        """Serves one more converted checkpoint, under its own name or another; returns when workers are compiled for it."""
         return self._unary(self._stub.Deploy, deploy_request(directory, served_model_name, min_instances, max_instances),
                            timeout_s)
 
@@ -258,7 +258,7 @@ class AsyncClient:
 
     async def deploy(self, directory: str | Path, *, served_model_name: str = "", min_instances: int | None = None,
                      max_instances: int | None = None, timeout_s: float | None = None) -> pb.DeployResponse:
-        """Serves one more converted checkpoint, under its own name or another; returns when the workers are compiled for it."""
+        """Serves one more converted checkpoint, under its own name or another; returns when workers are compiled for it."""
         return await self._unary(
             self._stub.Deploy, deploy_request(directory, served_model_name, min_instances, max_instances), timeout_s)
 

@@ -130,7 +130,7 @@ class Frontend(rpc.InferenceServicer):
                 raise Superseded(f"{name} was undeployed")
             return found
 
-        _check_target(controller, now(), target)
+        _check_target(controller, now(), target, request.wait)
         live = _choice("live", request.live, LiveMode) if request.HasField("live") else None
         source = _choice("source", request.source, Source) if request.HasField("source") else None
         with controller.subscribe() as changed:
@@ -145,22 +145,25 @@ class Frontend(rpc.InferenceServicer):
         return pb.ScaleResponse(serving=now().serving, target=now().target, seconds=controller.now() - started)
 
 
-def _check_target(controller: Controller, model: ModelStatus, target: int) -> None:
-    """Raises InvalidRequest for what this pool never has, Unavailable for what it has not now."""
+def _check_target(controller: Controller, model: ModelStatus, target: int, wait: bool) -> None:
+    """Raises InvalidRequest for what this pool never has, Unavailable for what it has not now. Who does not `wait` may
+    want more than other models leave, and has what they leave.
+    """
     pool, split = controller.pool, controller.config.scale.roles == "split"
     others = {m.name: m.least + split * controller.config.scale.min_decode for m in controller.status().models
               if m.name != model.name}
-    least, most = (1 + split if model.least else 0), pool - sum(others.values())
+    least, most = (1 + split if model.least else 0), pool - wait * sum(others.values())
     if not least <= target <= most:
         promised = f", {pool - most} of them promised to {', '.join(n for n, k in others.items() if k)}" * (most < pool)
         minimum = ""
         if target < least:
             minimum = ", split roles need 2" if split else ", and min_instances is above 0"
-        raise InvalidRequest(f"target must be in [{least}, {most}]: the pool has {pool} workers{promised}{minimum}; got {target}")
+        raise InvalidRequest(f"target must be in [{least}, {most}]: the pool has {pool} workers{promised}{minimum}; "
+                             f"got {target}")
     joined = len(controller.status().instances)
     if target > joined:
-        raise Unavailable(f"only {joined} of the pool's {pool} workers have joined so far, not {', '.join(controller.awaited)}; "
-                          f"got target {target}")
+        raise Unavailable(f"only {joined} of the pool's {pool} workers have joined so far, not "
+                          f"{', '.join(controller.awaited)}; got target {target}")
 
 
 def _coming(controller: Controller, model: str) -> bool:

@@ -60,7 +60,7 @@ def test_a_conversation_forgets_its_oldest_turns_when_the_context_is_full(
 
 
 @pytest.mark.parametrize("system", [0, 1])
-def test_what_a_conversation_keeps_of_the_past_is_the_system_message_and_the_latest(cluster: LocalCluster, system: int) -> None:
+def test_a_conversation_keeps_the_system_message_and_the_latest_turns(cluster: LocalCluster, system: int) -> None:
     messages = [{"role": "system", "content": "s"}][:system]
     for text in ("a" * 300, "b" * 300, "c"):
         messages += [{"role": role, "content": text} for role in ("user", "assistant")]
@@ -217,12 +217,13 @@ def test_a_host_index_that_is_taken_is_said_before_anything_starts(above: int, m
         assert cli.main(["serve", str(model_dir), "--hosts", "127.0.0.1,198.51.100.1", "--pool", "2", "--port", "0",
                          "--set", f"cluster.base_port={port - above}"]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and f"cannot listen on 127.0.0.1:{port}: Address already in use; does this command run here" in said.err
+    assert said.out == "" and f"127.0.0.1:{port}: Address already in use; does this command run here already" in said.err
 
 
 @pytest.mark.parametrize("command", ["serve --port 0", "bench calibrate"])
-def test_a_context_that_no_model_takes_is_refused(command: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_context_that_no_model_takes_is_refused(command: str, model_dir: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main([*command.split(), str(model_dir), "--max-model-len", "4097"]) == 2
     assert capsys.readouterr().err == "blitzjax: engine.max_model_len is 4097, but toy takes at most 4096 tokens\n"

@@ -342,7 +342,8 @@ def test_the_prompt_is_tokenized_as_generate_does(client):
 @pytest.mark.parametrize(("options", "says"), [
     ({"max_tokens": "5"}, "max_tokens must be int, got '5'"), ({"temperature": "hot"}, "temperature must be float, got 'hot'"),
     ({"top_k": 1, "stop": [5]}, r"stop must be str | Sequence[str], got [5]"), ({"model": 5}, "model must be str, got 5"),
-    ({"logit_bias": {"a": 1}}, "logit_bias must be Mapping[int, float], got {'a': 1}"), ({"ignore_eos": "yes"}, "must be bool"),
+    ({"logit_bias": {"a": 1}}, "logit_bias must be Mapping[int, float], got {'a': 1}"),
+    ({"ignore_eos": "yes"}, "ignore_eos must be bool, got 'yes'"),
     ({"timeout_s": "5"}, "timeout_s must be float, got '5'"), ({"tools": [5]}, "tools must be functions, as OpenAI has them"),
     ({"max_token": 5}, "unknown options: max_token; there are max_tokens, "), ({"prompt": 5}, "chat of messages, got 5: "),
     ({"prompt": ["a"]}, "a prompt is text, token ids, or a chat of messages, got ['a']: "),

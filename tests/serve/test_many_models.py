@@ -26,7 +26,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     models = [write_model(root / f"{name}.d", spec=replace(SPEC, name=name, layers=layers))
               for name, layers in (("left", 4), ("right", 30))]
     config = toy_config("scale.policy=auto", "scale.min_instances=0", "scale.zero_after_s=0.5",
-                        "scale.down_after_s=600", "scale.max_instances=2", "engine.dtype=float32")  # so long the policy leaves a wish alone
+                        "scale.down_after_s=600",  # so long the policy leaves a wish alone
+                        "scale.max_instances=2", "engine.dtype=float32")
     with LocalCluster(config, models, toy_launch(root / "run")) as cluster:
         cluster.wait_ready(300)
         with cluster.client() as client:
@@ -131,7 +132,7 @@ def test_a_scale_up_that_does_not_come_says_what_is_instead(cluster: LocalCluste
         next(stream)  # no worker is free
     assert cli.main(["scale", "--to", "1", "--model", "third", "--address", cluster.address, "--timeout-s", "0.5"]) == 1
     said = capsys.readouterr().err
-    assert re.search(r"0 instead of 1 instances serve after 0.5 s, and the change goes on; now: .*i\d serving (left|right) ", said)
+    assert re.search(r"0 instead of 1 instances serve after 0.5 s, and the change goes on; .*i\d serving (left|right)", said)
     client.undeploy("third", timeout_s=300)
     for stream in streams:
         stream.close()

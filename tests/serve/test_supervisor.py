@@ -261,7 +261,7 @@ def test_a_target_that_cannot_be_had_is_refused_with_the_reason(names: list[str]
             eventually(lambda: listens(client))
             assert [text.partition(" ")[0] for text in client.status().awaited] == ["i0", "i1"]
             with pytest.raises(BlitzError, match=says):
-                client.scale(target, model="chat")
+                client.scale(target, model="chat", wait=True, timeout_s=300)
 
 
 def listens(client: Client) -> bool:
