@@ -330,8 +330,9 @@ class Cluster:
     def _turn_away(self, at: float) -> list[Command]:
         """Where operators set the goals nobody makes room: who has found every worker in those of others is told so."""
         scale, services, alive = self._config.scale, self._services.values(), self._roster.all_alive()
-        fixed = scale.policy == "manual" and alive and all(m.counted for m in alive) and not any(
-            s.scaler.surplus for s in services)
+        if scale.policy != "manual":
+            return []
+        fixed = alive and all(m.counted for m in alive) and not any(s.scaler.surplus for s in services)
         shut_out = [s for s in services if fixed and s.book.queued and not s.fleet.size]
         self._shut_out = {s.name: self._shut_out.get(s.name, at) for s in shut_out}
         goals = ", ".join(f"{s.name} {s.scaler.goal.target}" for s in services if s.fleet.size)
