@@ -174,6 +174,8 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
                         help="machines that share the pool; the same command runs on each, but for --host-index")
     parser.add_argument("--host-index", type=int, default=0, metavar="K",
                         help="this machine is the K-th of them; clients talk to the first, 0")
+    parser.add_argument("--leaf", default="", metavar="NAME",
+                        help="of the switch, or rack, that this machine is at: parameters enter each leaf once")
 
 
 def _add_deploy(parser: argparse.ArgumentParser) -> None:

@@ -69,7 +69,7 @@ def serve(args: argparse.Namespace) -> int:
     if not all(names):
         raise BlitzError("--served-model-name wants names that are not empty")
     check_names([name or locations.name_of(model) for model, name in zip_longest(args.model, names, fillvalue="")])
-    launch = across(config, hosts, args.host_index) if hosts else Launch()
+    launch = across(config, hosts, args.host_index, args.leaf) if hosts else Launch()
     for port in (config.serve.port, config.serve.http_port, config.serve.metrics_port):
         if not args.host_index:
             check_free(joined(config.serve.host, port))

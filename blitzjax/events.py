@@ -150,6 +150,7 @@ class InstanceJoined:
     models: tuple[str, ...] = ()  # that it is compiled for; empty: every one deployed now
     copies: tuple[str, ...] = ()  # that it keeps whole in host memory
     generation: int = 0  # above those of all cliques that it was in
+    leaf: str = ""  # the switch, or rack, of its host; hosts of one reach each other at full speed
 
 
 @dataclass(frozen=True, slots=True)

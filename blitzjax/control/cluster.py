@@ -229,7 +229,7 @@ class Cluster:
         for model in event.copies:
             served = self._services.get(model)
             commands += self._copies.found(model, member.id, None if served is None else served.fleet)
-        here = Port(event.host, event.host, fast_gbps=self._config.cluster.fast_gbps)
+        here = Port(event.host, event.host, event.leaf, fast_gbps=self._config.cluster.fast_gbps)
         self._topology.add(event.instance, self._ports.get(event.instance, here))
         return commands
 

@@ -43,13 +43,14 @@ class Launch:
     coordinator_host: str = "127.0.0.1"
     ports: tuple[int, ...] = ()  # of the coordination service, then of each worker; (): free ones
     here: range | None = None  # None: all
+    leaf: str = ""  # of this machine, see events.InstanceJoined
     env: Mapping[str, str] = field(default_factory=dict)  # for workers, over everything else
     worker: tuple[str, ...] = (sys.executable, "-m", "blitzjax.cli", "worker")
     coordinator: tuple[str, ...] = (sys.executable, "-m", "blitzjax.transfer.coordinator")
     console: bool = False  # the controller writes to our stderr instead of its log
 
 
-def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
+def across(config: Config, hosts: Sequence[str], index: int, leaf: str = "") -> Launch:
     """How machine `index` of `hosts`, names or addresses, starts its part: the pool is divided evenly, in order.
 
     A name stays a name, looked up at every connection: a machine may get its address later, or another one when it comes
@@ -70,7 +71,7 @@ def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
     _check_own(hosts[index], found, index)
     return Launch(hosts=tuple(hosts[k // each] for k in range(pool)), coordinator_host=hosts[0],
                   ports=(base, *(base + 1 + k % each for k in range(pool))),
-                  here=range(index * each, (index + 1) * each))
+                  here=range(index * each, (index + 1) * each), leaf=leaf)
 
 
 def _address(host: str) -> str | None:
@@ -144,8 +145,9 @@ class Workers:
         prefix = launch.prefixes[k] if launch.prefixes else ()
         cores = sorted(os.sched_getaffinity(0))
         core = ("--core", str(cores[number % len(cores)])) if cluster.pin_cores else ()
+        leaf = (f"--leaf={launch.leaf}",) if launch.leaf else ()
         argv = (*prefix, *launch.worker, "--listen", self.addresses[k], "--rank", str(k), "--world",
-                str(cluster.pool), "--coordinator", self.coordinator, *core)
+                str(cluster.pool), "--coordinator", self.coordinator, *leaf, *core)
         env = worker_env(self._config, number, count) | dict(launch.env)
         return Process(f"worker-{k}", argv, env, self.run_dir / f"worker-{k}.log")
 

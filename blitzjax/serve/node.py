@@ -72,7 +72,7 @@ class Node:
         self._deployments = ThreadPoolExecutor(1, thread_name_prefix="deploy")
         self._addresses = {p.instance: p.address for p in configure.peers}
         self._peers = Peers(self.name, configure.peers)
-        self._host, self._core = args.host_ip, args.core
+        self._host, self._leaf, self._core = args.host_ip, args.leaf, args.core
         self._models: dict[str, Served] = {}
         self._holders: dict[str, Holder] = {}
         self._current = ""  # the model that this is an instance of, or was last
@@ -221,7 +221,7 @@ class Node:
         return codec.encode_event(events.InstanceJoined(
             time.time(), self.name, self.incarnation, self._host, units, room.pages, engine.page_size,
             room.slots, self._current if units else "", tuple(self._models), tuple(copies),
-            self.world.generation))
+            self.world.generation, self._leaf))
 
     def detach(self, outbox: Outbox) -> None:
         """The connection broke: work goes on for a while, for a controller that resumes the session."""

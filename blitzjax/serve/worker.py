@@ -193,6 +193,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--coordinator", required=True, type=address, metavar="HOST:PORT",
                         help="the coordination service")
     parser.add_argument("--host-ip", default="", help="address that other workers reach this one at")
+    parser.add_argument("--leaf", default="", help="name of the switch, or rack, that the host is at")
     parser.add_argument("--core", type=int, help="compute on this CPU core; communication runs where there is room")
     args = parser.parse_args(argv)
     if not 0 <= args.rank < args.world:

@@ -557,7 +557,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InstanceJoined(_message.Message):
-    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots", "model", "models", "copies", "generation")
+    __slots__ = ("at", "instance", "incarnation", "host", "units", "pages", "page_size", "slots", "model", "models", "copies", "generation", "leaf")
     AT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -570,6 +570,7 @@ class InstanceJoined(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LEAF_FIELD_NUMBER: _ClassVar[int]
     at: float
     instance: str
     incarnation: str
@@ -582,7 +583,8 @@ class InstanceJoined(_message.Message):
     models: _containers.RepeatedScalarFieldContainer[str]
     copies: _containers.RepeatedScalarFieldContainer[str]
     generation: int
-    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., copies: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ...) -> None: ...
+    leaf: str
+    def __init__(self, at: _Optional[float] = ..., instance: _Optional[str] = ..., incarnation: _Optional[str] = ..., host: _Optional[str] = ..., units: _Optional[int] = ..., pages: _Optional[int] = ..., page_size: _Optional[int] = ..., slots: _Optional[int] = ..., model: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., copies: _Optional[_Iterable[str]] = ..., generation: _Optional[int] = ..., leaf: _Optional[str] = ...) -> None: ...
 
 class ModelReady(_message.Message):
     __slots__ = ("at", "instance", "model")

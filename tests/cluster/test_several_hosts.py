@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -45,7 +46,7 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     def start(k: int) -> subprocess.Popen[str]:
         started.append(subprocess.Popen(
             [sys.executable, "-m", "blitzjax.cli", "serve", str(tmp_path / "tiny"), "--hosts", ",".join(HOSTS),
-             "--host-index", str(k), "--pool", "2", "--port", str(port), "--scaling-policy", "manual", "--dtype", "float32",
+             "--host-index", str(k), "--leaf", f"rack {k}", "--event-log", str(tmp_path / f"events {k}"), "--pool", "2", "--port", str(port), "--scaling-policy", "manual", "--dtype", "float32",
              "--metrics-port", str(probes[k]), "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
              "--set", f"cluster.base_port={base}", "--set", "cluster.threads=1", "--set", "transfer.collective_timeout_s=3",
              "--set", f"engine.executable_cache={tmp_path_factory.getbasetemp() / 'executables'}"],
@@ -70,7 +71,7 @@ def tokens(answered: list[Future[Result]]) -> list[tuple[int, ...]]:
     return [answer.result().token_ids for answer in answered]
 
 
-def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> None:
+def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start, tmp_path: Path) -> None:
     first, second = start(0), start(1)
     with Client(start.address) as client:
         client.wait_ready(300)
@@ -97,4 +98,7 @@ def test_hosts_share_a_cluster_and_one_of_them_may_go_and_come_back(start) -> No
     first.send_signal(signal.SIGTERM)
     second.communicate(timeout=300)
     said = first.communicate(timeout=300)[0]
+    joined = [line for line in map(json.loads, (tmp_path / "events 0").read_text().splitlines())
+              if line.get("event") == "InstanceJoined"]
+    assert {(e["instance"], e["leaf"]) for e in joined} == {("i0", "rack 0"), ("i1", "rack 1")}
     assert "1 of 2 instances" in said and (second.returncode, first.returncode) == (0, 0), said

@@ -140,15 +140,15 @@ class World:
     # ---- workers come and go
 
     def join(self, name: str, units: int = 0, world: bool = True, model: str = "toy",
-             copies: Sequence[str] = ()) -> list[commands.Command]:
+             copies: Sequence[str] = (), host: str = "", leaf: str = "") -> list[commands.Command]:
         worker = self.workers[name]
         self.workers[name] = worker = Worker(name, worker.incarnation + 1, True, model if units else "", units,
                                              {copy: UNITS[copy] for copy in copies})
         for other in self.workers.values():  # what was on its way to an earlier life of it is decoded on
             other.sending = {request: target for request, target in other.sending.items() if target != name}
-        host = f"h{int(name[1:]) % 2}"
+        host = host or f"h{int(name[1:]) % 2}"
         orders = self.send(events.InstanceJoined(self.at, name, str(worker.incarnation), host, units, PAGES, PAGE_SIZE,
-                                                 SLOTS, worker.model, copies=tuple(copies)))
+                                                 SLOTS, worker.model, copies=tuple(copies), leaf=leaf))
         return orders + (self.send(events.WorldJoined(self.at, name)) if world else [])
 
     def kill(self, name: str) -> list[commands.Command]:

@@ -176,6 +176,16 @@ def test_unicast_serves_one_target_a_source_and_receivers_do_not_send() -> None:
         ("i0", "i1"), ("i0", "i2"), ("i0", "i3"), ("i0", "i4")]
 
 
+def test_parameters_enter_each_leaf_once() -> None:
+    world = World(5, config(min_instances=1))
+    for k, leaf in enumerate("abaab"):
+        world.join(f"i{k}", 0 if k else SPEC.units, host=f"h{k}", leaf=leaf)
+    world.settle()
+    world.scale(5), world.exchange()
+    assert [chain.instances for _, chain in world.brain.status().chains] == [("i0", "i2", "i3", "i1", "i4")]
+    world.settle()
+
+
 def test_a_dead_member_of_one_lane_breaks_the_others_and_all_is_planned_again() -> None:
     """Two sources, two targets in a fast domain: lanes; what arrived stays, the rest comes from the other source."""
     ports = {f"i{k}": Port(f"h{k // 2}", f"h{k // 2}", "", 100.0, 1600.0) for k in range(4)}
