@@ -77,7 +77,7 @@ def serve(args: argparse.Namespace) -> int:
         check_ports(launch)
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
     if "engine.max_model_len" in given(args):
-        check_context(config, [read_manifest(model, name)[0] for model, name in zip_longest(models, names, fillvalue="")])
+        check_context(config, [read_manifest(model, name)[0] for model, name in zip(models, names or [""] * len(models))])
     if args.host_index:
         return _only_workers(config, launch)
     cluster = LocalCluster(config, models, replace(launch, console=True), names)
