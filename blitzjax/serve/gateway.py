@@ -240,6 +240,8 @@ def _refused(error: web.HTTPException, message: str) -> web.Response:
 
 
 async def _body(request: web.Request) -> openai.JSON:
+    if "Origin" in request.headers and request.content_type != "application/json":  # a browser would not ask first
+        raise web.HTTPUnsupportedMediaType(reason="a page has to send a Content-Type of application/json")
     try:
         return await request.json()
     except (ValueError, LookupError, RecursionError, web.RequestPayloadError) as e:  # LookupError: in an encoding that is none

@@ -484,6 +484,8 @@ def test_without_a_key_only_pages_that_are_named_may_call(site):
         assert told(site, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 1, "stream": stream}) == (200, PAGE)
     assert told(site, "OPTIONS", "/v1/completions", None, "https://example.org", **ASKS_FIRST) == (403, None)
     assert told(site, "GET", "/v1/models", None, "https://example.org") == (200, None)
+    blind = {"prompt": "a", "max_tokens": 1}, "https://example.org"  # which a browser does not ask about
+    assert told(site, "POST", "/v1/completions", *blind, **{"Content-Type": "text/plain"}) == (415, None)
     assert site.ask("GET", "/v1/models", Origin="https://example.org")[2]["Vary"] == "Origin"
     with gateway(site) as silent:
         status, said, _ = silent.ask("OPTIONS", "/v1/completions", Origin=PAGE, **ASKS_FIRST)
