@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import socket
 
+from blitzjax.config import ORIGINS, is_origin
 from blitzjax.errors import BlitzError
-
-ORIGINS = '["https://chat.example.org", "http://localhost:3000"], or ["*"], any'
-_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 def joined(host: str, port: int) -> str:
@@ -44,11 +41,6 @@ def origins(text: str) -> list[str]:
     if not isinstance(named, list) or not all(map(is_origin, named)):
         raise argparse.ArgumentTypeError(f"wants a JSON list of origins, as {ORIGINS}, got {text!r}")
     return named
-
-
-def is_origin(text: object) -> bool:
-    """As a browser says where a page is from; `*`: any."""
-    return isinstance(text, str) and bool(_ORIGIN.fullmatch(text))
 
 
 def check_free(address: str) -> None:

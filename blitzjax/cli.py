@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import blitzjax
-from blitzjax.addresses import ORIGINS, origins
+from blitzjax.addresses import origins
+from blitzjax.config import ORIGINS
 from blitzjax.errors import BlitzError
 from blitzjax.types import DTYPES
 

@@ -7,15 +7,18 @@ A knob is here because it changes a figure or fixes an outage. `load(path, overr
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 import types
 import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from blitzjax.addresses import ORIGINS, is_origin
 from blitzjax.errors import ConfigError, reason
 from blitzjax.types import DTYPES, LiveMode, Roles, Source, ToolCallParser
+
+ORIGINS = '["https://chat.example.org", "http://localhost:3000"], or ["*"], any'
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,3 +240,8 @@ def _check_ranges(c: Config) -> None:
 def _at(config: Config, key: str) -> float:
     table, _, name = key.partition(".")
     return getattr(getattr(config, table), name)
+
+
+def is_origin(text: object) -> bool:
+    """As a browser says where a page is from; `*`: any."""
+    return isinstance(text, str) and bool(_ORIGIN.fullmatch(text))

@@ -22,7 +22,8 @@ from pathlib import Path
 from aiohttp import web
 
 import blitzjax
-from blitzjax.addresses import ORIGINS, check_free, joined, origins
+from blitzjax.addresses import check_free, joined, origins
+from blitzjax.config import ORIGINS
 from blitzjax.errors import BlitzError, InvalidRequest, Unauthenticated, UnknownModel, reason
 from blitzjax.serve import access, metrics, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
