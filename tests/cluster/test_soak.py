@@ -83,7 +83,7 @@ def test_every_answer_is_right_whatever_happens(roles: str, tmp_path_factory: py
         print(f"{roles}: {len(answered)} answers, {len(happened)} disturbances, {guest.visits} visits")
         assert len(answered) > 20 and len(happened) > 5 and guest.visits > 0
         least = 1 + (roles == "split")
-        rig.scale(1)
+        rig.scale(least)
         rig.wait(lambda s: sum(i.phase == "serving" for i in s.instances) == least and not s.running_requests
                  and not any(i.pages_used or i.partner for i in s.instances)
                  and sum(i.in_world for i in s.instances) == POOL, "at rest", 90)
