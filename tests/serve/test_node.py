@@ -50,7 +50,7 @@ def worker(configure: pb.Configure) -> Iterator[Node]:
     [port] = free_ports(1)
     address = f"127.0.0.1:{port}"
     service = compat.start_coordination_service(address, 1, 600.0)
-    node = Node(configure, Namespace(host_ip="127.0.0.1", core=None, coordinator=address, rank=0, world=1))
+    node = Node(configure, Namespace(host_ip="127.0.0.1", leaf="", core=None, coordinator=address, rank=0, world=1))
     try:
         yield node
     finally:
