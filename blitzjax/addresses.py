@@ -1,14 +1,12 @@
 """How is HOST:PORT written, and can one listen there? An IPv6 address has brackets in it, and none where a host stands
-alone. And how are the origins of web pages?
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 
-from blitzjax.config import ORIGINS, is_origin
 from blitzjax.errors import BlitzError
 
 
@@ -30,17 +28,6 @@ def address(text: str) -> str:
 def is_address(text: str) -> bool:
     port = text.rpartition(":")[2]
     return ":" in text and port.isdecimal() and int(port) < 1 << 16
-
-
-def origins(text: str) -> list[str]:
-    """`text`, the type of an argument, if it is a JSON list of origins. Raises ArgumentTypeError."""
-    try:
-        named = json.loads(text)
-    except ValueError:
-        named = None
-    if not isinstance(named, list) or not all(map(is_origin, named)):
-        raise argparse.ArgumentTypeError(f"wants a JSON list of origins, as {ORIGINS}, got {text!r}")
-    return named
 
 
 def check_free(address: str) -> None:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import blitzjax
-from blitzjax.addresses import origins
 from blitzjax.config import ORIGINS
 from blitzjax.errors import BlitzError
+from blitzjax.serve.origins import origins
 from blitzjax.types import DTYPES
 
 _ADDRESS = "127.0.0.1:50051"

@@ -15,10 +15,10 @@ from rich.table import Table
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
 from blitzjax.serve.asking import Options, Prompt
 from blitzjax.serve.client import Client
+from blitzjax.types import DEFAULT_MAX_TOKENS
 from blitzjax.v1 import inference_pb2 as pb
 
 _LONGEST_S = 1e9  # gRPC takes much longer ones, and infinity, for over
-_ROOM = 128  # tokens for an answer, as many as a server gives without --max-tokens
 _BAR = 24  # a table of 80 columns
 _OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed", "stop", "priority")
@@ -69,7 +69,7 @@ def _has_room(client: Client, args: argparse.Namespace, messages: list[dict[str,
         known = client.tokenize(messages, model=args.model or "")
     except InvalidRequest:  # too long to be looked at
         return False
-    return len(known.token_ids) + (args.max_tokens or min(_ROOM, known.max_model_len // 4)) <= known.max_model_len
+    return len(known.token_ids) + (args.max_tokens or min(DEFAULT_MAX_TOKENS, known.max_model_len // 4)) <= known.max_model_len
 
 
 def _messages() -> Iterator[str]:

@@ -13,7 +13,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,8 +67,9 @@ def serve(args: argparse.Namespace) -> int:
         raise BlitzError(f"--served-model-name wants a name for each of the {len(args.model)} models, got {len(names)}")
     if not all(names):
         raise BlitzError("--served-model-name wants names that are not empty")
-    check_names([name or locations.name_of(model) for model, name in zip_longest(args.model, names, fillvalue="")])
-    launch = across(config, hosts, args.host_index, args.leaf) if hosts else Launch()
+    names = names or [""] * len(args.model)
+    check_names([name or locations.name_of(model) for model, name in zip(args.model, names, strict=True)])
+    launch = replace(across(config, hosts, args.host_index) if hosts else Launch(), leaf=args.leaf)
     for port in (config.serve.port, config.serve.http_port, config.serve.metrics_port):
         if not args.host_index:
             check_free(joined(config.serve.host, port))
@@ -77,10 +77,10 @@ def serve(args: argparse.Namespace) -> int:
         check_ports(launch)
     models = [checkpoint(model, config.engine.dtype, args.checkpoint) for model in args.model]
     if "engine.max_model_len" in given(args):
-        check_context(config, [read_manifest(model, name)[0] for model, name in zip(models, names or [""] * len(models))])
+        check_context(config, [read_manifest(model, name)[0] for model, name in zip(models, names, strict=True)])
     if args.host_index:
         return _only_workers(config, launch)
-    cluster = LocalCluster(config, models, replace(launch, console=True), names)
+    cluster = LocalCluster(config, models, replace(launch, console=True), args.served_model_name or ())
     _on_end(cluster.terminate)
     with cluster:
         print(f"starting {cluster.workers}; logs are in {cluster.run_dir}", flush=True)

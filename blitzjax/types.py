@@ -23,6 +23,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...]"
 
 DTYPES = ("bfloat16", "float32", "int8")  # of ModelSpec
+DEFAULT_MAX_TOKENS = 128  # of an answer; shrinks to what fits behind the prompt
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 64

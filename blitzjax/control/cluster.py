@@ -329,15 +329,18 @@ class Cluster:
 
     def _turn_away(self, at: float) -> list[Command]:
         """Where operators set the goals nobody makes room: who has found every worker in those of others is told so."""
-        scale, services, alive = self._config.scale, self._services.values(), self._roster.all_alive()
+        scale, services = self._config.scale, self._services.values()
         if scale.policy != "manual":
             return []
+        alive = self._roster.all_alive()
         fixed = alive and all(m.counted for m in alive) and not any(s.scaler.surplus for s in services)
         shut_out = [s for s in services if fixed and s.book.queued and not s.fleet.size]
         self._shut_out = {s.name: self._shut_out.get(s.name, at) for s in shut_out}
+        late = at - scale.yield_after_s
+        if min(self._shut_out.values(), default=at) > late:
+            return []
         goals = ", ".join(f"{s.name} {s.scaler.goal.target}" for s in services if s.fleet.size)
         why = f"for {scale.yield_after_s:g} s all workers have served other models, as they were told to ({goals}); scale down"
-        late = at - scale.yield_after_s
         return [c for s in shut_out if self._shut_out[s.name] <= late for c in s.turn_away(late, why)]
 
     def _close(self, service: Service) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from blitzjax.config import EngineConfig
 from blitzjax.control.blocks import pages_for, pages_of
 from blitzjax.engine.params import LayerStore
-from blitzjax.engine.prefixes import KEPT_ROWS
+from blitzjax.engine.prefixes import ROWS_IN_FLIGHT
 from blitzjax.engine.shapes import Shapes
 from blitzjax.engine.stages import Stages
 from blitzjax.errors import ConfigError
 
 # of a prompt that runs, one that comes and one that goes, each with a copy of another length; on their way to the host
-_STAGED_ROWS = 6 + KEPT_ROWS
+_STAGED_ROWS = 6 + ROWS_IN_FLIGHT
 _TEMPORARIES = 2  # one execution's are still there when the next is enqueued
 
 

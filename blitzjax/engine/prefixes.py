@@ -23,8 +23,7 @@ from blitzjax.engine.params import ALIGNMENT_BYTES
 from blitzjax.engine.sequence import Sequence as Running
 from blitzjax.engine.stages import KV, Stages
 
-
-KEPT_ROWS = 2  # on their way from a device to the host
+ROWS_IN_FLIGHT = 2  # copied from a device to the host
 
 
 @dataclass(slots=True)
@@ -89,7 +88,7 @@ class PrefixCache:
         parts = [[_shards(a, stages.layout.heads) for a in stages.fitted(kv, length)] for kv in layers]
         for part in [part for kv in parts for shards in kv for part in shards]:
             part.copy_to_host_async()
-        while len(self._copies) >= KEPT_ROWS:
+        while len(self._copies) >= ROWS_IN_FLIGHT:
             self._copies.popleft().result()
         self._copies.append(self._copier.submit(self._cut, pages, parts, 0))
         for page in pages.values():

@@ -22,13 +22,13 @@ from pathlib import Path
 from aiohttp import web
 
 import blitzjax
-from blitzjax.addresses import check_free, joined, origins
+from blitzjax.addresses import check_free, joined
 from blitzjax.config import ORIGINS
 from blitzjax.errors import BlitzError, InvalidRequest, Unauthenticated, UnknownModel, reason
 from blitzjax.serve import access, metrics, openai, replies
 from blitzjax.serve.asking import Chunk, Prompt, Result, collect_all
 from blitzjax.serve.client import AsyncClient
-from blitzjax.serve.origins import Origins, asks_first, yes
+from blitzjax.serve.origins import Origins, asks_first, granted, origins
 from blitzjax.v1 import inference_pb2 as pb
 
 _BODY_BYTES = 64 << 20
@@ -211,7 +211,7 @@ class Gateway:
         if not self._origins.may(origin):
             raise web.HTTPForbidden(reason="pages of this origin may not call; name it with --allowed-origins "
                                            "(serve.allowed_origins)")
-        return yes(request)
+        return web.Response(status=204, headers=granted(request))
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         """To every answer, just before it begins."""

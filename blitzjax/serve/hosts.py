@@ -50,7 +50,7 @@ class Launch:
     console: bool = False  # the controller writes to our stderr instead of its log
 
 
-def across(config: Config, hosts: Sequence[str], index: int, leaf: str = "") -> Launch:
+def across(config: Config, hosts: Sequence[str], index: int) -> Launch:
     """How machine `index` of `hosts`, names or addresses, starts its part: the pool is divided evenly, in order.
 
     A name stays a name, looked up at every connection: a machine may get its address later, or another one when it comes
@@ -71,7 +71,7 @@ def across(config: Config, hosts: Sequence[str], index: int, leaf: str = "") -> 
     _check_own(hosts[index], found, index)
     return Launch(hosts=tuple(hosts[k // each] for k in range(pool)), coordinator_host=hosts[0],
                   ports=(base, *(base + 1 + k % each for k in range(pool))),
-                  here=range(index * each, (index + 1) * each), leaf=leaf)
+                  here=range(index * each, (index + 1) * each))
 
 
 def _address(host: str) -> str | None:

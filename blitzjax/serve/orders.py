@@ -18,10 +18,10 @@ from blitzjax.serve.chats import grammars_of, parser_of, render
 from blitzjax.serve.constraints import grammar_of, grammar_of_calls
 from blitzjax.serve.model import ServedModel
 from blitzjax.serve.tokenizer import Tokenizer
-from blitzjax.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling, ToolCallParser
+from blitzjax.types import (DEFAULT_MAX_TOKENS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, LogitBias, Sampling,
+                            ToolCallParser)
 from blitzjax.v1 import inference_pb2 as pb
 
-DEFAULT_MAX_TOKENS = 128  # shrinks to what fits behind the prompt
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 100.0
 MAX_PENALTY = 2.0  # presence and frequency; OpenAI's limit

@@ -6,9 +6,15 @@ Invariant: what is said depends on the page's origin alone, so errors say it too
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from aiohttp import web
+from blitzjax.config import ORIGINS, is_origin
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 ANY = "*"
 _READ = "X-Request-Id, Retry-After"  # beside what every page may read of an answer
@@ -43,8 +49,18 @@ def asks_first(request: web.Request) -> bool:
     return request.method == "OPTIONS" and {"Origin", "Access-Control-Request-Method"} <= request.headers.keys()
 
 
-def yes(request: web.Request) -> web.Response:
-    """To one that asks first. Its headers are named: `*` would leave out Authorization."""
-    return web.Response(status=204, headers={
-        "Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": _REMEMBERED_S,
-        "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "")})
+def granted(request: web.Request) -> Mapping[str, str]:
+    """To one that asks first and may. Its headers are named: `*` would leave out Authorization."""
+    return {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Max-Age": _REMEMBERED_S,
+            "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "")}
+
+
+def origins(text: str) -> list[str]:
+    """`text`, the type of an argument, if it is a JSON list of origins. Raises ArgumentTypeError."""
+    try:
+        named = json.loads(text)
+    except ValueError:
+        named = None
+    if not isinstance(named, list) or not all(map(is_origin, named)):
+        raise argparse.ArgumentTypeError(f"wants a JSON list of origins, as {ORIGINS}, got {text!r}")
+    return named

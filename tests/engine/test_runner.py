@@ -197,7 +197,6 @@ def test_executables_are_loaded_on_the_second_start(tmp_path_factory, runner: Ru
 
 @pytest.mark.parametrize("limit,chunk", [(2048, 512), (512, 64), (100, 512), (40, 8)])
 def test_every_prompt_fits_compiled_shapes(limit: int, chunk: int) -> None:
-
     shapes = shapes_for(replace(SPEC, max_len=4096), EngineConfig(max_model_len=limit, max_num_batched_tokens=chunk))
     first, later = set(shapes.first_chunks()), set(shapes.next_chunks())
     for tokens in range(1, limit + 1):

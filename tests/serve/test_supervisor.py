@@ -221,23 +221,27 @@ def test_workers_of_an_ipv6_host_are_written_with_brackets(tmp_path: Path) -> No
 def test_a_machine_that_waits_for_the_first_one_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     [port] = free_ports(1)
     config = configs.load(None, ("cluster.pool=2", f"cluster.base_port={port}"))
-    host, said = WorkerHost(config, replace(across(config, ("127.0.0.1", "127.0.0.2"), 1), worker=TOY_WORKER)), ""
+    host = WorkerHost(config, replace(across(config, ("127.0.0.1", "127.0.0.2"), 1), worker=TOY_WORKER))
 
-    async def heard(text: str) -> None:
-        nonlocal said
-        while text not in said:
+    async def next_line() -> str:
+        said = ""
+        while not said.endswith("\n"):
             await asyncio.sleep(0.02)
             said += capsys.readouterr().err
+        return said
 
-    async def wait() -> None:
+    async def wait() -> tuple[str, str]:
         async with asyncio.timeout(300), asyncio.TaskGroup() as tasks:
             tasks.create_task(host.run())
-            await heard(f"waiting for 127.0.0.1:{port}: the same command must run there, with --host-index 0")
+            waiting = await next_line()
             with socket.create_server(("127.0.0.1", port)):
-                await heard(f"127.0.0.1:{port} answers now")
+                answers = await next_line()
             host.stop()
+        return waiting, answers
 
-    asyncio.run(wait())
+    waiting, answers = asyncio.run(wait())
+    assert f"waiting for 127.0.0.1:{port}: the same command must run there, with --host-index 0" in waiting
+    assert f"127.0.0.1:{port} answers now" in answers
 
 
 def test_one_checkpoint_under_two_names(model_dir: Path) -> None:
