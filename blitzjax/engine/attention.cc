@@ -4,7 +4,7 @@
 // numbers do not depend on the others, on the room, nor on the number of threads: in a prompt they are those of a step.
 //
 // With one query per sequence memory decides: keys and values are read in the order in which they lie, and fetched
-// kAheadBytes before they are used, at a matrix's end those that the next group or row begins with. On Zen 5 that takes
+// kCacheAhead before they are used, at a matrix's end those that the next group or row begins with. On Zen 5 that takes
 // half of the time.
 #include <algorithm>
 #include <cmath>
@@ -13,6 +13,7 @@
 #include <limits>
 #include <vector>
 
+#include "fetch.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -35,9 +36,7 @@ inline Vector Load(const uint16_t* from) {
 #endif
 constexpr int kMostHeads = 4, kMostRows = 6;  // of one query, of several: registers for their sums
 constexpr int kKeyRows = 4;  // that are read side by side
-constexpr int64_t kAheadBytes = 8192, kLine = 64 / sizeof(uint16_t);  // numbers of a line of cache
-
-inline void Fetch(const uint16_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+constexpr int64_t kLineNumbers = kLine / sizeof(uint16_t);
 
 // most * tanh(x / most) in place of `count` values.
 inline void Squeeze(float* x, int64_t count, float most) {
@@ -77,7 +76,7 @@ inline void Tile(const float* a, int64_t a_row, const uint16_t* b, int64_t b_row
     const uint16_t* next = b + (i + ahead < count ? ahead : ahead + beyond) * b_row;
     Vector row[kCount];
     UNROLLED for (int v = 0; v < kCount; ++v) {
-      if (kFetch && v * kLanes % kLine == 0) Fetch(next + v * kLanes);
+      if (kFetch && v * kLanes % kLineNumbers == 0) Fetch<kCacheTo>(next + v * kLanes);
       row[v] = Load(b + v * kLanes);
     }
     UNROLLED for (int h = 0; h < kRows; ++h) {
@@ -130,7 +129,7 @@ struct Heads {
       if (softcap > 0) Squeeze(scores, room, softcap);
       sums[r] = Exponentials(scores, first[r] - begin, stop[r] - begin, room, sinks[r]);
     }
-    const int64_t ahead = kAheadBytes / sizeof(uint16_t) / size, tokens = to - from;
+    const int64_t ahead = kCacheAhead / sizeof(uint16_t) / size, tokens = to - from;
     Columns<kRows, kStreams>(weights + from - begin, room, values + from * size, size, tokens, ahead, context - tokens,
                              rows, size, size);
     for (int r = 0; r < kRows; ++r)
@@ -139,7 +138,7 @@ struct Heads {
 
   // scores[r, j] = sum_i rows[r, i] * keys[i, begin + j] of `room` tokens, reading kKeyRows rows of keys side by side.
   void Scores(const float* rows, int64_t begin, int64_t room, float* scores) const {
-    const int64_t bytes = room * sizeof(uint16_t), further = kKeyRows * (1 + kAheadBytes / (kKeyRows * bytes));
+    const int64_t bytes = room * sizeof(uint16_t), further = kKeyRows * (1 + kCacheAhead / (kKeyRows * bytes));
     const int64_t ahead = std::min(further, size) * context;
     std::fill(scores, scores + kRows * room, 0.0f);
     for (int64_t i = 0; i < size; i += kKeyRows) {
@@ -150,7 +149,7 @@ struct Heads {
       for (int64_t j = 0; j < room; j += kLanes, from += kLanes) {
         Vector row[kKeyRows];
         UNROLLED for (int k = 0; k < kKeyRows; ++k) {
-          if (j % kLine == 0) Fetch(from + k * context + ahead);
+          if (j % kLineNumbers == 0) Fetch<kCacheTo>(from + k * context + ahead);
           row[k] = Load(from + k * context);
         }
         UNROLLED for (int r = 0; r < kRows; ++r) {

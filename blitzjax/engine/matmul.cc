@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fetch.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -207,18 +208,6 @@ inline void Step(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Vector*
   }
 }
 
-// Where a line of weights that will be read soon is fetched to, and how many lines ahead: for longer than memory takes.
-// To the second-level cache where the first has few fills in flight, Intel's; AMD's has many, and an eviction less.
-#ifdef AMD
-#define FETCH_HINT _MM_HINT_NTA
-constexpr int64_t kAheadLines = 192;
-#else
-#define FETCH_HINT _MM_HINT_T1
-constexpr int64_t kAheadLines = 128;
-#endif
-inline void Fetch(const void* w) { _mm_prefetch(static_cast<const char*>(w), FETCH_HINT); }
-
-constexpr size_t kLine = 64;  // bytes of a line of the caches
 template <typename W>
 constexpr int64_t kLineWeights = kLine / sizeof(W);
 
@@ -233,7 +222,7 @@ inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, float*
   for (; i + kStep <= k; i += kStep) {
     if constexpr (kFetch)
       UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<W>)
-        Fetch(w.w + i * kOuts + o + kAheadLines * kLineWeights<W>);
+        Fetch<kWeightsTo>(w.w + i * kOuts + o + kWeightsAhead / int64_t{sizeof(W)});
     Step<kRows, kOuts>(x + i / kPair, stride, w + i, k, sums);
   }
   if (i < k) {  // of bfloat16 only
@@ -328,7 +317,7 @@ inline void PanelLane(const Kept* x, int64_t stride, int64_t half, const Kept* p
   Vector sums[kSums];
   UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Zero();
   for (int64_t step = 0; step < steps; ++step) {
-    if (next) Fetch(next), next += kLineWeights<W>;
+    if (next) Fetch<kWeightsTo>(next), next += kLineWeights<W>;
     UNROLLED for (int h = 0; h < kHalves; ++h, panel += kPanel) {
       decltype(Activations(panel)) b[kPanelVectors];
       UNROLLED for (int v = 0; v < kPanelVectors; ++v) b[v] = Activations(panel + v * kLanes);
