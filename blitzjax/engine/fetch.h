@@ -16,12 +16,15 @@ constexpr size_t kLine = 64;  // bytes of a line of the caches
 #if defined(ZEN5)
 constexpr auto kWeightsTo = _MM_HINT_NTA;
 constexpr int64_t kWeightsAhead = 192 * kLine;  // bytes
+constexpr bool kPassesFetch = false;
 #elif defined(AMD)
 constexpr auto kWeightsTo = _MM_HINT_T1;
 constexpr int64_t kWeightsAhead = 512 * kLine;
+constexpr bool kPassesFetch = true;
 #else
 constexpr auto kWeightsTo = _MM_HINT_T1;
 constexpr int64_t kWeightsAhead = 128 * kLine;
+constexpr bool kPassesFetch = false;
 #endif
 
 // Keys and values that one query of a sequence meets.

@@ -211,18 +211,26 @@ inline void Step(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Vector*
 template <typename W>
 constexpr int64_t kLineWeights = kLine / sizeof(W);
 
-// kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n]. As many weights further on are fetched if
-// `kFetch`.
-template <int kRows, int kOuts, bool kFetch, typename W>
-inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, float* y, int64_t n) {
+// What a pass over weights fetches: as many as it reads, kWeightsAhead of them, or of passes over the same weights each its
+// share, for tiles to come.
+enum class Fetches { kNone, kAll, kShare };
+struct Share {
+  int64_t first, every, ahead;  // steps, steps, weights
+};
+
+// kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n].
+template <int kRows, int kOuts, Fetches kFetches, typename W>
+inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Share share, float* y, int64_t n) {
   constexpr int kSums = (kRows * kOuts + kLanes - 1) / kLanes * kLanes;
   Vector sums[kSums];
   UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Zero();
-  int64_t i = 0;
+  int64_t i = 0, due = share.first * kStep;
   for (; i + kStep <= k; i += kStep) {
-    if constexpr (kFetch)
-      UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<W>)
-        Fetch<kWeightsTo>(w.w + i * kOuts + o + kWeightsAhead / int64_t{sizeof(W)});
+    if (kFetches == Fetches::kAll || (kFetches == Fetches::kShare && i == due)) {
+      const W* next = w.w + i * kOuts + share.ahead;
+      UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<W>) Fetch<kWeightsTo>(next + o);
+      due += share.every * kStep;
+    }
     Step<kRows, kOuts>(x + i / kPair, stride, w + i, k, sums);
   }
   if (i < k) {  // of bfloat16 only
@@ -343,6 +351,16 @@ constexpr int kMostRows = 8, kMostOuts = 6;
 #else
 constexpr int kMostRows = 4, kMostOuts = 4;
 #endif
+constexpr int kHalf = kMostRows / 2;
+
+// More rows are worth a panel. Where all passes fetch and nothing is widened, none are: to turn weights costs more.
+#if defined(AMD) && defined(__AVX512BF16__)
+template <typename W>
+constexpr int64_t kFewRows = kScaled<W> ? 16 : INT64_MAX;
+#else
+template <typename W>
+constexpr int64_t kFewRows = 16;
+#endif
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -359,7 +377,6 @@ Array<T> Allocated(int64_t count) {
 
 constexpr int64_t kTaskColumns = 96;  // a multiple of kMostOuts and kPanel
 constexpr int64_t kTaskRows = 64;     // of x, to be kept: fewer are not worth to begin together
-constexpr int64_t kFewRows = 16;      // more are worth a panel
 constexpr int64_t kNear = 32768;      // bytes of x that the first-level cache holds; of more, half as often, twice the outs
 
 // Columns from `first` on of rows of y, one every `row` numbers.
@@ -374,7 +391,7 @@ template <typename W>
 struct Work {
   Weights<W> w;
   int64_t m, k, steps;
-  bool few = m <= kFewRows;
+  bool few = m <= kFewRows<W>;
   int64_t pitch = few ? steps : std::max<int64_t>(steps, kLanes);  // steps that a row of x has room for
   int64_t stride = pitch * kHalves * kLanes;
   Array<Kept> x = Allocated<Kept>(m * stride);  // [m, pitch, kHalves, kLanes], of many rows [m, kHalves, kLanes, pitch]
@@ -412,22 +429,33 @@ struct Work {
     }
   }
 
-  // Rows j .. j + kOuts of weights. The first rows of x fetch.
+  // Rows j .. j + kOuts of weights, in a pass for some rows of x each.
   template <int kOuts>
   void Rows(int64_t j, const Target& to) const {
     int64_t r = 0;
     if constexpr (kOuts < kMostOuts)
-      for (; r + kMostRows <= m; r += kMostRows)
-        r == 0 ? Tile<kMostRows, kOuts, true>(r, j, to) : Tile<kMostRows, kOuts, false>(r, j, to);
-    constexpr int kHalf = kMostRows / 2;
-    for (; r + kHalf <= m; r += kHalf) r == 0 ? Tile<kHalf, kOuts, true>(r, j, to) : Tile<kHalf, kOuts, false>(r, j, to);
-    for (; r + 2 <= m; r += 2) Tile<2, kOuts, true>(r, j, to);
-    if (r < m) Tile<1, kOuts, true>(r, j, to);
+      for (; r + kMostRows <= m; r += kMostRows) Pass<kMostRows, kOuts>(r, j, to);
+    for (; r + kHalf <= m; r += kHalf) Pass<kHalf, kOuts>(r, j, to);
+    for (; r + 2 <= m; r += 2) Pass<2, kOuts>(r, j, to);
+    if (r < m) Pass<1, kOuts>(r, j, to);
   }
 
-  template <int kRows, int kOuts, bool kFetch>
-  void Tile(int64_t r, int64_t j, const Target& to) const {
-    Block<kRows, kOuts, kFetch>(x.get() + r * stride, stride, w + j * k, k, to.At(r, j), to.row);
+  template <int kRows, int kOuts>
+  void Pass(int64_t r, int64_t j, const Target& to) const {
+    constexpr int64_t kAhead = kWeightsAhead / sizeof(W);
+    if (const int64_t tile = kOuts * k; kPassesFetch && kOuts == kMostOuts && m > kHalf) {
+      const int64_t passes = m / kHalf + m % kHalf / 2 + m % 2, pass = (r + kHalf - 1) / kHalf;
+      Tile<kRows, kOuts, Fetches::kShare>(r, j, {pass, passes, (kAhead + tile - 1) / tile * tile}, to);
+    } else if (r == 0) {
+      Tile<kRows, kOuts, Fetches::kAll>(r, j, {0, 1, kAhead}, to);
+    } else {
+      Tile<kRows, kOuts, Fetches::kNone>(r, j, {}, to);
+    }
+  }
+
+  template <int kRows, int kOuts, Fetches kFetches>
+  void Tile(int64_t r, int64_t j, Share share, const Target& to) const {
+    Block<kRows, kOuts, kFetches>(x.get() + r * stride, stride, w + j * k, k, share, to.At(r, j), to.row);
   }
 
   void Columns(int64_t begin, int64_t end, const Target& to) const {
