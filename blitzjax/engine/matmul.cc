@@ -243,6 +243,27 @@ inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Share 
   UNROLLED for (int r = 0; r < kRows; ++r) std::memcpy(y + r * n, out + r * kOuts, kOuts * sizeof(float));
 }
 
+#ifdef STREAMS
+// kRows rows of x times as many rows of w as fill a register with sums, one after the other: with so few rows of x memory
+// decides, and that is faster where its own fetching sees one stream. Whole steps only, of bfloat16.
+template <int kRows>
+inline void Stream(const Kept* x, int64_t stride, const uint16_t* w, int64_t steps, float* y, int64_t n) {
+  constexpr int kOuts = kLanes / kRows;
+  Vector sums[kLanes];
+  UNROLLED for (int s = 0; s < kLanes; ++s) sums[s] = Zero();
+  UNROLLED for (int o = 0; o < kOuts; ++o)
+    for (int64_t step = 0; step < steps; ++step, w += kStep) {
+      Fetch<kWeightsTo>(w + kStreamAhead[kRows] / sizeof(uint16_t));
+      const auto b = Multiplier(w, 0, Zero());
+      UNROLLED for (int r = 0; r < kRows; ++r)
+        sums[r * kOuts + o] = MultiplyAdd(sums[r * kOuts + o], Activations(x + r * stride + step * kLanes), b);
+    }
+  float out[kLanes];
+  Store(out, Sums(sums));
+  UNROLLED for (int r = 0; r < kRows; ++r) std::memcpy(y + r * n, out + r * kOuts, kOuts * sizeof(float));
+}
+#endif
+
 // Many rows: kPanel rows of weights at a time are turned, so that a register has the same place of several rows, as
 // multiply-adds take it. What a lane of Block's registers adds is added at once then, of kPanelRows rows of x and the whole
 // panel; after the last place such sums are added to those of other lanes in the order in which Sums does it.
@@ -458,12 +479,29 @@ struct Work {
     Block<kRows, kOuts, kFetches>(x.get() + r * stride, stride, w + j * k, k, share, to.At(r, j), to.row);
   }
 
+#ifdef STREAMS
+  // Returns where it ends.
+  template <int kRows>
+  int64_t Streams(int64_t j, int64_t end, const Target& to) const {
+    for (; j + kLanes / kRows <= end; j += kLanes / kRows)
+      Stream<kRows>(x.get(), stride, reinterpret_cast<const uint16_t*>(w.w) + j * k, steps, to.At(0, j), to.row);
+    return j;
+  }
+#endif
+
   void Columns(int64_t begin, int64_t end, const Target& to) const {
     if (!few) {
       for (; begin < end; begin += kPanel) Panel(begin, std::min<int64_t>(kPanel, end - begin), to);
       return;
     }
     int64_t j = begin;
+#ifdef STREAMS
+    if (!kScaled<W> && k % kStep == 0) switch (m) {
+        case 1: j = Streams<1>(j, end, to); break;
+        case 2: j = Streams<2>(j, end, to); break;
+        case 4: j = Streams<4>(j, end, to);
+      }
+#endif
     if (m < kMostRows || m * stride * int64_t{sizeof(Kept)} > kNear)
       for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(j, to);
     else

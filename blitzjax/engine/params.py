@@ -8,6 +8,7 @@ committed, and their slabs are never written again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import mmap
@@ -28,6 +29,8 @@ from blitzjax.types import ModelSpec
 _READ_BACK_UNITS = 2  # a multicast source sends one and prepares the next
 ALIGNMENT_BYTES = 64  # XLA:CPU aliases host memory only at this alignment
 TP_AXIS = "tp"
+_HUGE_PAGE = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Python's mmap does not name it
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +135,18 @@ def align(nbytes: int) -> int:
 def _allocate(nbytes: int) -> np.ndarray:
     """uint8[nbytes] of zeros at the start of a page, given back to the system when the last view is gone.
 
-    Private memory: to fill it for the first time costs an eighth less than the shared kind that is mmap's default; and
-    all pages at once, for all are written soon: another eighth.
+    In huge pages as far as whole ones fit, where there are some: what reads it all, as each step does, is faster. Private
+    memory: to fill it for the first time costs an eighth less than the shared kind that is mmap's default; and all pages at
+    once, for all are written soon: another eighth.
     """
-    return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE), np.uint8)
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped = np.frombuffer(memory, np.uint8)
+    begin = -mapped.ctypes.data % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // _HUGE_PAGE * _HUGE_PAGE)
+    with contextlib.suppress(OSError):  # before Linux 5.14: pages come one by one
+        memory.madvise(_MADV_POPULATE_WRITE, begin, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+    return mapped[begin : begin + nbytes]
 
 
 class LayerStore:

@@ -55,7 +55,7 @@ def operands(rows: int, k: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("rows, k, out", [(1, 1, 1), (1, 64, 6), (2, 31, 7), (3, 33, 13), (5, 576, 100), (8, 100, 97),
                                           (37, 65, 195), (64, 200, 3), (67, 15, 50), (130, 96, 64),
-                                          (33, 31, 49), (75, 333, 200)])
+                                          (33, 31, 49), (75, 333, 200), (1, 64, 40), (2, 576, 100), (4, 96, 50)])
 def test_product_is_numpys(kernels: native.Kernels, rows: int, k: int, out: int) -> None:
     x, w = operands(rows, k, out)
     exact = x.astype(ml_dtypes.bfloat16).astype(np.float64) @ w.astype(np.float64).T
