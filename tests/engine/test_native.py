@@ -25,9 +25,12 @@ from blitzjax.engine.executables import cpu_features, read_file
 from blitzjax.models import blocks
 from blitzjax.types import ModelSpec
 
-# One of each instruction set: others differ in what they fetch ahead only.
-RUNNABLE = list({tuple(flag for flag in v.flags if flag.startswith("-m")): v
-                 for v in native.VARIANTS if v.needs <= set(cpu_features().split())}.values())
+def instructions(variant: native.Variant) -> tuple[str, ...]:
+    return tuple(flag for flag in variant.flags if flag.startswith("-m"))
+
+
+ALL_RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]
+RUNNABLE = list({instructions(v): v for v in ALL_RUNNABLE}.values())  # one of each instruction set
 PROCESS = Path(__file__).with_name("native_process.py")
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="the CPU has none of the instruction sets")
@@ -51,6 +54,17 @@ def kernels(request, directory: Path) -> native.Kernels:
 def operands(rows: int, k: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(rows * 1000 + k + out)
     return rng.normal(size=(rows, k)).astype(np.float32), rng.normal(size=(out, k)).astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("variant", [v for v in ALL_RUNNABLE if v not in RUNNABLE], ids=lambda v: v.name)
+def test_cpus_of_one_instruction_set_have_the_same_bits(variant: native.Variant, directory: Path) -> None:
+    """Where they fetch to, and which rows they take together, is all that differs; requests move between them."""
+    one, other = (native._registered(v, directory, lambda name: None)
+                  for v in (variant, next(v for v in RUNNABLE if instructions(v) == instructions(variant))))
+    for rows in (1, 2, 3, 4, 8, 16, 21, 40, 130):
+        for k in (100, 576):
+            x, w = operands(rows, k, 100)
+            np.testing.assert_array_equal(*(np.asarray(jax.jit(made.multiply)(x, w)) for made in (one, other)))
 
 
 @pytest.mark.parametrize("rows, k, out", [(1, 1, 1), (1, 64, 6), (2, 31, 7), (3, 33, 13), (5, 576, 100), (8, 100, 97),
