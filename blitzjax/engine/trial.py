@@ -21,6 +21,8 @@ _SIZES = ((1, 32), (2, 1))  # rows and tokens: of a prompt's chunk, of a decode 
 
 def check(spec: ModelSpec) -> None:
     """Raises CheckpointError unless the modules are as models/family.py has them."""
+    if wrong := list(_wrong_sizes(spec)):
+        raise CheckpointError(f"{spec.family}: ModelSpec's {'; '.join(wrong)}")
     kinds = spec.layer_kinds or ("layer",) * spec.layers
     if len(kinds) != spec.layers or {"embed", "head"} & {*kinds}:
         raise CheckpointError(f"{spec.family}: layer_kinds needs a word for each of {spec.layers} layers, other than embed "
@@ -32,6 +34,18 @@ def check(spec: ModelSpec) -> None:
     if said:
         raise CheckpointError(f"{spec.family} does not run, models/family.py says how it should: "
                               + "; ".join(f"{', '.join(where)}: {problem}" for problem, where in said.items()))
+
+
+def _wrong_sizes(spec: ModelSpec) -> Iterator[str]:
+    """What would fail in workers, or name nothing."""
+    if not isinstance(spec.name, str) or not spec.name:
+        yield f"name must be a text that is not empty, got {spec.name!r}"
+    for name in ("layers", "dim", "kv_heads", "head_dim", "vocab", "max_len"):
+        if type(size := getattr(spec, name)) is not int or size < 1:
+            yield f"{name} must be an int, at least 1, got {size!r}"
+    for name, kind in (("eos_token_ids", int), ("layer_kinds", str)):
+        if not isinstance(given := getattr(spec, name), tuple) or any(type(item) is not kind for item in given):
+            yield f"{name} must be a tuple of {kind.__name__}, got {given!r}"
 
 
 def _tried(spec: ModelSpec, kind: str) -> list[str]:

@@ -105,6 +105,14 @@ def called_head() -> Built:
     return _of(layer_kinds=("global", "head") * 2)
 
 
+def one_eos() -> Built:
+    return _of(eos_token_ids=257)
+
+
+def unnamed() -> Built:
+    return _of(name="", vocab="272")
+
+
 def other_heads() -> Built:
     return _of(kv_heads=3)
 
