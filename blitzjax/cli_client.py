@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from blitzjax.errors import BlitzError, InvalidRequest, Unavailable
@@ -19,7 +20,7 @@ from blitzjax.types import DEFAULT_MAX_TOKENS
 from blitzjax.v1 import inference_pb2 as pb
 
 _LONGEST_S = 1e9  # gRPC takes much longer ones, and infinity, for over
-_BAR = 24  # a table of 80 columns
+_BAR = 24  # or what a narrow terminal leaves: numbers and phases are never cut for it
 _OPTIONS = ("model", "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
             "frequency_penalty", "seed", "stop", "priority")
 _COLOURS = {"serving": "green", "live": "yellow", "loading": "cyan", "draining": "magenta", "failed": "red"}
@@ -220,12 +221,11 @@ def _table(picture: pb.ClusterStatus) -> Table:
     table = Table(title=_title(picture), title_justify="left")
     named = any(_names(picture, i) for i in picture.instances)
     for name in ("", "phase", *["model"] * named, "layers", "", "wait", "run", "KV pages", "with"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "layers", max_width=_BAR if name == "layers" else None)
     for i in picture.instances:
         layers = _layers(picture, i)
-        full = _BAR * i.layers_loaded // layers if layers else 0
         colour = _COLOURS.get(i.phase, "white")
-        bar = f"[{colour}]{'█' * full}[dim]{'░' * (_BAR - full)}"
+        bar = ProgressBar(layers or 1, i.layers_loaded, style="dim", complete_style=colour, finished_style=colour)
         table.add_row(i.id, f"[{colour}]{i.phase}{_role(i)}", *[" ".join(_names(picture, i))] * named, bar,
                       f"{i.layers_loaded}/{layers}", str(i.waiting), str(i.running),
                       f"{i.pages_used}/{i.pages_total}", i.partner or "-")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from rich.console import Console
 from toy import SPEC, write_model
 
 from blitzjax import cli, cli_client, cli_serve
@@ -23,6 +24,7 @@ from blitzjax import config as configs
 from blitzjax.errors import BlitzError, ConfigError, Unavailable
 from blitzjax.serve.client import Client
 from blitzjax.serve.local import LocalCluster
+from blitzjax.v1 import inference_pb2 as pb
 
 _HEAVY = ("jax", "jaxlib", "flax", "numpy", "torch", "orbax")
 
@@ -257,6 +259,19 @@ def test_what_the_banner_proposes_can_be_typed():
                                re.findall("blitzjax ((?:chat|scale|status) .*)", banner))
         assert {chat.address, scale.address, status.address} == {"127.0.0.1:7"}
         assert scale.model == ("" if len(models) == 1 else "b")  # of several, the controller wants to know which
+
+
+def test_a_terminal_of_80_columns_shows_all_numbers():
+    """It is the bar that gives way."""
+    picture = pb.ClusterStatus(models=[pb.ModelStatus(name="m", layers=30), pb.ModelStatus(name="n", layers=30)], instances=[
+        pb.InstanceStatus(id="i10", phase="draining", layers_loaded=30, model="m", pages_used=1024, pages_total=2048),
+        pb.InstanceStatus(id="i11", phase="live", role="prefill", layers_loaded=15, model="n", partner="i10")])
+    for width in (80, 200):
+        console = Console(width=width, file=io.StringIO())
+        console.print(cli_client._table(picture))
+        said = console.file.getvalue()
+        assert "…" not in said and all(word in said for word in (
+            "draining", "live prefill", "30/30", "15/30", "1024/2048", "wait", "run", "with")), said
 
 
 def test_flags_become_knobs():
