@@ -16,7 +16,7 @@ import blitzjax
 from blitzjax.config import ORIGINS
 from blitzjax.errors import BlitzError
 from blitzjax.serve.origins import origins
-from blitzjax.types import DTYPES
+from blitzjax.types import DEFAULT_MAX_TOKENS, DTYPES
 
 _ADDRESS = "127.0.0.1:50051"
 
@@ -191,7 +191,8 @@ def _add_deploy(parser: argparse.ArgumentParser) -> None:
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("message", nargs="?", help="one question; without it, a conversation")
     parser.add_argument("--model", metavar="NAME", help="which of several; default: the one deployed first")
-    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--max-tokens", type=int,
+                        help=f"of the answer (default {DEFAULT_MAX_TOKENS}, or what the context has room for)")
     parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)

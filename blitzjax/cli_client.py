@@ -90,7 +90,7 @@ def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
     for name in _OPTIONS:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)  # type: ignore[literal-required]  # of _OPTIONS
-    text, told = "", False
+    text, told, cut_at = "", False, 0
     for chunk in client.stream(prompt, **options):
         if chunk.progress is not None:
             told |= _tell_progress(chunk.progress)
@@ -100,7 +100,11 @@ def _answer(client: Client, args: argparse.Namespace, prompt: Prompt) -> str:
             told = False
         text += chunk.text
         print(chunk.text, end="", flush=True)
+        if chunk.finish_reason == "length" and chunk.usage is not None and args.max_tokens is None:
+            cut_at = chunk.usage.completion_tokens
     print()
+    if cut_at:
+        print(f"[cut off after {cut_at} tokens; --max-tokens sets another limit]", file=sys.stderr)
     return text
 
 

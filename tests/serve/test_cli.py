@@ -61,6 +61,14 @@ def test_a_conversation_forgets_its_oldest_turns_when_the_context_is_full(
     assert said.err.count("the context of 512 tokens") == 1, "a question that never fits is refused, and forgets nothing"
 
 
+def test_an_answer_that_nobody_limited_says_that_it_was_cut_off(cluster: LocalCluster, capsys: pytest.CaptureFixture[str]
+                                                                ) -> None:
+    """It would look like the model's own end."""
+    for limit, said in ([], "[cut off after 128 tokens; --max-tokens sets another limit]\n"), (["--max-tokens", "2"], ""):
+        assert cli.main(["chat", "--address", cluster.address, "--raw", "a", *limit]) == 0
+        assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("system", [0, 1])
 def test_a_conversation_keeps_the_system_message_and_the_latest_turns(cluster: LocalCluster, system: int) -> None:
     messages = [{"role": "system", "content": "s"}][:system]
