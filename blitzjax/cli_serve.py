@@ -218,20 +218,28 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 def banner(cluster: LocalCluster) -> str:
     """What to say when it is ready."""
     with cluster.client() as client:
-        return _banner([model.name for model in client.status().models], cluster.address, cluster.config)
+        try:
+            client.tokenize("x")  # with the first model, as `chat`
+            talks = True
+        except InvalidRequest:
+            talks = False
+        return _banner([model.name for model in client.status().models], cluster.address, cluster.config, talks)
 
 
-def _banner(models: list[str], address: str, config: Config) -> str:
+def _banner(models: list[str], address: str, config: Config, talks: bool = True) -> str:
+    """`talks`: there is a tokenizer."""
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     each, which = (" each", f" --model {models[-1]}") if len(models) > 1 else ("", "")
     web = f"{'https' if config.serve.ssl_certfile else 'http'}://{joined(config.serve.host, config.serve.http_port)}"
     http = f"  http    {web}/v1, as OpenAI's\n" if config.serve.http_port else ""
+    talk = (f"blitzjax chat{at} \"What is a multicast?\"" if talks else
+            f"Client({address!r}).generate([1, 2, 3]).token_ids in Python: there is no tokenizer, so token ids")
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "
         f"{_least(scale)}{each} of {config.cluster.pool} instances{split}, {scale.policy} scaling, live {scale.live}\n"
-        f"  talk    blitzjax chat{at} \"What is a multicast?\"\n"
+        f"  talk    {talk}\n"
         f"{http}  scale   blitzjax scale{at}{which} --to {config.cluster.pool} --watch\n"
         f"  look    blitzjax status{at}\n"
         f"  stop    Ctrl-C; answers in flight finish")

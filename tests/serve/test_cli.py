@@ -17,7 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 from rich.console import Console
-from toy import SPEC, write_model
+from toy import SPEC, toy_config, toy_launch, wait_whole, write_model
 
 from blitzjax import cli, cli_client, cli_serve
 from blitzjax import config as configs
@@ -67,6 +67,14 @@ def test_an_answer_that_nobody_limited_says_that_it_was_cut_off(cluster: LocalCl
     for limit, said in ([], "[cut off after 128 tokens; --max-tokens sets another limit]\n"), (["--max-tokens", "2"], ""):
         assert cli.main(["chat", "--address", cluster.address, "--raw", "a", *limit]) == 0
         assert capsys.readouterr().err == said
+
+
+def test_a_model_without_a_tokenizer_is_not_chatted_with(tmp_path: Path) -> None:
+    bare = write_model(tmp_path / "bare", tokenizer=False)
+    with LocalCluster(toy_config(), bare, toy_launch(tmp_path / "run")) as cluster:
+        wait_whole(cluster)
+        banner = cli_serve.banner(cluster)
+    assert "blitzjax chat" not in banner and f"Client('{cluster.address}').generate([1, 2, 3])" in banner, banner
 
 
 @pytest.mark.parametrize("system", [0, 1])
