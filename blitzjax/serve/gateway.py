@@ -158,7 +158,7 @@ class Gateway:
         async def read(number: int, prompt: Prompt) -> None:
             async with room, places:
                 async for chunk in self._client.stream(prompt, **asked.options):
-                    queue.put_nowait((number, replies.of_prompt(chunk) if asked.prompt_alone else chunk))
+                    queue.put_nowait((number, replies.asked_for(chunk, asked)))
 
         async def read_all() -> None:
             try:

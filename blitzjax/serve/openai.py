@@ -56,6 +56,8 @@ class Asked:
     logprobs: int | None
     tools: tools.Tools = tools.Tools()
     prompt_alone: bool = False  # an echo, and nothing of the answer
+    echo: bool = False  # texts begin with the prompt's
+    token_ids: bool = False  # of prompt and answer, too
 
     @property
     def answers(self) -> int:
@@ -134,10 +136,15 @@ def _asked(chat: bool, prompts: tuple[Prompt, ...], options: Options, logprobs: 
     include_usage = about.take("stream_options.include_usage", bool) or False
     each_usage = about.take("stream_options.continuous_usage_stats", bool) or False  # vLLM's
     about.done()
+    token_ids = fields.take("return_token_ids", bool) or False  # vLLM's
     fields.done()
     if logprobs is not None:
         options["logprobs"] = logprobs
-    return Asked(chat, prompts, options, stream, include_usage, include_usage and each_usage, logprobs, wants)
+    echo = options.get("echo", False)
+    if token_ids and not isinstance(prompts[0], tuple):  # an echo has those of its prompt
+        options["echo"] = True
+    return Asked(chat, prompts, options, stream, include_usage, include_usage and each_usage, logprobs, wants, echo=echo,
+                 token_ids=token_ids)
 
 
 def _check_rendering(fields: _Fields) -> None:

@@ -39,8 +39,9 @@ class Reply:
         """`results`: those of each prompt."""
         choices = [self._choice(number, result) for number, of_prompt in enumerate(results) for result in of_prompt]
         usages = [[result.usage for result in of_prompt] for of_prompt in results]
-        return self._envelope("chat.completion" if self.asked.chat else "text_completion", choices) | {
-            "usage": _usage(usages)}
+        if self.asked.chat:
+            return self._envelope("chat.completion", choices) | self._prompt_ids(0, results[0][0]) | {"usage": _usage(usages)}
+        return self._envelope("text_completion", choices) | {"usage": _usage(usages)}
 
     def piece(self, number: int, chunk: Chunk) -> JSON:
         """A chunk of an answer to prompt `number`; None if it tells nothing yet."""
@@ -49,16 +50,18 @@ class Reply:
         told = self._told.setdefault(index, _Told(tools.Said(asked.tools)))
         told.tokens += len(chunk.token_ids)
         choice: dict[str, JSON] = {"index": index, "finish_reason": chunk.finish_reason or None,
-                                   "logprobs": self._logprobs(number, chunk, chunk.text, told)}
+                                   "logprobs": self._logprobs(number, chunk, chunk.text, told), **self._ids(chunk)}
+        about = self._prompt_ids(number, chunk) if first else {}
         if asked.chat:
             part = told.said.part(chunk.text, chunk.tool_call_parser, last=bool(chunk.finish_reason))
             choice["finish_reason"] = told.said.finish_reason(chunk.finish_reason) or None
             choice["delta"] = {"role": "assistant", **part} if first else part
-            if not any((choice["delta"], choice["finish_reason"], choice["logprobs"])):
+            if not any((choice["delta"], choice["finish_reason"], choice["logprobs"], choice.get("token_ids"))):
                 return None
         else:
-            choice["text"] = chunk.text
-        return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice]) | (
+            choice |= {"text": chunk.text, **about}
+            about = {}
+        return self._envelope("chat.completion.chunk" if asked.chat else "text_completion", [choice]) | about | (
             {"usage": _counts(chunk.prompt_tokens, told.tokens)} if asked.each_usage else {})
 
     def total(self, usages: Iterable[Sequence[pb.Usage]]) -> JSON:
@@ -69,13 +72,22 @@ class Reply:
     def _envelope(self, kind: str, choices: list[JSON]) -> dict[str, JSON]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
+    def _ids(self, part: Chunk | Result) -> dict[str, JSON]:
+        return {"token_ids": list(part.token_ids)} if self.asked.token_ids else {}
+
+    def _prompt_ids(self, number: int, part: Chunk | Result) -> dict[str, JSON]:
+        """Of the prompt that `part` has, or which came as ids. vLLM tells them beside a chat's choices, else in each."""
+        prompt = self.asked.prompts[number]
+        ids = prompt if isinstance(prompt, tuple) else part.prompt_token_ids
+        return {"prompt_token_ids": list(ids)} if self.asked.token_ids else {}
+
     def _choice(self, number: int, result: Result) -> JSON:
         told = _Told(tools.Said(self.asked.tools))
         choice: dict[str, JSON] = {
             "index": number * self.asked.answers + result.index, "finish_reason": result.finish_reason,
-            "logprobs": self._logprobs(number, result, result.echo, told)}
+            "logprobs": self._logprobs(number, result, result.echo, told), **self._ids(result)}
         if not self.asked.chat:
-            return {**choice, "text": result.text}
+            return {**choice, "text": result.text, **self._prompt_ids(number, result)}
         message: JSON = {"role": "assistant", **told.said.whole(result.text, result.tool_call_parser)}
         return {**choice, "message": message, "finish_reason": told.said.finish_reason(result.finish_reason)}
 
@@ -86,9 +98,9 @@ class Reply:
         if self.asked.chat:
             return {"content": [_scored(t) | {"top_logprobs": [_scored(other) for other in t.top]}
                                 for t in part.logprobs]}
-        as_sent = len(part.prompt_token_ids) if isinstance(self.asked.prompts[number], str) else 0
+        as_sent = len(part.prompt_token_ids) if self.asked.echo and isinstance(self.asked.prompts[number], str) else 0
         tokens = list(part.logprobs)
-        if part.prompt_token_ids:
+        if part.prompt_token_ids and self.asked.echo:
             tokens = [*_echoed(echo, bool(as_sent), part.prompt_logprobs), *tokens]
         known = [token.rank > 0 for token in tokens]
         return {"tokens": [_name(t) for t in tokens],
@@ -98,7 +110,14 @@ class Reply:
                                  for t, yes in zip(tokens, known, strict=True)]}
 
 
-def of_prompt(chunk: Chunk) -> Chunk:
+def asked_for(chunk: Chunk, asked: Asked) -> Chunk:
+    """Without the text of an echo, or of an answer, that nobody asked for."""
+    if asked.prompt_alone:
+        return _of_prompt(chunk)
+    return chunk if asked.echo or not chunk.prompt_token_ids else replace(chunk, text="")
+
+
+def _of_prompt(chunk: Chunk) -> Chunk:
     """What it says but for the answer."""
     usage = chunk.usage and pb.Usage(prompt_tokens=chunk.usage.prompt_tokens, cached_tokens=chunk.usage.cached_tokens)
     return replace(chunk, text=chunk.text if chunk.prompt_token_ids else "", token_ids=(), logprobs=(), usage=usage,

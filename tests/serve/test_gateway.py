@@ -230,6 +230,32 @@ def test_an_echo_of_token_ids_has_the_texts_and_places_that_one_of_text_has(site
         assert (scored["tokens"], scored["text_offset"]) == (tokens, offsets)
 
 
+def test_token_ids_are_told_to_who_asks(site):
+    """Of the prompt once, and else nothing changes: without a tokenizer they are all there is."""
+    asked = {"max_tokens": 3, "temperature": 0, "logprobs": 1}
+    for echo in (False, True):
+        for prompt in ("ab", [97, 98], [98, 0xE2]):
+            plain = site.complete(prompt, **asked, echo=echo)["choices"][0]
+            ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
+            answer = [ids[-1] + k for k in (1, 2, 3)]
+            told = site.complete(prompt, **asked, echo=echo, return_token_ids=True)["choices"][0]
+            assert told == plain | {"prompt_token_ids": ids, "token_ids": answer}
+            events = site.events("/v1/completions", prompt=prompt, **asked, echo=echo, return_token_ids=True)
+            pieces = [event["choices"][0] for event in events]
+            assert [token for piece in pieces for token in piece["token_ids"]] == answer
+            assert [piece.get("prompt_token_ids") for piece in pieces] == [ids] + [None] * (len(pieces) - 1)
+            assert "".join(piece["text"] for piece in pieces) == plain["text"]
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "temperature": 0}
+    prompt = site.post("/tokenize", messages=chat["messages"])["tokens"]
+    whole = site.post("/v1/chat/completions", **chat, return_token_ids=True)
+    choice = whole["choices"][0]
+    assert (whole["prompt_token_ids"], choice["token_ids"], choice["message"]["content"]) == (prompt, [98, 99, 100], "bcd")
+    events = site.events("/v1/chat/completions", **chat, return_token_ids=True)
+    assert [event.get("prompt_token_ids") for event in events] == [prompt] + [None] * (len(events) - 1)
+    assert [token for event in events for token in event["choices"][0]["token_ids"]] == [98, 99, 100]
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == "bcd"
+
+
 def test_tokens_of_one_character_have_its_place(site):
     """Also where the prompt's first token is a part of one."""
     scored = site.complete("éaÀ", max_tokens=3, temperature=0, logprobs=1, echo=True)["choices"][0]
