@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from blitzjax import commands, events, types
+from blitzjax.errors import reason
 
 _log = logging.getLogger("blitzjax.controller")
 if typing.TYPE_CHECKING:
@@ -94,15 +95,20 @@ def read_header(path: Path) -> dict[str, typing.Any]:
 def read(path: Path) -> Iterator[Record]:
     """Every event and command of a log, without a last line that was not finished.
 
-    Raises ValueError for a record of an unknown kind.
+    Raises ValueError that says which line is no record of a known kind.
     """
     with path.open(encoding="utf-8") as file:
         next(file)
-        for line in file:
+        for number, line in enumerate(file, start=2):
             if not line.endswith("\n"):
                 return
-            record = json.loads(line)
-            yield Record(record["at"], item_of(record))
+            try:
+                record = json.loads(line)
+                found = Record(record["at"], item_of(record))
+            except (KeyError, TypeError, ValueError) as e:
+                said = e.msg if isinstance(e, json.JSONDecodeError) else reason(e)  # without its own "line 1"
+                raise ValueError(f"line {number} is no record: {said}") from e
+            yield found
 
 
 def event_record(event: events.Event) -> dict[str, object]:

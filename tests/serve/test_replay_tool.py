@@ -77,6 +77,16 @@ def test_a_log_that_breaks_off_is_replayed_as_far_as_it_goes(log: Path) -> None:
         assert replay(log).different is None
 
 
+@pytest.mark.parametrize(("damaged", "says"), [
+    ("{", "Expecting property name enclosed in double quotes"), ("{}", "it has no 'at'"),
+    ('{"at": 1.0, "event": "Dreamt"}', "unknown record 'Dreamt'")])
+def test_a_line_that_is_no_record_is_named(log: Path, damaged: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines[:6], damaged, *lines[7:]]) + "\n")
+    assert cli.main(["replay", str(log)]) == 2
+    assert capsys.readouterr().err == f"blitzjax: cannot read event log {log}: line 7 is no record: {says}\n"
+
+
 @pytest.mark.parametrize("text", ["", "{}\n", '{"blitzjax_log": 1, "specs": [{}], "config": {"scale": {"x": 1}}}\n'])
 def test_what_is_no_log_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x").write_text(text)
