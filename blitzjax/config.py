@@ -199,9 +199,10 @@ def _check_ranges(c: Config) -> None:
 
     want(c.engine.dtype in DTYPES, f"engine.dtype must be one of {', '.join(DTYPES)}, got {c.engine.dtype!r}")
     want(c.scale.policy in ("auto", "manual"), f"scale.policy must be auto or manual, got {c.scale.policy!r}")
-    least = 1 if c.scale.roles == "split" else 0
-    want(least <= c.scale.min_instances <= c.scale.max_instances and c.scale.max_instances >= 1,
-         f"scale.min_instances must be in [{least}, scale.max_instances], scale.max_instances at least 1")
+    least, which = (1, " with scale.roles=split") if c.scale.roles == "split" else (0, "")
+    want(c.scale.min_instances >= least, f"scale.min_instances must be at least {least}{which}, got {c.scale.min_instances}")
+    want(1 <= c.scale.max_instances >= c.scale.min_instances,
+         f"scale.max_instances must be at least 1 and at least scale.min_instances, got {c.scale.max_instances}")
     want(0 < c.scale.prefill_lower < c.scale.prefill_upper, "scale.prefill_lower must be in (0, scale.prefill_upper)")
     want(0 < c.scale.kv_lower < c.scale.kv_upper <= 1, "scale.kv_lower must be in (0, scale.kv_upper], kv_upper <= 1")
     want(0 < c.scale.migrate_lower < c.scale.migrate_upper, "scale.migrate_lower must be in (0, scale.migrate_upper)")

@@ -112,6 +112,8 @@ def test_a_reader_that_left_is_no_error():
     (("serve", "toy", "--host-index", "1"), "give --hosts"),
     (("serve", "toy", "--config", "/nonexistent.toml"), "cannot read config"),
     (("serve", "toy", "--live", "sometimes"), "invalid choice"),
+    (("serve", "toy", "--roles", "split", "--instances", "0"), "min_instances must be at least 1 with scale.roles=split, got 0"),
+    (("serve", "toy", "--instances", "2", "--set", "scale.max_instances=1"), "at least 1 and at least scale.min_instances, got 1"),
     (("status", "--address", "127.0.0.1:1"), "nothing listens on 127.0.0.1:1"),
     (("status", "--address", "localhost"), "an address is HOST:PORT"),
     (("status", "--address", "http://127.0.0.1:8000"), "an address is HOST:PORT"),
