@@ -35,6 +35,7 @@ def chat(args: argparse.Namespace) -> int:
         if args.message is not None:
             _answer(client, args, args.message if args.raw else [*history, _said("user", args.message)])
             return 0
+        client.status()  # whoever is not there, or wants a key, says so before anybody types
         for message in _messages():
             try:
                 if args.raw:

@@ -77,6 +77,13 @@ def test_a_model_without_a_tokenizer_is_not_chatted_with(tmp_path: Path) -> None
     assert "blitzjax chat" not in banner and f"Client('{cluster.address}').generate([1, 2, 3])" in banner, banner
 
 
+def test_a_conversation_with_nobody_ends_before_anything_is_typed(monkeypatch: pytest.MonkeyPatch,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is a multicast?\n"))
+    assert cli.main(["chat", "--address", "127.0.0.1:1"]) == 2
+    assert sys.stdin.read() and "nothing listens on 127.0.0.1:1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("system", [0, 1])
 def test_a_conversation_keeps_the_system_message_and_the_latest_turns(cluster: LocalCluster, system: int) -> None:
     messages = [{"role": "system", "content": "s"}][:system]
