@@ -29,6 +29,7 @@ from blitzjax.serve.model import read_manifest
 from blitzjax.types import ModelSpec
 
 if TYPE_CHECKING:
+    from blitzjax.serve.client import Client
     from blitzjax.serve.local import LocalCluster
 
 _POOL = 3  # small enough for a laptop, large enough to scale
@@ -218,23 +219,26 @@ def checkpoint(model: str, dtype: str, source: Path | None = None) -> Path:
 def banner(cluster: LocalCluster) -> str:
     """What to say when it is ready."""
     with cluster.client() as client:
-        try:
-            client.tokenize("x")  # with the first model, as `chat`
-            talks = True
-        except InvalidRequest:
-            talks = False
-        return _banner([model.name for model in client.status().models], cluster.address, cluster.config, talks)
+        return _banner([model.name for model in client.status().models], cluster.address, cluster.config, _spoken(client))
 
 
-def _banner(models: list[str], address: str, config: Config, talks: bool = True) -> str:
-    """`talks`: there is a tokenizer."""
+def _spoken(client: Client) -> str:
+    """What the first model, which `chat` takes, can be asked in: chat, text, or token ids."""
+    for kind, prompt in (("chat", [{"role": "user", "content": "x"}]), ("text", "x")):
+        with contextlib.suppress(InvalidRequest):
+            client.tokenize(prompt)
+            return kind
+    return "tokens"
+
+
+def _banner(models: list[str], address: str, config: Config, spoken: str = "chat") -> str:
     scale = config.scale
     at = "" if address == "127.0.0.1:50051" else f" --address {address}"
     each, which = (" each", f" --model {models[-1]}") if len(models) > 1 else ("", "")
     web = f"{'https' if config.serve.ssl_certfile else 'http'}://{joined(config.serve.host, config.serve.http_port)}"
     http = f"  http    {web}/v1, as OpenAI's\n" if config.serve.http_port else ""
-    talk = (f"blitzjax chat{at} \"What is a multicast?\"" if talks else
-            f"Client({address!r}).generate([1, 2, 3]).token_ids in Python: there is no tokenizer, so token ids")
+    talk = {"chat": f"blitzjax chat{at} \"What is a multicast?\"", "text": f"blitzjax chat{at} --raw \"The tide comes in\"",
+            "tokens": f"Client({address!r}).generate([1, 2, 3]).token_ids in Python: there is no tokenizer, so token ids"}[spoken]
     split = f" ({scale.min_instances} prefill, {scale.min_decode} decode)" if scale.roles == "split" else ""
     return (
         f"blitzjax {blitzjax.__version__} is ready: {', '.join(models)} on {address}, "

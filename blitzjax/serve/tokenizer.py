@@ -97,7 +97,7 @@ class Tokenizer:
         """Renders Hugging Face's messages and tools up to where the assistant speaks. Raises InvalidRequest."""
         template = self._templates.get("tool_use" if tools and "tool_use" in self._templates else "default")
         if template is None:
-            raise InvalidRequest("this model has no chat template; send text or tokens instead of chat")
+            raise InvalidRequest("this model has no chat template; send text (blitzjax chat --raw) or tokens instead of chat")
         try:
             return template.render(messages=list(messages), add_generation_prompt=True, tools=list(tools) or None,
                                    **self._names)

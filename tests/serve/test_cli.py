@@ -69,12 +69,19 @@ def test_an_answer_that_nobody_limited_says_that_it_was_cut_off(cluster: LocalCl
         assert capsys.readouterr().err == said
 
 
-def test_a_model_without_a_tokenizer_is_not_chatted_with(tmp_path: Path) -> None:
-    bare = write_model(tmp_path / "bare", tokenizer=False)
-    with LocalCluster(toy_config(), bare, toy_launch(tmp_path / "run")) as cluster:
-        wait_whole(cluster)
-        banner = cli_serve.banner(cluster)
-    assert "blitzjax chat" not in banner and f"Client('{cluster.address}').generate([1, 2, 3])" in banner, banner
+def test_a_start_proposes_what_its_model_understands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot chat may have a tokenizer yet."""
+    for name, has_tokenizer in (("base", True), ("bare", False)):
+        model = write_model(tmp_path / name, tokenizer=has_tokenizer, template=None)
+        with LocalCluster(toy_config(), model, toy_launch(tmp_path / f"run-{name}")) as cluster:
+            wait_whole(cluster)
+            banner = cli_serve.banner(cluster)
+            if has_tokenizer:
+                assert cli.main(["chat", "--address", cluster.address, "x"]) == 2
+        at = cluster.address
+        talk = f"blitzjax chat --address {at} --raw \"The" if has_tokenizer else f"Client('{at}').generate([1, 2, 3])"
+        assert f"  talk    {talk}" in banner
+    assert "no chat template; send text (blitzjax chat --raw)" in capsys.readouterr().err
 
 
 def test_a_conversation_with_nobody_ends_before_anything_is_typed(monkeypatch: pytest.MonkeyPatch,
