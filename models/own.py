@@ -51,7 +51,10 @@ def _imported(reference: str) -> tuple[ModelSpec, Family, Mapping[str, object]]:
     module, _, function = reference.partition(":")
     try:
         imported = importlib.import_module(module)
-        spec, family = getattr(imported, function)()
+        built = getattr(imported, function)()
+        if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], ModelSpec)):
+            raise TypeError(f"{function}() must return a ModelSpec and a Family, got {built!r:.200}")
+        spec, family = built
         spec = spec_from(json.loads(json.dumps(asdict(replace(spec, family=reference)))))  # lists become tuples
         hash(spec)
     except Exception as e:  # the user's code may raise anything

@@ -118,7 +118,8 @@ class Controller:
         model = self.models.get(name) if name else next(iter(self.models.values()), None)
         if model is None:
             served = ", ".join(self.models)
-            raise UnknownModel(f"no model {name!r} here; served: {served}" if served else "no model is served; deploy one")
+            raise UnknownModel(f"no model {name!r} here; served: {served}" if served
+                               else "no model is served; `blitzjax deploy MODEL` adds one")
         return model
 
     def model_for(self, name: str, request_id: str, key: str) -> ServedModel:

@@ -113,7 +113,7 @@ class Gateway:
         """What a request without a model gets."""
         models = (await self._client.status()).models
         if not models:
-            raise UnknownModel("no model is served; deploy one")
+            raise UnknownModel("no model is served; `blitzjax deploy MODEL` adds one")
         return models[0].name
 
     async def _whole(self, asked: openai.Asked) -> Sequence[Sequence[Result]]:

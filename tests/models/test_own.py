@@ -309,6 +309,7 @@ def test_damaged_metadata_is_said(tmp_path: Path) -> None:
     ("short", "needs a word for each of 4 layers.*it is global, local"),
     ("one_eos", r"ModelSpec's eos_token_ids must be a tuple of int, got 257$"),
     ("unnamed", "name must be a text that is not empty, got ''; vocab must be an int, at least 1, got '272'$"),
+    ("spec_alone", r"spec_alone\(\) must return a ModelSpec and a Family, got ModelSpec"),
     ("called_head", "other than embed and head; it is global, head"),
     ("other_heads", r"global, local: keys are \[1, 32, 4, 16\].*kv_heads, head_dim\], here \[1, 32, 3, 16\]"),
     ("no_table", r"embed: tied_embeddings needs its Param table, of \[272, 64\]"),

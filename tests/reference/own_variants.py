@@ -113,6 +113,10 @@ def unnamed() -> Built:
     return _of(name="", vocab="272")
 
 
+def spec_alone() -> ModelSpec:
+    return fitting()[0]
+
+
 def other_heads() -> Built:
     return _of(kv_heads=3)
 
