@@ -214,21 +214,23 @@ constexpr int64_t kLineWeights = kLine / sizeof(W);
 // What a pass over weights fetches: as many as it reads, kWeightsAhead of them, or of passes over the same weights each its
 // share, for tiles to come.
 enum class Fetches { kNone, kAll, kShare };
+template <typename F>
 struct Share {
-  int64_t first, every, ahead;  // steps, steps, weights
+  int64_t first, every;  // steps
+  const F* next;         // what it would fetch with the first weights that are read
 };
 
 // kRows rows of x times kOuts rows of w [kOuts, k] into y [kRows, n].
-template <int kRows, int kOuts, Fetches kFetches, typename W>
-inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Share share, float* y, int64_t n) {
+template <int kRows, int kOuts, Fetches kFetches, typename W, typename F>
+inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Share<F> share, float* y, int64_t n) {
   constexpr int kSums = (kRows * kOuts + kLanes - 1) / kLanes * kLanes;
   Vector sums[kSums];
   UNROLLED for (int s = 0; s < kSums; ++s) sums[s] = Zero();
   int64_t i = 0, due = share.first * kStep;
   for (; i + kStep <= k; i += kStep) {
     if (kFetches == Fetches::kAll || (kFetches == Fetches::kShare && i == due)) {
-      const W* next = w.w + i * kOuts + share.ahead;
-      UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<W>) Fetch<kWeightsTo>(next + o);
+      const F* next = share.next + i * kOuts;
+      UNROLLED for (int o = 0; o < kOuts * kStep; o += kLineWeights<F>) Fetch<kWeightsTo>(next + o);
       due += share.every * kStep;
     }
     Step<kRows, kOuts>(x + i / kPair, stride, w + i, k, sums);
@@ -374,13 +376,13 @@ constexpr int kMostRows = 4, kMostOuts = 4;
 #endif
 constexpr int kHalf = kMostRows / 2;
 
-// More rows are worth a panel. Where all passes fetch and nothing is widened, none are: to turn weights costs more.
+// More rows are worth a panel. Where all passes fetch, and read what was widened once, none are: to turn weights costs more.
 #if defined(AMD) && defined(__AVX512BF16__)
-template <typename W>
-constexpr int64_t kFewRows = kScaled<W> ? 16 : INT64_MAX;
+constexpr int64_t kFewRows = INT64_MAX;
+constexpr bool kWidensOnce = true;
 #else
-template <typename W>
 constexpr int64_t kFewRows = 16;
+constexpr bool kWidensOnce = false;
 #endif
 
 struct Free {
@@ -412,7 +414,7 @@ template <typename W>
 struct Work {
   Weights<W> w;
   int64_t m, k, steps;
-  bool few = m <= kFewRows<W>;
+  bool few = m <= kFewRows;
   int64_t pitch = few ? steps : std::max<int64_t>(steps, kLanes);  // steps that a row of x has room for
   int64_t stride = pitch * kHalves * kLanes;
   Array<Kept> x = Allocated<Kept>(m * stride);  // [m, pitch, kHalves, kLanes], of many rows [m, kHalves, kLanes, pitch]
@@ -450,33 +452,48 @@ struct Work {
     }
   }
 
-  // Rows j .. j + kOuts of weights, in a pass for some rows of x each.
+  // Rows j .. j + kOuts of weights, in a pass for some rows of x each. `wide` has room for kMostOuts rows.
   template <int kOuts>
-  void Rows(int64_t j, const Target& to) const {
-    int64_t r = 0;
-    if constexpr (kOuts < kMostOuts)
-      for (; r + kMostRows <= m; r += kMostRows) Pass<kMostRows, kOuts>(r, j, to);
-    for (; r + kHalf <= m; r += kHalf) Pass<kHalf, kOuts>(r, j, to);
-    for (; r + 2 <= m; r += 2) Pass<2, kOuts>(r, j, to);
-    if (r < m) Pass<1, kOuts>(r, j, to);
+  void Rows(int64_t j, uint16_t* wide, const Target& to) const {
+    const Weights<W> tile = w + j * k;
+    if constexpr (kWidensOnce && kScaled<W>)
+      if (m > (kOuts < kMostOuts ? kMostRows : kHalf)) {
+        for (int64_t i = 0; i < kOuts * k; i += kStep) {
+          const Words words = Packed(tile + i);
+          std::memcpy(wide + i, &words, sizeof words);
+        }
+        return Passes<kOuts>(Weights<uint16_t>{wide, nullptr}, j, to);
+      }
+    Passes<kOuts>(tile, j, to);
   }
 
-  template <int kRows, int kOuts>
-  void Pass(int64_t r, int64_t j, const Target& to) const {
+  template <int kOuts, typename V>
+  void Passes(Weights<V> tile, int64_t j, const Target& to) const {
+    int64_t r = 0;
+    if constexpr (kOuts < kMostOuts)
+      for (; r + kMostRows <= m; r += kMostRows) Pass<kMostRows, kOuts>(tile, r, j, to);
+    for (; r + kHalf <= m; r += kHalf) Pass<kHalf, kOuts>(tile, r, j, to);
+    for (; r + 2 <= m; r += 2) Pass<2, kOuts>(tile, r, j, to);
+    if (r < m) Pass<1, kOuts>(tile, r, j, to);
+  }
+
+  template <int kRows, int kOuts, typename V>
+  void Pass(Weights<V> tile, int64_t r, int64_t j, const Target& to) const {
     constexpr int64_t kAhead = kWeightsAhead / sizeof(W);
-    if (const int64_t tile = kOuts * k; kPassesFetch && kOuts == kMostOuts && m > kHalf) {
+    const W* const from = w.w + j * k;
+    if (const int64_t size = kOuts * k; kPassesFetch && kOuts == kMostOuts && m > kHalf) {
       const int64_t passes = m / kHalf + m % kHalf / 2 + m % 2, pass = (r + kHalf - 1) / kHalf;
-      Tile<kRows, kOuts, Fetches::kShare>(r, j, {pass, passes, (kAhead + tile - 1) / tile * tile}, to);
+      Tile<kRows, kOuts, Fetches::kShare>(tile, r, j, {pass, passes, from + (kAhead + size - 1) / size * size}, to);
     } else if (r == 0) {
-      Tile<kRows, kOuts, Fetches::kAll>(r, j, {0, 1, kAhead}, to);
+      Tile<kRows, kOuts, Fetches::kAll>(tile, r, j, {0, 1, from + kAhead}, to);
     } else {
-      Tile<kRows, kOuts, Fetches::kNone>(r, j, {}, to);
+      Tile<kRows, kOuts, Fetches::kNone>(tile, r, j, {}, to);
     }
   }
 
-  template <int kRows, int kOuts, Fetches kFetches>
-  void Tile(int64_t r, int64_t j, Share share, const Target& to) const {
-    Block<kRows, kOuts, kFetches>(x.get() + r * stride, stride, w + j * k, k, share, to.At(r, j), to.row);
+  template <int kRows, int kOuts, Fetches kFetches, typename V>
+  void Tile(Weights<V> tile, int64_t r, int64_t j, Share<W> share, const Target& to) const {
+    Block<kRows, kOuts, kFetches>(x.get() + r * stride, stride, tile, k, share, to.At(r, j), to.row);
   }
 
 #ifdef STREAMS
@@ -502,11 +519,12 @@ struct Work {
         case 4: j = Streams<4>(j, end, to);
       }
 #endif
+    const Array<uint16_t> wide = Allocated<uint16_t>(kWidensOnce && kScaled<W> ? kMostOuts * k : 0);
     if (m < kMostRows || m * stride * int64_t{sizeof(Kept)} > kNear)
-      for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(j, to);
+      for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(j, wide.get(), to);
     else
-      for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(j, to);
-    for (; j < end; ++j) Rows<1>(j, to);
+      for (; j + kMostOuts / 2 <= end; j += kMostOuts / 2) Rows<kMostOuts / 2>(j, wide.get(), to);
+    for (; j < end; ++j) Rows<1>(j, wide.get(), to);
   }
 
   // `count` columns from j on. The last rows are multiplied twice where kPanelRows does not divide m.
