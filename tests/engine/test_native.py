@@ -82,8 +82,9 @@ def test_product_is_numpys(kernels: native.Kernels, rows: int, k: int, out: int)
                                           (70, 32, 49), (130, 576, 64)])
 def test_blocks_of_int8_give_the_bits_of_bfloat16(kernels: native.Kernels, rows: int, k: int, out: int) -> None:
     rng = np.random.default_rng(rows + k + out)
-    w = blocks.Int8(jnp.asarray(rng.integers(-127, 128, (out, k)), jnp.int8),
-                    jnp.asarray(np.exp2(rng.integers(-20, 20, (out, k // 32))), jnp.bfloat16))
+    exponents = rng.integers(-20, 20, (out, k // 32))
+    exponents += np.where(np.arange(out) % 2, rng.integers(-106, 85, out), 0)[:, None]  # from -126 to 103
+    w = blocks.Int8(jnp.asarray(rng.integers(-127, 128, (out, k)), jnp.int8), jnp.asarray(np.exp2(exponents), jnp.bfloat16))
     x, _ = operands(rows, k, out)
     multiply = jax.jit(kernels.multiply)
     np.testing.assert_array_equal(np.asarray(multiply(x, w)), np.asarray(multiply(x, w.multiplied())))
