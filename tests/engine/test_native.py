@@ -25,12 +25,13 @@ from blitzjax.engine.executables import cpu_features, read_file
 from blitzjax.models import blocks
 from blitzjax.types import ModelSpec
 
+
 def instructions(variant: native.Variant) -> tuple[str, ...]:
     return tuple(flag for flag in variant.flags if flag.startswith("-m"))
 
 
 ALL_RUNNABLE = [v for v in native.VARIANTS if v.needs <= set(cpu_features().split())]
-RUNNABLE = list({instructions(v): v for v in ALL_RUNNABLE}.values())  # one of each instruction set
+RUNNABLE = list({instructions(v): v for v in reversed(ALL_RUNNABLE)}.values())  # the best of each instruction set
 PROCESS = Path(__file__).with_name("native_process.py")
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="the CPU has none of the instruction sets")
