@@ -61,8 +61,8 @@ VARIANTS = (
     # Zen 5: 2 rows 2.2, 8 2.6, 16 1.95, 32 1.55, 64 1.6, 128 1.15, 512 1.05; as on Intel's some 0.05 to 0.1 less with up to
     # 16 rows
     Variant("avx512_bf16_zen5", _BF16 | _AMD | {"avx_vnni"}, (*_BF16_FLAGS, "-DZEN5")),
-    # Zen 4: 2 rows 3.0, 8 3.0, 16 2.0, 32 1.3, 64 1.2, 128 1.05, 512 1.0; as on Zen 5 8 rows 1.95, 16 1.5, and attention of
-    # 16 steps 0.6 times as fast
+    # Zen 4: 2 rows 2.9, 8 3.1, 16 2.0, 32 1.6, 64 1.4, 128 1.15, 512 1.05; as on Zen 5 8 rows 1.95, 16 1.5, 32 1.3, and
+    # attention of 16 steps 0.6 times as fast
     Variant("avx512_bf16_amd", _BF16 | _AMD, (*_BF16_FLAGS, "-DAMD")),
     Variant("avx512_bf16", _BF16, _BF16_FLAGS),
     # Emerald Rapids without its bfloat16: 2 rows 1.75, 8 1.6, 16 1.4, 32 1.45, 64 1.4, 128 1.45, 512 1.5, and

@@ -6,6 +6,7 @@ branches of GPUs: parameters are copied to devices, and copies read back from th
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -37,8 +38,15 @@ class Pair:
     def scale(self, target: int, model: str) -> None:
         self.client.scale(target, model=model, live="off", wait=True, timeout_s=300)
 
-    def kept_by(self, worker: str) -> str:
-        return next(m.name for m in self.client.status().models if m.host_copy == worker)
+    def kept(self) -> dict[str, str]:
+        """Models by the worker that keeps them, once all are kept: what drains keeps its copy a moment after nobody serves."""
+        deadline = time.monotonic() + 60
+        while True:
+            kept = [(m.host_copy, m.name) for m in self.client.status().models]
+            if all(worker for worker, _ in kept):
+                return dict(kept)
+            assert time.monotonic() < deadline, kept
+            time.sleep(0.01)
 
     def phase(self, worker: str) -> str:
         return next(i.phase for i in self.client.status().instances if i.id == worker)
@@ -76,11 +84,12 @@ def expected(pair: Pair) -> dict[str, list[tuple[int, ...]]]:
 @pytest.mark.parametrize("live", ["zigzag", "off"])
 def test_prompts_run_behind_the_loader_where_nobody_serves(pair: Pair, expected, live: str) -> None:
     def once() -> bool:
-        models = pair.client.status().models
-        if len({m.host_copy for m in models}) == 1:  # one is made again, with the worker that keeps none
+        kept = pair.kept()
+        if len(kept) == 1:  # one is made again, with the worker that keeps none
             for target in (1, 0):
-                pair.scale(target, models[0].name)
-        busy, woken = pair.kept_by("i0"), pair.kept_by("i1")
+                pair.scale(target, *kept.values())
+            return False
+        busy, woken = kept["i0"], kept["i1"]
         pair.scale(2, busy)
         pair.scale(1, busy)
         if pair.phase("i1") != "serving":  # i0 was still busy with its sending
