@@ -21,15 +21,14 @@ constexpr bool kPassesFetch = false;
 constexpr auto kWeightsTo = _MM_HINT_T1;
 constexpr int64_t kWeightsAhead = 512 * kLine;
 constexpr bool kPassesFetch = true;
-#if defined(__AVX512BF16__)
-#define STREAMS
-constexpr int64_t kStreamAhead[] = {0, 32 * kLine, 32 * kLine, 0, 128 * kLine};  // by rows of x
-#endif
 #else
 constexpr auto kWeightsTo = _MM_HINT_T1;
 constexpr int64_t kWeightsAhead = 128 * kLine;
 constexpr bool kPassesFetch = false;
 #endif
+
+// Weights that 1, 2 or 4 rows of x meet in one stream.
+constexpr int64_t kStreamAhead[] = {0, 32 * kLine, 32 * kLine, 0, 128 * kLine};
 
 // Keys and values that one query of a sequence meets.
 #if defined(AMD)

@@ -255,7 +255,6 @@ inline void Block(const Kept* x, int64_t stride, Weights<W> w, int64_t k, Share<
   UNROLLED for (int r = 0; r < kRows; ++r) std::memcpy(y + r * n, out + r * kOuts, kOuts * sizeof(float));
 }
 
-#ifdef STREAMS
 // kRows rows of x times as many rows of w as fill a register with sums, one after the other: with so few rows of x memory
 // decides, and that is faster where its own fetching sees one stream. Whole steps only, of bfloat16.
 template <int kRows>
@@ -274,7 +273,6 @@ inline void Stream(const Kept* x, int64_t stride, const uint16_t* w, int64_t ste
   Store(out, Sums(sums));
   UNROLLED for (int r = 0; r < kRows; ++r) std::memcpy(y + r * n, out + r * kOuts, kOuts * sizeof(float));
 }
-#endif
 
 // Many rows: kPanel rows of weights at a time are turned, so that a register has the same place of several rows, as
 // multiply-adds take it. What a lane of Block's registers adds is added at once then, of kPanelRows rows of x and the whole
@@ -386,14 +384,14 @@ constexpr int kMostRows = 4, kMostOuts = 4;
 #endif
 constexpr int kHalf = kMostRows / 2;
 
-// More rows are worth a panel. Where all passes fetch, and read what was widened once, none are: to turn weights costs more.
 #if defined(AMD) && defined(__AVX512BF16__)
-constexpr int64_t kFewRows = INT64_MAX;
-constexpr bool kWidensOnce = true;
+constexpr bool kZen4 = true;
 #else
-constexpr int64_t kFewRows = 16;
-constexpr bool kWidensOnce = false;
+constexpr bool kZen4 = false;
 #endif
+
+// More rows are worth a panel. Where all passes fetch, and read what was widened once, none are: to turn weights costs more.
+constexpr int64_t kFewRows = kZen4 ? INT64_MAX : 16;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -466,7 +464,7 @@ struct Work {
   template <int kOuts>
   void Rows(int64_t j, uint16_t* wide, const Target& to) const {
     const Weights<W> tile = w + j * k;
-    if constexpr (kWidensOnce && kScaled<W>)
+    if constexpr (kZen4 && kScaled<W>)
       if (m > (kOuts < kMostOuts ? kMostRows : kHalf)) {
         for (int64_t i = 0; i < kOuts * k; i += kStep) {
           const Words words = Packed(tile + i);
@@ -506,15 +504,23 @@ struct Work {
     Block<kRows, kOuts, kFetches>(x.get() + r * stride, stride, tile, k, share, to.At(r, j), to.row);
   }
 
-#ifdef STREAMS
-  // Returns where it ends.
+  // Columns from j on in one stream, if x has as few rows as that is for. Returns where others begin.
+  int64_t Streamed(int64_t j, int64_t end, const Target& to) const {
+    if (k % kStep) return j;
+    switch (m) {
+      case 1: return Streams<1>(j, end, to);
+      case 2: return Streams<2>(j, end, to);
+      case 4: return Streams<4>(j, end, to);
+      default: return j;
+    }
+  }
+
   template <int kRows>
   int64_t Streams(int64_t j, int64_t end, const Target& to) const {
     for (; j + kLanes / kRows <= end; j += kLanes / kRows)
-      Stream<kRows>(x.get(), stride, reinterpret_cast<const uint16_t*>(w.w) + j * k, steps, to.At(0, j), to.row);
+      Stream<kRows>(x.get(), stride, w.w + j * k, steps, to.At(0, j), to.row);
     return j;
   }
-#endif
 
   void Columns(int64_t begin, int64_t end, const Target& to) const {
     if (!few) {
@@ -522,14 +528,9 @@ struct Work {
       return;
     }
     int64_t j = begin;
-#ifdef STREAMS
-    if (!kScaled<W> && k % kStep == 0) switch (m) {
-        case 1: j = Streams<1>(j, end, to); break;
-        case 2: j = Streams<2>(j, end, to); break;
-        case 4: j = Streams<4>(j, end, to);
-      }
-#endif
-    const Array<uint16_t> wide = Allocated<uint16_t>(kWidensOnce && kScaled<W> ? kMostOuts * k : 0);
+    Array<uint16_t> wide;
+    if constexpr (kZen4 && kScaled<W>) wide = Allocated<uint16_t>(kMostOuts * k);
+    if constexpr (kZen4 && !kScaled<W>) j = Streamed(j, end, to);
     if (m < kMostRows || m * stride * int64_t{sizeof(Kept)} > kNear)
       for (; j + kMostOuts <= end; j += kMostOuts) Rows<kMostOuts>(j, wide.get(), to);
     else
