@@ -64,8 +64,10 @@ class Fabric:
         flow.version = -1
         for link in flow.links:
             link.flows.pop(flow, None)
+        shared: set[Flow] = set()
         for neighbour in {other: None for link in flow.links for other in link.flows}:
-            self._share(neighbour)
+            if neighbour not in shared:  # else it is connected with one before it
+                shared |= self._share(neighbour)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -78,8 +80,8 @@ class Fabric:
         for link in flow.links:
             link.carried += moved
 
-    def _share(self, start: Flow) -> None:
-        """New rates for everything that shares links with `start`, directly or not."""
+    def _share(self, start: Flow) -> set[Flow]:
+        """New rates for everything that shares links with `start`, directly or not. Returns what that is."""
         flows = _connected(start)
         rates = max_min(flows)
         for flow in flows:
@@ -87,6 +89,7 @@ class Fabric:
                 self._advance(flow)
                 flow.rate = rates[flow]
                 self._schedule(flow)
+        return set(flows)
 
     def _schedule(self, flow: Flow) -> None:
         flow.version += 1
