@@ -110,14 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for peer in peers.values():
         peer.install()
     seen: dict[str, list[dict[str, float | None]]] = {name: [] for name in names}
-    for k in range(rounds):
-        for name in names[k % len(names):] + names[:k % len(names)]:
-            row = asyncio.run(measure(peers[name], encode, k + 1))
-            row["load"] = os.getloadavg()[0]
-            seen[name].append(row)
-            print(f"  round {k + 1} {name:13}" + "".join(
-                f"  {row[f'tokens_per_s_{s}']:4.0f} ({row[f'tokens_per_cpu_s_{s}']:.0f}/CPU s)" for s in _STREAMS)
-                + f"  first {row['first_token_s']:.2f} s, load {row['load']:.1f}", flush=True)
+    with asyncio.Runner() as runner:  # gRPC complains when there is another event loop after the first
+        for k in range(rounds):
+            for name in names[k % len(names):] + names[:k % len(names)]:
+                row = runner.run(measure(peers[name], encode, k + 1))
+                row["load"] = os.getloadavg()[0]
+                seen[name].append(row)
+                print(f"  round {k + 1} {name:13}" + "".join(
+                    f"  {row[f'tokens_per_s_{s}']:4.0f} ({row[f'tokens_per_cpu_s_{s}']:.0f}/CPU s)" for s in _STREAMS)
+                    + f"  first {row['first_token_s']:.2f} s, load {row['load']:.1f}", flush=True)
     medians = {name: figures.median_of(rows) for name, rows in seen.items()}
     _print(medians)
     versions = {name: peer.version for name, peer in peers.items()}
